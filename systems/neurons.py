@@ -1,0 +1,289 @@
+"""Multi-step spiking neurons: snnTorch's `Leaky` semantics and surrogates over a leading time axis.
+
+One layer covers every neuron of the published spiking diffusion models. With input `X[k]`, carried potential `V[-1] = 0`,
+membrane decay `beta` and threshold `th`, each step `k` of the `T` SNN time steps computes
+
+    U[k] = beta * V[k-1] + input_scale * X[k]       charge
+    S[k] = 1 if U[k] > th (or >=) else 0            fire
+    V[k] = (1 - S[k]) * U[k]   or   U[k] - S[k]*th  reset to zero, or by subtraction
+
+snnTorch (Eshraghian et al., Proc. IEEE 2023, arXiv 2109.12894, https://github.com/jeshraghian/snntorch) is the reference:
+spikes and gradients equal its `Leaky` stepped by hand. It is not subclassed because its layers keep the potential in a
+buffer between calls. Here the potential lives in the forward pass alone, so there is nothing to reset, and deep copies,
+weight averaging and data-parallel replicas cannot leak state into one another.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
+
+import torch
+from snntorch import surrogate
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+SpikeGrad = Callable[[Tensor], Tensor]
+
+
+def triangle(width: float = 0.5) -> SpikeGrad:
+    """Triangular surrogate `max(0, 1 - |u| / width) / (2 * width)` of FSDDIM (arXiv 2312.01742), `u` = potential - threshold."""
+    return surrogate.custom_surrogate(
+        lambda u, grad, spikes: grad * (1 - u.abs() / width).clamp(min=0) / (2 * width)
+    )
+
+
+def rectangle(width: float = 0.5) -> SpikeGrad:
+    """Rectangular surrogate `[|u| < width] / (2 * width)` (Wu et al., 2018), named by the SDDPM paper."""
+    return surrogate.custom_surrogate(lambda u, grad, spikes: grad * (u.abs() < width) / (2 * width))
+
+
+def get_surrogate(name: str) -> SpikeGrad:
+    """Returns the surrogate of that name, with its default width: any of `snntorch.surrogate`, `triangle` or `rectangle`.
+
+    Raises:
+        ValueError: If there is no surrogate of that name.
+    """
+    own = {"triangle": triangle, "rectangle": rectangle}
+    theirs = {
+        key: value
+        for key, value in vars(surrogate).items()
+        if callable(value) and value.__module__ == surrogate.__name__ and not isinstance(value, type)
+    }
+    theirs.pop("custom_surrogate")  # takes a function, not a number
+    known = theirs | own
+    if name not in known:
+        raise ValueError(f"spike_grad={name!r} is not a surrogate gradient; choose one of: {', '.join(sorted(known))}")
+    return known[name]()
+
+
+class _Dynamics(NamedTuple):
+    beta: float
+    threshold: float
+    input_scale: float
+    reset_mechanism: str
+    reset_delay: bool
+    detach_reset: bool
+    fire_at_threshold: bool
+
+
+def _fire(u: Tensor, d: _Dynamics) -> Tensor:
+    return (u >= d.threshold if d.fire_at_threshold else u > d.threshold).to(u.dtype)
+
+
+def _carry(u: Tensor, s: Tensor, d: _Dynamics) -> Tensor:
+    """The potential handed to the next step: reset and decay of `U[k]`."""
+    if d.reset_mechanism == "zero":
+        return d.beta * ((1 - s) * u)
+    if d.reset_delay:
+        return d.beta * u - s * d.threshold
+    return d.beta * (u - s * d.threshold)
+
+
+def _potentials(x: Tensor, d: _Dynamics) -> tuple[list[Tensor], list[Tensor]]:
+    dtype = torch.promote_types(x.dtype, torch.float32)  # potentials stay in float32 under mixed precision
+    potentials: list[Tensor] = []
+    spikes: list[Tensor] = []
+    for x_k in x.unbind(0):
+        u = x_k.to(dtype) * d.input_scale
+        if potentials:
+            u = u + _carry(potentials[-1], spikes[-1], d)
+        potentials.append(u)
+        spikes.append(_fire(u, d))
+    return potentials, spikes
+
+
+def _forward(x: Tensor, d: _Dynamics) -> Tensor:
+    return torch.stack(_potentials(x, d)[1]).to(x.dtype)
+
+
+def _backward(x: Tensor, grad: Tensor, d: _Dynamics, derivative: Callable[[Tensor], Tensor]) -> Tensor:
+    """Backpropagation through time; the potentials are computed again, which is cheaper than keeping them."""
+    potentials, spikes = _potentials(x, d)
+    grads: list[Tensor] = []
+    carried: Tensor | None = None  # dL/dU[k+1]
+    for u, s, g in zip(reversed(potentials), reversed(spikes), reversed(grad.unbind(0)), strict=True):
+        ds_du = derivative(u - d.threshold)
+        dl_du = g.to(u.dtype) * ds_du
+        if carried is not None:
+            attached = 0.0 if d.detach_reset else ds_du
+            if d.reset_mechanism == "zero":
+                dv_du = d.beta * (1 - s - u * attached)
+            elif d.reset_delay:
+                dv_du = d.beta - d.threshold * attached
+            else:
+                dv_du = d.beta * (1 - d.threshold * attached)
+            dl_du = dl_du + carried * dv_du
+        carried = dl_du
+        grads.append((dl_du * d.input_scale).to(x.dtype))
+    return torch.stack(grads[::-1])
+
+
+@lru_cache
+def _derivative(spike_grad: SpikeGrad, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Traces the surrogate's derivative `dS/du` into a graph of plain operations that the compiler can fuse."""
+
+    def derivative(u: Tensor) -> Tensor:
+        u = u.detach().requires_grad_()
+        with torch.enable_grad():
+            return torch.autograd.grad(spike_grad(u), u, torch.ones_like(u))[0]
+
+    return make_fx(derivative)(torch.zeros(4, dtype=dtype))
+
+
+class _MultiStep(torch.autograd.Function):
+    """Forward and backward over all `T` steps at once, on `(T, N)`; keeps only its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, d: _Dynamics, spike_grad: SpikeGrad) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.d, ctx.spike_grad = d, spike_grad
+        return _run(_forward, x, d)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        derivative = _derivative(ctx.spike_grad, torch.promote_types(x.dtype, torch.float32))
+        return _run(_backward, x, grad.contiguous(), ctx.d, derivative), None, None
+
+
+COMPILE_FROM = 2**20
+"""Elements from which a compiled kernel is worth its compilation (seconds, once for each neuron type and `T`)."""
+
+_compiled = {f: torch.compile(f, dynamic=True) for f in (_forward, _backward)}
+_compiler_failed = False
+
+
+def _run(function: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor:
+    global _compiler_failed
+    if x.numel() < COMPILE_FROM or _compiler_failed or torch.compiler.is_compiling():
+        return function(x, *args)
+    try:
+        return _compiled[function](x, *args)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        _compiler_failed = True
+        warnings.warn(f"neurons run uncompiled, about 3 times slower: no working compiler ({error})", stacklevel=2)
+        return function(x, *args)
+
+
+class SpikingNeuron(nn.Module):
+    """A layer of leaky integrate-and-fire neurons over all SNN time steps of one forward pass.
+
+    Args:
+        beta: Membrane decay per step, 1 for integrate-and-fire. A paper's `tau` with decaying input maps to `1 - 1/tau`.
+        threshold: Firing threshold; may be set after construction (see `set_threshold`).
+        input_scale: Factor on the input current, `1/tau` where a paper's input decays too.
+        reset_mechanism: `"zero"` (hard) or `"subtract"` (soft).
+        reset_delay: With `"subtract"`, subtract after the next step's decay (as snnTorch does by default) instead of before.
+        detach_reset: Whether the reset is a constant for the backward pass.
+        fire_at_threshold: Whether a potential equal to the threshold fires (`>=`, SpikingJelly) or not (`>`, snnTorch).
+        spike_grad: Surrogate gradient: a snnTorch surrogate, or its name (see `get_surrogate`).
+
+    Shapes:
+        `(T, B, ...)` currents to `(T, B, ...)` spikes, 0 or 1, in the input's dtype.
+
+    Raises:
+        ValueError: If a constant is out of range or a name is unknown.
+    """
+
+    def __init__(
+        self,
+        beta: float = 1.0,
+        threshold: float = 1.0,
+        input_scale: float = 1.0,
+        reset_mechanism: Literal["zero", "subtract"] = "zero",
+        reset_delay: bool = False,
+        detach_reset: bool = False,
+        fire_at_threshold: bool = True,
+        spike_grad: SpikeGrad | str = "atan",
+    ) -> None:
+        super().__init__()
+        if not 0 <= beta <= 1:
+            raise ValueError(f"beta={beta} is not a membrane decay; give a number from 0 to 1")
+        if reset_mechanism not in ("zero", "subtract"):
+            raise ValueError(f"reset_mechanism={reset_mechanism!r} is unknown; choose 'zero' or 'subtract'")
+        self.beta = beta
+        self.threshold = threshold
+        self.input_scale = input_scale
+        self.reset_mechanism = reset_mechanism
+        self.reset_delay = reset_delay
+        self.detach_reset = detach_reset
+        self.fire_at_threshold = fire_at_threshold
+        self.spike_grad = get_surrogate(spike_grad) if isinstance(spike_grad, str) else spike_grad
+
+    @property
+    def threshold(self) -> float:
+        """Firing threshold of the layer."""
+        return self._threshold
+
+    @threshold.setter
+    def threshold(self, value: float) -> None:
+        if not value > 0:
+            raise ValueError(f"threshold={value} is not a firing threshold; give a number above 0")
+        self._threshold = float(value)
+
+    @property
+    def _dynamics(self) -> _Dynamics:
+        return _Dynamics(
+            self.beta,
+            self.threshold,
+            self.input_scale,
+            self.reset_mechanism,
+            self.reset_delay,
+            self.detach_reset,
+            self.fire_at_threshold,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the spikes `(T, B, ...)` of the currents `x` `(T, B, ...)`, from a potential of zero."""
+        if x.dim() < 2:
+            raise ValueError(f"currents have shape {tuple(x.shape)}; a spiking layer takes (T, B, ...)")
+        return _restore(_MultiStep.apply(_flatten(x), self._dynamics, self.spike_grad), x)
+
+    def stepwise(self, x: Tensor) -> Tensor:
+        """Same as `forward`, one step after the other under plain autograd: the definition that `forward` is tested against."""
+        d, spikes, u = self._dynamics, [], None
+        for x_k in x.unbind(0):
+            current = x_k * d.input_scale
+            if u is None:
+                u = current
+            else:
+                s = spikes[-1].detach() if d.detach_reset else spikes[-1]
+                u = current + _carry(u, s, d)
+            surrogate_spike = self.spike_grad(u - d.threshold).to(u.dtype)
+            spikes.append(surrogate_spike + (_fire(u, d) - surrogate_spike).detach())
+        return torch.stack(spikes)
+
+    def extra_repr(self) -> str:
+        """Names the constants in `print(network)`."""
+        return ", ".join(f"{name}={value}" for name, value in self._dynamics._asdict().items())
+
+
+def _flatten(x: Tensor) -> Tensor:
+    """Views `x` as `(T, N)` in memory order, so that channels-last tensors need no copy."""
+    return x
+
+
+def _restore(flat: Tensor, like: Tensor) -> Tensor:
+    return flat
+
+
+def integrate_and_fire(threshold: float = 1.0, spike_grad: SpikeGrad | str = "atan") -> SpikingNeuron:
+    """SpikingJelly's `IFNode`: no leak, hard reset, fires at the threshold, reset not detached (SDDPM, SDM)."""
+    return SpikingNeuron(threshold=threshold, spike_grad=spike_grad)
+
+
+def leaky_integrate_and_fire(
+    tau: float = 2.0, threshold: float = 1.0, spike_grad: SpikeGrad | str = "atan"
+) -> SpikingNeuron:
+    """SpikingJelly's `LIFNode` with decaying input: `U = V + (X - V) / tau` (Spiking-Diffusion; SDDPM's option)."""
+    return SpikingNeuron(beta=1 - 1 / tau, threshold=threshold, input_scale=1 / tau, spike_grad=spike_grad)
+
+
+def set_threshold(network: nn.Module, threshold: float) -> None:
+    """Sets the threshold of every neuron of a network: threshold guidance of SDM (arXiv 2408.16467, section 4.3)."""
+    for module in network.modules():
+        if isinstance(module, SpikingNeuron):
+            module.threshold = threshold
