@@ -134,19 +134,32 @@ def _derivative(spike_grad: SpikeGrad, dtype: torch.dtype) -> Callable[[Tensor],
 
 
 class _MultiStep(torch.autograd.Function):
-    """Forward and backward over all `T` steps at once, on `(T, N)`; keeps only its input."""
+    """Forward and backward over all `T` steps at once, on `(T, N)` in memory order; keeps only its input."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, d: _Dynamics, spike_grad: SpikeGrad) -> Tensor:
+        x = _dense(x)
         ctx.save_for_backward(x)
         ctx.d, ctx.spike_grad = d, spike_grad
-        return _run(_forward, x, d)
+        return _run(_forward, _flat(x), d).as_strided(x.shape, x.stride())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         (x,) = ctx.saved_tensors
+        if grad.stride() != x.stride():
+            grad = torch.empty_like(x).copy_(grad)
         derivative = _derivative(ctx.spike_grad, torch.promote_types(x.dtype, torch.float32))
-        return _run(_backward, x, grad.contiguous(), ctx.d, derivative), None, None
+        return _run(_backward, _flat(x), _flat(grad), ctx.d, derivative).as_strided(x.shape, x.stride()), None, None
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Returns `x` itself if its memory has no gaps and `T` outermost (also channels-last), else a contiguous copy."""
+    channels_last = x.dim() == 5 and x.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
+    return x if channels_last and x.stride(0) == x[0].numel() else x.contiguous()
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.as_strided((x.shape[0], x[0].numel()), (x[0].numel(), 1))
 
 
 COMPILE_FROM = 2**20
@@ -240,11 +253,13 @@ class SpikingNeuron(nn.Module):
         """Returns the spikes `(T, B, ...)` of the currents `x` `(T, B, ...)`, from a potential of zero."""
         if x.dim() < 2:
             raise ValueError(f"currents have shape {tuple(x.shape)}; a spiking layer takes (T, B, ...)")
-        return _restore(_MultiStep.apply(_flatten(x), self._dynamics, self.spike_grad), x)
+        return _MultiStep.apply(x, self._dynamics, self.spike_grad)
 
     def stepwise(self, x: Tensor) -> Tensor:
         """Same as `forward`, one step after the other under plain autograd: the definition that `forward` is tested against."""
-        d, spikes, u = self._dynamics, [], None
+        d = self._dynamics
+        spikes: list[Tensor] = []
+        u: Tensor | None = None
         for x_k in x.unbind(0):
             current = x_k * d.input_scale
             if u is None:
@@ -252,22 +267,13 @@ class SpikingNeuron(nn.Module):
             else:
                 s = spikes[-1].detach() if d.detach_reset else spikes[-1]
                 u = current + _carry(u, s, d)
-            surrogate_spike = self.spike_grad(u - d.threshold).to(u.dtype)
-            spikes.append(surrogate_spike + (_fire(u, d) - surrogate_spike).detach())
+            slope = _derivative(self.spike_grad, u.dtype)((u - d.threshold).detach())
+            spikes.append(_fire(u, d) + slope * (u - u.detach()))
         return torch.stack(spikes)
 
     def extra_repr(self) -> str:
         """Names the constants in `print(network)`."""
         return ", ".join(f"{name}={value}" for name, value in self._dynamics._asdict().items())
-
-
-def _flatten(x: Tensor) -> Tensor:
-    """Views `x` as `(T, N)` in memory order, so that channels-last tensors need no copy."""
-    return x
-
-
-def _restore(flat: Tensor, like: Tensor) -> Tensor:
-    return flat
 
 
 def integrate_and_fire(threshold: float = 1.0, spike_grad: SpikeGrad | str = "atan") -> SpikingNeuron:

@@ -1,0 +1,143 @@
+"""What every method shares: a system turns seeds into images, and trains by a loss on images."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+LRSchedulerFactory = Callable[[Optimizer], LRScheduler]
+
+
+class CheckpointMismatchError(RuntimeError):
+    """A state dict does not belong to the network it is loaded into."""
+
+
+def check_state(state: Mapping[str, Tensor], network: nn.Module, source: str) -> None:
+    """Checks that a state dict has exactly the tensors of a network.
+
+    Args:
+        state: Tensors by name.
+        network: The network they shall be loaded into.
+        source: What the state is, for the message.
+
+    Raises:
+        CheckpointMismatchError: If names are missing or unknown, or shapes differ; lists them.
+    """
+    own = network.state_dict()
+    problems = {
+        "missing": sorted(own.keys() - state.keys()),
+        "unknown": sorted(state.keys() - own.keys()),
+        "of another shape": [
+            f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+            for key in own
+            if key in state and state[key].shape != own[key].shape
+        ],
+    }
+    if any(problems.values()):
+        listing = "; ".join(
+            f"{len(names)} {kind}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+            for kind, names in problems.items()
+            if names
+        )
+        raise CheckpointMismatchError(
+            f"{source} does not fit the configured network ({listing}); use the configuration it was trained with, "
+            "for a run of the suite the config.yaml in its folder"
+        )
+
+
+class DiffusionSystem(L.LightningModule):
+    """Base of the methods.
+
+    A method gives `loss` and `trajectory`; training, validation, test and prediction follow. The loaders of test and
+    prediction yield seeds, one for each image to generate.
+
+    Args:
+        optimizer: Makes the optimiser of the parameters.
+        lr_scheduler: Makes a learning-rate schedule that is stepped after every optimiser step; none keeps it constant.
+    """
+
+    method: str
+    """Name of the method in records and run folders."""
+    num_steps: int
+    """SNN time steps `T`."""
+    num_inference_steps: int
+    """Diffusion steps of the sampler."""
+
+    def __init__(self, optimizer: OptimizerFactory, lr_scheduler: LRSchedulerFactory | None = None) -> None:
+        super().__init__()
+        self._optimizer = optimizer
+        self._lr_scheduler = lr_scheduler
+
+    @abstractmethod
+    def loss(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Returns the training loss (scalar) of images `(B, C, H, W)` in [-1, 1]; `generator` fixes its random draws."""
+
+    @abstractmethod
+    def trajectory(self, seeds: Tensor, image_shape: tuple[int, int, int]) -> Iterator[Tensor]:
+        """Yields the images `(B, C, H, W)` at the start and after each diffusion step; the last ones are the samples.
+
+        Args:
+            seeds: One seed for each image, `(B,)`: it alone fixes the noise of that image, so that image `k` does not
+                depend on the batch it is drawn in or on the number of devices (up to rounding).
+            image_shape: `(C, H, W)`.
+        """
+
+    @property
+    @abstractmethod
+    def solver(self) -> str:
+        """Name of the sampler and its settings, for records."""
+
+    @property
+    @abstractmethod
+    def nfe(self) -> int:
+        """Network evaluations per image."""
+
+    @torch.no_grad()
+    def sample(self, seeds: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
+        """Returns one image for each seed, `(B, C, H, W)`; values may lie slightly outside [-1, 1]."""
+        images = None
+        for images in self.trajectory(seeds, image_shape):
+            pass
+        assert images is not None
+        return images
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Returns the loss of a batch of images."""
+        loss = self.loss(batch)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
+        return loss
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        """Logs the loss with draws that are the same in every epoch."""
+        generator = torch.Generator(batch.device).manual_seed(batch_idx)
+        self.log("val/loss", self.loss(batch, generator), prog_bar=True, sync_dist=True, batch_size=len(batch))
+
+    def test_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Returns the images `(B, C, H, W)` of a batch of seeds `(B,)`."""
+        return self.sample(batch, self._image_shape)
+
+    predict_step = test_step
+
+    @property
+    def _image_shape(self) -> tuple[int, int, int]:
+        shape: tuple[int, int, int] = self.trainer.datamodule.image_shape  # type: ignore[attr-defined]
+        return shape
+
+    def configure_optimizers(self) -> Any:
+        """Makes the optimiser and, where one is set, its schedule in steps."""
+        optimizer = self._optimizer(p for p in self.parameters() if p.requires_grad)
+        if self._lr_scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._lr_scheduler(optimizer), "interval": "step"}}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint of another network with one message."""
+        check_state(checkpoint["state_dict"], self, "the checkpoint")

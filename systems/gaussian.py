@@ -1,0 +1,101 @@
+"""Gaussian diffusion in pixel space (DDPM, arXiv 2006.11239), with diffusers' schedulers as noise schedule and solver."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator
+
+import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from systems.base import DiffusionSystem, LRSchedulerFactory, OptimizerFactory
+
+
+class GaussianDiffusion(DiffusionSystem):
+    """Trains a network `(x_t, t)` by mean squared error and samples with any solver of diffusers that fits.
+
+    Args:
+        network: Takes `(B, C, H, W)` and steps `(B,)`, returns `(B, C, H, W)`.
+        scheduler: Noise schedule, prediction type and solver in one; another solver may be given for testing.
+        num_inference_steps: Diffusion steps of the sampler.
+        eta: Noise of DDIM from 0 (none) to 1; other solvers have no such option.
+        optimizer: Makes the optimiser.
+        lr_scheduler: Makes the learning-rate schedule.
+
+    Raises:
+        ValueError: If the scheduler or the number of steps does not fit.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        scheduler: SchedulerMixin,
+        num_inference_steps: int,
+        eta: float,
+        optimizer: OptimizerFactory,
+        lr_scheduler: LRSchedulerFactory | None,
+    ) -> None:
+        super().__init__(optimizer, lr_scheduler)
+        name, num_train_timesteps = type(scheduler).__name__, scheduler.config.num_train_timesteps
+        if not 1 <= num_inference_steps <= num_train_timesteps:
+            raise ValueError(
+                f"num_inference_steps={num_inference_steps}; give a number from 1 to the {num_train_timesteps} steps of training"
+            )
+        if not hasattr(scheduler, "alphas_cumprod") or not hasattr(scheduler, "add_noise"):
+            raise ValueError(f"scheduler {name} is not a discrete Gaussian diffusion; give DDPMScheduler, DDIMScheduler, ...")
+        if scheduler.config.prediction_type not in ("epsilon", "sample", "v_prediction"):
+            raise ValueError(f"prediction_type={scheduler.config.prediction_type!r}; give epsilon, sample or v_prediction")
+        if eta and "eta" not in inspect.signature(scheduler.step).parameters:
+            raise ValueError(f"eta={eta} is an option of DDIM; {name} has none")
+        self.network = network
+        self.scheduler = scheduler
+        self.num_inference_steps = num_inference_steps
+        self.eta = eta
+
+    @property
+    def solver(self) -> str:
+        """Name of the solver, with eta where it has one."""
+        name = type(self.scheduler).__name__.removesuffix("Scheduler")
+        return f"{name}(eta={self.eta:g})" if "eta" in inspect.signature(self.scheduler.step).parameters else name
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations per image, as many as the solver has time points."""
+        scheduler = copy.deepcopy(self.scheduler)
+        scheduler.set_timesteps(self.num_inference_steps)
+        return len(scheduler.timesteps)
+
+    def loss(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Mean squared error of the prediction at a uniform random step for each image, unweighted."""
+        noise = torch.randn(images.shape, generator=generator, device=images.device, dtype=images.dtype)
+        t = torch.randint(
+            self.scheduler.config.num_train_timesteps, (len(images),), generator=generator, device=images.device
+        )
+        prediction = self.network(self.scheduler.add_noise(images, noise, t), t)
+        if self.scheduler.config.prediction_type == "epsilon":
+            target = noise
+        elif self.scheduler.config.prediction_type == "sample":
+            target = images
+        else:
+            target = self.scheduler.get_velocity(images, noise, t)
+        return F.mse_loss(prediction.float(), target.float())
+
+    def trajectory(self, seeds: Tensor, image_shape: tuple[int, int, int]) -> Iterator[Tensor]:
+        """Yields `x_T`, ..., `x_0` `(B, C, H, W)`; image `k` draws its noise from a generator seeded by `seeds[k]`."""
+        scheduler = copy.deepcopy(self.scheduler)  # solvers keep a history
+        scheduler.set_timesteps(self.num_inference_steps)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+        accepted = inspect.signature(scheduler.step).parameters
+        options = {k: v for k, v in {"generator": generators, "eta": self.eta}.items() if k in accepted}
+        x = randn_tensor((len(seeds), *image_shape), generator=generators, device=self.device, dtype=self.dtype)
+        x = x * scheduler.init_noise_sigma
+        yield x
+        for t in scheduler.timesteps:
+            steps = t.to(x.device).expand(len(x))
+            prediction = self.network(scheduler.scale_model_input(x, t), steps).to(x.dtype)
+            x = scheduler.step(prediction, t, x, return_dict=False, **options)[0]
+            yield x

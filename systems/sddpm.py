@@ -1,0 +1,129 @@
+"""SDDPM: a denoising diffusion model whose noise predictor is a spiking U-Net.
+
+J. Cao, Z. Wang, H. Guo, H. Cheng, Q. Zhang, R. Xu, "Spiking Denoising Diffusion Probabilistic Models", WACV 2024,
+https://arxiv.org/abs/2306.17046; authors' code https://github.com/AndyCao1125/SDDPM.
+
+Departures: neurons start from zero in every network call (the released sampler keeps the potentials of the last call of a
+batch for the next batch), and a real seed option. The recipe defaults to the released learning rate with the paper's batch
+size; `configs/presets/` holds both recipes unmixed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from diffusers import DDPMScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import Tensor, nn
+
+from systems.base import LRSchedulerFactory, OptimizerFactory, check_state
+from systems.gaussian import GaussianDiffusion
+from systems.neurons import get_surrogate, integrate_and_fire, leaky_integrate_and_fire
+from systems.spiking_unet import SpikingUNet
+
+
+class SDDPM(GaussianDiffusion):
+    """Spiking DDPM of Cao et al.
+
+    Args:
+        in_channels: Image channels.
+        base_channels: Channels of the first level.
+        channel_mult: Channels of each level, as multiples of `base_channels`.
+        num_res_blocks: Residual blocks per level.
+        num_steps: SNN time steps T (paper: 4 or 8).
+        neuron: Integrate-and-fire (`if`, published) or leaky with tau = 2 (`lif`).
+        threshold: Firing threshold of every neuron; values near 1 at test time are threshold guidance.
+        spike_grad: Surrogate gradient: a name of snntorch.surrogate, triangle or rectangle.
+        attention_levels: Refused unless empty, the published network has no attention.
+        dropout: Ignored with a warning, the released network has no dropout layer.
+        scheduler: Noise schedule and solver, a scheduler of diffusers.
+        num_inference_steps: Diffusion steps of the sampler.
+        eta: Noise of DDIM, from 0 to 1.
+        optimizer: Optimiser.
+        lr_scheduler: Learning-rate schedule per step, e.g. LinearLR for a warm-up.
+    """
+
+    method = "sddpm"
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        base_channels: int = 128,
+        channel_mult: Sequence[int] = (1, 2, 2, 4),
+        num_res_blocks: int = 2,
+        num_steps: int = 4,
+        neuron: Literal["if", "lif"] = "if",
+        threshold: float = 1.0,
+        spike_grad: str = "atan",
+        attention_levels: Sequence[int] = (),
+        dropout: float = 0.0,
+        scheduler: SchedulerMixin | None = None,
+        num_inference_steps: int = 1000,
+        eta: float = 0.0,
+        optimizer: OptimizerFactory = partial(torch.optim.Adam, lr=2e-4),
+        lr_scheduler: LRSchedulerFactory | None = None,
+    ) -> None:
+        scheduler = scheduler or DDPMScheduler(variance_type="fixed_large")
+        make = integrate_and_fire if neuron == "if" else leaky_integrate_and_fire
+        network = SpikingUNet(
+            in_channels=in_channels,
+            base_channels=base_channels,
+            channel_mult=channel_mult,
+            num_res_blocks=num_res_blocks,
+            num_steps=num_steps,
+            num_train_timesteps=scheduler.config.num_train_timesteps,
+            neuron=partial(make, threshold=threshold, spike_grad=get_surrogate(spike_grad)),
+            attention_levels=attention_levels,
+            dropout=dropout,
+        )
+        super().__init__(network, scheduler, num_inference_steps, eta, optimizer, lr_scheduler)
+        self.num_steps = num_steps
+
+
+def convert_official(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """Renames the tensors of a released SDDPM checkpoint (its `net_model`) to those of `SpikingUNet`.
+
+    Args:
+        state: Released state dict; a `module.` prefix is dropped, the output stage's 3-D kernel loses its last axis of 1.
+        network: The network that shall take the tensors.
+
+    Returns:
+        State dict for `network.load_state_dict`.
+
+    Raises:
+        CheckpointMismatchError: If a tensor is left over, missing or of another shape; lists them.
+    """
+    converted = {key.removeprefix("module."): value for key, value in state.items()}
+    kernel = converted.get("T_output_layer.weight")
+    if kernel is not None and kernel.dim() == 5:
+        converted["T_output_layer.weight"] = kernel.squeeze(-1)
+    check_state(converted, network, "the official checkpoint")
+    return converted
+
+
+def infer_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Reads the size of the network off a released state dict, as arguments of `SpikingUNet` (without `num_steps`).
+
+    Raises:
+        KeyError: If it is not the state dict of such a network; names the first tensor it lacks.
+    """
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    base_channels, in_channels = state["conv.weight"].shape[:2]
+    levels: list[list[int]] = [[]]
+    block = 0
+    while any(key.startswith(f"downblocks.{block}.") for key in state):
+        if f"downblocks.{block}.conv1.weight" in state:
+            levels[-1].append(len(state[f"downblocks.{block}.conv1.bias"]) // base_channels)
+        else:
+            levels.append([])
+        block += 1
+    return {
+        "in_channels": in_channels,
+        "base_channels": base_channels,
+        "channel_mult": [level[-1] for level in levels if level],
+        "num_res_blocks": len(levels[0]),
+        "num_train_timesteps": len(state["time_embedding.timembedding.0.weight"]),
+    }

@@ -1,0 +1,254 @@
+"""Spiking U-Net of SDDPM and SDM: a noise predictor with pre-spike residual blocks.
+
+J. Cao et al., "Spiking Denoising Diffusion Probabilistic Models", WACV 2024, https://arxiv.org/abs/2306.17046; authors'
+code https://github.com/AndyCao1125/SDDPM. The structure is that of the released network (the paper's text differs in
+places), so that its checkpoints load: integrate-and-fire neurons, no dropout, no attention, and an output stage that ends in
+a leaky read-out. Module names follow the released checkpoints.
+
+Axes: `T` SNN time steps, `B` images, `C` channels, `H`, `W` pixels. Convolutions and norms see `T` folded into the batch;
+only the neurons look along it.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from systems.neurons import SpikingNeuron, integrate_and_fire
+
+READOUT_DECAY = 0.8
+
+NeuronFactory = Callable[[], SpikingNeuron]
+
+
+def fold(x: Tensor) -> Tensor:
+    """`(T, B, ...)` to `(T*B, ...)`."""
+    return x.flatten(0, 1)
+
+
+def unfold(x: Tensor, num_steps: int) -> Tensor:
+    """`(T*B, ...)` to `(T, B, ...)`."""
+    return x.unflatten(0, (num_steps, -1))
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoidal embedding of the diffusion step (sine and cosine interleaved) and a two-layer swish MLP, not spiking.
+
+    Integer steps read the table that the checkpoints hold; real-valued ones (DPM-Solver) evaluate the same sinusoids.
+
+    Shapes:
+        `(B,)` steps to `(B, 4 * channels)`.
+    """
+
+    def __init__(self, channels: int, num_train_timesteps: int) -> None:
+        super().__init__()
+        frequencies = torch.exp(torch.arange(0, channels, 2) / channels * -math.log(10000))
+        table = self._sinusoids(torch.arange(num_train_timesteps), frequencies)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.timembedding = nn.Sequential(
+            nn.Embedding.from_pretrained(table),  # frozen, as released
+            nn.Linear(channels, 4 * channels),
+            nn.SiLU(),
+            nn.Linear(4 * channels, 4 * channels),
+        )
+
+    @staticmethod
+    def _sinusoids(t: Tensor, frequencies: Tensor) -> Tensor:
+        angle = t[:, None] * frequencies
+        return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Returns the embedding `(B, 4 * channels)` of diffusion steps `t` `(B,)`."""
+        if not t.is_floating_point():
+            return self.timembedding(t)
+        embedding = self._sinusoids(t, self.get_buffer("frequencies")).to(self.timembedding[1].weight.dtype)
+        return self.timembedding[1:](embedding)
+
+
+class ResBlock(nn.Module):
+    """Neuron, convolution, norm, twice; the residual is summed in real values after it (`(T, B, C, H, W)` in and out)."""
+
+    def __init__(self, in_channels: int, out_channels: int, temb_channels: int, neuron: NeuronFactory) -> None:
+        super().__init__()
+        self.neuron1 = neuron()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.temb_proj = nn.Sequential(nn.SiLU(), nn.Linear(temb_channels, out_channels))
+        self.neuron2 = neuron()
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        """Returns `(T, B, out_channels, H, W)` of features `x` and the time embedding `temb` `(B, temb_channels)`."""
+        num_steps = x.shape[0]
+        h = self.bn1(self.conv1(fold(self.neuron1(x))))  # (T*B, C, H, W)
+        h = unfold(h, num_steps) + self.temb_proj(temb)[:, :, None, None]
+        h = self.bn2(self.conv2(fold(self.neuron2(h))))
+        return unfold(h + self.shortcut(fold(x)), num_steps)
+
+
+class Downsample(nn.Module):
+    """Neuron, strided convolution, norm: halves `H` and `W`."""
+
+    def __init__(self, channels: int, neuron: NeuronFactory) -> None:
+        super().__init__()
+        self.neuron = neuron()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.bn = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        """Returns `(T, B, C, H/2, W/2)`; `temb` is not used."""
+        return unfold(self.bn(self.conv(fold(self.neuron(x)))), x.shape[0])
+
+
+class Upsample(nn.Module):
+    """Neuron, nearest neighbour, convolution, norm: doubles `H` and `W`."""
+
+    def __init__(self, channels: int, neuron: NeuronFactory) -> None:
+        super().__init__()
+        self.neuron = neuron()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.bn = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        """Returns `(T, B, C, 2H, 2W)`; `temb` is not used."""
+        spikes = F.interpolate(fold(self.neuron(x)), scale_factor=2, mode="nearest")
+        return unfold(self.bn(self.conv(spikes)), x.shape[0])
+
+
+class SpikingUNet(nn.Module):
+    """Predicts the noise in `x_t` with integrate-and-fire neurons under direct encoding.
+
+    The image is a constant current, repeated for `num_steps` SNN time steps; the output is the potential of a leaky
+    integrator without threshold, `sum_k 0.8^(T-1-k) h[k]`. The potentials of every neuron start at zero in each call.
+
+    Args:
+        in_channels: Image channels.
+        base_channels: Channels of the first level, a multiple of 2.
+        channel_mult: Channels of each level, as multiples of `base_channels`; each level but the last halves the image.
+        num_res_blocks: Residual blocks per level on the way down; one more on the way up.
+        num_steps: SNN time steps `T`.
+        num_train_timesteps: Diffusion steps that the time embedding knows.
+        neuron: Makes one spiking layer.
+        attention_levels: Published without attention; anything but an empty list is refused.
+        dropout: The paper lists 0.1, the released network has none; a value other than 0 warns.
+
+    Raises:
+        ValueError: If a size is out of range.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        base_channels: int = 128,
+        channel_mult: Sequence[int] = (1, 2, 2, 4),
+        num_res_blocks: int = 2,
+        num_steps: int = 4,
+        num_train_timesteps: int = 1000,
+        neuron: NeuronFactory = integrate_and_fire,
+        attention_levels: Sequence[int] = (),
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if num_steps < 1:
+            raise ValueError(f"num_steps={num_steps} SNN time steps; give 1 or more")
+        if base_channels < 2 or base_channels % 2 or not channel_mult or num_res_blocks < 1:
+            raise ValueError(
+                f"base_channels={base_channels}, channel_mult={list(channel_mult)}, num_res_blocks={num_res_blocks} "
+                "make no U-Net; base_channels must be even, channel_mult not empty, num_res_blocks 1 or more"
+            )
+        if attention_levels:
+            raise ValueError(f"attention_levels={list(attention_levels)}: the published network has no attention; leave it empty")
+        if dropout:
+            warnings.warn(f"dropout={dropout} is ignored: the released network has no dropout layer", stacklevel=2)
+        self.in_channels = in_channels
+        self.num_steps = num_steps
+        self.num_levels = len(channel_mult)
+        tdim = 4 * base_channels
+
+        self.time_embedding = TimeEmbedding(base_channels, num_train_timesteps)
+        self.conv = nn.Conv2d(in_channels, base_channels, 3, padding=1)
+        self.bn = nn.BatchNorm2d(base_channels)
+        self.neuron = neuron()
+        self.conv_identity = nn.Conv2d(base_channels, base_channels, 3, padding=1)
+        self.bn_identity = nn.BatchNorm2d(base_channels)
+
+        channels, skips = base_channels, [base_channels]
+        self.downblocks = nn.ModuleList()
+        for level, multiple in enumerate(channel_mult):
+            for _ in range(num_res_blocks):
+                self.downblocks.append(ResBlock(channels, multiple * base_channels, tdim, neuron))
+                channels = multiple * base_channels
+                skips.append(channels)
+            if level + 1 < self.num_levels:
+                self.downblocks.append(Downsample(channels, neuron))
+                skips.append(channels)
+        self.middleblocks = nn.ModuleList(ResBlock(channels, channels, tdim, neuron) for _ in range(2))
+        self.upblocks = nn.ModuleList()
+        for level, multiple in reversed(list(enumerate(channel_mult))):
+            for _ in range(num_res_blocks + 1):
+                self.upblocks.append(ResBlock(channels + skips.pop(), multiple * base_channels, tdim, neuron))
+                channels = multiple * base_channels
+            if level > 0:
+                self.upblocks.append(Upsample(channels, neuron))
+
+        self.tail_bn = nn.BatchNorm2d(channels)
+        self.tail_conv = nn.Conv2d(channels, in_channels, 3, padding=1)
+        self.T_output_layer = nn.Conv2d(in_channels, in_channels, 3, padding=1)
+        self.last_bn = nn.BatchNorm2d(in_channels)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Xavier uniform as released; `conv_identity` and `T_output_layer` keep PyTorch's defaults."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Conv2d | nn.Linear) and name not in ("conv_identity", "T_output_layer"):
+                nn.init.xavier_uniform_(module.weight, gain=1e-5 if name == "tail_conv" else 1.0)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Returns the predicted noise `(B, C, H, W)`.
+
+        Args:
+            x: Noisy images `(B, C, H, W)` in [-1, 1] plus noise; `H` and `W` multiples of `2^(levels - 1)`.
+            t: Diffusion steps `(B,)`, whole or real numbers below `num_train_timesteps`.
+
+        Raises:
+            ValueError: If the images do not fit the network.
+        """
+        multiple = 2 ** (self.num_levels - 1)
+        if x.dim() != 4 or x.shape[1] != self.in_channels or x.shape[2] % multiple or x.shape[3] % multiple:
+            raise ValueError(
+                f"images have shape {tuple(x.shape)}; this U-Net takes (B, {self.in_channels}, H, W) with H and W "
+                f"multiples of {multiple}: set --data.image_size, or give fewer channel_mult"
+            )
+        temb = self.time_embedding(t)
+        h = self.conv(x)  # the image is the same in every SNN step, so once is enough
+        h = self.bn(h.repeat(self.num_steps, 1, 1, 1))  # (T*B, C, H, W)
+        h = self.neuron(unfold(h, self.num_steps))
+        h = unfold(self.bn_identity(self.conv_identity(fold(h))), self.num_steps)  # (T, B, C, H, W)
+        skips = [h]
+        for block in self.downblocks:
+            h = block(h, temb)
+            skips.append(h)
+        for block in self.middleblocks:
+            h = block(h, temb)
+        for block in self.upblocks:
+            if isinstance(block, ResBlock):
+                h = torch.cat([h, skips.pop()], dim=2)
+            h = block(h, temb)
+        h = self.tail_conv(F.silu(self.tail_bn(fold(h))))  # real-valued: no neuron in the tail
+        h = h + F.silu(self.last_bn(self.T_output_layer(h)))
+        return self._readout(unfold(h, self.num_steps))
+
+    def _readout(self, h: Tensor) -> Tensor:
+        """Final potential of a leaky integrator without threshold: `(T, B, C, H, W)` to `(B, C, H, W)`."""
+        powers = torch.arange(self.num_steps - 1, -1, -1, dtype=torch.float32, device=h.device)
+        weights = (READOUT_DECAY**powers).to(h.dtype)  # float32 numbers even in float64, as released
+        return torch.tensordot(weights, h, dims=1)

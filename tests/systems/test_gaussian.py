@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from torch import Tensor, nn
+
+from systems import SDDPM
+from systems.gaussian import GaussianDiffusion
+
+Reference = Callable[[str], dict[str, Tensor]]
+
+
+class Formula(nn.Module):
+    """The noise predictor of the recorded sampler runs."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return 0.5 * x + 0.25 * torch.sin(3 * x) + 0.1 * t.view(-1, 1, 1, 1).to(x) / 1000
+
+
+def replay(scheduler: object, recorded: dict[str, Tensor], steps: list[int], monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """Runs a solver on the recorded noise instead of seeds."""
+    draws = iter(recorded["input.noise"])
+
+    def recorded_noise(shape: tuple, **options: object) -> Tensor:
+        return next(draws)
+
+    monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", recorded_noise)
+    x, network = recorded["input.x_T"], Formula()
+    for t in steps:
+        x = scheduler.step(network(x, torch.full((len(x),), t)), t, x, return_dict=False)[0]  # type: ignore[attr-defined]
+    return x
+
+
+@pytest.mark.parametrize("variance", ["fixedlarge", "fixedsmall"])
+def test_ddpm_reproduces_released_sampler(variance: str, reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = reference("sampler_small.safetensors")
+    key = next(k for k in recorded if k.startswith("output.ddpm.1000") and (variance in k))
+    scheduler = DDPMScheduler(variance_type=variance.replace("fixed", "fixed_"))
+    scheduler.set_timesteps(1000)
+    x = replay(scheduler, recorded, scheduler.timesteps.tolist(), monkeypatch)
+    torch.testing.assert_close(x, recorded[key], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("steps", "tolerance"), [(10, 1e-5), (50, 1e-5), (1000, 1e-4)])
+def test_ddim_reproduces_released_sampler(
+    steps: int, tolerance: float, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded = reference("sampler_small.safetensors")
+    if f"output.ddim.{steps}" not in recorded:
+        pytest.skip(f"no recorded DDIM run of {steps} steps")
+    scheduler = DDIMScheduler(timestep_spacing="trailing", set_alpha_to_one=False)
+    scheduler.set_timesteps(steps)
+    timesteps = [t for t in scheduler.timesteps.tolist() if t > 0]  # the released sampler stops on reaching t = 0
+    x = replay(scheduler, recorded, timesteps, monkeypatch)
+    torch.testing.assert_close(x, recorded[f"output.ddim.{steps}"], rtol=0, atol=tolerance)
+
+
+def test_forward_process_matches_reference(reference: Reference) -> None:
+    recorded = reference("sampler_small.safetensors")
+    scheduler = DDPMScheduler()
+    x_t = scheduler.add_noise(recorded["train.x_0"], recorded["train.noise"], recorded["train.t"])
+    torch.testing.assert_close(x_t, recorded["train.x_t"], rtol=0, atol=1e-6)
+    loss = nn.functional.mse_loss(0.1 * x_t, recorded["train.noise"])
+    torch.testing.assert_close(loss, recorded["train.loss"].to(loss).view(()), rtol=1e-5, atol=1e-6)
+
+
+def tiny(**arguments: object) -> SDDPM:
+    torch.manual_seed(0)
+    defaults = dict(in_channels=1, base_channels=8, channel_mult=(1, 2), num_res_blocks=1, num_steps=2)
+    return SDDPM(**(defaults | {"num_inference_steps": 3} | arguments)).eval()
+
+
+@pytest.mark.parametrize(
+    "scheduler", [DDPMScheduler(), DDIMScheduler(), DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++")]
+)
+def test_image_depends_on_its_seed_alone(scheduler: object) -> None:
+    system = tiny(scheduler=scheduler, eta=1.0 if isinstance(scheduler, DDIMScheduler) else 0.0).double()
+    seeds = torch.arange(5)
+    together = system.sample(seeds, (1, 8, 8))
+    apart = torch.cat([system.sample(seeds[:2], (1, 8, 8)), system.sample(seeds[2:], (1, 8, 8))])
+    torch.testing.assert_close(together, apart, rtol=0, atol=1e-9)
+    assert not torch.equal(together[0], together[1])
+    torch.testing.assert_close(system.sample(seeds.flip(0), (1, 8, 8)).flip(0), together, rtol=0, atol=1e-9)
+
+
+def test_trajectory_starts_from_noise_and_ends_in_the_sample() -> None:
+    system = tiny()
+    states = [x.detach() for x in system.trajectory(torch.arange(64), (1, 8, 8))]
+    assert len(states) == 4
+    assert abs(float(states[0].std()) - 1) < 0.05
+    assert torch.equal(states[-1], system.sample(torch.arange(64), (1, 8, 8)))
+    assert states[-1].abs().max() <= 1
+
+
+def test_loss_is_near_one_before_training_and_repeatable() -> None:
+    system = tiny().train()
+    images = torch.rand(64, 1, 8, 8) * 2 - 1
+    losses = [system.loss(images, torch.Generator().manual_seed(3)) for _ in range(2)]
+    assert torch.equal(losses[0], losses[1])
+    assert abs(float(losses[0]) - 1) < 0.1
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+def test_loss_of_a_perfect_prediction_is_zero(prediction_type: str) -> None:
+    scheduler = DDPMScheduler(prediction_type=prediction_type)
+    images = torch.rand(4, 1, 4, 4)
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+
+    class Oracle(nn.Module):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            targets = {"epsilon": noise, "sample": images, "v_prediction": scheduler.get_velocity(images, noise, t)}
+            return targets[prediction_type]
+
+    system = GaussianDiffusion(Oracle(), scheduler, 10, 0.0, torch.optim.Adam, None)
+    assert system.loss(images, torch.Generator().manual_seed(0)) < 1e-10
+
+
+def test_solver_and_evaluations_are_named() -> None:
+    assert (tiny().solver, tiny().nfe) == ("DDPM", 3)
+    assert tiny(scheduler=DDIMScheduler(), eta=0.5).solver == "DDIM(eta=0.5)"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_inference_steps": 1001}, "from 1 to the 1000 steps of training"),
+        ({"num_inference_steps": 0}, "num_inference_steps=0"),
+        ({"eta": 0.5}, "option of DDIM"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny(**arguments)

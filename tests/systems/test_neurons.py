@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import snntorch as snn
+import torch
+from snntorch import surrogate
+from torch import Tensor, nn
+
+from systems import neurons
+from systems.neurons import SpikingNeuron, integrate_and_fire, leaky_integrate_and_fire, rectangle, set_threshold, triangle
+
+
+def gradient(f: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.detach().clone().requires_grad_()
+    y = f(x)
+    weights = torch.arange(1, len(y) + 1, dtype=y.dtype).view(-1, *[1] * (y.dim() - 1))
+    (y * weights).sum().backward()
+    assert x.grad is not None
+    return y.detach(), x.grad
+
+
+def by_hand(layer: snn.Leaky, scale: float = 1.0) -> Callable[[Tensor], Tensor]:
+    def step(x: Tensor) -> Tensor:
+        mem = torch.zeros_like(x[0])
+        spikes = []
+        for x_k in x:
+            spike, mem = layer(x_k * scale, mem)
+            spikes.append(spike)
+        return torch.stack(spikes)
+
+    return step
+
+
+class DoubleATan(surrogate.ATan):
+    """snnTorch's arctan surrogate without its cast to float32, which would round float64 gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, input_: Tensor, alpha: float) -> Tensor:
+        return surrogate.ATan.forward(ctx, input_, alpha).to(input_.dtype)
+
+
+CASES = {
+    "IF": dict(beta=1.0),
+    "LIF": dict(beta=0.5, input_scale=0.5),
+    "hard detached": dict(beta=0.8, detach_reset=True),
+    "soft": dict(beta=0.9, reset_mechanism="subtract"),
+    "soft detached": dict(beta=0.9, reset_mechanism="subtract", detach_reset=True),
+    "soft delayed": dict(beta=0.9, reset_mechanism="subtract", reset_delay=True),
+    "strict": dict(beta=0.8, fire_at_threshold=False),
+    "threshold": dict(beta=1.0, threshold=0.7),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("spike_grad", ["atan", "fast_sigmoid", "triangle", "rectangle", "sigmoid", "straight_through_estimator"])
+def test_fast_path_equals_stepping(case: str, spike_grad: str) -> None:
+    torch.manual_seed(0)
+    neuron = SpikingNeuron(**CASES[case], spike_grad=spike_grad)
+    x = torch.randn(8, 3, 5, dtype=torch.float64)
+    (fast, fast_grad), (plain, plain_grad) = gradient(neuron, x), gradient(neuron.stepwise, x)
+    assert torch.equal(fast, plain)
+    assert 0 < fast.mean() < 1
+    torch.testing.assert_close(fast_grad, plain_grad, rtol=1e-14, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (dict(beta=1.0), dict(beta=1.0, reset_mechanism="zero", reset_delay=False)),
+        (dict(beta=0.5, input_scale=0.5), dict(beta=0.5, reset_mechanism="zero", reset_delay=False)),
+        (dict(beta=0.8, detach_reset=True), dict(beta=0.8, reset_mechanism="zero", reset_delay=True)),
+        (
+            dict(beta=0.9, reset_mechanism="subtract", reset_delay=True, detach_reset=True),
+            dict(beta=0.9, reset_mechanism="subtract", reset_delay=True),
+        ),
+    ],
+)
+def test_equals_snntorch_stepped_by_hand(seed: int, ours: dict, theirs: dict) -> None:
+    torch.manual_seed(seed)
+    x = torch.randn(16, 7, 11, dtype=torch.float64)
+    neuron = SpikingNeuron(**ours, fire_at_threshold=False)
+    theirs = theirs | {"beta": torch.tensor(theirs["beta"], dtype=torch.float64)}
+    leaky = snn.Leaky(**theirs, spike_grad=lambda u: DoubleATan.apply(u, 2.0)).double()
+    for f in (neuron, neuron.stepwise):
+        (spikes, grad), (expected, expected_grad) = gradient(f, x), gradient(by_hand(leaky, neuron.input_scale), x)
+        assert torch.equal(spikes, expected)
+        torch.testing.assert_close(grad, expected_grad, rtol=0, atol=1e-12)
+
+
+def test_integrate_and_fire_check_values() -> None:
+    x = torch.tensor([0.4, 0.6, 0.5, 1.5, -0.2, 1.2, 0.0], dtype=torch.float64).view(7, 1)
+    spikes, grad = gradient(integrate_and_fire(), x)
+    assert spikes.flatten().tolist() == [0, 1, 0, 1, 0, 1, 0]
+    expected = [1.794091, 1.726102, 0.273898, -0.690936, 5.755102, 5.356002, 0.643998]
+    torch.testing.assert_close(grad.flatten(), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-6)
+
+
+def test_equality_fires_only_where_asked() -> None:
+    x = torch.tensor([1.0, 0.5, 0.5]).view(3, 1)
+    assert integrate_and_fire()(x).flatten().tolist() == [1, 0, 1]
+    assert SpikingNeuron(fire_at_threshold=False)(x).flatten().tolist() == [0, 1, 0]
+
+
+def test_leaky_check_values() -> None:
+    x = torch.tensor([0.8, 1.4, 1.0, 0.3], dtype=torch.float64).view(4, 1)
+    potentials, _ = neurons._potentials(x, leaky_integrate_and_fire(tau=2.0)._dynamics)
+    torch.testing.assert_close(torch.cat(potentials), torch.tensor([0.4, 0.9, 0.95, 0.625], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("reset", ["hard", "soft"])
+def test_fsddim_neuron_reproduces_reference(reset: str, reference: Callable[[str], dict[str, Tensor]]) -> None:
+    recorded = reference("fsddim_small.safetensors")
+    neuron = SpikingNeuron(
+        beta=0.8,
+        reset_mechanism="zero" if reset == "hard" else "subtract",
+        detach_reset=True,
+        fire_at_threshold=False,
+        spike_grad=triangle(),
+    )
+    spikes, grad = gradient(neuron, recorded["lif.input"].movedim(-1, 0))
+    assert torch.equal(spikes.movedim(0, -1), recorded[f"lif.{reset}.output"])
+    torch.testing.assert_close(grad.movedim(0, -1), recorded[f"lif.{reset}.grad"], rtol=0, atol=1e-6)
+
+
+def test_surrogates_have_their_shape() -> None:
+    u = torch.tensor([-0.6, -0.25, 0.0, 0.25, 0.6], dtype=torch.float64)
+    for spike_grad, expected in ((triangle(0.5), [0, 0.5, 1, 0.5, 0]), (rectangle(0.5), [0, 1, 1, 1, 0])):
+        derivative = neurons._derivative(spike_grad, u.dtype)(u)
+        torch.testing.assert_close(derivative, torch.tensor(expected, dtype=u.dtype))
+
+
+@pytest.mark.parametrize("case", ["IF", "soft delayed"])
+def test_compiled_kernel_equals_plain(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    neuron = SpikingNeuron(**CASES[case])
+    x = torch.randn(4, 2, 3, 8, 8)
+    plain, plain_grad = gradient(neuron, x)
+    monkeypatch.setattr(neurons, "COMPILE_FROM", 0)
+    compiled, compiled_grad = gradient(neuron, x)
+    assert torch.equal(compiled, plain)
+    torch.testing.assert_close(compiled_grad, plain_grad, rtol=1e-5, atol=1e-6)
+
+
+def test_works_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_compiler(*args: object) -> Tensor:
+        raise torch._dynamo.exc.TorchDynamoException("no compiler")
+
+    monkeypatch.setattr(neurons, "COMPILE_FROM", 0)
+    monkeypatch.setattr(neurons, "_compiler_failed", False)
+    monkeypatch.setattr(neurons, "_compiled", {f: no_compiler for f in neurons._compiled})
+    with pytest.warns(UserWarning, match="no working compiler"):
+        spikes = integrate_and_fire()(torch.ones(3, 2))
+    assert spikes.tolist() == [[1, 1]] * 3
+
+
+def test_memory_layouts_agree() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 2, 3, 5, 6)
+    last = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).view_as(x)
+    neuron = integrate_and_fire()
+    expected = gradient(neuron, x)
+    for other in (last, x.transpose(0, 1).contiguous().transpose(0, 1), x.expand(4, 2, 3, 5, 6)):
+        spikes, grad = gradient(neuron, other)
+        assert torch.equal(spikes, expected[0])
+        torch.testing.assert_close(grad, expected[1])
+    assert neuron(last).stride() == last.stride()
+
+
+def test_half_precision_keeps_potentials_in_float32() -> None:
+    x = torch.full((300, 1), 0.00390625, dtype=torch.bfloat16)  # 2**-8: sums above 1/2 are lost in bfloat16
+    spikes = integrate_and_fire()(x)
+    assert spikes.dtype == torch.bfloat16
+    assert spikes.nonzero()[:, 0].tolist() == [255]
+
+
+def test_holds_no_state() -> None:
+    neuron = integrate_and_fire()
+    x = torch.full((3, 2), 0.4)
+    first, other = neuron(x), copy.deepcopy(neuron)(x)
+    assert torch.equal(neuron(x), first)
+    assert torch.equal(other, first)
+    assert not neuron.state_dict()
+
+
+def test_set_threshold_reaches_every_neuron() -> None:
+    network = nn.Sequential(integrate_and_fire(), nn.Sequential(integrate_and_fire()))
+    set_threshold(network, 0.997)
+    assert [m.threshold for m in network.modules() if isinstance(m, SpikingNeuron)] == [0.997, 0.997]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(threshold=0.0), "threshold=0.0 is not a firing threshold"),
+        (dict(threshold=float("nan")), "threshold=nan"),
+        (dict(beta=1.5), "beta=1.5 is not a membrane decay"),
+        (dict(reset_mechanism="none"), "choose 'zero' or 'subtract'"),
+        (dict(spike_grad="arctan"), "choose one of: .*atan"),
+    ],
+)
+def test_bad_constants_are_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SpikingNeuron(**arguments)
+
+
+def test_currents_without_a_time_axis_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"takes \(T, B, \.\.\.\)"):
+        integrate_and_fire()(torch.zeros(3))
