@@ -15,6 +15,22 @@ from torch.nn import functional as F
 from systems.base import DiffusionSystem, LRSchedulerFactory, OptimizerFactory
 
 
+def double_tables(scheduler: SchedulerMixin) -> SchedulerMixin:
+    """Recomputes a scheduler's noise tables in float64 from its float32 betas, as the published codes have them.
+
+    diffusers multiplies the 1000 factors of `alphas_cumprod` in float32, an error that a chain of 1000 steps amplifies
+    beyond 1e-5. The tables are only ever used one number at a time, so images keep their precision.
+    """
+    if not scheduler.config.get("rescale_betas_zero_snr", False):  # such tables are no plain product
+        first_is_final = getattr(scheduler, "final_alpha_cumprod", None) == scheduler.alphas_cumprod[0]
+        scheduler.betas = scheduler.betas.double()
+        scheduler.alphas = 1 - scheduler.betas
+        scheduler.alphas_cumprod = scheduler.alphas.cumprod(0)
+        if first_is_final:
+            scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
+    return scheduler
+
+
 class GaussianDiffusion(DiffusionSystem):
     """Trains a network `(x_t, t)` by mean squared error and samples with any solver of diffusers that fits.
 
@@ -52,7 +68,7 @@ class GaussianDiffusion(DiffusionSystem):
         if eta and "eta" not in inspect.signature(scheduler.step).parameters:
             raise ValueError(f"eta={eta} is an option of DDIM; {name} has none")
         self.network = network
-        self.scheduler = scheduler
+        self.scheduler = double_tables(scheduler)
         self.num_inference_steps = num_inference_steps
         self.eta = eta
 
