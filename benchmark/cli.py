@@ -1,0 +1,70 @@
+"""The command line: Lightning's stages on configs, and the suite's other commands, under one help."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from benchmark import __version__
+
+STAGES = {
+    "fit": "train a method on a dataset",
+    "validate": "loss of a trained run on held-out images",
+    "test": "generate images, measure them and write a record",
+    "predict": "generate images as PNG files and a grid",
+}
+COMMANDS = {
+    "import": ("benchmark.import_checkpoint:import_checkpoint", "turn an authors' checkpoint into one of the suite"),
+    "leaderboard": ("leaderboard.table:leaderboard", "show the records as tables"),
+    "train-extractor": ("leaderboard.train_extractor:train_extractor", "train the suite's own feature extractor"),
+    "loader-speed": ("benchmark.loader_speed:loader_speed", "measure the train loader, in images/s"),
+    "neuron-speed": ("benchmark.neuron_speed:neuron_speed", "measure the neuron against snnTorch stepped by hand"),
+}
+
+EXAMPLES = """\
+  python -m benchmark fit --config configs/quickstart.yaml      train a small SDDPM on embedded digits (2 minutes)
+  python -m benchmark test                                      evaluate the newest run under runs/
+  python -m benchmark leaderboard                               see the result
+  python -m benchmark fit --config configs/sddpm_fmnist.yaml --data.root FOLDER
+  python -m benchmark fit --help                                every option
+"""
+
+
+def print_help() -> None:
+    """Prints what a newcomer can type next."""
+    rows = STAGES | {name: line for name, (_, line) in COMMANDS.items()}
+    print("Reference benchmark for spiking diffusion models.\n\nusage: python -m benchmark COMMAND [--help] [options]\n")
+    print("commands:")
+    for name, line in rows.items():
+        print(f"  {name:<16} {line}")
+    print(f"\nto begin:\n{EXAMPLES}")
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs one command.
+
+    Args:
+        args: What follows `python -m benchmark`; taken from the command line if not given.
+
+    Raises:
+        SystemExit: With code 2 if the command is unknown or its options are wrong.
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    if not args or args[0] in ("-h", "--help"):
+        print_help()
+    elif args[0] == "--version":
+        print(__version__)
+    elif args[0] in STAGES:
+        from benchmark.stages import run_stage  # Lightning takes seconds to import
+
+        run_stage(args)
+    elif args[0] in COMMANDS:
+        from jsonargparse import auto_cli
+
+        module, function = COMMANDS[args[0]][0].split(":")
+        auto_cli(getattr(import_module(module), function), args=args[1:], prog=f"python -m benchmark {args[0]}")
+    else:
+        known = ", ".join([*STAGES, *COMMANDS])
+        print(f"error: unknown command {args[0]!r}; choose one of: {known}", file=sys.stderr)
+        sys.exit(2)

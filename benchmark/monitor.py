@@ -1,0 +1,137 @@
+"""What TensorBoard and the terminal show while a method trains and samples."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from leaderboard.pictures import enlargement, grid
+from systems.base import DiffusionSystem
+from systems.neurons import SpikingNeuron
+
+
+class ImageProgressBar(TQDMProgressBar):
+    """Counts images, not batches, while sampling: done, images/s, time left."""
+
+    def on_test_batch_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        """Sets the number of images."""
+        super().on_test_batch_start(trainer, *args, **kwargs)
+        self._start(self.test_progress_bar, trainer.test_dataloaders, args)
+
+    def on_predict_batch_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        """Sets the number of images."""
+        super().on_predict_batch_start(trainer, *args, **kwargs)
+        self._start(self.predict_progress_bar, trainer.predict_dataloaders, args)
+
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any) -> None:
+        """Counts the images of a batch."""
+        self.test_progress_bar.update(len(batch))
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        """Counts the images of a batch."""
+        self.predict_progress_bar.update(len(batch))
+
+    @staticmethod
+    def _start(bar: Any, loader: Any, args: tuple[Any, ...]) -> None:
+        _, batch, batch_idx = args[:3]
+        if batch_idx == 0:
+            bar.unit = "img"
+            bar.reset(total=len(loader.sampler))
+
+
+class TrainingMonitor(Callback):
+    """Logs gradient norm, images/s and firing rates, and every few epochs generated images and a denoising strip.
+
+    Args:
+        every_n_epochs: Epochs between pictures; 0 makes none.
+        num_images: Images in the grid.
+        num_inference_steps: Diffusion steps of the pictures; none takes as many as the method.
+    """
+
+    def __init__(self, every_n_epochs: int = 10, num_images: int = 16, num_inference_steps: int | None = 50) -> None:
+        self.every_n_epochs = every_n_epochs
+        self.num_images = num_images
+        self.num_inference_steps = num_inference_steps
+        self._hooks: list[RemovableHandle] = []
+        self._rates: dict[str, Tensor] = {}
+        self._since: tuple[float, int] | None = None
+        self._images = 0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Tensor, batch_idx: int) -> None:
+        """Watches the neurons during the steps that are logged."""
+        if self._logs(trainer):
+            for name, module in pl_module.named_modules():
+                if isinstance(module, SpikingNeuron):
+                    self._hooks.append(module.register_forward_hook(self._watch(name)))
+
+    def _watch(self, name: str) -> Any:
+        def hook(module: SpikingNeuron, inputs: Any, spikes: Tensor) -> None:
+            self._rates[name] = spikes.detach().mean(dtype=torch.float32)
+
+        return hook
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Logs the norm of the gradient before clipping."""
+        if self._logs(trainer):
+            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+            pl_module.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Tensor, batch_idx: int
+    ) -> None:
+        """Logs throughput and firing rates."""
+        self._images += len(batch) * trainer.world_size
+        if not self._hooks:
+            return
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        values = {f"firing_rate/{name.removeprefix('network.')}": rate for name, rate in self._rates.items()}
+        values["train/firing_rate"] = torch.stack(list(self._rates.values())).mean()
+        self._rates.clear()
+        now = (time.perf_counter(), self._images)
+        if self._since is not None:
+            values["train/images_per_second"] = torch.tensor((now[1] - self._since[1]) / (now[0] - self._since[0]))
+        self._since = now
+        pl_module.log_dict(values)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draws the pictures when they are due, and after the last epoch."""
+        last = trainer.global_step == trainer.max_steps or trainer.current_epoch + 1 == trainer.max_epochs
+        due = self.every_n_epochs and ((trainer.current_epoch + 1) % self.every_n_epochs == 0 or last)
+        if due and isinstance(trainer.logger, TensorBoardLogger) and isinstance(pl_module, DiffusionSystem):
+            self._draw(trainer, pl_module)
+        self._since = None
+
+    @torch.no_grad()
+    def _draw(self, trainer: Trainer, system: DiffusionSystem) -> None:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        steps, training = system.num_inference_steps, system.training
+        system.num_inference_steps = min(self.num_inference_steps or steps, steps)
+        system.eval()
+        try:
+            seeds = torch.arange(self.num_images)
+            states = [data.to_uint8(x) for x in system.trajectory(seeds, data.image_shape)]
+        finally:
+            system.num_inference_steps = steps
+            system.train(training)
+        shown = [states[round(i * (len(states) - 1) / 9)][:8] for i in range(10)]
+        strip = torch.stack(shown, dim=1).flatten(0, 1)  # a row for each image, x_T to x_0
+        scale = enlargement(strip.shape[-1])
+        board = trainer.logger.experiment  # type: ignore[union-attr]
+        board.add_image("samples", grid(states[-1], columns=4, scale=scale), trainer.global_step)
+        board.add_image("denoising", grid(strip, columns=10, scale=scale), trainer.global_step)
+
+    @staticmethod
+    def _logs(trainer: Trainer) -> bool:
+        return (trainer.global_step + 1) % trainer.log_every_n_steps == 0

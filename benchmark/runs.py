@@ -1,0 +1,52 @@
+"""Run folders: `runs/<dataset>-<method>-<time>/` with config.yaml, checkpoints/, TensorBoard events, samples/, records/."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+
+RUNS = Path("runs")
+
+
+def new_run(folder: Path, dataset: str, method: str) -> Path:
+    """Returns the path of a new run folder; it is not made yet."""
+    return folder / f"{dataset}-{method}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """Returns the run folder that a checkpoint lies in, or nothing for one from elsewhere."""
+    run = checkpoint.resolve().parent.parent
+    return run if (run / "config.yaml").is_file() else None
+
+
+def newest_run(folder: Path) -> Path:
+    """Returns the run whose checkpoints were written last.
+
+    Raises:
+        FileNotFoundError: If there is no run with a checkpoint.
+    """
+    checkpoints = [path for path in folder.glob("*/checkpoints/*.ckpt") if run_of(path)]
+    if not checkpoints:
+        raise FileNotFoundError(
+            f"no run with a checkpoint under {folder}/; train one with "
+            "`python -m benchmark fit --config configs/quickstart.yaml`, or name a checkpoint: "
+            "`--config CONFIG --ckpt_path CHECKPOINT`"
+        )
+    return max(checkpoints, key=lambda path: path.stat().st_mtime).parent.parent
+
+
+def find_checkpoint(run: Path, which: str = "last") -> Path:
+    """Returns the last or the best checkpoint of a run.
+
+    Args:
+        run: Run folder.
+        which: `last`, or `best` by validation loss.
+
+    Raises:
+        FileNotFoundError: If the run has no such checkpoint.
+    """
+    found = sorted((run / "checkpoints").glob(f"{which}*.ckpt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        there = ", ".join(sorted(path.name for path in (run / "checkpoints").glob("*.ckpt"))) or "none"
+        raise FileNotFoundError(f"run {run} has no {which!r} checkpoint; it has: {there}")
+    return found[-1]

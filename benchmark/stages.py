@@ -1,0 +1,153 @@
+"""`fit`, `validate`, `test` and `predict`: a thin LightningCLI over the systems and datamodules."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import diffusers  # noqa: F401 (its schedulers get short class names)
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint  # noqa: F401
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+import systems  # noqa: F401 (short class names)
+from benchmark.monitor import ImageProgressBar, TrainingMonitor
+from benchmark.png import PNGWriter
+from benchmark.runs import RUNS, find_checkpoint, new_run, newest_run, run_of
+from datamodules import ImageDataModule
+from leaderboard.evaluation import Evaluation
+from systems.base import DiffusionSystem
+
+for message in (".*does not have many workers.*", ".*litlogger.*", ".*`isinstance\\(treespec, LeafSpec\\)`.*"):
+    warnings.filterwarnings("ignore", message)
+
+
+class SaveFitConfig(SaveConfigCallback):
+    """Keeps the configuration of training in the run folder; later stages leave it as it is."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Saves when training starts."""
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
+
+
+class BenchmarkCLI(LightningCLI):
+    """Adds the suite's callbacks under keys of their own, so that no config can drop them, and the run folder."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds `checkpoint`, `monitor`, `evaluation` and `png`."""
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(TrainingMonitor, "monitor")
+        parser.add_lightning_class_args(Evaluation, "evaluation")
+        parser.add_lightning_class_args(PNGWriter, "png")
+        parser.set_defaults(
+            {
+                "checkpoint.monitor": "val/loss",
+                "checkpoint.filename": "best-{step}",
+                "checkpoint.save_last": True,
+                "checkpoint.enable_version_counter": False,
+            }
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """Chooses the run folder: that of the checkpoint, or a new one."""
+        config = self.config[self.subcommand]
+        folder = Path(config.trainer.default_root_dir or RUNS)
+        checkpoint = config.get("ckpt_path")
+        self.run_folder = (run_of(Path(checkpoint)) if checkpoint else None) or new_run(
+            folder, _short(config.data.class_path), _short(config.model.class_path)
+        )
+        if self.subcommand == "predict":
+            config.return_predictions = False  # written to disk as they come
+        dump = self.parser.dump(self.config, skip_link_targets=False, skip_none=False, format="json")
+        self.resolved = json.loads(dump)[self.subcommand]
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Adds TensorBoard and the progress bar."""
+        config = self.config[self.subcommand].trainer
+        if config.logger in (None, True):
+            kwargs["logger"] = TensorBoardLogger(self.run_folder.parent, name="", version=self.run_folder.name)
+        self.trainer_defaults["callbacks"] = [LearningRateMonitor("step")] if config.logger is not False else []
+        if config.enable_progress_bar is not False:
+            self.trainer_defaults["callbacks"].append(ImageProgressBar())
+        return super().instantiate_trainer(**kwargs)
+
+    def after_instantiate_classes(self) -> None:
+        """Hands the configuration to the record; keeps the last checkpoint alone where no image is held out."""
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, Evaluation):
+                callback.config = self.resolved
+            elif isinstance(callback, ModelCheckpoint) and not self.datamodule.has_validation:
+                callback.monitor, callback.save_top_k = None, 0
+
+
+def _short(class_path: str) -> str:
+    return class_path.rsplit(".", 1)[-1].lower()
+
+
+def complete(args: list[str]) -> list[str]:
+    """Adds the newest run's config and checkpoint to a command that names neither; `best` and `last` choose between them.
+
+    Raises:
+        ValueError: If a config is given without a checkpoint.
+        FileNotFoundError: If there is no run, or the checkpoint does not exist.
+    """
+    stage, rest = args[0], args[1:]
+    if stage == "fit" or any(a in ("-h", "--help") or a.startswith(("--help=", "--print_config")) for a in rest):
+        return args
+    typed = {}
+    for name in ("--config", "-c", "--ckpt_path", "--trainer.default_root_dir"):
+        for i, arg in enumerate(rest):
+            if arg == name and i + 1 < len(rest):
+                typed[name] = rest[i + 1]
+            elif arg.startswith(f"{name}="):
+                typed[name] = arg.split("=", 1)[1]
+    checkpoint = typed.get("--ckpt_path")
+    if "--config" in typed or "-c" in typed:
+        if checkpoint is None:
+            raise ValueError(
+                f"`{stage} --config` needs a checkpoint: add `--ckpt_path CHECKPOINT`, or leave out --config to take the newest run"
+            )
+        if checkpoint not in ("best", "last") and not Path(checkpoint).is_file():
+            raise FileNotFoundError(f"--ckpt_path {checkpoint} is not a file; give a checkpoint (*.ckpt)")
+        return args
+    folder = Path(typed.get("--trainer.default_root_dir", RUNS))
+    if checkpoint in (None, "best", "last"):
+        run = newest_run(folder)
+        path = find_checkpoint(run, checkpoint or "last")
+    else:
+        path = Path(str(checkpoint))
+        if not path.is_file():
+            raise FileNotFoundError(f"--ckpt_path {path} is not a file; give a checkpoint (*.ckpt), best or last")
+        found = run_of(path)
+        if found is None:
+            raise ValueError(f"--ckpt_path {path} lies in no run folder; name its configuration too: `--config CONFIG`")
+        run = found
+    rest = [a for i, a in enumerate(rest) if not a.startswith("--ckpt_path") and (i == 0 or rest[i - 1] != "--ckpt_path")]
+    print(f"{stage} of {path}")
+    return [stage, "--config", str(run / "config.yaml"), *rest, "--ckpt_path", str(path)]
+
+
+def run_stage(args: list[str]) -> None:
+    """Runs one stage.
+
+    Args:
+        args: The stage and its options.
+    """
+    torch.set_float32_matmul_precision("high")
+    BenchmarkCLI(
+        DiffusionSystem,
+        ImageDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        args=complete(args),
+        seed_everything_default=42,
+        save_config_callback=SaveFitConfig,
+        save_config_kwargs={"overwrite": True},
+        trainer_defaults={},
+        parser_kwargs={"prog": "python -m benchmark"},
+    )

@@ -1,0 +1,41 @@
+"""Grids of images, as tensors and as PNG files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def grid(images: Tensor, columns: int, scale: int = 1) -> Tensor:
+    """Arranges images in rows, one white pixel apart.
+
+    Args:
+        images: uint8 `(N, C, H, W)`.
+        columns: Images in a row.
+        scale: Whole enlargement of each pixel.
+
+    Returns:
+        uint8 `(C, rows * (H * scale + 1) + 1, ...)`.
+    """
+    images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    missing = -len(images) % columns
+    images = F.pad(torch.cat([images, images.new_full((missing, *images.shape[1:]), 255)]), (0, 1, 0, 1), value=255)
+    rows = images.unflatten(0, (-1, columns))  # (rows, columns, C, H, W)
+    page = rows.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)  # (C, rows * H, columns * W)
+    return F.pad(page, (1, 0, 1, 0), value=255)
+
+
+def save_png(image: Tensor, path: Path) -> None:
+    """Writes a uint8 image `(C, H, W)` of 1 or 3 channels."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = image.cpu().movedim(0, -1).squeeze(-1).contiguous().numpy()
+    Image.fromarray(array).save(path)
+
+
+def enlargement(size: int, target: int = 64) -> int:
+    """Returns the whole factor that brings small images near `target` pixels."""
+    return max(1, round(target / size))
