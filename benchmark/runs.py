@@ -15,7 +15,7 @@ def new_run(folder: Path, dataset: str, method: str) -> Path:
 
 def run_of(checkpoint: Path) -> Path | None:
     """Returns the run folder that a checkpoint lies in, or nothing for one from elsewhere."""
-    run = checkpoint.resolve().parent.parent
+    run = checkpoint.parent.parent
     return run if (run / "config.yaml").is_file() else None
 
 

@@ -7,8 +7,15 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import diffusers  # noqa: F401 (its schedulers get short class names)
 import torch
+from diffusers import (  # noqa: F401 (short class names)
+    DDIMScheduler,
+    DDPMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    UniPCMultistepScheduler,
+)
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint  # noqa: F401
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -22,8 +29,23 @@ from datamodules import ImageDataModule
 from leaderboard.evaluation import Evaluation
 from systems.base import DiffusionSystem
 
-for message in (".*does not have many workers.*", ".*litlogger.*", ".*`isinstance\\(treespec, LeafSpec\\)`.*"):
+for message in (
+    ".*does not have many workers.*",
+    ".*LightningCLI's args parameter is intended.*",  # main() completes the command line
+    ".*loading a checkpoint outside the 'fit' stage.*",  # averaged weights are the state_dict, nothing is lost
+    ".*Checkpoint directory .* exists and is not empty.*",  # resumed runs
+):
     warnings.filterwarnings("ignore", message)
+
+
+class BestAndLast(ModelCheckpoint):
+    """Lightning's checkpoints; the last alone where no image is held out to choose the best by."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Looks for validation images when training starts."""
+        if stage == "fit" and not trainer.datamodule.val_dataloader():  # type: ignore[attr-defined]
+            self.monitor, self.save_top_k = None, 0
+        super().setup(trainer, pl_module, stage)
 
 
 class SaveFitConfig(SaveConfigCallback):
@@ -40,7 +62,7 @@ class BenchmarkCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds `checkpoint`, `monitor`, `evaluation` and `png`."""
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(BestAndLast, "checkpoint")
         parser.add_lightning_class_args(TrainingMonitor, "monitor")
         parser.add_lightning_class_args(Evaluation, "evaluation")
         parser.add_lightning_class_args(PNGWriter, "png")
@@ -77,12 +99,10 @@ class BenchmarkCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def after_instantiate_classes(self) -> None:
-        """Hands the configuration to the record; keeps the last checkpoint alone where no image is held out."""
+        """Hands the configuration to the record."""
         for callback in self.trainer.callbacks:
             if isinstance(callback, Evaluation):
                 callback.config = self.resolved
-            elif isinstance(callback, ModelCheckpoint) and not self.datamodule.has_validation:
-                callback.monitor, callback.save_top_k = None, 0
 
 
 def _short(class_path: str) -> str:
@@ -144,6 +164,7 @@ def run_stage(args: list[str]) -> None:
         ImageDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
+        auto_configure_optimizers=False,
         args=complete(args),
         seed_everything_default=42,
         save_config_callback=SaveFitConfig,

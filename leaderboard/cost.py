@@ -1,0 +1,195 @@
+"""What a network costs to run: firing rates, synaptic operations and energy, counted by forward hooks.
+
+Rules, for each call of a convolution or linear layer with `D` dense connections (multiply-accumulates of the call):
+
+- Input all 0 or 1, hence spikes: `SOPs = D * spikes / numel(input)`; these are accumulates (AC), plus one AC for each
+  output element if the layer has a bias. Border taps count as if every input element reached all of them.
+- Any other input: `D` multiply-accumulates (MAC).
+
+A static image that a stem convolution sees once, before it is repeated over the SNN time steps, is counted once.
+Neuron updates and attention products are not counted, nor is batch normalisation, which folds into the weights.
+
+Energy at 45 nm (Horowitz, ISSCC 2014, https://doi.org/10.1109/ISSCC.2014.6757323): 4.6 pJ per MAC, 0.9 pJ per AC.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from leaderboard.records import Cost
+from systems.neurons import SpikingNeuron
+
+PICOJOULES_PER_MAC = 4.6
+PICOJOULES_PER_AC = 0.9
+
+_TRANSPOSED = (nn.ConvTranspose2d,)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
+_MILLIJOULES = 1e-9  # of a picojoule
+
+
+@dataclass
+class _Connections:
+    """Running counts of one convolution or linear layer, `(dense if spikes, SOPs, MACs, ACs)` in float64."""
+
+    counts: Tensor | None = None
+    dense: int = 0
+
+    def add(self, layer: nn.Module, x: Tensor, out: Tensor) -> None:
+        weight, bias = layer.weight, layer.bias
+        assert isinstance(weight, Tensor)
+        # weight[0] holds the taps of an output element, or of an input element where the convolution is transposed
+        dense = math.prod(weight.shape[1:]) * (x if isinstance(layer, _TRANSPOSED) else out).numel()
+        is_spikes = ((x == 0) | (x == 1)).all()
+        sops = dense * x.sum(dtype=torch.float64) / max(x.numel(), 1)
+        accumulates = sops + (out.numel() if bias is not None else 0)
+        zero, all_dense = torch.zeros_like(sops), torch.full_like(sops, dense)
+        spiking = torch.stack([all_dense, sops, zero, accumulates])
+        real = torch.stack([zero, zero, all_dense, zero])
+        counts = torch.where(is_spikes, spiking, real)
+        self.counts = counts if self.counts is None else self.counts + counts
+        self.dense += dense
+
+
+@dataclass
+class _Neurons:
+    """Running counts of one neuron layer."""
+
+    spikes: Tensor | None = None
+    elements: int = 0
+    steps: int = 0
+
+    def add(self, spikes: Tensor) -> None:
+        total = spikes.sum(dtype=torch.float64)
+        self.spikes = total if self.spikes is None else self.spikes + total
+        self.elements += spikes.numel()
+        self.steps += spikes.shape[0] * spikes.shape[1]  # (T, B, ...)
+
+
+class CostMeter:
+    """Counts spikes, operations and energy of every forward pass made while it is open.
+
+    Counts stay on the device, with no synchronisation and no activation kept; only `result` waits for them.
+
+    Args:
+        network: Network to watch; its convolutions, linear layers and `SpikingNeuron` layers are counted.
+
+    Example:
+        >>> with CostMeter(network) as meter:
+        ...     images = sample(network, num_images=64)
+        >>> meter.result(num_images=64, nfe=50).energy_strict_mj
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self._connections: dict[str, _Connections] = {}
+        self._neurons: dict[str, _Neurons] = {}
+        self._first_convolution: str | None = None
+        self._hooks: list[RemovableHandle] = []
+
+    def __enter__(self) -> Self:
+        for name, module in self.network.named_modules():
+            if isinstance(module, (*_CONVOLUTIONS, nn.Linear)):
+                self._hooks.append(module.register_forward_hook(self._connection_hook(name), with_kwargs=True))
+            elif isinstance(module, SpikingNeuron):
+                self._hooks.append(module.register_forward_hook(self._neuron_hook(name)))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def _connection_hook(self, name: str) -> Any:
+        @torch.no_grad()
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+            if self._first_convolution is None and isinstance(module, _CONVOLUTIONS):
+                self._first_convolution = name
+            x = args[0] if args else kwargs["input"]
+            self._connections.setdefault(name, _Connections()).add(module, x, out)
+
+        return hook
+
+    def _neuron_hook(self, name: str) -> Any:
+        @torch.no_grad()
+        def hook(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+            self._neurons.setdefault(name, _Neurons()).add(out)
+
+        return hook
+
+    def result(
+        self,
+        num_images: int,
+        nfe: int,
+        images_per_second: float | None = None,
+        peak_memory_bytes: int | None = None,
+    ) -> Cost:
+        """Returns the cost of one generated image over its whole denoising chain.
+
+        Args:
+            num_images: Images generated while the meter was open.
+            nfe: Network evaluations of each image's chain, kept beside the counts.
+            images_per_second: Measured throughput, if timed by the caller.
+            peak_memory_bytes: Measured peak memory of the device, if read by the caller.
+
+        Raises:
+            ValueError: If `num_images` is not positive, or no counted layer ran.
+        """
+        if num_images < 1:
+            raise ValueError(f"num_images={num_images}; give the number of images generated while the meter was open")
+        if not self._connections:
+            raise ValueError("no convolution or linear layer ran while the meter was open; sample inside its `with`")
+        per_layer = {
+            name: layer.counts.tolist() for name, layer in self._connections.items() if layer.counts is not None
+        }
+        spike_fed, sops, macs, acs = (sum(column) for column in zip(*per_layer.values(), strict=True))
+        rates, mean_rate = self._firing_rates()
+        return Cost(
+            parameters=sum(p.numel() for p in self.network.parameters()),
+            trainable_parameters=sum(p.numel() for p in self.network.parameters() if p.requires_grad),
+            nfe=nfe,
+            firing_rate=mean_rate,
+            firing_rates=rates,
+            sops=sops / num_images,
+            macs=macs / num_images,
+            acs=acs / num_images,
+            energy_strict_mj=(PICOJOULES_PER_MAC * macs + PICOJOULES_PER_AC * acs) * _MILLIJOULES / num_images,
+            energy_paper_mj=self._paper_energy(per_layer, spike_fed, sops, num_images),
+            images_per_second=images_per_second,
+            peak_memory_bytes=peak_memory_bytes,
+        )
+
+    def _firing_rates(self) -> tuple[dict[str, float], float | None]:
+        """Rate of each layer over all calls, and their mean weighted by neurons (`None` without neurons)."""
+        spikes = {name: float(layer.spikes) for name, layer in self._neurons.items() if layer.spikes is not None}
+        rates = {name: count / self._neurons[name].elements for name, count in spikes.items()}
+        neurons = {name: self._neurons[name].elements / self._neurons[name].steps for name in rates}
+        if not rates:
+            return {}, None
+        return rates, sum(rates[name] * neurons[name] for name in rates) / sum(neurons.values())
+
+    def _paper_energy(
+        self, per_layer: dict[str, list[float]], spike_fed: float, sops: float, num_images: int
+    ) -> float | None:
+        """SDDPM's formula (arXiv 2306.17046): every layer but the first convolution is taken as fed by spikes.
+
+        Layers that in truth see real values get the mean input rate of the spike-fed ones, weighted by connections.
+        """
+        if not spike_fed:
+            return None  # no spikes, no rate to assume
+        rate = sops / spike_fed
+        energy = 0.0
+        for name, (_, layer_sops, layer_macs, _) in per_layer.items():
+            if name == self._first_convolution:
+                energy += PICOJOULES_PER_MAC * self._connections[name].dense
+            else:
+                energy += PICOJOULES_PER_AC * (layer_sops + rate * layer_macs)
+        return energy * _MILLIJOULES / num_images

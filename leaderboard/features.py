@@ -1,0 +1,241 @@
+"""Feature extractors behind the metrics: the 2015 Inception network, and the suite's own small one per dataset."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+
+from leaderboard.protocols import INCEPTION, SUITE
+
+EXTRACTORS = Path(__file__).parent / "extractors"
+"""Folder of the shipped weights, `<dataset>.safetensors`."""
+
+METADATA_KEY = "extractor"
+"""Key of the JSON object in such a file that says how it was made: dataset, sizes, test accuracy and command."""
+
+_INCEPTION_HASH = Path(URL_INCEPTION_V3).stem.split("-")[-1]  # the file's name ends with the start of its SHA-256
+
+
+class Extractor(nn.Module, ABC):
+    """A fixed network from uint8 images to features and class logits, the same in any training precision.
+
+    Args:
+        name: Name that metric keys and records carry.
+        num_features: Width `D` of the features.
+        num_classes: Width `K` of the logits.
+        sha256: SHA-256 of the file of weights.
+    """
+
+    def __init__(self, name: str, num_features: int, num_classes: int, sha256: str) -> None:
+        super().__init__()
+        self.name, self.num_features, self.num_classes, self.sha256 = name, num_features, num_classes, sha256
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns features `(B, D)` and logits `(B, K)` of uint8 images `(B, C, H, W)`.
+
+        Raises:
+            ValueError: If the images are not uint8 `(B, C, H, W)`.
+        """
+        if images.dtype != torch.uint8 or images.dim() != 4:
+            raise ValueError(
+                f"extractor {self.name!r} got {images.dtype} images of shape {tuple(images.shape)}; it takes uint8 "
+                "(B, C, H, W), so quantise the samples first"
+            )
+        with torch.no_grad(), _full_precision(images.device.type):
+            return self.extract(images)
+
+    @abstractmethod
+    def extract(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Computes features and logits of checked images."""
+
+
+class InceptionExtractor(Extractor):
+    """torch-fidelity's `inception-v3-compat` with its own resize to 299x299; grey images are replicated to 3 channels.
+
+    Logits are those without the last layer's bias, as the Inception score of its authors takes them.
+
+    Args:
+        weights_path: Local file of weights; downloaded once into torch's hub folder if not given.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        RuntimeError: If the download fails.
+    """
+
+    def __init__(self, weights_path: str | None = None) -> None:
+        path = Path(weights_path) if weights_path is not None else _download_inception()
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"inception_weights={weights_path} is not a file; give the path of a copy of {URL_INCEPTION_V3}"
+            )
+        sha256 = _file_sha256(path)
+        if not sha256.startswith(_INCEPTION_HASH):
+            warnings.warn(
+                f"{path} is not the published Inception file (SHA-256 {sha256[:8]}, expected {_INCEPTION_HASH}): "
+                "its distances compare with no other FID",
+                stacklevel=2,
+            )
+        super().__init__(INCEPTION, num_features=2048, num_classes=1008, sha256=sha256)
+        self.network = FeatureExtractorInceptionV3(
+            INCEPTION, ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
+        )
+
+    def extract(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Computes pooled features and unbiased logits.
+
+        Raises:
+            ValueError: If the images have neither 1 nor 3 channels.
+        """
+        if images.shape[1] not in (1, 3):
+            raise ValueError(f"Inception takes images of 1 or 3 channels, found shape {tuple(images.shape)}")
+        features, logits = self.network(images.expand(-1, 3, -1, -1))
+        return features, logits
+
+
+class SmallNetwork(nn.Module):
+    """Classifier of small images: four 3x3 convolutions, three of them halving the size, and the mean of 64 channels.
+
+    Args:
+        in_channels: Channels `C` of the images.
+        num_classes: Number of classes `K`.
+    """
+
+    num_features = 64
+
+    def __init__(self, in_channels: int, num_classes: int) -> None:
+        super().__init__()
+        sizes = ((in_channels, 32, 1), (32, 64, 2), (64, 96, 2), (96, self.num_features, 2))
+        self.convs = nn.ModuleList(nn.Conv2d(c_in, c_out, 3, stride, padding=1) for c_in, c_out, stride in sizes)
+        self.norms = nn.ModuleList(nn.GroupNorm(8, c_out) for _, c_out, _ in sizes)
+        self.head = nn.Linear(self.num_features, num_classes)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns features `(B, 64)` and logits `(B, K)` of uint8 images `(B, C, H, W)`."""
+        x = images.to(self.head.weight.dtype) / 127.5 - 1
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = F.silu(norm(conv(x)))
+        features = x.mean((2, 3))  # (B, 64, H/8, W/8) to (B, 64)
+        return features, self.head(features)
+
+
+class SmallExtractor(Extractor):
+    """The suite's own extractor of one dataset, for evaluation without any download.
+
+    Args:
+        weights_path: File made by `python -m benchmark train-extractor`, whose metadata name dataset and sizes.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file was not made by the training command.
+    """
+
+    def __init__(self, weights_path: str | Path) -> None:
+        path = Path(weights_path)
+        if not path.is_file():
+            raise FileNotFoundError(f"extractor {path} is not a file; make it with: {training_command(path.stem)}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                self.metadata: dict[str, Any] = json.loads((file.metadata() or {})[METADATA_KEY])
+                state = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 (not a dictionary)
+            sizes, dataset = self.metadata["architecture"], self.metadata["dataset"]
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(
+                f"{path} is no extractor of the suite ({error}); give a file made by: {training_command('<dataset>')}"
+            ) from error
+        super().__init__(
+            f"suite_{dataset}", SmallNetwork.num_features, num_classes=sizes["num_classes"], sha256=_file_sha256(path)
+        )
+        self.in_channels: int = sizes["in_channels"]
+        self.network = SmallNetwork(**sizes)
+        self.network.load_state_dict(state)
+        self.requires_grad_(False)
+        self.eval()
+
+    def extract(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Computes features and logits.
+
+        Raises:
+            ValueError: If the images have other channels than the training data, or are smaller than 8x8.
+        """
+        if images.shape[1] != self.in_channels or min(images.shape[2:]) < 8:
+            raise ValueError(
+                f"extractor {self.name!r} got images of shape {tuple(images.shape)}; it takes {self.in_channels} "
+                "channel(s) of at least 8x8, so choose the extractor of this dataset"
+            )
+        features, logits = self.network(images)
+        return features, logits
+
+
+def load_extractor(name_or_path: str, dataset: str, inception_weights: str | None = None) -> Extractor:
+    """Returns an extractor ready for use.
+
+    Args:
+        name_or_path: `"inception-v3-compat"`, `"suite"`, or a file made by `train-extractor`.
+        dataset: Dataset whose shipped extractor `"suite"` means.
+        inception_weights: Local file of the Inception weights; downloaded if not given.
+
+    Raises:
+        FileNotFoundError: If the weights are not there; the message says how to get them.
+        RuntimeError: If the Inception weights cannot be downloaded.
+    """
+    if name_or_path == INCEPTION:
+        return InceptionExtractor(inception_weights)
+    if name_or_path != SUITE:
+        return SmallExtractor(name_or_path)
+    path = EXTRACTORS / f"{dataset}.safetensors"
+    if not path.is_file():
+        shipped = ", ".join(sorted(p.stem for p in EXTRACTORS.glob("*.safetensors"))) or "none"
+        raise FileNotFoundError(
+            f"the suite has no extractor for {dataset!r} (it has: {shipped}); make it with: {training_command(dataset)}"
+        )
+    return SmallExtractor(path)
+
+
+def training_command(data: str) -> str:
+    """Returns the command that makes the suite's extractor for a dataset, as the user types it."""
+    return f"python -m benchmark train-extractor {data}"
+
+
+@contextmanager
+def _full_precision(device_type: str) -> Iterator[None]:
+    """Keeps mixed precision and TF32 convolutions, fine for a model under test, out of the measurement."""
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
+
+
+def _download_inception() -> Path:
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=_INCEPTION_HASH, progress=False)
+        except (URLError, OSError, RuntimeError) as error:
+            raise RuntimeError(
+                f"cannot download the Inception weights ({error}). Fetch {URL_INCEPTION_V3} elsewhere and give its "
+                "path with --evaluation.inception_weights PATH, or evaluate with the suite's own extractor under the "
+                "protocol offline-v1"
+            ) from error
+    return path
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

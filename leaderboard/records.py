@@ -1,0 +1,236 @@
+"""Leaderboard records: one JSON file per evaluated run, checked against a strict schema and never overwritten."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from leaderboard.protocols import canonical_sha256
+from leaderboard.schema import SchemaError, from_json
+
+SCHEMA_VERSION: Final = 1
+
+
+class RecordError(ValueError):
+    """A record that breaks the schema; the message names the file and the field."""
+
+
+@dataclass(frozen=True)
+class MetricValue:
+    """A metric with its uncertainty (one standard error or spread, as the metric says) and generated images behind it.
+
+    Args:
+        value: The metric.
+        uncertainty: Its uncertainty, in the same unit.
+        num_samples: Generated images that it was computed from.
+        note: What a reader should know, such as a singular covariance; empty if nothing.
+    """
+
+    value: float
+    uncertainty: float
+    num_samples: int
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of one generated image over its whole denoising chain (rules of counting: `leaderboard.cost`).
+
+    Args:
+        parameters: Parameters of the network.
+        trainable_parameters: Those that require gradients.
+        nfe: Network evaluations per image.
+        firing_rate: Mean over the neuron layers weighted by their neurons; `None` without neurons.
+        firing_rates: Spikes per neuron and step of each neuron layer.
+        sops: Synaptic operations: connections that a spike passed.
+        macs: Multiply-accumulates.
+        acs: Accumulates: `sops` and the biases of spike-fed layers.
+        energy_strict_mj: Millijoules at 45 nm, layers fed by real values counted as MACs.
+        energy_paper_mj: Millijoules by SDDPM's formula, all but the first convolution as ACs; `None` without spikes.
+        images_per_second: Measured throughput.
+        peak_memory_bytes: Measured peak memory.
+    """
+
+    parameters: int
+    trainable_parameters: int
+    nfe: int
+    firing_rate: float | None
+    firing_rates: dict[str, float]
+    sops: float
+    macs: float
+    acs: float
+    energy_strict_mj: float
+    energy_paper_mj: float | None
+    images_per_second: float | None = None
+    peak_memory_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class ProtocolEntry:
+    """Protocol of a record: its name, full description and hash (see `leaderboard.protocols.Protocol`)."""
+
+    name: str
+    description: dict[str, Any]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A file or set of arrays that the result depends on: a checkpoint or an extractor."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Data of the reference: name, fingerprint of its content, and where it came from."""
+
+    name: str
+    fingerprint: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Code:
+    """Versions that ran; commit and dirty flag are `None` outside a git checkout."""
+
+    git_commit: str | None
+    git_dirty: bool | None
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One evaluated run: what was measured, how, with which code, data and weights, and at what cost.
+
+    Args:
+        method: Class name of the method.
+        variant: What tells this entry from others of the method; may be empty.
+        dataset: Reference data.
+        protocol: How it was measured.
+        draft: Whether there were fewer samples than the protocol asks for; drafts are shown last and never ranked.
+        config: Resolved configuration of the run.
+        config_sha256: `canonical_sha256(config)`.
+        code: Versions of everything that ran.
+        seeds: Seeds by purpose, such as training and sampling.
+        checkpoint: Weights of the model; `None` for a model tested right after `fit`.
+        extractor: Weights of the feature extractor.
+        hardware: Device in words.
+        created: UTC time in ISO 8601.
+        wall_time_seconds: Time of the evaluation.
+        metrics: Values by metric key.
+        solver: Sampler of the denoising chain.
+        nfe: Network evaluations per image.
+        num_steps: SNN time steps `T`.
+        cost: Operations, energy and throughput per image.
+        source: `"measured"`; published numbers are kept elsewhere.
+        schema_version: Version of this schema.
+    """
+
+    method: str
+    variant: str
+    dataset: Dataset
+    protocol: ProtocolEntry
+    draft: bool
+    config: dict[str, Any]
+    config_sha256: str
+    code: Code
+    seeds: dict[str, int]
+    checkpoint: Artefact | None
+    extractor: Artefact
+    hardware: str
+    created: str
+    wall_time_seconds: float
+    metrics: dict[str, MetricValue]
+    solver: str
+    nfe: int
+    num_steps: int
+    cost: Cost
+    source: Literal["measured"] = "measured"
+    schema_version: Literal[1] = SCHEMA_VERSION
+
+
+def write_record(record: Record, folder: str | Path) -> Path:
+    """Writes a record to its own new file in `folder`, in one step, and returns the path.
+
+    Raises:
+        RecordError: If the record breaks the schema, for example by a number that is not finite.
+        FileExistsError: If this very record is there already.
+    """
+    folder = Path(folder)
+    data = asdict(record)
+    created = _check(data, f"new record of {record.method}")
+    text = json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    short = hashlib.sha256(text.encode()).hexdigest()[:8]
+    path = folder / f"{created:%Y%m%dT%H%M%SZ}-{_slug(record.method)}-{_slug(record.dataset.name)}-{short}.json"
+    if path.exists():
+        raise FileExistsError(f"{path} exists; records are append-only, so evaluate again to make a new one")
+    write_atomic(path, text)
+    return path
+
+
+def read_record(path: str | Path) -> Record:
+    """Reads and checks one record.
+
+    Raises:
+        RecordError: If the file is no JSON, breaks the schema, or was edited so that a hash no longer fits.
+    """
+    path = Path(path)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecordError(f"{path}: not a readable JSON file ({error})") from error
+    _check(data, str(path))
+    return from_json(Record, data)
+
+
+def find_records(folders: Iterable[str | Path]) -> list[Path]:
+    """Returns the record files of each folder, sorted: its own `*.json` and those of any `records` folder below it."""
+    found: set[Path] = set()
+    for folder in map(Path, folders):
+        found.update(folder.glob("*.json"), folder.glob("**/records/*.json"))
+    return sorted(found)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Writes a text file so that a reader sees all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _check(data: Any, where: str) -> datetime:
+    """Checks the JSON form of a record and returns its time of creation."""
+    try:
+        record = from_json(Record, data)
+        for field, value, expected in (
+            ("protocol.sha256", record.protocol.sha256, canonical_sha256(record.protocol.description)),
+            ("config_sha256", record.config_sha256, canonical_sha256(record.config)),
+        ):
+            if value != expected:
+                raise SchemaError(f"{field}: {value} is not the hash of the content, {expected}; the record was edited")
+        try:
+            created = datetime.fromisoformat(record.created)
+        except ValueError:
+            raise SchemaError(f"created: expected an ISO 8601 time, found {record.created!r}") from None
+        if created.tzinfo is None:
+            raise SchemaError(f"created: expected a time with its zone (UTC), found {record.created!r}")
+    except SchemaError as error:
+        raise RecordError(f"{where}: field {error}") from error
+    return created.astimezone(UTC)
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.]+", "_", text)

@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from leaderboard.cost import CostMeter
+from systems.neurons import SpikingNeuron
+
+
+def spikes(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(2, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
+def measure(network: nn.Module, *inputs: Tensor, num_images: int = 1):  # noqa: ANN201
+    with CostMeter(network) as meter:
+        for x in inputs:
+            network(x)
+    return meter.result(num_images=num_images, nfe=1)
+
+
+def test_batch_of_two_counted_by_hand() -> None:
+    """A hook that looks at the first sample only sees one spike here, not four."""
+    layer = nn.Linear(3, 5)
+    x = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
+    cost = measure(layer, x, num_images=2)
+    assert cost.sops == 4 * 5 / 2
+    assert cost.acs == (4 * 5 + 2 * 5) / 2  # and a bias for each output
+    assert cost.macs == 0
+
+
+def test_firing_rate_of_a_batch_of_two_by_hand() -> None:
+    network = nn.Sequential(nn.Linear(2, 2, bias=False), SpikingNeuron())
+    network[0].weight.data = torch.eye(2)
+    x = torch.tensor([[[1.0, 0.0], [1.0, 1.0]], [[0.0, 0.0], [1.0, 1.0]]])  # (T, B, 2), each 1 fires
+    cost = measure(network, x, num_images=2)
+    assert cost.firing_rates == {"1": 5 / 8}
+    assert cost.firing_rate == 5 / 8
+
+
+def test_mean_firing_rate_is_weighted_by_neurons() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.a, self.b = nn.Linear(4, 4), SpikingNeuron(), SpikingNeuron()
+
+        def forward(self, x: Tensor) -> None:
+            self.linear(x)
+            self.a(torch.full((2, 3, 6), 5.0))  # 6 neurons, all firing
+            self.b(torch.zeros(2, 3, 2))  # 2 neurons, twice as many calls
+            self.b(torch.zeros(2, 3, 2))
+
+    cost = measure(Two(), spikes(1, 4))
+    assert cost.firing_rates == {"a": 1.0, "b": 0.0}
+    assert cost.firing_rate == 6 / 8
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "dense"),
+    [
+        (nn.Conv2d(4, 6, 3, padding=1), (2, 4, 8, 8), 2 * 6 * 8 * 8 * 4 * 9),
+        (nn.Conv2d(4, 6, 3, stride=2, padding=1), (2, 4, 8, 8), 2 * 6 * 4 * 4 * 4 * 9),
+        (nn.Conv2d(4, 6, 3, padding=1, groups=2), (2, 4, 8, 8), 2 * 6 * 8 * 8 * 2 * 9),
+        (nn.Conv1d(4, 6, 3), (2, 4, 8), 2 * 6 * 6 * 4 * 3),
+        (nn.Conv3d(4, 6, (3, 1, 1)), (2, 4, 4, 5, 5), 2 * 6 * 2 * 25 * 4 * 3),
+        (nn.ConvTranspose2d(4, 6, 4, stride=2, padding=1), (2, 4, 8, 8), 2 * 4 * 8 * 8 * 6 * 16),
+        (nn.Linear(4, 6), (2, 5, 4), 2 * 5 * 6 * 4),
+    ],
+)
+def test_dense_connections_and_spikes_of_each_layer(layer: nn.Module, shape: tuple[int, ...], dense: int) -> None:
+    ones = measure(layer, torch.ones(shape))
+    assert (ones.sops, ones.macs) == (dense, 0)
+    x = spikes(*shape)
+    assert measure(layer, x).sops == pytest.approx(dense * float(x.mean()), rel=1e-6)
+    real = measure(layer, x + 0.5)
+    assert (real.sops, real.acs, real.macs) == (0, 0, dense)
+    assert real.energy_strict_mj == pytest.approx(4.6e-9 * dense)
+
+
+def test_silent_input_counts_as_spikes() -> None:
+    cost = measure(nn.Linear(3, 5), torch.zeros(2, 3))
+    assert (cost.sops, cost.macs, cost.acs) == (0, 0, 10)
+
+
+def test_one_real_value_anywhere_in_the_batch_makes_the_input_real() -> None:
+    x = spikes(2, 3)
+    x[1, 2] = 0.5
+    assert measure(nn.Linear(3, 5, bias=False), x).macs == 2 * 3 * 5
+
+
+def test_counts_do_not_depend_on_the_batch_split() -> None:
+    class Folded(nn.Module):
+        """A stem on the image once, then two spiking steps."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.neuron, self.conv = nn.Conv2d(1, 4, 3), SpikingNeuron(threshold=0.3), nn.Conv2d(4, 3, 3)
+
+        def forward(self, x: Tensor) -> None:
+            h = self.stem(x)  # (B, 4, H, W)
+            h = self.neuron(h.repeat(2, 1, 1, 1, 1))  # (2, B, 4, H, W)
+            self.conv(h.flatten(0, 1))
+
+    network = Folded()
+    x = torch.randn(8, 1, 9, 9, generator=torch.Generator().manual_seed(0))
+    whole = measure(network, x, num_images=8)
+    assert whole.macs == 4 * 7 * 7 * 9  # the stem counts once by itself, not once for each step
+    assert 0 < whole.sops < 2 * 3 * 5 * 5 * 4 * 9
+    for size in (1, 3):
+        parts = measure(network, *x.split(size), num_images=8)
+        for key, value in asdict(whole).items():
+            assert asdict(parts)[key] == (None if value is None else pytest.approx(value, rel=1e-12)), key
+
+
+def test_energy_by_both_formulas() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.spiking, self.analog = (nn.Conv2d(1, 1, 1, bias=False) for _ in range(3))
+
+        def forward(self, x: Tensor) -> None:
+            self.stem(x)
+            self.spiking(torch.tensor([1.0, 0, 0, 0]).view(1, 1, 2, 2))  # rate 1/4 over 4 connections
+            self.analog(torch.full((1, 1, 4, 4), 0.3))  # 16 connections
+
+    cost = measure(Net(), torch.full((1, 1, 3, 3), 0.5))
+    assert (cost.sops, cost.macs) == (1, 9 + 16)
+    assert cost.energy_strict_mj == pytest.approx((4.6 * 25 + 0.9 * 1) * 1e-9)
+    assert cost.energy_paper_mj == pytest.approx((4.6 * 9 + 0.9 * (1 + 16 / 4)) * 1e-9)
+
+
+def test_network_without_spikes_has_neither_rate_nor_paper_energy() -> None:
+    cost = measure(nn.Conv2d(1, 2, 3), torch.randn(1, 1, 5, 5))
+    assert cost.firing_rate is None
+    assert cost.energy_paper_mj is None
+
+
+def test_parameters_and_what_the_caller_measured() -> None:
+    network = nn.Linear(3, 5)
+    network.bias.requires_grad_(False)
+    with CostMeter(network) as meter:
+        network(input=spikes(2, 3))
+    cost = meter.result(2, nfe=50, images_per_second=3.5, peak_memory_bytes=7)
+    assert (cost.parameters, cost.trainable_parameters) == (20, 15)
+    assert (cost.nfe, cost.images_per_second, cost.peak_memory_bytes) == (50, 3.5, 7)
+
+
+def test_hooks_are_gone_and_nothing_large_is_kept() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 8, 3), SpikingNeuron())
+    with CostMeter(network) as meter:
+        network(torch.randn(2, 1, 64, 64))
+    assert not any(module._forward_hooks for module in network.modules())
+    before = meter.result(2, 1)
+    network(torch.randn(2, 1, 64, 64))
+    assert meter.result(2, 1) == before
+    assert all(layer.counts.numel() == 4 for layer in meter._connections.values())
+    assert all(layer.spikes.numel() == 1 for layer in meter._neurons.values())
+
+
+def test_errors_say_what_to_do() -> None:
+    with CostMeter(nn.Linear(2, 2)) as meter:
+        pass
+    with pytest.raises(ValueError, match=r"no convolution or linear layer ran .* sample inside its `with`"):
+        meter.result(1, 1)
+    with pytest.raises(ValueError, match="num_images=0; give the number of images"):
+        meter.result(0, 1)

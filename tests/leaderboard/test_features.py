@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from urllib.error import URLError
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from datamodules import Digits
+from leaderboard.features import EXTRACTORS, InceptionExtractor, SmallExtractor, SmallNetwork, load_extractor
+from leaderboard.train_extractor import train_extractor
+
+
+def images(*shape: int) -> torch.Tensor:
+    return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def weights_file(path: Path, in_channels: int = 1) -> Path:
+    network = SmallNetwork(in_channels, 10)
+    metadata = {"dataset": "toy", "architecture": {"in_channels": in_channels, "num_classes": 10}}
+    save_file(network.state_dict(), path, {"extractor": json.dumps(metadata)})
+    return path
+
+
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory: pytest.TempPathFactory) -> InceptionExtractor:
+    """Inception with random weights, read from a file as the published ones are."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "inception.pth"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "load", lambda *args, **kwargs: {})
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        random = FeatureExtractorInceptionV3("random", ["2048"], feature_extractor_weights_path="none")
+    torch.save(random.state_dict(), path)
+    with pytest.warns(UserWarning, match="is not the published Inception file"):
+        return InceptionExtractor(str(path))
+
+
+def test_inception_shapes_and_grey_images(inception: InceptionExtractor) -> None:
+    grey = images(2, 1, 28, 28)
+    features, logits = inception(grey)
+    assert features.shape == (2, inception.num_features)
+    assert logits.shape == (2, inception.num_classes)
+    assert features.std() > 0
+    torch.testing.assert_close(inception(grey.repeat(1, 3, 1, 1))[0], features)
+    assert inception.name == "inception-v3-compat"
+    assert len(inception.sha256) == 64
+
+
+def test_inception_refuses_other_channels(inception: InceptionExtractor) -> None:
+    with pytest.raises(ValueError, match=r"1 or 3 channels, found shape \(2, 4, 8, 8\)"):
+        inception(images(2, 4, 8, 8))
+
+
+def test_no_network_and_no_file_says_the_ways_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+    message = (
+        r"cannot download .*no network.* https://github\.com/toshas/.*\.pth .*--evaluation\.inception_weights PATH"
+    )
+    with pytest.raises(RuntimeError, match=message + ".* offline-v1"):
+        load_extractor("inception-v3-compat", "cifar10")
+    with pytest.raises(FileNotFoundError, match=r"inception_weights=nowhere\.pth is not a file; give the path"):
+        load_extractor("inception-v3-compat", "cifar10", inception_weights="nowhere.pth")
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 8, 8), (2, 1, 28, 28), (3, 3, 32, 32), (2, 3, 64, 64), (1, 3, 9, 13)])
+def test_small_extractor_takes_any_size(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    extractor = SmallExtractor(weights_file(tmp_path / "x.safetensors", in_channels=shape[1]))
+    features, logits = extractor(images(*shape))
+    assert features.shape == (shape[0], 64)
+    assert logits.shape == (shape[0], 10)
+    assert not features.requires_grad
+    assert extractor.name == "suite_toy"
+
+
+def test_mixed_precision_around_it_changes_nothing(tmp_path: Path) -> None:
+    extractor = SmallExtractor(weights_file(tmp_path / "x.safetensors"))
+    x = images(4, 1, 8, 8)
+    expected, _ = extractor(x)
+    allowed = torch.backends.cudnn.allow_tf32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, _ = extractor(x)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+    assert torch.backends.cudnn.allow_tf32 == allowed
+
+
+def test_wrong_images_are_refused(tmp_path: Path) -> None:
+    extractor = SmallExtractor(weights_file(tmp_path / "x.safetensors"))
+    with pytest.raises(
+        ValueError, match=r"torch.float32 images of shape \(1, 1, 8, 8\); it takes uint8 \(B, C, H, W\)"
+    ):
+        extractor(torch.rand(1, 1, 8, 8))
+    with pytest.raises(ValueError, match=r"it takes 1 channel\(s\) of at least 8x8"):
+        extractor(images(1, 3, 8, 8))
+    with pytest.raises(ValueError, match="at least 8x8"):
+        extractor(images(1, 1, 7, 8))
+
+
+def test_missing_or_foreign_weights_name_the_command(tmp_path: Path) -> None:
+    command = "make it with: python -m benchmark train-extractor"
+    with pytest.raises(FileNotFoundError, match=rf"no extractor for 'sky' \(it has: .*digits.*\); {command} sky"):
+        load_extractor("suite", "sky")
+    with pytest.raises(FileNotFoundError, match=rf"gone\.safetensors is not a file; {command} gone"):
+        load_extractor(str(tmp_path / "gone.safetensors"), "digits")
+    foreign = tmp_path / "foreign.safetensors"
+    save_file({"w": torch.zeros(1)}, foreign)
+    for content in (foreign.read_bytes(), b"text"):
+        foreign.write_bytes(content)
+        with pytest.raises(ValueError, match=r"foreign\.safetensors is no extractor of the suite"):
+            SmallExtractor(foreign)
+
+
+@pytest.mark.parametrize("path", sorted(EXTRACTORS.glob("*.safetensors")), ids=lambda path: path.stem)
+def test_shipped_extractors_are_small_and_say_how_they_were_made(path: Path) -> None:
+    assert path.stat().st_size < 1_000_000
+    metadata = SmallExtractor(path).metadata
+    assert metadata["dataset"] == path.stem
+    assert metadata["command"].startswith(f"python -m benchmark train-extractor {path.stem}")
+
+
+@pytest.fixture
+def digits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Digits:
+    monkeypatch.setenv("SPIKING_DIFFUSION_CACHE", str(tmp_path))
+    return Digits()
+
+
+def test_shipped_digits_extractor_has_the_accuracy_it_claims(digits: Digits) -> None:
+    extractor = load_extractor("suite", "digits")
+    assert isinstance(extractor, SmallExtractor)
+    x, labels = digits.labelled("test")
+    accuracy = float((extractor(x)[1].argmax(1) == labels).double().mean())
+    assert accuracy > 0.95
+    assert accuracy == pytest.approx(extractor.metadata["test_accuracy"], abs=0.004)  # one image may round differently
+    assert extractor.metadata["dataset_fingerprint"] == digits.fingerprint
+
+
+@pytest.mark.usefixtures("digits")
+def test_training_is_reproducible_and_leaves_the_random_state(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    files = [tmp_path / name for name in ("a.safetensors", "b.safetensors")]
+    state = torch.get_rng_state()
+    for file in files:
+        train_extractor("Digits", epochs=1, output=str(file))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert files[0].read_bytes() == files[1].read_bytes()
+    extractor = SmallExtractor(files[0])
+    assert extractor.metadata["command"] == "python -m benchmark train-extractor digits --epochs 1 --seed 0"
+    assert "of the test images classified correctly" in capsys.readouterr().out
+
+
+def test_training_refuses_what_it_cannot_learn(digits: Digits, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"data='sky' is not a dataset of the suite; choose one of: celeba, .*mnist"):
+        train_extractor("sky")
+    monkeypatch.setattr(Digits, "labelled", lambda self, split: (images(4, 1, 8, 8), torch.full((4,), -1)))
+    with pytest.raises(ValueError, match="data='digits' has images without a label"):
+        train_extractor("digits")

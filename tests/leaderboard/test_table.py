@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from leaderboard.protocols import OFFLINE_V1, STANDARD_V1
+from leaderboard.records import Artefact, Dataset, MetricValue, Record, write_record
+from leaderboard.table import leaderboard, markdown
+
+Make = Callable[..., Record]
+
+
+@pytest.fixture(autouse=True)
+def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+
+
+def rows(text: str) -> list[list[str]]:
+    lines = [line for line in text.splitlines() if line.startswith("| ") and "---" not in line]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+
+
+def test_rows_are_ranked_and_drafts_come_last(make_record: Make) -> None:
+    records = [
+        (Path("draft.json"), make_record(fd=0.1, draft=True, method="Draft")),
+        (Path("b.json"), make_record(fd=2.0, method="Second")),
+        (Path("a.json"), make_record(fd=1.0, method="First")),
+        (Path("c.json"), make_record(method="NoMetric", metrics={})),
+    ]
+    header, *body = rows(markdown(records))
+    assert [row[:2] for row in body] == [["1", "First"], ["2", "Second"], ["-", "NoMetric"], ["draft", "Draft"]]
+    assert header[-1] == "Record"
+    assert [row[-1] for row in body] == ["a.json", "b.json", "c.json", "draft.json"]
+
+
+def test_columns_and_number_formats(make_record: Make) -> None:
+    header, row = rows(markdown([(Path("a.json"), make_record())]))
+    cells = dict(zip(header, row, strict=True))
+    assert cells["fd\\_suite\\_digits"] == "1.500 ±0.012"
+    assert cells["T"] == "4"
+    assert cells["Solver"] == "ddim"
+    assert cells["NFE"] == "50"
+    assert cells["Rate"] == "0.123"
+    assert cells["G SOPs"] == "3.2"
+    assert cells["mJ"] == "8.5"
+    assert cells["M params"] == "63.5"
+    assert cells["Images/s"] == "12.3"
+    assert cells["Samples"] == "2,000"
+
+
+def test_inception_metrics_have_their_usual_names(make_record: Make) -> None:
+    metrics = {
+        "is_mean": MetricValue(8.123, 0.11, 50_000),
+        "kid_mean": MetricValue(0.00321, 0.00045, 10_000),
+        "fid": MetricValue(19.736, 0.21, 50_000, "singular covariance: ..."),
+    }
+    text = markdown([(Path("a.json"), make_record(protocol=STANDARD_V1, metrics=metrics))])
+    header, row = rows(text)
+    assert header[3:6] == ["FID", "1000 KID", "IS"]
+    assert row[3:6] == ["19.74\\* ±0.21", "3.21 ±0.45", "8.12 ±0.11"]
+    assert "\\* singular covariance" in text
+
+
+def test_what_cannot_be_compared_never_shares_a_table(make_record: Make) -> None:
+    records = [
+        make_record(),
+        make_record(variant="same table"),
+        make_record(protocol=STANDARD_V1),
+        make_record(dataset=Dataset("mnist", "f" * 64, "hub")),
+        make_record(dataset=Dataset("digits", "e" * 64, "other content")),
+        make_record(extractor=Artefact("suite_digits", "c" * 64)),
+    ]
+    text = markdown((Path(f"{i}.json"), record) for i, record in enumerate(records))
+    assert text.count("\n## ") == 5
+    assert len(rows(text)) == 5 + 6
+
+
+def test_markdown_is_deterministic_and_escaped(make_record: Make) -> None:
+    first = (Path("a.json"), make_record(method="a|b_*c*", variant="<x>\n`y`"))
+    second = (Path("b.json"), make_record())
+    text = markdown([first, second])
+    assert text == markdown([second, first])
+    assert r"| a\|b\_\*c\* | \<x\> \`y\` |" in text
+
+
+def test_terminal_fits_100_columns_and_names_the_files(
+    make_record: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = {
+        "fid": MetricValue(19.736, 0.21, 50_000),
+        "kid_mean": MetricValue(0.01321, 0.00045, 10_000),
+        "is_mean": MetricValue(8.123, 0.11, 50_000),
+    }
+    path = write_record(make_record(protocol=STANDARD_V1, metrics=metrics, method="SpikingDiffusion"), tmp_path)
+    write_record(make_record(method="Short[red]", variant="[bold]"), tmp_path / "a" / "records")
+    leaderboard([str(tmp_path)])
+    out = capsys.readouterr().out
+    tables = [line for line in out.splitlines() if not line.startswith(("Reference", "[1] "))]
+    assert max(map(len, tables)) <= 100
+    for part in ("19.74", "±0.21", "FID", "SpikingDiffusion", "Short[red]", "[bold]", "fd_suite", "_digits", path.name):
+        assert part in out
+
+
+def test_output_file(make_record: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_record(make_record(), tmp_path / "records")
+    output = tmp_path / "docs" / "table.md"
+    leaderboard([str(tmp_path)], str(output))
+    assert output.read_text() == markdown([(path, make_record())])
+    assert f"wrote {output}" in capsys.readouterr().out
+
+
+def test_broken_record_is_named_and_the_rest_shown(
+    make_record: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_record(make_record(), tmp_path)
+    (tmp_path / "broken.json").write_text("{}")
+    with pytest.raises(SystemExit) as error:
+        leaderboard([str(tmp_path)])
+    assert error.value.code == 1
+    out = capsys.readouterr().out
+    assert "broken.json: field checkpoint: the field is missing" in out
+    assert "SDDPM" in out
+
+
+def test_no_records_says_what_to_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    leaderboard([str(tmp_path / "runs")], str(tmp_path / "out.md"))
+    assert "An evaluation writes one: python -m benchmark test --config" in capsys.readouterr().out
+    assert not (tmp_path / "out.md").exists()
+
+
+def test_protocol_of_other_content_under_the_same_name_is_another_table(make_record: Make) -> None:
+    changed = replace(OFFLINE_V1, sample_seed=7)
+    text = markdown([(Path("a.json"), make_record()), (Path("b.json"), make_record(protocol=changed))])
+    assert text.count("\n## ") == 2
