@@ -1,0 +1,24 @@
+"""Datasets: one LightningDataModule per dataset, all with the same batches, value range and reference images."""
+
+from datamodules.base import ImageDataModule
+from datamodules.celeba import CelebA
+from datamodules.cifar10 import CIFAR10
+from datamodules.digits import Digits
+from datamodules.errors import DatasetError, DatasetNotFoundError
+from datamodules.fmnist import FMNIST
+from datamodules.kmnist import KMNIST
+from datamodules.letters import Letters
+from datamodules.mnist import MNIST
+
+__all__ = [
+    "MNIST",
+    "FMNIST",
+    "KMNIST",
+    "Letters",
+    "CIFAR10",
+    "CelebA",
+    "Digits",
+    "ImageDataModule",
+    "DatasetError",
+    "DatasetNotFoundError",
+]

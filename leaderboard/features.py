@@ -156,7 +156,7 @@ class SmallExtractor(Extractor):
                 f"{path} is no extractor of the suite ({error}); give a file made by: {training_command('<dataset>')}"
             ) from error
         super().__init__(
-            f"suite_{dataset}", SmallNetwork.num_features, num_classes=sizes["num_classes"], sha256=_file_sha256(path)
+            dataset, SmallNetwork.num_features, num_classes=sizes["num_classes"], sha256=_file_sha256(path)
         )
         self.in_channels: int = sizes["in_channels"]
         self.network = SmallNetwork(**sizes)

@@ -162,7 +162,7 @@ def _flat(x: Tensor) -> Tensor:
     return x.as_strided((x.shape[0], x[0].numel()), (x[0].numel(), 1))
 
 
-COMPILE_FROM = 2**20
+COMPILE_FROM = 2**16
 """Elements from which a compiled kernel is worth its compilation (seconds, once for each neuron type and `T`)."""
 
 _compiled = {f: torch.compile(f, dynamic=True) for f in (_forward, _backward)}

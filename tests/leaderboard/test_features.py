@@ -78,7 +78,7 @@ def test_small_extractor_takes_any_size(tmp_path: Path, shape: tuple[int, ...]) 
     assert features.shape == (shape[0], 64)
     assert logits.shape == (shape[0], 10)
     assert not features.requires_grad
-    assert extractor.name == "suite_toy"
+    assert extractor.name == "toy"
 
 
 def test_mixed_precision_around_it_changes_nothing(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def _set(data: dict[str, Any], path: str, value: Any) -> None:
     ("path", "value", "message"),
     [
         ("solver", ..., "field solver: the field is missing"),
-        ("metrics.fd_suite_digits.value", ..., r"field metrics\.fd_suite_digits\.value: the field is missing"),
+        ("metrics.fd_digits.value", ..., r"field metrics\.fd_digits\.value: the field is missing"),
         ("extra", 1, "field extra: unknown field; expected one of: method, "),
         ("cost.watts", 1, r"field cost\.watts: unknown field"),
         ("nfe", "50", r"field nfe: expected int, found '50' \(str\)"),

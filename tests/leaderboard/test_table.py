@@ -71,7 +71,7 @@ def test_what_cannot_be_compared_never_shares_a_table(make_record: Make) -> None
         make_record(protocol=STANDARD_V1),
         make_record(dataset=Dataset("mnist", "f" * 64, "hub")),
         make_record(dataset=Dataset("digits", "e" * 64, "other content")),
-        make_record(extractor=Artefact("suite_digits", "c" * 64)),
+        make_record(extractor=Artefact("digits", "c" * 64)),
     ]
     text = markdown((Path(f"{i}.json"), record) for i, record in enumerate(records))
     assert text.count("\n## ") == 5

@@ -1,0 +1,292 @@
+"""The base of all datamodules: one geometry, one value range, one way to name what is generated."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from datamodules.cache import Entry, Sample, build_entry, open_entry
+from datamodules.errors import DatasetError, DatasetNotFoundError
+from datamodules.images import decode, resize
+from datamodules.loading import Seeds, TrainingImages, to_bytes, unrepeated_shard, whole_batches, world_size
+from datamodules.sources import Reader, Record, Source, find_image_folder, find_parquet, hub
+
+CACHE_VERSION = 1
+CACHE_VARIABLE = "SPIKING_DIFFUSION_CACHE"
+DEFAULT_CACHE = "~/.cache/spiking-diffusion-benchmark"
+HOLD_OUT_SEED = 0
+"""Seed of the permutation that holds validation images out: the same images in every run."""
+
+
+class ImageDataModule(L.LightningDataModule):
+    """Images to train on and to compare with, and the seeds of the images to generate.
+
+    Training and validation batches are float32 `(B, C, H, W)` in [-1, 1]. Test and prediction batches are int64 seeds
+    `(b,)`, one for each image to be generated. Reference images come from `reference_batches`, uint8, in the geometry
+    in which generated images are compared: the dataset's own with `fit="pad"`, the resized one with `fit="resize"`.
+
+    Args:
+        root: Folder of the dataset; none reads the Hugging Face hub.
+        batch_size: Training and validation images per batch and device.
+        image_size: Side length in pixels of the images the model sees; none keeps the dataset's own.
+        fit: How images get that size: zero padding, undone losslessly before comparison, or bilinear resizing.
+        flip: Whether training images are mirrored at random.
+        val_size: Training images held out for validation; 0 uses the source's own validation split, if it has one.
+        num_workers: Loader processes for training and validation.
+        cache_dir: Folder of decoded images; none takes $SPIKING_DIFFUSION_CACHE, then
+            ~/.cache/spiking-diffusion-benchmark.
+        num_samples: Images to generate.
+        sample_batch_size: Images per batch and device when generating.
+        sample_seed: Seed of the first generated image; image k has the seed `sample_seed + k`.
+        revision: Revision of the dataset on the hub; none takes the one this benchmark pins, or the latest.
+
+    Raises:
+        ValueError: If an argument is out of range; the message names it.
+    """
+
+    name: str
+    title: str
+    num_channels: int
+    native_size: int
+    num_classes: int | None
+    hub_id: str
+    hub_config: str | None = None
+    hub_revision: str | None = None
+    original_layout: str
+
+    def __init__(
+        self,
+        root: str | None = None,
+        batch_size: int = 128,
+        image_size: int | None = None,
+        fit: Literal["pad", "resize"] = "pad",
+        flip: bool = False,
+        val_size: int = 0,
+        num_workers: int = 0,
+        cache_dir: str | None = None,
+        num_samples: int = 10_000,
+        sample_batch_size: int = 250,
+        sample_seed: int = 0,
+        revision: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.root = root
+        self.batch_size = batch_size
+        self.image_size = self.native_size if image_size is None else image_size
+        self.fit = fit
+        self.flip = flip
+        self.val_size = val_size
+        self.num_workers = num_workers
+        self.cache_dir = Path(cache_dir or os.environ.get(CACHE_VARIABLE) or DEFAULT_CACHE).expanduser()
+        self.num_samples = num_samples
+        self.sample_batch_size = sample_batch_size
+        self.sample_seed = sample_seed
+        self.revision = revision or self.hub_revision
+        for argument in ("batch_size", "image_size", "num_samples", "sample_batch_size"):
+            _require_at_least(1, argument, getattr(self, argument))
+        for argument in ("val_size", "num_workers", "sample_seed"):
+            _require_at_least(0, argument, getattr(self, argument))
+        if fit not in ("pad", "resize"):
+            raise ValueError(f"fit={fit!r} is unknown; choose 'pad' or 'resize'")
+        if root is not None and revision is not None:
+            raise ValueError(f"revision={revision!r} is of the hub, but root={root!r} is a folder; give one of the two")
+        self._compared_size = self.native_size if fit == "pad" else self.image_size
+        self._padding, odd = divmod(self.image_size - self._compared_size, 2)
+        if self._padding < 0 or odd:
+            raise ValueError(
+                f"image_size={image_size} cannot be reached by padding {self.title}'s {self.native_size} pixels "
+                f"equally on both sides; give {self.native_size} plus an even number, or --data.fit resize"
+            )
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """`(C, H, W)` of the images the model sees."""
+        return self.num_channels, self.image_size, self.image_size
+
+    @property
+    def source(self) -> str:
+        """What was read, in words."""
+        return str(self._entry.meta["source"])
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the decoded splits before crop and resize, the same for every format that stores the pixels."""
+        return str(self._entry.meta["fingerprint"])
+
+    def num_reference(self, split: Literal["train", "test"] = "train") -> int:
+        """Number of images of a split."""
+        return self._entry.size(split)
+
+    def prepare_data(self) -> None:
+        """Decodes the dataset into the cache, if it is not there; Lightning calls it once on each machine."""
+        self._entry  # noqa: B018
+
+    def setup(self, stage: str | None = None) -> None:
+        """Opens the images to train on; testing and prediction need none."""
+        if stage in (None, "fit", "validate"):
+            self._subsets  # noqa: B018
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        """Shuffled full batches of training images.
+
+        Raises:
+            ValueError: If there are too few images for one batch.
+        """
+        images, _ = self._subsets
+        if (share := len(images) // world_size()) < self.batch_size:
+            raise ValueError(
+                f"batch_size={self.batch_size} exceeds the {share} training images of each device; "
+                f"give --data.batch_size {share} or less"
+            )
+        return self._loader(images, shuffle=True, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader[Tensor] | list[DataLoader[Tensor]]:
+        """Validation images in order; no loader if there are none."""
+        _, images = self._subsets
+        return self._loader(images) if len(images) else []
+
+    def test_dataloader(self) -> DataLoader[Tensor]:
+        """Seeds of the images to generate, each on one device only."""
+        seeds = Seeds(self.sample_seed, self.num_samples)
+        return whole_batches(seeds, self.sample_batch_size, sampler=unrepeated_shard(seeds, self.num_samples))
+
+    def predict_dataloader(self) -> DataLoader[Tensor]:
+        """Seeds of the images to generate, as for testing."""
+        return self.test_dataloader()
+
+    def reference_batches(self, split: Literal["train", "test"] = "train") -> Iterator[Tensor]:
+        """Yields a whole split in order, held-out images included, as uint8 `(b, C, H, W)` to compare with."""
+        yield from self._entry.images(split).split(self.sample_batch_size)
+
+    def labelled(self, split: Literal["train", "test"] = "train") -> tuple[Tensor, Tensor]:
+        """Returns a whole split in the compared geometry with its labels from 0 on, -1 where unknown."""
+        return self._entry.images(split), self._entry.labels(split)
+
+    def to_uint8(self, images: Tensor) -> Tensor:
+        """Turns generated images in [-1, 1] into bytes in the compared geometry: clamped, rounded, padding cut off.
+
+        Raises:
+            ValueError: If the images have another shape than the training images, or are not numbers.
+        """
+        if images.shape[1:] != self.image_shape:
+            expected = ", ".join(map(str, self.image_shape))
+            raise ValueError(f"generated images have the shape {tuple(images.shape)}, expected (B, {expected})")
+        if images.isnan().any():
+            raise ValueError(
+                "generated images hold NaN: the model has diverged; lower its learning rate or its precision"
+            )
+        pad, end = self._padding, self._padding + self._compared_size
+        return to_bytes(images[..., pad:end, pad:end])
+
+    @cached_property
+    def _source(self) -> Source:
+        layouts = (
+            "train*.parquet and test*.parquet (Hugging Face layout), train/ and test/ folders of PNG or JPEG images, "
+            f"or {self.original_layout}"
+        )
+        if self.root is None:
+            return hub(self.title, self.hub_id, self.hub_config, self.revision, layouts)
+        root = Path(self.root).expanduser()
+        for find in (find_parquet, find_image_folder, self._find_original):
+            if root.is_dir() and (source := find(root)) is not None:
+                return source
+        problem = "holds none of its layouts" if root.is_dir() else "is not a folder"
+        raise DatasetNotFoundError(
+            f"{self.title} was not found: --data.root {self.root} {problem}. Looked for {layouts}. "
+            f"Give the folder that holds them, or leave root out to read {self.hub_id} from the Hugging Face hub."
+        )
+
+    @cached_property
+    def _entry(self) -> Entry:
+        source = self._source
+        key = json.dumps([CACHE_VERSION, self.name, source.identity, self._geometry()], sort_keys=True)
+        path = self.cache_dir / f"{self.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+        return open_entry(path) or self._build(path, source)
+
+    @cached_property
+    def _subsets(self) -> tuple[TrainingImages, TrainingImages]:
+        """The images to train on, and those to validate on."""
+        entry = self._entry
+        train = entry.images("train")
+        if self.val_size >= len(train):
+            raise ValueError(f"val_size={self.val_size} leaves nothing of the {len(train)} training images; give less")
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(HOLD_OUT_SEED))
+        held_out, kept = (part.sort().values for part in order.split([self.val_size, len(train) - self.val_size]))
+        valid = train
+        if self.val_size == 0 and "valid" in entry.splits:
+            valid, held_out = entry.images("valid"), torch.arange(entry.size("valid"))
+        return (
+            TrainingImages(train, kept, self._padding, self.flip),
+            TrainingImages(valid, held_out, self._padding),
+        )
+
+    def _loader(self, images: TrainingImages, **options: Any) -> DataLoader[Tensor]:
+        return whole_batches(
+            images,
+            self.batch_size,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            **options,
+        )
+
+    def _build(self, path: Path, source: Source) -> Entry:
+        splits = source.open()
+        canonical = self._canonical(splits["train"])
+
+        def samples(reader: Reader) -> Iterator[Sample]:
+            for record in reader():
+                yield self._decode(canonical(record))
+
+        decoded = {split: samples(splits[split]) for split in sorted(splits)}
+        return build_entry(path, source.description, decoded, self._fit_image)
+
+    def _decode(self, record: Record) -> Sample:
+        """Decodes and checks one image."""
+        image = decode(record.image, "L" if self.num_channels == 1 else "RGB", record.where)
+        self._check_size(image, record.where)
+        if record.label < -1 or (self.num_classes is not None and record.label >= self.num_classes):
+            raise DatasetError(
+                f"{record.where} has the label {record.label}, expected 0 to {(self.num_classes or 0) - 1}; "
+                f"is this {self.title}?"
+            )
+        return image, record.label
+
+    def _check_size(self, image: Image.Image, where: str) -> None:
+        if image.size != (self.native_size, self.native_size):
+            raise DatasetError(
+                f"{where} has {image.width}x{image.height} pixels, expected {self.native_size}x{self.native_size}; "
+                f"is this {self.title}?"
+            )
+
+    def _fit_image(self, image: Image.Image) -> Image.Image:
+        """Brings an image into the compared geometry."""
+        return resize(image, self._compared_size)
+
+    def _geometry(self) -> dict[str, Any]:
+        """What the cached pixels depend on besides the source."""
+        return {"size": self._compared_size}
+
+    def _canonical(self, train: Reader) -> Callable[[Record], Record]:
+        """Returns what undoes a source's way of storing images and labels."""
+        return lambda record: record
+
+    def _find_original(self, root: Path) -> Source | None:
+        """Finds the files in which the dataset was first published."""
+        return None
+
+
+def _require_at_least(least: int, argument: str, value: int) -> None:
+    if value < least:
+        raise ValueError(f"{argument}={value} is too small; give --data.{argument} {least} or more")

@@ -1,0 +1,47 @@
+"""Digits: 1,797 handwritten digits, 8x8 grey, that come with scikit-learn; for trying things out without any download.
+
+Alpaydin and Kaynak, "Optical recognition of handwritten digits", UCI Machine Learning Repository (1998).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from datamodules.base import ImageDataModule
+from datamodules.sources import Record, Source
+
+TRAIN_IMAGES = 1500
+
+
+class Digits(ImageDataModule):
+    """scikit-learn's digits: the first 1,500 for training, the last 297 as test split."""
+
+    name = "digits"
+    title = "Digits"
+    num_channels = 1
+    native_size = 8
+    num_classes = 10
+    hub_id = original_layout = ""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(root=None, revision=None, **kwargs)  # embedded: nothing to choose
+
+    @cached_property
+    def _source(self) -> Source:
+        splits = {"train": slice(None, TRAIN_IMAGES), "test": slice(TRAIN_IMAGES, None)}
+        readers = {split: partial(_read, part) for split, part in splits.items()}
+        return Source("digits embedded in scikit-learn", "scikit-learn digits", lambda: readers)
+
+
+def _read(part: slice) -> Iterator[Record]:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = np.round(digits.images[part] * (255 / 16)).astype(np.uint8)  # from 0..16
+    for index, (image, label) in enumerate(zip(images, digits.target[part], strict=True)):
+        yield Record(Image.fromarray(image), int(label), f"digit {index}")

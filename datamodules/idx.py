@@ -1,0 +1,85 @@
+"""IDX files, the format of MNIST and its successors, as torchvision and Debian lay them out."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from datamodules.errors import DatasetError
+from datamodules.sources import Reader, Record, Source, one_folder, stat_identity
+
+TORCHVISION_FOLDERS = frozenset({"MNIST", "FashionMNIST", "KMNIST", "EMNIST"})
+"""torchvision keeps files of the same names for all of them, in these folders of one root."""
+
+
+def find_idx(root: Path, folder: str, train: str = "train", test: str = "t10k") -> Source | None:
+    """Finds the four IDX files of a dataset, plain or gzipped, in `root` or below.
+
+    Args:
+        root: Where to look; folders in which torchvision keeps other datasets are left out.
+        folder: torchvision's folder of this dataset.
+        train: What the names of the training files begin with.
+        test: What the names of the test files begin with.
+
+    Raises:
+        DatasetError: If only some of the four files are there, or there are several of one.
+    """
+    others = TORCHVISION_FOLDERS - {folder}
+
+    def find(name: str) -> Path | None:
+        matches = [
+            file
+            for file in sorted(root.rglob(f"{name}*"))
+            if file.name in (name, f"{name}.gz") and not others & set(file.relative_to(root).parts)
+        ]
+        one_folder(root, name, matches)
+        return matches[0] if matches else None  # the plain file sorts before its .gz
+
+    names = {
+        split: (f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte")
+        for split, prefix in {"train": train, "test": test}.items()
+    }
+    found = {name: find(name) for pair in names.values() for name in pair}
+    files = {name: file for name, file in found.items() if file is not None}
+    if not files:
+        return None
+    place = next(iter(files.values())).parent
+    if missing := [name for name in found if name not in files]:
+        raise DatasetError(f"{place} lacks {', '.join(missing)} (plain or .gz); all four files are needed")
+    readers: dict[str, Reader] = {
+        split: partial(_read_idx_pair, files[images], files[labels]) for split, (images, labels) in names.items()
+    }
+    return Source(f"IDX files in {place}", stat_identity(files.values()), lambda: readers)
+
+
+def _read_idx_pair(images_file: Path, labels_file: Path) -> Iterator[Record]:
+    images, labels = _read_idx(images_file, axes=3), _read_idx(labels_file, axes=1)
+    if len(images) != len(labels):
+        raise DatasetError(f"{images_file} holds {len(images)} images, but {labels_file} {len(labels)} labels")
+    for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+        yield Record(Image.fromarray(image), int(label), f"{images_file}, image {index},")
+
+
+def _read_idx(file: Path, axes: int) -> NDArray[np.uint8]:
+    try:
+        data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+    except (EOFError, OSError, zlib.error) as error:
+        raise DatasetError(f"{file} is damaged ({error}); fetch it again") from error
+    if len(data) < 4 + 4 * axes or data[:4] != bytes((0, 0, 8, axes)):
+        raise DatasetError(
+            f"{file} begins with {data[:4].hex()}, expected 000008{axes:02x}: not an IDX file of {axes} axes"
+        )
+    shape = tuple(int(size) for size in np.frombuffer(data, ">u4", axes, offset=4))
+    pixels = np.frombuffer(data, np.uint8, offset=4 + 4 * axes)
+    if pixels.size != np.prod(shape, dtype=np.int64):
+        raise DatasetError(
+            f"{file} announces {' x '.join(map(str, shape))} bytes but holds {pixels.size}; fetch it again"
+        )
+    return pixels.reshape(shape)

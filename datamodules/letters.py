@@ -1,0 +1,119 @@
+"""EMNIST Letters: 124,800 and 20,800 handwritten letters in 26 classes, 28x28 grey.
+
+Cohen, Afshar, Tapson and van Schaik, "EMNIST: extending MNIST to handwritten letters", IJCNN 2017, arXiv 1702.05373.
+The original files hold every image transposed and number the letters from 1; some copies hold them upright or number
+them from 0. Here they are upright and numbered from 0, whatever the source.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from datamodules.base import ImageDataModule
+from datamodules.errors import DatasetError
+from datamodules.idx import find_idx
+from datamodules.images import decode
+from datamodules.sources import Reader, Record, Source
+
+TALL = tuple(ord(letter) - ord("A") for letter in "IJL")
+"""Letters that are taller than wide in either case."""
+LOOKED_AT = 200
+"""Images of each letter that the orientation is judged by."""
+MARGIN = 0.1
+"""Least mean of `log(height / width)` to judge by; it is about 1.1 for I, 0.6 for J and L."""
+
+
+class Letters(ImageDataModule):
+    """EMNIST Letters: trained on the training split (see `val_size`), upright and labelled from 0 for A.
+
+    Args:
+        orientation: How the source stores its images; `auto` finds out from the letters I, J and L, the others are
+            checked against them.
+    """
+
+    name = "letters"
+    title = "EMNIST Letters"
+    num_channels = 1
+    native_size = 28
+    num_classes = 26
+    hub_id = "tanganke/emnist_letters"
+    original_layout = (
+        "IDX files as torchvision keeps them (EMNIST/raw/emnist-letters-train-images-idx3-ubyte, plain or .gz)"
+    )
+
+    def __init__(self, *, orientation: Literal["auto", "upright", "transposed"] = "auto", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if orientation not in ("auto", "upright", "transposed"):
+            raise ValueError(f"orientation={orientation!r} is unknown; choose 'auto', 'upright' or 'transposed'")
+        self.orientation = orientation
+
+    def _geometry(self) -> dict[str, Any]:
+        return super()._geometry() | {"orientation": self.orientation}
+
+    def _find_original(self, root: Path) -> Source | None:
+        return find_idx(root, "EMNIST", train="emnist-letters-train", test="emnist-letters-test")
+
+    def _canonical(self, train: Reader) -> Callable[[Record], Record]:
+        labels, slendernesses = _survey(train)
+        if {0, 26} <= labels:
+            raise DatasetError(
+                f"{self._source.description} has labels from 0 to 26, expected 0 to 25 or 1 to 26; "
+                f"is this {self.title}?"
+            )
+        first_label = 1 if 26 in labels else 0
+        values = [value for letter in TALL for value in slendernesses[letter + first_label]]
+        slenderness = sum(values) / len(values) if values else 0.0
+        transposed = self._is_transposed(slenderness)
+
+        def canonical(record: Record) -> Record:
+            label = record.label - first_label if record.label >= first_label else -1
+            image = decode(record.image, "L", record.where)
+            return Record(image.transpose(Image.Transpose.TRANSPOSE) if transposed else image, label, record.where)
+
+        return canonical
+
+    def _is_transposed(self, slenderness: float) -> bool:
+        if abs(slenderness) < MARGIN:
+            if self.orientation == "auto":
+                raise DatasetError(
+                    f"cannot tell whether {self._source.description} stores its letters upright: no labels, or no "
+                    "clear I, J and L; pass --data.orientation upright or --data.orientation transposed"
+                )
+            return self.orientation == "transposed"
+        found = "upright" if slenderness > 0 else "transposed"
+        if self.orientation not in ("auto", found):
+            raise DatasetError(
+                f"{self._source.description} stores its letters {found}, by the shape of its I, J and L, but "
+                f"orientation={self.orientation!r} was given; pass --data.orientation {found} or auto"
+            )
+        return found == "transposed"
+
+
+def _survey(train: Reader) -> tuple[set[int], dict[int, list[float]]]:
+    """Returns all labels, and the slenderness of the first images of each label that may be I, J or L."""
+    labels: set[int] = set()
+    seen: dict[int, list[float]] = {letter + first: [] for letter in TALL for first in (0, 1)}
+    for record in train():
+        labels.add(record.label)
+        values = seen.get(record.label)
+        if values is not None and len(values) < LOOKED_AT:
+            values.append(_slenderness(decode(record.image, "L", record.where)))
+    return labels, seen
+
+
+def _slenderness(image: Image.Image) -> float:
+    """Logarithm of the ratio of the ink's vertical to its horizontal second moment."""
+    ink = np.asarray(image, dtype=np.float64)
+    moments = []
+    for profile in (ink.sum(axis=1), ink.sum(axis=0)):
+        place = np.arange(len(profile))
+        weight = profile / max(profile.sum(), 1.0)
+        moments.append(float((weight * (place - (weight * place).sum()) ** 2).sum()))
+    vertical, horizontal = moments
+    return math.log((vertical + 0.01) / (horizontal + 0.01))  # a blank or one-pixel image has no moment

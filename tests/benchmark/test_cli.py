@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from benchmark import __version__
+from benchmark.cli import COMMANDS, STAGES, main
+from benchmark.runs import find_checkpoint, newest_run
+from leaderboard.records import read_record
+from systems.base import CheckpointMismatchError
+
+TINY = [
+    "--config=configs/quickstart.yaml",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+    "--trainer.log_every_n_steps=2",
+    "--trainer.check_val_every_n_epoch=1",
+    "--model.base_channels=8",
+    "--model.num_inference_steps=3",
+    "--data.batch_size=256",
+    "--data.num_samples=60",
+    "--data.sample_batch_size=25",
+    "--monitor.every_n_epochs=1",
+    "--monitor.num_inference_steps=2",
+]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one run of six steps."""
+    folder = tmp_path_factory.mktemp("runs")
+    main(["fit", *TINY, f"--trainer.default_root_dir={folder}", "--trainer.max_steps=6"])
+    return folder
+
+
+def records_of(run: Path) -> list[Path]:
+    return sorted((run / "records").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    main([])
+    shown = capsys.readouterr().out
+    for name in [*STAGES, *COMMANDS]:
+        assert re.search(rf"^  {name} +\w", shown, re.MULTILINE), name
+    assert "configs/quickstart.yaml" in shown
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--version"])
+    assert capsys.readouterr().out.strip() == __version__
+
+
+def test_unknown_command_lists_the_known(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["train"])
+    assert stop.value.code == 2
+    assert "choose one of: fit, validate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert "usage: python -m benchmark" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("option", "known"), [("--model=SDPM", "SDDPM"), ("--data=FashionMNIST", "FMNIST")])
+def test_mistyped_class_lists_the_known(option: str, known: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config=configs/quickstart.yaml", option])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert option.split("=")[1] in message
+    assert known in message.split("error:")[-1]
+
+
+def test_fit_leaves_a_complete_run(runs: Path) -> None:
+    (run,) = runs.iterdir()
+    assert re.fullmatch(r"digits-sddpm-\d{8}-\d{6}", run.name)
+    assert (run / "config.yaml").is_file()
+    assert (run / "checkpoints" / "last.ckpt").is_file()
+    assert list((run / "checkpoints").glob("best-*.ckpt"))
+
+
+def test_tensorboard_shows_the_training(runs: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(newest_run(runs)))
+    events.Reload()
+    tags = events.Tags()
+    wanted = {"train/loss", "train/grad_norm", "train/images_per_second", "train/firing_rate", "lr-Adam", "val/loss"}
+    assert wanted <= set(tags["scalars"])
+    assert "firing_rate/upblocks.0.neuron1" in tags["scalars"]
+    assert {"samples", "denoising"} <= set(tags["images"])
+    assert 0 < events.Scalars("train/firing_rate")[0].value < 1
+
+
+def test_test_takes_the_newest_run_and_writes_a_record(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["test", f"--trainer.default_root_dir={runs}"])
+    run = newest_run(runs)
+    record = read_record(records_of(run)[-1])
+    assert record.draft
+    assert (record.method, record.dataset.name, record.protocol.name) == ("sddpm", "digits", "offline-v1")
+    assert (record.nfe, record.num_steps, record.solver) == (3, 4, "DDIM(eta=0)")
+    assert record.metrics["fd_digits"].num_samples == 60
+    assert record.cost.sops > 0
+    assert record.cost.macs > 0
+    assert len(record.cost.firing_rates) == 19
+    assert record.config["model"]["init_args"]["base_channels"] == 8
+    assert Image.open(run / "samples" / f"{records_of(run)[-1].stem}.png").width > 64
+    assert "draft" in capsys.readouterr().out
+
+
+def test_what_is_typed_wins_over_the_checkpoint(runs: Path) -> None:
+    run = newest_run(runs)
+    checkpoint = find_checkpoint(run)
+    main(["test", f"--config={run / 'config.yaml'}", f"--ckpt_path={checkpoint}", "--model.num_inference_steps=2"])
+    assert read_record(records_of(run)[-1]).nfe == 2
+    main(["test", f"--ckpt_path={checkpoint}", "--model.scheduler=DDPMScheduler", "--model.threshold=0.9"])
+    record = read_record(records_of(run)[-1])
+    assert record.solver == "DDPM"
+    assert record.config["model"]["init_args"]["threshold"] == 0.9
+
+
+def test_the_same_test_gives_the_same_metrics(runs: Path) -> None:
+    values = []
+    for chunk in (60, 17):
+        main(["test", f"--trainer.default_root_dir={runs}", f"--data.sample_batch_size={chunk}"])
+        values.append(read_record(records_of(newest_run(runs))[-1]).metrics["fd_digits"].value)
+    assert values[0] == pytest.approx(values[1], rel=1e-2)  # a rounding error may flip a spike
+
+
+def test_best_checkpoint_can_be_tested(runs: Path) -> None:
+    main(["test", f"--trainer.default_root_dir={runs}", "--ckpt_path=best"])
+    checkpoint = read_record(records_of(newest_run(runs))[-1]).checkpoint
+    assert checkpoint is not None
+    assert checkpoint.name.startswith("best-")
+
+
+def test_validate_and_predict(runs: Path) -> None:
+    main(["validate", f"--trainer.default_root_dir={runs}"])
+    main(["predict", f"--trainer.default_root_dir={runs}", "--data.num_samples=10"])
+    samples = newest_run(runs) / "samples"
+    assert sorted(path.name for path in samples.glob("0*.png")) == [f"{k:06d}.png" for k in range(10)]
+    assert Image.open(samples / "000003.png").size == (8, 8)
+    assert (samples / "grid.png").is_file()
+
+
+def test_leaderboard_shows_the_records(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["test", f"--trainer.default_root_dir={runs}"])
+    main(["leaderboard", f"--records=[{runs}]", f"--output={tmp_path / 'board.md'}"])
+    assert "digits, offline-v1" in capsys.readouterr().out
+    assert "sddpm" in (tmp_path / "board.md").read_text()
+
+
+def test_resume_goes_on_where_training_stopped(tmp_path: Path) -> None:
+    straight, parts = tmp_path / "straight", tmp_path / "parts"
+    calm = ["--trainer.logger=false", "--monitor.every_n_epochs=0", "--trainer.check_val_every_n_epoch=3"]
+    main(["fit", *TINY, f"--trainer.default_root_dir={straight}", "--trainer.max_steps=18", *calm[1:]])
+    main(["fit", *TINY, f"--trainer.default_root_dir={parts}", "--trainer.max_steps=6", *calm[1:]])
+    run = newest_run(parts)
+    last = find_checkpoint(run)
+    assert torch.load(last, weights_only=True)["global_step"] == 6
+    main(["fit", f"--config={run / 'config.yaml'}", f"--ckpt_path={last}", "--trainer.max_steps=18"])
+    assert newest_run(parts) == run
+    resumed, whole = (torch.load(find_checkpoint(newest_run(f)), weights_only=True) for f in (parts, straight))
+    assert resumed["global_step"] == whole["global_step"] == 18
+    assert resumed["optimizer_states"][0]["state"][0]["step"] == 18
+
+
+def test_errors_name_the_way_out(runs: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no run with a checkpoint under"):
+        main(["test", f"--trainer.default_root_dir={tmp_path}"])
+    with pytest.raises(ValueError, match="needs a checkpoint"):
+        main(["test", "--config=configs/quickstart.yaml"])
+    with pytest.raises(FileNotFoundError, match="is not a file"):
+        main(["test", "--config=configs/quickstart.yaml", "--ckpt_path=nowhere.ckpt"])
+    last = find_checkpoint(newest_run(runs))
+    with pytest.raises(CheckpointMismatchError, match="does not fit the configured network"):
+        main(["test", f"--ckpt_path={last}", "--model.base_channels=16"])
+    with pytest.raises(ValueError, match="at most 10000"):
+        main(["test", f"--ckpt_path={last}", "--data.num_samples=20000"])
+
+
+def test_record_is_plain_json(runs: Path) -> None:
+    main(["test", f"--trainer.default_root_dir={runs}"])
+    content = json.loads(records_of(newest_run(runs))[-1].read_text())
+    assert content["source"] == "measured"
+    assert set(content["code"]["versions"]) >= {"torch", "snntorch", "diffusers", "lightning"}

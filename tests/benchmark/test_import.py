@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmark.cli import main
+from systems import SDDPM
+from systems.base import CheckpointMismatchError
+from systems.spiking_unet import SpikingUNet
+
+
+def official(**arguments: object) -> dict[str, Tensor]:
+    """A state dict laid out as the released code does, of a tiny network."""
+    torch.manual_seed(0)
+    network = SpikingUNet(**({"in_channels": 1, "base_channels": 4, "channel_mult": (1, 2), "num_res_blocks": 2} | arguments))
+    state = network.state_dict()
+    state["T_output_layer.weight"] = state["T_output_layer.weight"].unsqueeze(-1)
+    return {f"module.{key}": value for key, value in state.items()}
+
+
+def save(content: object, path: Path) -> str:
+    torch.save(content, path)
+    return str(path)
+
+
+def test_imported_checkpoint_is_tested_and_predicted(tmp_path: Path) -> None:
+    source = save({"net_model": official(), "step": 7, "x_T": torch.zeros(1)}, tmp_path / "official.pt")
+    output = tmp_path / "out.ckpt"
+    main(["import", "--method=sddpm", source, str(output)])
+    options = [
+        "--config=configs/quickstart.yaml",
+        f"--ckpt_path={output}",
+        f"--trainer.default_root_dir={tmp_path / 'runs'}",
+        "--trainer.enable_progress_bar=false",
+        "--model.base_channels=4",
+        "--model.num_res_blocks=2",
+        "--model.num_inference_steps=2",
+        "--data.num_samples=20",
+    ]
+    main(["test", *options])
+    main(["predict", *options])
+    assert list(tmp_path.glob("runs/*/records/*.json"))
+    assert list(tmp_path.glob("runs/*/samples/000019.png"))
+
+
+def test_reference_network_survives_the_import(
+    tmp_path: Path, reference: Callable[[str], dict[str, Tensor]]
+) -> None:
+    recorded = reference("sddpm_small.safetensors")
+    state = {key.removeprefix("state."): value for key, value in recorded.items() if key.startswith("state.")}
+    output = tmp_path / "out.ckpt"
+    main(["import", save({"net_model": state}, tmp_path / "official.pt"), str(output)])
+    system = SDDPM(in_channels=1, base_channels=32, channel_mult=(1, 2), num_res_blocks=1).eval()
+    system.load_state_dict(torch.load(output, weights_only=True)["state_dict"])
+    with torch.no_grad():
+        prediction = system.network(recorded["input.x"], recorded["input.t"])
+    torch.testing.assert_close(prediction, recorded["output.eval"], rtol=0, atol=1e-5)
+
+
+def test_unknown_and_missing_tensors_are_listed(tmp_path: Path) -> None:
+    state = official()
+    state["module.attention.weight"] = torch.zeros(1)
+    del state["module.tail_bn.bias"]
+    with pytest.raises(CheckpointMismatchError, match=r"1 missing: tail_bn\.bias; 1 unknown: attention\.weight"):
+        main(["import", save(state, tmp_path / "official.pt"), str(tmp_path / "out.ckpt")])
+    assert not (tmp_path / "out.ckpt").exists()
+
+
+class Malicious:
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (Path("owned"),))
+
+
+def test_code_in_a_pickle_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("official.pt").write_bytes(pickle.dumps({"net_model": Malicious()}))
+    with pytest.raises(ValueError, match="cannot be read as a checkpoint of tensors"):
+        main(["import", "official.pt", "out.ckpt"])
+    assert not Path("owned").exists()
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    output = str(tmp_path / "out.ckpt")
+    with pytest.raises(FileNotFoundError, match="is not a file"):
+        main(["import", str(tmp_path / "nothing.pt"), output])
+    with pytest.raises(ValueError, match="is no sddpm network"):
+        main(["import", save({"weight": torch.zeros(2)}, tmp_path / "other.pt"), output])
+    with pytest.raises(ValueError, match="holds no state dict"):
+        main(["import", save([1, 2], tmp_path / "list.pt"), output])
+    whole = (tmp_path / "other.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="truncated"):
+        main(["import", str(tmp_path / "cut.pt"), output])

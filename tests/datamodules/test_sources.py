@@ -1,0 +1,451 @@
+"""Where images are read from: every layout gives the same data, and every fault one clear error."""
+
+from __future__ import annotations
+
+import gzip
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from dataset_layouts import (
+    Splits,
+    encode,
+    letter_splits,
+    random_splits,
+    write_celeba,
+    write_cifar,
+    write_folder,
+    write_idx,
+    write_parquet,
+)
+
+from datamodules import CIFAR10, FMNIST, KMNIST, MNIST, CelebA, DatasetError, DatasetNotFoundError, Letters
+
+GREY = random_splits()
+COLOUR = random_splits(32, 3)
+LETTERS = letter_splits()
+
+
+def hub_copy(splits: Splits, column: str = "image") -> datasets.DatasetDict:
+    """What `load_dataset` would return for these images."""
+
+    def split(images: np.ndarray, labels: list[int]) -> datasets.Dataset:
+        rows = {column: [{"bytes": encode(image), "path": None} for image in images], "label": labels}
+        return datasets.Dataset.from_dict(rows).cast_column(column, datasets.Image())
+
+    return datasets.DatasetDict({name: split(*content) for name, content in splits.items()})
+
+
+@pytest.fixture
+def fake_hub(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[object, ...]]]:
+    """Lets the hub answer with the given splits; returns the list of what it is asked."""
+
+    real = datasets.load_dataset
+
+    def install(splits: Splits, column: str = "image") -> list[tuple[object, ...]]:
+        asked: list[tuple[object, ...]] = []
+
+        def load_dataset(*args: object, **kwargs: object) -> object:
+            if args[0] == "parquet":
+                return real(*args, **kwargs)
+            asked.append((*args, kwargs))
+            return hub_copy(splits, column)
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *args, **kwargs: None)
+        return asked
+
+    return install
+
+
+GREY_LAYOUTS = {
+    "parquet": lambda root, folder: write_parquet(root, GREY),
+    "parquet shards below": lambda root, folder: write_parquet(root / "data", GREY, "{split}-00000-of-00001.parquet"),
+    "parquet without schema": lambda root, folder: write_parquet(root, GREY, schema=False),
+    "image folder": lambda root, folder: write_folder(root, GREY),
+    "torchvision": lambda root, folder: write_idx(root / folder / "raw", GREY),
+    "torchvision beside another dataset": lambda root, folder: (
+        write_idx(root / "QMNIST-not-ours" / "MNIST" if folder != "MNIST" else root / "KMNIST" / "raw", COLOUR_AS_GREY),
+        write_idx(root / folder / "raw", GREY),
+    ),
+    "plain and gzipped": lambda root, folder: (
+        write_idx(root / "raw", GREY),
+        write_idx(root / "raw", GREY, zipped=True),
+    ),
+    "gzipped in one folder": lambda root, folder: write_idx(root, GREY, zipped=True),
+}
+COLOUR_AS_GREY = random_splits(train=7, test=3)
+
+
+@pytest.mark.parametrize("layout", GREY_LAYOUTS)
+@pytest.mark.parametrize(("kind", "folder"), [(MNIST, "MNIST"), (FMNIST, "FashionMNIST"), (KMNIST, "KMNIST")])
+def test_every_layout_of_the_mnist_family_gives_the_same_data(
+    kind: type[MNIST], folder: str, layout: str, tmp_path: Path
+) -> None:
+    GREY_LAYOUTS[layout](tmp_path / "source", folder)
+    data = kind(str(tmp_path / "source"), cache_dir=str(tmp_path / "cache"))
+    expected = FMNIST(str(write_idx(tmp_path / "expected", GREY)), cache_dir=str(tmp_path / "cache"))
+    if layout != "image folder":  # ordered by class, as the folders are
+        assert data.fingerprint == expected.fingerprint
+        assert torch.equal(data.labelled("test")[0], torch.from_numpy(GREY["test"][0])[:, None])
+        assert data.labelled("train")[1].tolist() == GREY["train"][1]
+    pixels = sorted(image.numpy().tobytes() for image in data.labelled("train")[0])
+    assert pixels == sorted(image.tobytes() for image in GREY["train"][0])
+    assert str(tmp_path / "source") in data.source
+
+
+def test_every_layout_of_cifar10_gives_the_same_data(tmp_path: Path, fake_hub: Callable[..., object]) -> None:
+    cache = str(tmp_path / "cache")
+    fingerprints = {
+        CIFAR10(root=str(root), cache_dir=cache).fingerprint
+        for root in (
+            write_parquet(tmp_path / "img", COLOUR, column="img"),
+            write_parquet(tmp_path / "image", COLOUR),
+            write_cifar(tmp_path / "torchvision" / "cifar-10-batches-py", COLOUR),
+        )
+    }
+    asked = fake_hub(COLOUR, "img")
+    fingerprints.add(CIFAR10(cache_dir=cache).fingerprint)
+    assert len(fingerprints) == 1
+    assert asked == [("uoft-cs/cifar10", None, {"revision": None})]
+
+
+def test_every_layout_of_letters_gives_the_same_data(tmp_path: Path, fake_hub: Callable[..., object]) -> None:
+    cache = str(tmp_path / "cache")
+    transposed = {split: (images.transpose(0, 2, 1), labels) for split, (images, labels) in LETTERS.items()}
+    from_one = {split: (images, [label + 1 for label in labels]) for split, (images, labels) in transposed.items()}
+    names = {"train": "emnist-letters-train", "test": "emnist-letters-test"}
+    sources = [
+        Letters(root=str(write_parquet(tmp_path / "a" / "emnist-letters", LETTERS)), cache_dir=cache),
+        Letters(root=str(write_parquet(tmp_path / "b", from_one)), cache_dir=cache),
+        Letters(root=str(write_idx(tmp_path / "c" / "EMNIST" / "raw", from_one, **names)), cache_dir=cache),
+        Letters(root=str(write_idx(tmp_path / "d", from_one, **names, zipped=True)), cache_dir=cache),
+    ]
+    fake_hub(transposed)
+    sources.append(Letters(cache_dir=cache))
+    assert len({data.fingerprint for data in sources}) == 1
+    for data in sources:
+        assert data.labelled("train")[1].tolist() == LETTERS["train"][1]
+
+
+def test_labels_are_optional(tmp_path: Path) -> None:
+    data = MNIST(str(write_parquet(tmp_path, GREY, labelled=False)), cache_dir=str(tmp_path / "cache"))
+    assert set(data.labelled("test")[1].tolist()) == {-1}
+
+
+def test_grey_images_stored_in_colour_are_read(tmp_path: Path) -> None:
+    colour = {split: (np.repeat(images[..., None], 3, -1), labels) for split, (images, labels) in GREY.items()}
+    cache = str(tmp_path / "cache")
+    stored_in_colour = MNIST(str(write_parquet(tmp_path / "rgb", colour)), cache_dir=cache)
+    assert stored_in_colour.fingerprint == MNIST(str(write_parquet(tmp_path / "l", GREY)), cache_dir=cache).fingerprint
+
+
+def test_images_without_class_folder_have_no_label(tmp_path: Path) -> None:
+    for split, (images, _) in GREY.items():
+        (tmp_path / split).mkdir()
+        for index, image in enumerate(images):
+            (tmp_path / split / f"{index:03}.PNG").write_bytes(encode(image))
+    data = MNIST(str(tmp_path), cache_dir=str(tmp_path / "cache"))
+    assert set(data.labelled("train")[1].tolist()) == {-1}
+    assert torch.equal(data.labelled("train")[0][:, 0], torch.from_numpy(GREY["train"][0]))
+
+
+def test_a_validation_split_of_the_source_is_used_unless_val_size_is_given(tmp_path: Path) -> None:
+    splits = GREY | {"validation": GREY["test"]}
+    root = str(write_parquet(tmp_path / "source", splits, "{split}-0.parquet"))
+    data = MNIST(root, batch_size=5, cache_dir=str(tmp_path / "cache"))
+    assert torch.equal(data.to_uint8(torch.cat(list(data.val_dataloader()))), data.labelled("test")[0])
+    held_out = MNIST(root, batch_size=5, val_size=3, cache_dir=str(tmp_path / "cache"))
+    assert sum(map(len, held_out.val_dataloader())) == 3
+
+
+def test_the_hub_is_asked_for_celeba_at_the_pinned_revision(tmp_path: Path, fake_hub: Callable[..., object]) -> None:
+    faces = random_splits(160, 3, train=4, test=3)
+    asked = fake_hub(faces | {"valid": faces["test"]})
+    data = CelebA(batch_size=2, cache_dir=str(tmp_path))
+    assert "revision 2d738f56e0e7f925ea36ae7c808ea925264aacec" in data.source
+    assert sum(map(len, data.val_dataloader())) == 3
+    revision = {"revision": "2d738f56e0e7f925ea36ae7c808ea925264aacec"}
+    assert asked == [("flwrlabs/celeba", "img_align+identity+attr", revision)]
+
+
+def test_a_revision_can_be_chosen(tmp_path: Path, fake_hub: Callable[..., object]) -> None:
+    asked = fake_hub(GREY)
+    assert "none pinned" in MNIST(cache_dir=str(tmp_path)).source
+    assert "revision abc" in MNIST(revision="abc", cache_dir=str(tmp_path)).source
+    assert [request[-1] for request in asked] == [{"revision": None}, {"revision": "abc"}]
+
+
+# Nothing found
+
+
+def test_offline_without_root_is_one_error_that_names_the_ways_out(tmp_path: Path) -> None:
+    code = f"from datamodules import FMNIST\nFMNIST(cache_dir={str(tmp_path)!r}).prepare_data()"
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True
+    )
+    error = run.stderr[run.stderr.rindex("DatasetNotFoundError") :]
+    for part in ("FashionMNIST", "zalando-datasets/fashion_mnist", "OfflineMode", "--data.root FOLDER", "network"):
+        assert part in error
+
+
+def test_a_dead_network_is_noticed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*args: object, **kwargs: object) -> None:
+        raise ConnectionError("Name or service not known\nand more")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: pytest.fail("asked again"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    start = time.monotonic()
+    with pytest.raises(
+        DatasetNotFoundError, match=r"latest \(ConnectionError: Name or service not known\), and no folder"
+    ):
+        KMNIST(cache_dir=str(tmp_path)).prepare_data()
+    assert time.monotonic() - start < 5
+
+
+def test_a_copy_in_the_hugging_face_cache_needs_no_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake_hub: Callable[..., object]
+) -> None:
+    fake_hub(GREY)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *args, **kwargs: pytest.fail("asked the network"))
+    (tmp_path / "ylecun___mnist").mkdir()
+    assert MNIST(cache_dir=str(tmp_path)).num_reference("test") == 12
+
+
+def test_a_folder_without_the_dataset_is_an_error_that_names_the_layouts(tmp_path: Path) -> None:
+    write_idx(tmp_path / "KMNIST" / "raw", GREY)  # torchvision's root, but of another dataset
+    with pytest.raises(
+        DatasetNotFoundError, match=r"MNIST was not found: --data.root .* holds none .*MNIST/raw/train-im"
+    ):
+        MNIST(str(tmp_path)).prepare_data()
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DatasetNotFoundError, match=r"--data.root .*/nowhere is not a folder"):
+        MNIST(str(tmp_path / "nowhere")).prepare_data()
+
+
+# Found, but faulty
+
+
+def fail(data: MNIST | CIFAR10 | CelebA, match: str) -> None:
+    with pytest.raises(DatasetError, match=match):
+        data.prepare_data()
+    assert not any(path.is_dir() for path in data.cache_dir.glob("*"))  # nothing half-built is left
+
+
+def mnist(tmp_path: Path) -> MNIST:
+    return MNIST(str(tmp_path), cache_dir=str(tmp_path / "cache"))
+
+
+def test_several_datasets_below_root(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "mnist", GREY)
+    write_parquet(tmp_path / "fmnist", GREY)
+    fail(mnist(tmp_path), match=r"holds parquet files of the train split in several folders: .*/fmnist, .*/mnist; exp")
+
+
+def test_idx_files_of_several_datasets_below_root(tmp_path: Path) -> None:
+    write_idx(tmp_path / "a", GREY)
+    write_idx(tmp_path / "b", GREY)
+    fail(mnist(tmp_path), match="holds train-images-idx3-ubyte in several folders")
+
+
+def test_missing_split(tmp_path: Path) -> None:
+    write_parquet(tmp_path, {"train": GREY["train"]})
+    fail(mnist(tmp_path), match="no test split in the parquet files below")
+
+
+def test_image_folder_without_training_split(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"test": GREY["test"]})
+    fail(mnist(tmp_path), match="no train split in the image folder")
+
+
+def test_class_that_is_not_trained_on(tmp_path: Path) -> None:
+    write_folder(tmp_path, GREY)
+    (tmp_path / "test" / "9").rename(tmp_path / "test" / "nine")
+    fail(mnist(tmp_path), match=r"test/nine/00009.png is of a class that has no folder in the training split: 0, 1")
+
+
+def test_columns_without_images(tmp_path: Path) -> None:
+    write_parquet(tmp_path, GREY, column="picture")
+    fail(mnist(tmp_path), match=r"test.parquet has the columns \['picture', 'label'\], expected one named image or img")
+
+
+def test_damaged_parquet(tmp_path: Path) -> None:
+    write_parquet(tmp_path, GREY)
+    file = tmp_path / "test.parquet"
+    file.write_bytes(file.read_bytes()[:-100])
+    fail(mnist(tmp_path), match=r"test.parquet cannot be read \(.*; fetch it again")
+
+
+def test_empty_parquet_row(tmp_path: Path) -> None:
+    rows = {"image": [{"bytes": encode(GREY["train"][0][0]), "path": None}, {"bytes": None, "path": "0.png"}]}
+    for split in ("train", "test"):
+        datasets.Dataset.from_dict(rows).to_parquet(str(tmp_path / f"{split}.parquet"))
+    fail(mnist(tmp_path), match=r"test.parquet, row 1, holds no image bytes")
+
+
+def test_empty_split(tmp_path: Path) -> None:
+    write_parquet(tmp_path, GREY)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    datasets.Dataset.from_dict({"image": [], "label": []}, features=features).to_parquet(str(tmp_path / "test.parquet"))
+    fail(mnist(tmp_path), match="holds no images in its test split")
+
+
+def test_damaged_image(tmp_path: Path) -> None:
+    write_folder(tmp_path, GREY)
+    file = tmp_path / "train" / "3" / "00003.png"
+    file.write_bytes(file.read_bytes()[:-300])
+    fail(mnist(tmp_path), match=r"train/3/00003.png is a damaged image")
+    file.write_bytes(b"no image")
+    fail(mnist(tmp_path), match=r"train/3/00003.png is not a readable image")
+
+
+def test_wrong_size(tmp_path: Path) -> None:
+    write_parquet(tmp_path, random_splits(32))
+    fail(mnist(tmp_path), match=r"test.parquet, row 0, has 32x32 pixels, expected 28x28; is this MNIST\?")
+
+
+def test_colour_where_grey_is_expected(tmp_path: Path) -> None:
+    write_parquet(tmp_path, random_splits(28, 3))
+    fail(mnist(tmp_path), match=r"row 0, is an image of mode RGB, expected L")
+
+
+def test_label_of_no_class(tmp_path: Path) -> None:
+    write_parquet(tmp_path, random_splits(classes=11))
+    fail(mnist(tmp_path), match=r"row 10, has the label 10, expected 0 to 9; is this MNIST\?")
+
+
+def test_missing_idx_file(tmp_path: Path) -> None:
+    write_idx(tmp_path, GREY)
+    (tmp_path / "t10k-labels-idx1-ubyte").unlink()
+    fail(mnist(tmp_path), match=r"lacks t10k-labels-idx1-ubyte \(plain or .gz\); all four files are needed")
+
+
+def test_idx_file_of_something_else(tmp_path: Path) -> None:
+    write_idx(tmp_path, GREY)
+    (tmp_path / "t10k-images-idx3-ubyte").write_bytes(b"<html>not found</html>")
+    fail(mnist(tmp_path), match=r"t10k-images-idx3-ubyte begins with 3c68746d, expected 00000803")
+
+
+def test_truncated_idx_file(tmp_path: Path) -> None:
+    write_idx(tmp_path, GREY)
+    file = tmp_path / "train-images-idx3-ubyte"
+    file.write_bytes(file.read_bytes()[:-1])
+    fail(mnist(tmp_path), match=r"train-images-idx3-ubyte announces 40 x 28 x 28 bytes but holds 31359")
+
+
+def test_truncated_gzip(tmp_path: Path) -> None:
+    write_idx(tmp_path, GREY, zipped=True)
+    file = tmp_path / "train-images-idx3-ubyte.gz"
+    file.write_bytes(file.read_bytes()[:-20])
+    fail(mnist(tmp_path), match=r"train-images-idx3-ubyte.gz is damaged")
+    file.write_bytes(gzip.compress(b""))
+    fail(mnist(tmp_path), match=r"train-images-idx3-ubyte.gz begins with , expected")
+
+
+def test_more_images_than_labels(tmp_path: Path) -> None:
+    write_idx(tmp_path, GREY | {"train": (GREY["train"][0], GREY["train"][1][:-1])})
+    fail(mnist(tmp_path), match=r"train-images-idx3-ubyte holds 40 images, but .*train-labels-idx1-ubyte 39 labels")
+
+
+class _Harmful:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return eval, ("1 / 0",)
+
+
+def test_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
+    write_cifar(tmp_path, COLOUR)
+    (tmp_path / "test_batch").write_bytes(pickle.dumps({b"data": _Harmful(), b"labels": [0]}))
+    data = CIFAR10(root=str(tmp_path), cache_dir=str(tmp_path / "cache"))
+    fail(data, match=r"test_batch is not a CIFAR-10 batch \(UnpicklingError: it asks for builtins.eval, refused")
+
+
+def test_faulty_cifar_batches(tmp_path: Path) -> None:
+    write_cifar(tmp_path, COLOUR)
+    data = CIFAR10(root=str(tmp_path), cache_dir=str(tmp_path / "cache"))
+    (tmp_path / "test_batch").write_bytes(pickle.dumps({b"data": np.zeros((2, 3072)), b"labels": [0, 1]}, 3))
+    fail(data, match="test_batch holds float64, expected uint8")
+    (tmp_path / "test_batch").write_bytes(b"")
+    fail(data, match=r"test_batch is not a CIFAR-10 batch \(EOFError")
+    (tmp_path / "test_batch").unlink()
+    fail(CIFAR10(root=str(tmp_path), cache_dir=str(tmp_path / "cache")), match="lacks test_batch; all six")
+
+
+# CelebA
+
+
+def test_celeba_follows_the_official_partition(tmp_path: Path) -> None:
+    root = write_celeba(tmp_path / "celeba")
+    data = CelebA(root=str(tmp_path), batch_size=4, flip=False, cache_dir=str(tmp_path / "cache"))
+    assert (data.num_reference("train"), data.num_reference("test")) == (30, 8)
+    assert sum(map(len, data.val_dataloader())) == 6
+    assert data.image_shape == (3, 64, 64)
+    from PIL import Image
+    from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
+
+    first = Compose([CenterCrop(148), Resize(64), PILToTensor()])(Image.open(root / "img_align_celeba" / "000001.jpg"))
+    assert torch.equal(next(data.reference_batches())[0], first)  # as the papers' torchvision pipelines do
+
+
+def test_celeba_without_crop(tmp_path: Path) -> None:
+    write_celeba(tmp_path, size=(64, 64))
+    cache = str(tmp_path / "cache")
+    fail(
+        CelebA(root=str(tmp_path), cache_dir=cache),
+        match=r"jpg has 64x64 pixels, too few to crop center_crop=148; .* pass --data.center_crop null",
+    )
+    assert next(CelebA(root=str(tmp_path), center_crop=None, cache_dir=cache).reference_batches()).shape[1:] == (
+        3,
+        64,
+        64,
+    )
+
+
+def test_celeba_with_faulty_partition(tmp_path: Path) -> None:
+    write_celeba(tmp_path)
+    partition = tmp_path / "list_eval_partition.txt"
+    lines = partition.read_text()
+    partition.write_text(lines + "000099.jpg 2\n")
+    fail(CelebA(root=str(tmp_path), cache_dir=str(tmp_path / "cache")), match=r"lists 1 images .* first .*/000099.jpg")
+    partition.write_text(lines + "000001.jpg 3\n")
+    fail(CelebA(root=str(tmp_path), cache_dir=str(tmp_path / "cache")), match=r"line 45, is '000001.jpg 3'; expected")
+
+
+# Letters
+
+
+def test_orientation_is_verified(tmp_path: Path) -> None:
+    root, cache = str(write_parquet(tmp_path / "source", LETTERS)), str(tmp_path / "cache")
+    upright = Letters(root=root, orientation="upright", cache_dir=cache)
+    assert upright.fingerprint == Letters(root=root, cache_dir=cache).fingerprint
+    with pytest.raises(DatasetError, match=r"stores its letters upright.*pass --data.orientation upright or auto"):
+        Letters(root=root, orientation="transposed", cache_dir=cache).prepare_data()
+
+
+def test_orientation_must_be_given_where_it_cannot_be_seen(tmp_path: Path) -> None:
+    root, cache = str(write_parquet(tmp_path / "source", LETTERS, labelled=False)), str(tmp_path / "cache")
+    with pytest.raises(
+        DatasetError, match=r"cannot tell .* pass --data.orientation upright or --data.orientation trans"
+    ):
+        Letters(root=root, cache_dir=cache).prepare_data()
+    transposed, _ = Letters(root=root, orientation="transposed", cache_dir=cache).labelled("train")
+    assert torch.equal(transposed[:, 0].mT, torch.from_numpy(LETTERS["train"][0]))
+
+
+def test_letters_numbered_both_ways(tmp_path: Path) -> None:
+    images, labels = LETTERS["train"]
+    write_parquet(tmp_path, LETTERS | {"train": (images, [26, *labels[1:]])})
+    with pytest.raises(DatasetError, match="has labels from 0 to 26, expected 0 to 25 or 1 to 26"):
+        Letters(root=str(tmp_path), cache_dir=str(tmp_path / "cache")).prepare_data()
