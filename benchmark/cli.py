@@ -34,7 +34,9 @@ EXAMPLES = """\
 def print_help() -> None:
     """Prints what a newcomer can type next."""
     rows = STAGES | {name: line for name, (_, line) in COMMANDS.items()}
-    print("Reference benchmark for spiking diffusion models.\n\nusage: python -m benchmark COMMAND [--help] [options]\n")
+    print(
+        "Reference benchmark for spiking diffusion models.\n\nusage: python -m benchmark COMMAND [--help] [options]\n"
+    )
     print("commands:")
     for name, line in rows.items():
         print(f"  {name:<16} {line}")

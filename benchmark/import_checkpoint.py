@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +32,9 @@ def import_checkpoint(checkpoint: str, output: str, method: Literal["sddpm"] = "
         size = infer_arguments(state)
     except (KeyError, ValueError, IndexError) as error:
         names = ", ".join(list(state)[:3])
-        raise ValueError(f"{checkpoint} is no {method} network: {error} not found among its tensors ({names}, ...)") from None
+        raise ValueError(
+            f"{checkpoint} is no {method} network: {error} not found among its tensors ({names}, ...)"
+        ) from None
     with torch.device("meta"):
         network = SpikingUNet(**size)
     converted = convert_official(state, network)
@@ -49,8 +50,10 @@ def import_checkpoint(checkpoint: str, output: str, method: Literal["sddpm"] = "
         },
         part,
     )
-    os.replace(part, path)
-    arguments = " ".join(f"--model.{k} {v}".replace(" [", " '[").replace("]", "]'") for k, v in size.items() if k[:9] != "num_train")
+    part.replace(path)
+    arguments = " ".join(
+        f"--model.{k} {v}".replace(" [", " '[").replace("]", "]'") for k, v in size.items() if k[:9] != "num_train"
+    )
     print(
         f"{len(converted)} tensors from {checkpoint} to {path}\nsize:  {arguments}\n"
         f"test:  python -m benchmark test --config configs/{method}_DATASET.yaml --ckpt_path {path}"
@@ -64,7 +67,9 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} cannot be read as a checkpoint of tensors (truncated, or holding code): {reason}") from None
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint of tensors (truncated, or holding code): {reason}"
+        ) from None
     if isinstance(content, dict):
         content = content.get("net_model", content)
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):

@@ -31,7 +31,9 @@ class ImageProgressBar(TQDMProgressBar):
         super().on_predict_batch_start(trainer, *args, **kwargs)
         self._start(self.predict_progress_bar, trainer.predict_dataloaders, args)
 
-    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any) -> None:
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
         """Counts the images of a batch."""
         self.test_progress_bar.update(len(batch))
 
@@ -43,7 +45,7 @@ class ImageProgressBar(TQDMProgressBar):
 
     @staticmethod
     def _start(bar: Any, loader: Any, args: tuple[Any, ...]) -> None:
-        _, batch, batch_idx = args[:3]
+        batch_idx = args[2]
         if batch_idx == 0:
             bar.unit = "img"
             bar.reset(total=len(loader.sampler))
@@ -134,4 +136,4 @@ class TrainingMonitor(Callback):
 
     @staticmethod
     def _logs(trainer: Trainer) -> bool:
-        return (trainer.global_step + 1) % trainer.log_every_n_steps == 0
+        return (trainer.global_step + 1) % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]

@@ -38,7 +38,11 @@ def neuron_speed(
         return torch.stack(spikes)
 
     neuron = integrate_and_fire()
-    paths = {"snnTorch by hand": by_hand, "stepwise autograd": neuron.stepwise, "suite": neuron}
+    paths: dict[str, Callable[[Tensor], Tensor]] = {
+        "snnTorch by hand": by_hand,
+        "stepwise autograd": neuron.stepwise,
+        "suite": neuron,
+    }
     x = torch.randn(num_steps, *shape, device=device, requires_grad=True)
     grad = torch.randn(x.shape, device=device)
     table = Table(title=f"IF, T={num_steps}, {tuple(shape)}, float32, {device}, {torch.get_num_threads()} threads")
@@ -46,7 +50,9 @@ def neuron_speed(
         table.add_column(column, justify="left" if column == "layer" else "right")
     times = {name: [_median(path, x, g, repetitions) for g in (None, grad)] for name, path in paths.items()}
     for name, row in times.items():
-        cells = [text for i, t in enumerate(row) for text in (f"{t * 1e3:.1f}", f"{times['snnTorch by hand'][i] / t:.1f}x")]
+        cells = [
+            text for i, t in enumerate(row) for text in (f"{t * 1e3:.1f}", f"{times['snnTorch by hand'][i] / t:.1f}x")
+        ]
         table.add_row(name, *cells)
     Console().print(table)
 

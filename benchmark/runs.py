@@ -1,4 +1,4 @@
-"""Run folders: `runs/<dataset>-<method>-<time>/` with config.yaml, checkpoints/, TensorBoard events, samples/, records/."""
+"""Run folders: `runs/<dataset>-<method>-<time>/`, holding all that one training leaves behind."""
 
 from __future__ import annotations
 

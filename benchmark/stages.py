@@ -100,7 +100,7 @@ class BenchmarkCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Hands the configuration to the record."""
-        for callback in self.trainer.callbacks:
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Evaluation):
                 callback.config = self.resolved
 
@@ -110,7 +110,9 @@ def _short(class_path: str) -> str:
 
 
 def complete(args: list[str]) -> list[str]:
-    """Adds the newest run's config and checkpoint to a command that names neither; `best` and `last` choose between them.
+    """Adds the newest run's config and checkpoint to a command that names neither.
+
+    A checkpoint of `best` or `last` chooses between those of the newest run.
 
     Raises:
         ValueError: If a config is given without a checkpoint.
@@ -130,7 +132,8 @@ def complete(args: list[str]) -> list[str]:
     if "--config" in typed or "-c" in typed:
         if checkpoint is None:
             raise ValueError(
-                f"`{stage} --config` needs a checkpoint: add `--ckpt_path CHECKPOINT`, or leave out --config to take the newest run"
+                f"`{stage} --config` needs a checkpoint: add `--ckpt_path CHECKPOINT`, or leave out --config to "
+                "take the newest run"
             )
         if checkpoint not in ("best", "last") and not Path(checkpoint).is_file():
             raise FileNotFoundError(f"--ckpt_path {checkpoint} is not a file; give a checkpoint (*.ckpt)")
@@ -147,7 +150,9 @@ def complete(args: list[str]) -> list[str]:
         if found is None:
             raise ValueError(f"--ckpt_path {path} lies in no run folder; name its configuration too: `--config CONFIG`")
         run = found
-    rest = [a for i, a in enumerate(rest) if not a.startswith("--ckpt_path") and (i == 0 or rest[i - 1] != "--ckpt_path")]
+    rest = [
+        a for i, a in enumerate(rest) if not a.startswith("--ckpt_path") and (i == 0 or rest[i - 1] != "--ckpt_path")
+    ]
     print(f"{stage} of {path}")
     return [stage, "--config", str(run / "config.yaml"), *rest, "--ckpt_path", str(path)]
 

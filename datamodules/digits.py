@@ -26,7 +26,6 @@ class Digits(ImageDataModule):
     num_channels = 1
     native_size = 8
     num_classes = 10
-    hub_id = original_layout = ""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(root=None, revision=None, **kwargs)  # embedded: nothing to choose

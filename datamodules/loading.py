@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 class TrainingImages(Dataset[Tensor]):
     """Images served a batch at a time as float32 `(B, C, H, W)` in [-1, 1]: sliced and scaled as whole arrays.
 
-    In NumPy, not PyTorch, whose threads slow such small operations down a hundredfold where cores are shared.
+    In NumPy, not PyTorch, whose threads slow such small operations down up to a hundredfold where cores are shared.
 
     Args:
         images: `(N, C, H, W)` uint8, usually memory-mapped.

@@ -9,14 +9,14 @@ import time
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
+from torch import Tensor, nn
 
 from leaderboard.cost import CostMeter
 from leaderboard.features import load_extractor
@@ -81,7 +81,7 @@ class Evaluation(Callback):
         self._sampling_seconds = 0.0
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
-        self.meter = CostMeter(pl_module.network).__enter__()
+        self.meter = CostMeter(cast(nn.Module, pl_module.network)).__enter__()
 
     def on_test_batch_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """Starts the clock of a batch."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -78,7 +79,7 @@ class DiffusionSystem(L.LightningModule):
 
     @abstractmethod
     def loss(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Returns the training loss (scalar) of images `(B, C, H, W)` in [-1, 1]; `generator` fixes its random draws."""
+        """Returns the scalar loss of images `(B, C, H, W)` in [-1, 1]; `generator` fixes its random draws."""
 
     @abstractmethod
     def trajectory(self, seeds: Tensor, image_shape: tuple[int, int, int]) -> Iterator[Tensor]:
@@ -103,11 +104,7 @@ class DiffusionSystem(L.LightningModule):
     @torch.no_grad()
     def sample(self, seeds: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
         """Returns one image for each seed, `(B, C, H, W)`; values may lie slightly outside [-1, 1]."""
-        images = None
-        for images in self.trajectory(seeds, image_shape):
-            pass
-        assert images is not None
-        return images
+        return deque(self.trajectory(seeds, image_shape), maxlen=1)[0]
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Returns the loss of a batch of images."""
@@ -136,7 +133,10 @@ class DiffusionSystem(L.LightningModule):
         optimizer = self._optimizer(p for p in self.parameters() if p.requires_grad)
         if self._lr_scheduler is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._lr_scheduler(optimizer), "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self._lr_scheduler(optimizer), "interval": "step"},
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another network with one message."""

@@ -1,4 +1,4 @@
-"""Gaussian diffusion in pixel space (DDPM, arXiv 2006.11239), with diffusers' schedulers as noise schedule and solver."""
+"""Gaussian diffusion in pixel space (DDPM, arXiv 2006.11239); diffusers' schedulers are noise schedule and solver."""
 
 from __future__ import annotations
 
@@ -59,12 +59,17 @@ class GaussianDiffusion(DiffusionSystem):
         name, num_train_timesteps = type(scheduler).__name__, scheduler.config.num_train_timesteps
         if not 1 <= num_inference_steps <= num_train_timesteps:
             raise ValueError(
-                f"num_inference_steps={num_inference_steps}; give a number from 1 to the {num_train_timesteps} steps of training"
+                f"num_inference_steps={num_inference_steps}; give a number from 1 to the {num_train_timesteps} "
+                "steps of training"
             )
         if not hasattr(scheduler, "alphas_cumprod") or not hasattr(scheduler, "add_noise"):
-            raise ValueError(f"scheduler {name} is not a discrete Gaussian diffusion; give DDPMScheduler, DDIMScheduler, ...")
+            raise ValueError(
+                f"scheduler {name} is no discrete Gaussian diffusion; give DDPMScheduler, DDIMScheduler, ..."
+            )
         if scheduler.config.prediction_type not in ("epsilon", "sample", "v_prediction"):
-            raise ValueError(f"prediction_type={scheduler.config.prediction_type!r}; give epsilon, sample or v_prediction")
+            raise ValueError(
+                f"prediction_type={scheduler.config.prediction_type!r}; give epsilon, sample or v_prediction"
+            )
         if eta and "eta" not in inspect.signature(scheduler.step).parameters:
             raise ValueError(f"eta={eta} is an option of DDIM; {name} has none")
         self.network = network

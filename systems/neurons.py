@@ -1,16 +1,16 @@
 """Multi-step spiking neurons: snnTorch's `Leaky` semantics and surrogates over a leading time axis.
 
-One layer covers every neuron of the published spiking diffusion models. With input `X[k]`, carried potential `V[-1] = 0`,
-membrane decay `beta` and threshold `th`, each step `k` of the `T` SNN time steps computes
+One layer covers every neuron of the published spiking diffusion models. With input `X[k]`, carried potential `V[-1] =
+0`, membrane decay `beta` and threshold `th`, each step `k` of the `T` SNN time steps computes
 
     U[k] = beta * V[k-1] + input_scale * X[k]       charge
     S[k] = 1 if U[k] > th (or >=) else 0            fire
     V[k] = (1 - S[k]) * U[k]   or   U[k] - S[k]*th  reset to zero, or by subtraction
 
-snnTorch (Eshraghian et al., Proc. IEEE 2023, arXiv 2109.12894, https://github.com/jeshraghian/snntorch) is the reference:
-spikes and gradients equal its `Leaky` stepped by hand. It is not subclassed because its layers keep the potential in a
-buffer between calls. Here the potential lives in the forward pass alone, so there is nothing to reset, and deep copies,
-weight averaging and data-parallel replicas cannot leak state into one another.
+snnTorch (Eshraghian et al., Proc. IEEE 2023, arXiv 2109.12894, https://github.com/jeshraghian/snntorch) is the
+reference: spikes and gradients equal its `Leaky` stepped by hand. It is not subclassed because its layers keep the
+potential in a buffer between calls. Here the potential lives in the forward pass alone, so there is nothing to reset,
+and deep copies, weight averaging and data-parallel replicas cannot leak state into one another.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ SpikeGrad = Callable[[Tensor], Tensor]
 
 
 def triangle(width: float = 0.5) -> SpikeGrad:
-    """Triangular surrogate `max(0, 1 - |u| / width) / (2 * width)` of FSDDIM (arXiv 2312.01742), `u` = potential - threshold."""
-    return surrogate.custom_surrogate(
-        lambda u, grad, spikes: grad * (1 - u.abs() / width).clamp(min=0) / (2 * width)
-    )
+    """Triangular surrogate of FSDDIM (arXiv 2312.01742).
+
+    Its derivative is `max(0, 1 - |u| / width) / (2 * width)`, with `u` the potential minus the threshold.
+    """
+    return surrogate.custom_surrogate(lambda u, grad, spikes: grad * (1 - u.abs() / width).clamp(min=0) / (2 * width))
 
 
 def rectangle(width: float = 0.5) -> SpikeGrad:
@@ -41,7 +42,7 @@ def rectangle(width: float = 0.5) -> SpikeGrad:
 
 
 def get_surrogate(name: str) -> SpikeGrad:
-    """Returns the surrogate of that name, with its default width: any of `snntorch.surrogate`, `triangle` or `rectangle`.
+    """Returns a surrogate with its default width: `triangle`, `rectangle`, or any of `snntorch.surrogate`.
 
     Raises:
         ValueError: If there is no surrogate of that name.
@@ -108,7 +109,7 @@ def _backward(x: Tensor, grad: Tensor, d: _Dynamics, derivative: Callable[[Tenso
         ds_du = derivative(u - d.threshold)
         dl_du = g.to(u.dtype) * ds_du
         if carried is not None:
-            attached = 0.0 if d.detach_reset else ds_du
+            attached = torch.zeros_like(ds_du) if d.detach_reset else ds_du
             if d.reset_mechanism == "zero":
                 dv_du = d.beta * (1 - s - u * attached)
             elif d.reset_delay:
@@ -144,7 +145,7 @@ class _MultiStep(torch.autograd.Function):
         return _run(_forward, _flat(x), d).as_strided(x.shape, x.stride())
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
         if grad.stride() != x.stride():
             grad = torch.empty_like(x).copy_(grad)
@@ -185,11 +186,11 @@ class SpikingNeuron(nn.Module):
     """A layer of leaky integrate-and-fire neurons over all SNN time steps of one forward pass.
 
     Args:
-        beta: Membrane decay per step, 1 for integrate-and-fire. A paper's `tau` with decaying input maps to `1 - 1/tau`.
+        beta: Membrane decay per step, 1 for integrate-and-fire. A paper's `tau` maps to `1 - 1/tau`.
         threshold: Firing threshold; may be set after construction (see `set_threshold`).
         input_scale: Factor on the input current, `1/tau` where a paper's input decays too.
         reset_mechanism: `"zero"` (hard) or `"subtract"` (soft).
-        reset_delay: With `"subtract"`, subtract after the next step's decay (as snnTorch does by default) instead of before.
+        reset_delay: With `"subtract"`, subtract after the next step's decay (snnTorch's default), not before it.
         detach_reset: Whether the reset is a constant for the backward pass.
         fire_at_threshold: Whether a potential equal to the threshold fires (`>=`, SpikingJelly) or not (`>`, snnTorch).
         spike_grad: Surrogate gradient: a snnTorch surrogate, or its name (see `get_surrogate`).
@@ -256,7 +257,7 @@ class SpikingNeuron(nn.Module):
         return _MultiStep.apply(x, self._dynamics, self.spike_grad)
 
     def stepwise(self, x: Tensor) -> Tensor:
-        """Same as `forward`, one step after the other under plain autograd: the definition that `forward` is tested against."""
+        """Same as `forward`, one step after the other under plain autograd: the definition `forward` must equal."""
         d = self._dynamics
         spikes: list[Tensor] = []
         u: Tensor | None = None

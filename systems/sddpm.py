@@ -3,9 +3,9 @@
 J. Cao, Z. Wang, H. Guo, H. Cheng, Q. Zhang, R. Xu, "Spiking Denoising Diffusion Probabilistic Models", WACV 2024,
 https://arxiv.org/abs/2306.17046; authors' code https://github.com/AndyCao1125/SDDPM.
 
-Departures: neurons start from zero in every network call (the released sampler keeps the potentials of the last call of a
-batch for the next batch), and a real seed option. The recipe defaults to the released learning rate with the paper's batch
-size; `configs/presets/` holds both recipes unmixed.
+Departures: neurons start from zero in every network call (the released sampler keeps the potentials of the last call
+of a batch for the next batch), and a real seed option. The recipe defaults to the released learning rate with the
+paper's batch size; `configs/presets/` holds both recipes unmixed.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from systems.base import LRSchedulerFactory, OptimizerFactory, check_state
 from systems.gaussian import GaussianDiffusion
 from systems.neurons import get_surrogate, integrate_and_fire, leaky_integrate_and_fire
 from systems.spiking_unet import SpikingUNet
+
+ADAM = partial(torch.optim.Adam, lr=2e-4)
+"""Optimiser of the released code."""
 
 
 class SDDPM(GaussianDiffusion):
@@ -63,7 +66,7 @@ class SDDPM(GaussianDiffusion):
         scheduler: SchedulerMixin | None = None,
         num_inference_steps: int = 1000,
         eta: float = 0.0,
-        optimizer: OptimizerFactory = partial(torch.optim.Adam, lr=2e-4),
+        optimizer: OptimizerFactory = ADAM,
         lr_scheduler: LRSchedulerFactory | None = None,
     ) -> None:
         scheduler = scheduler or DDPMScheduler(variance_type="fixed_large")
@@ -87,7 +90,7 @@ def convert_official(state: Mapping[str, Tensor], network: nn.Module) -> dict[st
     """Renames the tensors of a released SDDPM checkpoint (its `net_model`) to those of `SpikingUNet`.
 
     Args:
-        state: Released state dict; a `module.` prefix is dropped, the output stage's 3-D kernel loses its last axis of 1.
+        state: Released state dict; a `module.` prefix is dropped, a 3-D kernel loses its last axis of 1.
         network: The network that shall take the tensors.
 
     Returns:

@@ -1,12 +1,12 @@
 """Spiking U-Net of SDDPM and SDM: a noise predictor with pre-spike residual blocks.
 
-J. Cao et al., "Spiking Denoising Diffusion Probabilistic Models", WACV 2024, https://arxiv.org/abs/2306.17046; authors'
-code https://github.com/AndyCao1125/SDDPM. The structure is that of the released network (the paper's text differs in
-places), so that its checkpoints load: integrate-and-fire neurons, no dropout, no attention, and an output stage that ends in
-a leaky read-out. Module names follow the released checkpoints.
+J. Cao et al., "Spiking Denoising Diffusion Probabilistic Models", WACV 2024, https://arxiv.org/abs/2306.17046;
+authors' code https://github.com/AndyCao1125/SDDPM. The structure is that of the released network (the paper's text
+differs in places), so that its checkpoints load: integrate-and-fire neurons, no dropout, no attention, and an output
+stage that ends in a leaky read-out. Module names follow the released checkpoints.
 
-Axes: `T` SNN time steps, `B` images, `C` channels, `H`, `W` pixels. Convolutions and norms see `T` folded into the batch;
-only the neurons look along it.
+Axes: `T` SNN time steps, `B` images, `C` channels, `H`, `W` pixels. Convolutions and norms see `T` folded into the
+batch; only the neurons look along it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -66,12 +67,12 @@ class TimeEmbedding(nn.Module):
         """Returns the embedding `(B, 4 * channels)` of diffusion steps `t` `(B,)`."""
         if not t.is_floating_point():
             return self.timembedding(t)
-        embedding = self._sinusoids(t, self.get_buffer("frequencies")).to(self.timembedding[1].weight.dtype)
-        return self.timembedding[1:](embedding)
+        table = cast(Tensor, self.timembedding[0].weight)
+        return self.timembedding[1:](self._sinusoids(t, self.get_buffer("frequencies")).type_as(table))
 
 
 class ResBlock(nn.Module):
-    """Neuron, convolution, norm, twice; the residual is summed in real values after it (`(T, B, C, H, W)` in and out)."""
+    """Neuron, convolution, norm, twice; then the residual is summed in real values (`(T, B, C, H, W)` in and out)."""
 
     def __init__(self, in_channels: int, out_channels: int, temb_channels: int, neuron: NeuronFactory) -> None:
         super().__init__()
@@ -164,7 +165,9 @@ class SpikingUNet(nn.Module):
                 "make no U-Net; base_channels must be even, channel_mult not empty, num_res_blocks 1 or more"
             )
         if attention_levels:
-            raise ValueError(f"attention_levels={list(attention_levels)}: the published network has no attention; leave it empty")
+            raise ValueError(
+                f"attention_levels={list(attention_levels)}: the published network has no attention; leave it empty"
+            )
         if dropout:
             warnings.warn(f"dropout={dropout} is ignored: the released network has no dropout layer", stacklevel=2)
         self.in_channels = in_channels

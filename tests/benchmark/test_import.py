@@ -17,7 +17,9 @@ from systems.spiking_unet import SpikingUNet
 def official(**arguments: object) -> dict[str, Tensor]:
     """A state dict laid out as the released code does, of a tiny network."""
     torch.manual_seed(0)
-    network = SpikingUNet(**({"in_channels": 1, "base_channels": 4, "channel_mult": (1, 2), "num_res_blocks": 2} | arguments))
+    network = SpikingUNet(
+        **({"in_channels": 1, "base_channels": 4, "channel_mult": (1, 2), "num_res_blocks": 2} | arguments)
+    )
     state = network.state_dict()
     state["T_output_layer.weight"] = state["T_output_layer.weight"].unsqueeze(-1)
     return {f"module.{key}": value for key, value in state.items()}
@@ -48,9 +50,7 @@ def test_imported_checkpoint_is_tested_and_predicted(tmp_path: Path) -> None:
     assert list(tmp_path.glob("runs/*/samples/000019.png"))
 
 
-def test_reference_network_survives_the_import(
-    tmp_path: Path, reference: Callable[[str], dict[str, Tensor]]
-) -> None:
+def test_reference_network_survives_the_import(tmp_path: Path, reference: Callable[[str], dict[str, Tensor]]) -> None:
     recorded = reference("sddpm_small.safetensors")
     state = {key.removeprefix("state."): value for key, value in recorded.items() if key.startswith("state.")}
     output = tmp_path / "out.ckpt"

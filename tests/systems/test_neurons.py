@@ -11,7 +11,14 @@ from snntorch import surrogate
 from torch import Tensor, nn
 
 from systems import neurons
-from systems.neurons import SpikingNeuron, integrate_and_fire, leaky_integrate_and_fire, rectangle, set_threshold, triangle
+from systems.neurons import (
+    SpikingNeuron,
+    integrate_and_fire,
+    leaky_integrate_and_fire,
+    rectangle,
+    set_threshold,
+    triangle,
+)
 
 
 def gradient(f: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,7 +63,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("spike_grad", ["atan", "fast_sigmoid", "triangle", "rectangle", "sigmoid", "straight_through_estimator"])
+@pytest.mark.parametrize(
+    "spike_grad", ["atan", "fast_sigmoid", "triangle", "rectangle", "sigmoid", "straight_through_estimator"]
+)
 def test_fast_path_equals_stepping(case: str, spike_grad: str) -> None:
     torch.manual_seed(0)
     neuron = SpikingNeuron(**CASES[case], spike_grad=spike_grad)
@@ -152,7 +161,7 @@ def test_works_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(neurons, "COMPILE_FROM", 0)
     monkeypatch.setattr(neurons, "_compiler_failed", False)
-    monkeypatch.setattr(neurons, "_compiled", {f: no_compiler for f in neurons._compiled})
+    monkeypatch.setattr(neurons, "_compiled", dict.fromkeys(neurons._compiled, no_compiler))
     with pytest.warns(UserWarning, match="no working compiler"):
         spikes = integrate_and_fire()(torch.ones(3, 2))
     assert spikes.tolist() == [[1, 1]] * 3

@@ -27,7 +27,9 @@ def network(recorded: dict[str, Tensor]) -> SpikingUNet:
 
 
 def small(**arguments: object) -> SpikingUNet:
-    return SpikingUNet(**({"in_channels": 1, "base_channels": 8, "channel_mult": (1, 2), "num_res_blocks": 1} | arguments))
+    return SpikingUNet(
+        **({"in_channels": 1, "base_channels": 8, "channel_mult": (1, 2), "num_res_blocks": 1} | arguments)
+    )
 
 
 @pytest.mark.parametrize(("mode", "key"), [(False, "output.eval"), (True, "output.train")])
