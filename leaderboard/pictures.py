@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 
 def grid(images: Tensor, columns: int, scale: int = 1) -> Tensor:
-    """Arranges images in rows, one white pixel apart.
+    """Arranges images in rows, on white.
 
     Args:
         images: uint8 `(N, C, H, W)`.
@@ -19,14 +19,16 @@ def grid(images: Tensor, columns: int, scale: int = 1) -> Tensor:
         scale: Whole enlargement of each pixel.
 
     Returns:
-        uint8 `(C, rows * (H * scale + 1) + 1, ...)`.
+        uint8 page `(C, height, width)`.
     """
+    gap = max(1, scale // 2)
     images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     missing = -len(images) % columns
-    images = F.pad(torch.cat([images, images.new_full((missing, *images.shape[1:]), 255)]), (0, 1, 0, 1), value=255)
+    images = torch.cat([images, images.new_full((missing, *images.shape[1:]), 255)])
+    images = F.pad(images, (0, gap, 0, gap), value=255)
     rows = images.unflatten(0, (-1, columns))  # (rows, columns, C, H, W)
     page = rows.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)  # (C, rows * H, columns * W)
-    return F.pad(page, (1, 0, 1, 0), value=255)
+    return F.pad(page, (gap, 0, gap, 0), value=255)
 
 
 def save_png(image: Tensor, path: Path) -> None:
