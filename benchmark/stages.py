@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from diffusers import (  # noqa: F401 (short class names)
@@ -21,7 +21,8 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor,
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
-import systems  # noqa: F401 (short class names)
+import datamodules
+import systems
 from benchmark.monitor import ImageProgressBar, TrainingMonitor
 from benchmark.png import PNGWriter
 from benchmark.runs import RUNS, find_checkpoint, new_run, newest_run, run_of
@@ -38,8 +39,22 @@ for message in (
     warnings.filterwarnings("ignore", message)
 
 
-class BestAndLast(ModelCheckpoint):
-    """Lightning's checkpoints; the last alone where no image is held out to choose the best by."""
+class Parser(LightningArgumentParser):
+    """Lightning's parser, whose message on a mistyped class names the known ones."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Ends with exit code 2."""
+        if "import path string" in message:
+            known = {"model": systems.__all__, "data": datamodules.__all__}
+            for key, names in known.items():
+                if f'Parser key "{key}"' in message:
+                    classes = [n for n in names if n != "ImageDataModule" and not n.endswith("Error")]
+                    message += f"\nknown classes of --{key}: {', '.join(classes)}"
+        super().error(message, ex)
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps the weights of the lowest validation loss; none where no image is held out."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Looks for validation images when training starts."""
@@ -62,7 +77,7 @@ class BenchmarkCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds `checkpoint`, `monitor`, `evaluation` and `png`."""
-        parser.add_lightning_class_args(BestAndLast, "checkpoint")
+        parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
         parser.add_lightning_class_args(TrainingMonitor, "monitor")
         parser.add_lightning_class_args(Evaluation, "evaluation")
         parser.add_lightning_class_args(PNGWriter, "png")
@@ -70,7 +85,6 @@ class BenchmarkCLI(LightningCLI):
             {
                 "checkpoint.monitor": "val/loss",
                 "checkpoint.filename": "best-{step}",
-                "checkpoint.save_last": True,
                 "checkpoint.enable_version_counter": False,
             }
         )
@@ -93,7 +107,10 @@ class BenchmarkCLI(LightningCLI):
         config = self.config[self.subcommand].trainer
         if config.logger in (None, True):
             kwargs["logger"] = TensorBoardLogger(self.run_folder.parent, name="", version=self.run_folder.name)
-        self.trainer_defaults["callbacks"] = [LearningRateMonitor("step")] if config.logger is not False else []
+        last = ModelCheckpoint(save_top_k=0, save_last=True, save_on_train_epoch_end=True, enable_version_counter=False)
+        self.trainer_defaults["callbacks"] = [last]
+        if config.logger is not False:
+            self.trainer_defaults["callbacks"].append(LearningRateMonitor("step"))
         if config.enable_progress_bar is not False:
             self.trainer_defaults["callbacks"].append(ImageProgressBar())
         return super().instantiate_trainer(**kwargs)
@@ -171,6 +188,7 @@ def run_stage(args: list[str]) -> None:
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         args=complete(args),
+        parser_class=Parser,
         seed_everything_default=42,
         save_config_callback=SaveFitConfig,
         save_config_kwargs={"overwrite": True},

@@ -107,7 +107,7 @@ def test_test_takes_the_newest_run_and_writes_a_record(runs: Path, capsys: pytes
     record = read_record(records_of(run)[-1])
     assert record.draft
     assert (record.method, record.dataset.name, record.protocol.name) == ("sddpm", "digits", "offline-v1")
-    assert (record.nfe, record.num_steps, record.solver) == (3, 4, "DDIM(eta=0)")
+    assert (record.nfe, record.num_steps, record.solver) == (3, 2, "DDIM(eta=0)")
     assert record.metrics["fd_digits"].num_samples == 60
     assert record.cost.sops > 0
     assert record.cost.macs > 0
@@ -161,9 +161,9 @@ def test_leaderboard_shows_the_records(runs: Path, tmp_path: Path, capsys: pytes
 
 def test_resume_goes_on_where_training_stopped(tmp_path: Path) -> None:
     straight, parts = tmp_path / "straight", tmp_path / "parts"
-    calm = ["--trainer.logger=false", "--monitor.every_n_epochs=0", "--trainer.check_val_every_n_epoch=3"]
-    main(["fit", *TINY, f"--trainer.default_root_dir={straight}", "--trainer.max_steps=18", *calm[1:]])
-    main(["fit", *TINY, f"--trainer.default_root_dir={parts}", "--trainer.max_steps=6", *calm[1:]])
+    calm = ["--monitor.every_n_epochs=0", "--trainer.check_val_every_n_epoch=3"]
+    main(["fit", *TINY, f"--trainer.default_root_dir={straight}", "--trainer.max_steps=18", *calm])
+    main(["fit", *TINY, f"--trainer.default_root_dir={parts}", "--trainer.max_steps=6", *calm])
     run = newest_run(parts)
     last = find_checkpoint(run)
     assert torch.load(last, weights_only=True)["global_step"] == 6
