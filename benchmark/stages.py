@@ -34,6 +34,8 @@ for message in (
     ".*does not have many workers.*",
     ".*LightningCLI's args parameter is intended.*",  # main() completes the command line
     ".*loading a checkpoint outside the 'fit' stage.*",  # averaged weights are the state_dict, nothing is lost
+    ".*Total length of `list` across ranks is zero.*",  # no image is held out
+    ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",  # between Lightning and torch
     ".*Checkpoint directory .* exists and is not empty.*",  # resumed runs
 ):
     warnings.filterwarnings("ignore", message)
