@@ -115,6 +115,11 @@ class ImageDataModule(L.LightningDataModule):
         return self.num_channels, self.image_size, self.image_size
 
     @property
+    def is_native(self) -> bool:
+        """Whether images are compared at the dataset's own resolution, as the standard protocols ask."""
+        return self._compared_size == self.native_size
+
+    @property
     def source(self) -> str:
         """What was read, in words."""
         return str(self._entry.meta["source"])

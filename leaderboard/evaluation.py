@@ -33,7 +33,8 @@ VERSIONS = ("torch", "lightning", "snntorch", "diffusers", "torchmetrics", "torc
 class Evaluation(Callback):
     """Measures the images that `test` generates under a protocol, and writes a record to the run folder.
 
-    The number of images is `--data.num_samples`; fewer than the protocol asks for make a draft, which never ranks.
+    The number of images is `--data.num_samples`. Fewer than the protocol asks for, or images compared at another
+    resolution than the dataset's own (`--data.fit resize`), make a draft, which never ranks.
 
     Args:
         protocol: How images are compared; results under different protocols never share a table.
@@ -133,7 +134,7 @@ class Evaluation(Callback):
 
     def _record(self, trainer: Trainer, system: Any, metrics: Any) -> Record:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        num_images = self._images * trainer.world_size
+        num_images = data.num_samples
         device = system.device
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
         rate = num_images / self._sampling_seconds
@@ -144,7 +145,7 @@ class Evaluation(Callback):
             variant=self.variant,
             dataset=Dataset(data.name, data.fingerprint, data.source),
             protocol=ProtocolEntry(self.protocol.name, description, canonical_sha256(description)),
-            draft=self.protocol.is_draft(num_images),
+            draft=self.protocol.is_draft(num_images) or not data.is_native,
             config=self.config,
             config_sha256=canonical_sha256(self.config),
             code=code_version(),

@@ -174,6 +174,27 @@ def test_resume_goes_on_where_training_stopped(tmp_path: Path) -> None:
     assert resumed["optimizer_states"][0]["state"][0]["step"] == 18
 
 
+def test_averaged_weights_are_what_is_tested(runs: Path, tmp_path: Path) -> None:
+    averaging = ["--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=0.5"]
+    main(["fit", *TINY, f"--trainer.default_root_dir={tmp_path}", "--trainer.max_steps=6", *averaging])
+    averaged, plain = (torch.load(find_checkpoint(newest_run(f)), weights_only=True) for f in (tmp_path, runs))
+    assert "averaging_state" in averaged
+    assert averaged["state_dict"].keys() == plain["state_dict"].keys()
+    weight = "network.downblocks.0.conv1.weight"
+    assert not torch.equal(averaged["state_dict"][weight], plain["state_dict"][weight])
+    main(["test", f"--trainer.default_root_dir={tmp_path}"])
+    assert records_of(newest_run(tmp_path))
+
+
+def test_resized_comparison_is_a_draft(runs: Path) -> None:
+    options = ["--data.num_samples=2000", "--model.num_inference_steps=1", "--data.sample_batch_size=1000"]
+    drafts = []
+    for more in ([], ["--data.image_size=16", "--data.fit=resize"]):
+        main(["test", f"--trainer.default_root_dir={runs}", *options, *more])
+        drafts.append(read_record(records_of(newest_run(runs))[-1]).draft)
+    assert drafts == [False, True]
+
+
 def test_errors_name_the_way_out(runs: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no run with a checkpoint under"):
         main(["test", f"--trainer.default_root_dir={tmp_path}"])
