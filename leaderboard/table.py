@@ -62,11 +62,21 @@ def leaderboard(records: list[str] = ["runs"], output: str | None = None) -> Non
         )
     else:
         show_records(entries, console)
+        _show_run(max(entries, key=lambda entry: entry[1].created)[0], console)
         if output is not None:
             write_atomic(Path(output), markdown(entries))
             console.print(f"wrote {output}", markup=False, soft_wrap=True)
     if broken:
         raise SystemExit(1)
+
+
+def _show_run(record: Path, console: Console) -> None:
+    """Says where the samples and the TensorBoard log of the run behind a record lie, if it lies in one."""
+    run = record.parent.parent
+    samples = run / "samples" / f"{record.stem}.png"
+    if samples.is_file():
+        console.print(f"newest run:\n  samples:     {samples}", markup=False, soft_wrap=True, highlight=False)
+        console.print(f"  tensorboard: tensorboard --logdir {run}", markup=False, soft_wrap=True, highlight=False)
 
 
 def show_records(records: Iterable[tuple[Path, Record]], console: Console) -> None:

@@ -155,7 +155,11 @@ def test_validate_and_predict(runs: Path) -> None:
 def test_leaderboard_shows_the_records(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["test", f"--trainer.default_root_dir={runs}"])
     main(["leaderboard", f"--records=[{runs}]", f"--output={tmp_path / 'board.md'}"])
-    assert "digits, offline-v1" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "digits, offline-v1" in shown
+    (samples,) = re.findall(r"samples: +(\S+\.png)", shown.split("newest run:")[1])
+    assert Path(samples).is_file()
+    assert f"tensorboard --logdir {newest_run(runs)}" in shown
     assert "sddpm" in (tmp_path / "board.md").read_text()
 
 
