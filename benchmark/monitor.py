@@ -66,8 +66,12 @@ class TrainingMonitor(Callback):
         self.num_inference_steps = num_inference_steps
         self._hooks: list[RemovableHandle] = []
         self._rates: dict[str, Tensor] = {}
-        self._since: tuple[float, int] | None = None
+        self._clock = self._seconds = 0.0  # of training alone, without validation and pictures between epochs
         self._images = 0
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the clock."""
+        self._clock = time.perf_counter()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Tensor, batch_idx: int) -> None:
         """Watches the neurons during the steps that are logged."""
@@ -92,6 +96,9 @@ class TrainingMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Tensor, batch_idx: int
     ) -> None:
         """Logs throughput and firing rates."""
+        now = time.perf_counter()
+        self._seconds += now - self._clock
+        self._clock = now
         self._images += len(batch) * trainer.world_size
         if not self._hooks:
             return
@@ -101,10 +108,8 @@ class TrainingMonitor(Callback):
         values = {f"firing_rate/{name.removeprefix('network.')}": rate for name, rate in self._rates.items()}
         values["train/firing_rate"] = torch.stack(list(self._rates.values())).mean()
         self._rates.clear()
-        now = (time.perf_counter(), self._images)
-        if self._since is not None:
-            values["train/images_per_second"] = torch.tensor((now[1] - self._since[1]) / (now[0] - self._since[0]))
-        self._since = now
+        values["train/images_per_second"] = torch.tensor(self._images / self._seconds)
+        self._images, self._seconds = 0, 0.0
         pl_module.log_dict(values)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -113,7 +118,6 @@ class TrainingMonitor(Callback):
         due = self.every_n_epochs and ((trainer.current_epoch + 1) % self.every_n_epochs == 0 or last)
         if due and isinstance(trainer.logger, TensorBoardLogger) and isinstance(pl_module, DiffusionSystem):
             self._draw(trainer, pl_module)
-        self._since = None
 
     @torch.no_grad()
     def _draw(self, trainer: Trainer, system: DiffusionSystem) -> None:

@@ -99,6 +99,8 @@ def test_tensorboard_shows_the_training(runs: Path) -> None:
     assert "firing_rate/upblocks.0.neuron1" in tags["scalars"]
     assert {"samples", "denoising"} <= set(tags["images"])
     assert 0 < events.Scalars("train/firing_rate")[0].value < 1
+    assert len(events.Scalars("train/images_per_second")) == len(events.Scalars("train/firing_rate")) == 3
+    assert all(s.value > 0 for s in events.Scalars("train/images_per_second"))
 
 
 def test_test_takes_the_newest_run_and_writes_a_record(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
