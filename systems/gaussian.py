@@ -79,9 +79,9 @@ class GaussianDiffusion(DiffusionSystem):
 
     @property
     def solver(self) -> str:
-        """Name of the solver, with eta where it has one."""
+        """Name of the solver, with eta unless it is 0."""
         name = type(self.scheduler).__name__.removesuffix("Scheduler")
-        return f"{name}(eta={self.eta:g})" if "eta" in inspect.signature(self.scheduler.step).parameters else name
+        return f"{name}(eta={self.eta:g})" if self.eta else name
 
     @property
     def nfe(self) -> int:

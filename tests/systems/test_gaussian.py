@@ -120,6 +120,7 @@ def test_loss_of_a_perfect_prediction_is_zero(prediction_type: str) -> None:
 
 def test_solver_and_evaluations_are_named() -> None:
     assert (tiny().solver, tiny().nfe) == ("DDPM", 3)
+    assert tiny(scheduler=DDIMScheduler()).solver == "DDIM"
     assert tiny(scheduler=DDIMScheduler(), eta=0.5).solver == "DDIM(eta=0.5)"
 
 
