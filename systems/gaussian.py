@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from systems.base import DiffusionSystem, LRSchedulerFactory, OptimizerFactory
+from systems.checkpoints import CheckpointMismatchError
+
+PROCESS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
 
 
 def double_tables(scheduler: SchedulerMixin) -> SchedulerMixin:
@@ -89,6 +93,37 @@ class GaussianDiffusion(DiffusionSystem):
         scheduler = copy.deepcopy(self.scheduler)
         scheduler.set_timesteps(self.num_inference_steps)
         return len(scheduler.timesteps)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the diffusion process that the network was trained on."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["process"] = self.process
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint of another method, network or diffusion process."""
+        super().on_load_checkpoint(checkpoint)
+        self.check_process(checkpoint, "the checkpoint")
+
+    @property
+    def process(self) -> dict[str, Any]:
+        """What a scheduler must share with that of training: noise schedule and prediction type."""
+        return {key: self.scheduler.config[key] for key in PROCESS}
+
+    def check_process(self, checkpoint: Mapping[str, Any], source: str) -> None:
+        """Checks that a checkpoint was trained on this diffusion process, as far as it says.
+
+        Raises:
+            CheckpointMismatchError: If noise schedule or prediction type differ; lists what does.
+        """
+        trained = checkpoint.get("process", self.process)
+        different = [
+            f"{k}={trained[k]} but --model.scheduler has {v}" for k, v in self.process.items() if trained[k] != v
+        ]
+        if different:
+            raise CheckpointMismatchError(
+                f"{source} was trained with {'; '.join(different)}; give the scheduler the values of training, it is "
+                "the solver alone that may change"
+            )
 
     def loss(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Mean squared error of the prediction at a uniform random step for each image, unweighted."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmark.cli import main
 from systems import SDDPM
-from systems.base import CheckpointMismatchError
+from systems.checkpoints import CheckpointMismatchError
 from systems.spiking_unet import SpikingUNet
 
 
