@@ -37,6 +37,8 @@ class DiffusionSystem(L.LightningModule):
     """SNN time steps `T`."""
     num_inference_steps: int
     """Diffusion steps of the sampler."""
+    threshold: float | None = None
+    """Firing threshold of all neurons, where the method has one."""
 
     def __init__(self, optimizer: OptimizerFactory, lr_scheduler: LRSchedulerFactory | None = None) -> None:
         super().__init__()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from systems.analytic_dpm import AnalyticDPMScheduler
 from systems.base import DiffusionSystem, LRSchedulerFactory, OptimizerFactory
 from systems.checkpoints import CheckpointMismatchError
 
@@ -33,6 +36,26 @@ def double_tables(scheduler: SchedulerMixin) -> SchedulerMixin:
         if first_is_final:
             scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
     return scheduler
+
+
+def _try_step(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
+    """Takes one step on zeros, since schedulers check their options only then.
+
+    Raises:
+        ValueError: If the solver does not work with its options, such as the prediction type.
+    """
+    scheduler, x = copy.deepcopy(scheduler), torch.zeros(1, 1, 2, 2)
+    if isinstance(scheduler, AnalyticDPMScheduler):
+        scheduler.gamma = torch.ones(scheduler.config.num_train_timesteps)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            scheduler.set_timesteps(num_inference_steps)
+            scheduler.step(x, scheduler.timesteps[0], x)
+    except (ValueError, NotImplementedError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"{type(scheduler).__name__} does not work with prediction_type={scheduler.config.prediction_type!r} and "
+            f"num_inference_steps={num_inference_steps} ({error}); give another solver or other options"
+        ) from error
 
 
 class GaussianDiffusion(DiffusionSystem):
@@ -80,12 +103,17 @@ class GaussianDiffusion(DiffusionSystem):
         self.scheduler = double_tables(scheduler)
         self.num_inference_steps = num_inference_steps
         self.eta = eta
+        _try_step(self.scheduler, num_inference_steps)
 
     @property
     def solver(self) -> str:
-        """Name of the solver, with eta unless it is 0."""
+        """Name of the solver, with what tells it from others of its class."""
+        config = self.scheduler.config
+        options = [f"eta={self.eta:g}"] if self.eta else []
+        options += [str(config[key]) for key in ("algorithm_type", "solver_order", "form") if key in config]
+        options += [f"gamma={Path(config['gamma']).name}"] if config.get("gamma") else []
         name = type(self.scheduler).__name__.removesuffix("Scheduler")
-        return f"{name}(eta={self.eta:g})" if self.eta else name
+        return f"{name}({', '.join(options)})" if options else name
 
     @property
     def nfe(self) -> int:
@@ -103,6 +131,14 @@ class GaussianDiffusion(DiffusionSystem):
         """Refuses a checkpoint of another method, network or diffusion process."""
         super().on_load_checkpoint(checkpoint)
         self.check_process(checkpoint, "the checkpoint")
+        if isinstance(self.scheduler, AnalyticDPMScheduler) and self.scheduler.gamma is None and "gamma" in checkpoint:
+            self.scheduler.set_gamma(checkpoint["gamma"]["values"])
+            if checkpoint["gamma"]["threshold"] != self.threshold:
+                warnings.warn(
+                    f"Gamma was estimated at threshold={checkpoint['gamma']['threshold']}, this is threshold="
+                    f"{self.threshold}; estimate it again with the same option",
+                    stacklevel=2,
+                )
 
     @property
     def process(self) -> dict[str, Any]:

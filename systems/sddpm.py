@@ -87,6 +87,7 @@ class SDDPM(GaussianDiffusion):
         )
         super().__init__(network, scheduler, num_inference_steps, eta, optimizer, lr_scheduler)
         self.num_steps = num_steps
+        self.threshold = threshold
 
 
 def read_official(state: Mapping[str, Tensor], suffix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -5,19 +5,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from formula import Formula
 from torch import Tensor, nn
 
 from systems import SDDPM
 from systems.gaussian import GaussianDiffusion, double_tables
 
 Reference = Callable[[str], dict[str, Tensor]]
-
-
-class Formula(nn.Module):
-    """The noise predictor of the recorded sampler runs."""
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return 0.5 * x + 0.25 * torch.sin(3 * x) + 0.1 * t.view(-1, 1, 1, 1).to(x) / 1000
 
 
 def replay(scheduler: object, recorded: dict[str, Tensor], steps: list[int], monkeypatch: pytest.MonkeyPatch) -> Tensor:
