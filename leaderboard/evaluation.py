@@ -59,6 +59,8 @@ class Evaluation(Callback):
         self.grid_images = grid_images
         self.config: dict[str, Any] = {}
         """Resolved configuration of the command, for the record."""
+        self.record: Record | None = None
+        """What was measured last."""
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures the reference images and opens the cost meter."""
@@ -113,7 +115,7 @@ class Evaluation(Callback):
         if not trainer.is_global_zero:
             return
         folder = Path(trainer.log_dir or ".")
-        record = self._record(trainer, pl_module, metrics)
+        self.record = record = self._record(trainer, pl_module, metrics)
         path = write_record(record, folder / "records")
         grid_path = self._save_grid(folder / "samples" / f"{path.stem}.png")
         if isinstance(trainer.logger, TensorBoardLogger):

@@ -146,6 +146,12 @@ def _cells(entry: Entry, keys: list[str]) -> dict[str, str]:
     }
 
 
+def headline(record: Record) -> tuple[str, MetricValue]:
+    """Returns the metric that ranks a record, with its key: the Fréchet distance where it was measured."""
+    key = min(record.metrics, key=lambda key: (_kind(key), key))
+    return key, record.metrics[key]
+
+
 def _kind(key: str) -> int:
     """Order of the metrics: Fréchet, kernel, Inception score, others."""
     patterns = ("fid|fd_.*", "kid_mean|kd_.*", "is_mean", ".*")

@@ -19,7 +19,7 @@ its standard deviation below what shows as 2 grey levels; then one noiseless ste
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -227,32 +227,39 @@ class StridedDDPMScheduler(AnalyticDPMScheduler):
 
 @torch.no_grad()
 def estimate_gamma(
-    network: nn.Module, scheduler: SchedulerMixin, images: Tensor, batch_size: int, seed: int = 0
-) -> Iterator[float]:
-    """Yields the statistic of a network, `Gamma_t` for `t = 0, 1, ...`.
+    network: nn.Module,
+    scheduler: SchedulerMixin,
+    images: Tensor,
+    batch_size: int,
+    seed: int = 0,
+    progress: Callable[[Sequence[Tensor]], Iterable[Tensor]] = iter,
+) -> Tensor:
+    """Returns the statistic of a network, `Gamma_t` `(num_train_timesteps,)` in float64.
 
     Args:
         network: Takes `(B, C, H, W)` and steps `(B,)`, returns `(B, C, H, W)`.
         scheduler: Noise schedule and prediction type.
         images: Training images `(M, C, H, W)` in [-1, 1], on the device of the network.
-        batch_size: Images per network evaluation.
+        batch_size: Images per network evaluation; steps share a batch where there are fewer images.
         seed: Seed of the noise, fresh for each image and step.
+        progress: Wraps the batches to show how many are done.
     """
     generator = torch.Generator().manual_seed(seed)
-    for t in range(scheduler.config.num_train_timesteps):
-        a = float(scheduler.alphas_cumprod[t]) ** 0.5
-        sigma = (1 - a**2) ** 0.5
-        total = 0.0
-        for batch in images.split(batch_size):
-            noise = torch.randn(batch.shape, generator=generator).to(batch)
-            x_t = a * batch + sigma * noise
-            prediction = network(x_t, torch.full((len(batch),), t, device=batch.device)).to(batch.dtype)
-            if scheduler.config.prediction_type == "sample":
-                prediction = (x_t - a * prediction) / sigma
-            elif scheduler.config.prediction_type == "v_prediction":
-                prediction = a * prediction + sigma * x_t
-            total += float(prediction.square().sum(dtype=torch.float64))
-        yield total / images.numel()
+    count, num_steps = len(images), scheduler.config.num_train_timesteps
+    cumulative = scheduler.alphas_cumprod.to(images)
+    sums = torch.zeros(num_steps, dtype=torch.float64, device=images.device)
+    for pairs in progress(torch.arange(count * num_steps, device=images.device).split(batch_size)):
+        t, chosen = pairs // count, images[pairs % count]
+        a, sigma = (part.sqrt().view(-1, 1, 1, 1) for part in (cumulative[t], 1 - cumulative[t]))
+        noise = torch.randn(chosen.shape, generator=generator, dtype=images.dtype).to(images.device)
+        x_t = a * chosen + sigma * noise
+        prediction = network(x_t, t).to(images.dtype)
+        if scheduler.config.prediction_type == "sample":
+            prediction = (x_t - a * prediction) / sigma
+        elif scheduler.config.prediction_type == "v_prediction":
+            prediction = a * prediction + sigma * x_t
+        sums.index_add_(0, t, prediction.double().square().flatten(1).sum(1))
+    return sums.cpu() / images.numel()
 
 
 def read_gamma(path: str | Path) -> Tensor:
