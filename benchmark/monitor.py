@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ class ImageProgressBar(TQDMProgressBar):
 
 
 class TrainingMonitor(Callback):
-    """Logs gradient norm, images/s and firing rates, and every few epochs generated images and a denoising strip.
+    """Logs gradient norm, images/s and firing rates; every few epochs generated images, a denoising strip, plots.
 
     Args:
         every_n_epochs: Epochs between pictures; 0 makes none.
@@ -137,6 +138,11 @@ class TrainingMonitor(Callback):
         board = trainer.logger.experiment  # type: ignore[union-attr]
         board.add_image("samples", grid(states[-1], columns=4, scale=scale), trainer.global_step)
         board.add_image("denoising", grid(strip, columns=10, scale=scale), trainer.global_step)
+        for name, figure in system.figures().items():
+            path = Path(trainer.log_dir or ".") / "plots" / f"{name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(path, dpi=150)
+            board.add_figure(name, figure, trainer.global_step)
 
     @staticmethod
     def _logs(trainer: Trainer) -> bool:

@@ -41,14 +41,20 @@ class SDM(SDDPM):
     def __init__(self, init_from: str | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.init_from = init_from
+        self._loaded = False
 
-    def setup(self, stage: str) -> None:
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Notes that training is resumed."""
+        super().on_load_checkpoint(checkpoint)
+        self._loaded = True
+
+    def on_fit_start(self) -> None:
         """Takes the weights of the SDDPM when training starts, but not when it is resumed.
 
         Raises:
             CheckpointMismatchError: If the checkpoint is of another method, size or diffusion process.
         """
-        if stage != "fit" or self.trainer.ckpt_path:
+        if self._loaded:
             return
         if self.init_from is None:
             warnings.warn(
@@ -105,13 +111,13 @@ def plot_factors(factors: Mapping[str, Tensor]) -> Figure:
     figure = Figure(figsize=(3.2 + 0.7 * num_steps + 3.6, max(3.6, 1.2 + 0.16 * num_layers)), layout="constrained")
     heat, line = figure.subplots(1, 2, width_ratios=[0.7 * num_steps, 3.6])
     reach = max(float((values - 1).abs().max()), 1e-3)
-    image = heat.imshow(values, cmap="RdBu_r", vmin=1 - reach, vmax=1 + reach, aspect="auto", interpolation="nearest")
+    image = heat.imshow(values.numpy(), cmap="RdBu_r", vmin=1 - reach, vmax=1 + reach, aspect="auto", interpolation="nearest")
     heat.set_xticks(range(num_steps), [str(k) for k in range(num_steps)])
     heat.set_yticks(range(num_layers), list(factors), fontsize=7)
     heat.set(xlabel="SNN step k", title="factor p[k] by layer")
     figure.colorbar(image, ax=heat)
     mean, spread = values.mean(0), values.std(0) if num_layers > 1 else torch.zeros(num_steps)
-    line.errorbar(range(num_steps), mean, spread, marker="o", capsize=4, color="tab:blue")
+    line.errorbar(range(num_steps), mean.numpy(), spread.numpy(), marker="o", capsize=4, color="tab:blue")
     line.axhline(1, color="grey", linewidth=0.8, linestyle=":")
     line.set_xticks(range(num_steps))
     line.set(xlabel="SNN step k", ylabel="p[k]", title="mean and spread over layers")
