@@ -111,7 +111,9 @@ def plot_factors(factors: Mapping[str, Tensor]) -> Figure:
     figure = Figure(figsize=(3.2 + 0.7 * num_steps + 3.6, max(3.6, 1.2 + 0.16 * num_layers)), layout="constrained")
     heat, line = figure.subplots(1, 2, width_ratios=[0.7 * num_steps, 3.6])
     reach = max(float((values - 1).abs().max()), 1e-3)
-    image = heat.imshow(values.numpy(), cmap="RdBu_r", vmin=1 - reach, vmax=1 + reach, aspect="auto", interpolation="nearest")
+    image = heat.imshow(
+        values.numpy(), cmap="RdBu_r", vmin=1 - reach, vmax=1 + reach, aspect="auto", interpolation="nearest"
+    )
     heat.set_xticks(range(num_steps), [str(k) for k in range(num_steps)])
     heat.set_yticks(range(num_layers), list(factors), fontsize=7)
     heat.set(xlabel="SNN step k", title="factor p[k] by layer")

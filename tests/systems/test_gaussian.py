@@ -4,11 +4,18 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+)
 from formula import Formula
 from torch import Tensor, nn
 
 from systems import SDDPM
+from systems.analytic_dpm import AnalyticDPMScheduler
 from systems.gaussian import GaussianDiffusion, double_tables
 
 Reference = Callable[[str], dict[str, Tensor]]
@@ -116,6 +123,9 @@ def test_solver_and_evaluations_are_named() -> None:
     assert (tiny().solver, tiny().nfe) == ("DDPM", 3)
     assert tiny(scheduler=DDIMScheduler()).solver == "DDIM"
     assert tiny(scheduler=DDIMScheduler(), eta=0.5).solver == "DDIM(eta=0.5)"
+    assert tiny(scheduler=DPMSolverMultistepScheduler()).solver == "DPMSolverMultistep(dpmsolver++, 2)"
+    assert tiny(scheduler=AnalyticDPMScheduler(form="ddim")).solver == "AnalyticDPM(ddim)"
+    assert tiny(scheduler=AnalyticDPMScheduler()).nfe == 4
 
 
 @pytest.mark.parametrize(
@@ -124,6 +134,9 @@ def test_solver_and_evaluations_are_named() -> None:
         ({"num_inference_steps": 1001}, "from 1 to the 1000 steps of training"),
         ({"num_inference_steps": 0}, "num_inference_steps=0"),
         ({"eta": 0.5}, "option of DDIM"),
+        ({"scheduler": PNDMScheduler(prediction_type="sample")}, "does not work with prediction_type='sample'"),
+        ({"scheduler": DDPMScheduler(prediction_type="score")}, "give epsilon, sample or v_prediction"),
+        ({"scheduler": FlowMatchEulerDiscreteScheduler()}, "no discrete Gaussian diffusion"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(arguments: dict, message: str) -> None:
