@@ -82,7 +82,7 @@ class TrainingMonitor(Callback):
 
     def _watch(self, name: str) -> Any:
         def hook(module: SpikingNeuron, inputs: Any, spikes: Tensor) -> None:
-            self._rates[name] = spikes.detach().mean(dtype=torch.float32)
+            self._rates[name] = (spikes != 0).mean(dtype=torch.float32)
 
         return hook
 
