@@ -2,9 +2,9 @@
 
 Rules, for each call of a convolution or linear layer with `D` dense connections (multiply-accumulates of the call):
 
-- Input of spikes: all 0 or `a`, or all -a, 0 or `a`, with `a` 1 or the height of a neuron's spikes, which folds into the
-  weights: `SOPs = D * spikes / numel(input)`; these are accumulates (AC), plus one AC for each output element if the
-  layer has a bias. Border taps count as if every input element reached all of them.
+- Input of spikes: all 0 or `a`, or all -a, 0 or `a`, with `a` 1 or the height of a neuron's spikes, which folds into
+  the weights: `SOPs = D * spikes / numel(input)`; these are accumulates (AC), plus one AC for each output element if
+  the layer has a bias. Border taps count as if every input element reached all of them.
 - Any other input: `D` multiply-accumulates (MAC), also that of quantised activations of several levels.
 
 A static image that a stem convolution sees once, before it is repeated over the SNN time steps, is counted once.
