@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmark.cli import main
 from benchmark.runs import find_checkpoint, newest_run
@@ -41,6 +42,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def scalars(run: Path) -> set[str]:
+    events = EventAccumulator(str(run))
+    events.Reload()
+    return set(events.Tags()["scalars"])
+
+
 def evaluate(run: Path, *options: str) -> Record:
     before = set(run.glob("records/*.json"))
     main(["test", f"--ckpt_path={find_checkpoint(run)}", *options])
@@ -61,7 +68,8 @@ def test_ann_converted_and_tuned_stand_side_by_side(runs: Path, capsys: pytest.C
     converted = read_record(path)
     before = torch.load(find_checkpoint(run), weights_only=True)["state_dict"]
     (tune,) = re.findall(r"fine-tune: python -m benchmark (.+)", shown)
-    main([*tune.split(), "--model.finetune_steps=2", "--model.optimizer.lr=0.001"])
+    options = ["--model.finetune_steps=2", "--model.optimizer.lr=0.001", "--trainer.check_val_every_n_epoch=1"]
+    main([*tune.split(), *options])
     assert newest_run(runs) == run
     checkpoint = torch.load(find_checkpoint(run), weights_only=True)
     assert checkpoint["global_step"] == 2 + 2 * 5  # 1 block down, 2 in the middle, 2 up
@@ -70,6 +78,9 @@ def test_ann_converted_and_tuned_stand_side_by_side(runs: Path, capsys: pytest.C
     changed = {key for key, value in checkpoint["state_dict"].items() if not torch.equal(value, before[key])}
     assert {"network.head.weight", "network.upblocks.1.block2.3.weight"} <= changed
     assert not any("tail" in key or "act_alpha" in key for key in changed)
+    assert {"train/block", "train/loss", "train/firing_rate", "val/loss"} <= scalars(run)
+    assert "train/images_per_second" in scalars(ddpm)
+    assert "train/firing_rate" not in scalars(ddpm)
     tuned = evaluate(run, "--evaluation.variant=fine-tuned")
 
     assert [r.method for r in (ann, converted, tuned)] == ["ddpm", "ann-snn", "ann-snn"]
