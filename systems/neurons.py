@@ -126,8 +126,8 @@ def _backward(x: Tensor, grad: Tensor, d: _Dynamics, derivative: Callable[[Tenso
     return torch.stack(grads[::-1])
 
 
-def _converted(x: Tensor, threshold: Tensor, signed: bool) -> Tensor:
-    """Spikes -1, 0 or 1 of `ConvertedNeuron`, in the dtype of the potentials."""
+def _converted(x: Tensor, threshold: Tensor, height: Tensor, signed: bool) -> Tensor:
+    """Spikes of `ConvertedNeuron`."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     threshold = threshold.to(dtype)
     v = threshold / 2
@@ -143,8 +143,8 @@ def _converted(x: Tensor, threshold: Tensor, signed: bool) -> Tensor:
             v = v + threshold * taken_back
             count = count - taken_back
             s = s - taken_back
-        spikes.append(s)
-    return torch.stack(spikes)
+        spikes.append(s * height)
+    return torch.stack(spikes).to(x.dtype)
 
 
 @lru_cache
@@ -342,13 +342,13 @@ class ConvertedNeuron(SpikingNeuron):
         if x.dim() < 2:
             raise ValueError(f"currents have shape {tuple(x.shape)}; a spiking layer takes (T, B, ...)")
         x = _dense(x)
-        spikes = _run(_converted, _flat(x), self.threshold * self.act_alpha, self.signed)
-        return (spikes * self.act_alpha).to(x.dtype).as_strided(x.shape, x.stride())
+        spikes = _run(_converted, _flat(x), self.threshold * self.act_alpha, self.act_alpha, self.signed)
+        return spikes.as_strided(x.shape, x.stride())
 
     @torch.no_grad()
     def stepwise(self, x: Tensor) -> Tensor:
         """Same as `forward`, never compiled."""
-        return (_converted(x, self.threshold * self.act_alpha, self.signed) * self.act_alpha).to(x.dtype)
+        return _converted(x, self.threshold * self.act_alpha, self.act_alpha, self.signed)
 
     def extra_repr(self) -> str:
         """Names the constants in `print(network)`."""
@@ -368,7 +368,10 @@ def leaky_integrate_and_fire(
 
 
 def set_threshold(network: nn.Module, threshold: float) -> None:
-    """Sets the threshold of every neuron of a network: threshold guidance of SDM (arXiv 2408.16467, section 4.3)."""
+    """Sets the threshold of every neuron of a network: threshold guidance of SDM (arXiv 2408.16467, section 4.3).
+
+    That of a `ConvertedNeuron` is a multiple of its own.
+    """
     for module in network.modules():
         if isinstance(module, SpikingNeuron):
             module.threshold = threshold
