@@ -17,6 +17,7 @@ STAGES = {
 }
 COMMANDS = {
     "import": ("benchmark.import_checkpoint:import_checkpoint", "turn an authors' checkpoint into one of the suite"),
+    "convert": ("benchmark.convert:convert", "turn a quantised DDPM into a spiking network"),
     "leaderboard": ("leaderboard.table:leaderboard", "show the records as tables"),
     "train-extractor": ("leaderboard.train_extractor:train_extractor", "train the suite's own feature extractor"),
     "loader-speed": ("benchmark.loader_speed:loader_speed", "measure the train loader, in images/s"),

@@ -11,7 +11,9 @@ import torch
 from systems.checkpoints import load_checkpoint, save_checkpoint
 
 
-def import_checkpoint(checkpoint: str, output: str, method: Literal["sddpm", "sdm"] = "sddpm") -> None:
+def import_checkpoint(
+    checkpoint: str, output: str, method: Literal["sddpm", "sdm", "ddpm", "ann_snn"] = "sddpm"
+) -> None:
     """Turns an authors' checkpoint into one that `test` and `predict` accept.
 
     Every tensor must find its place: unknown and missing ones are listed. Nothing but tensors is unpickled.
@@ -36,17 +38,18 @@ def import_checkpoint(checkpoint: str, output: str, method: Literal["sddpm", "sd
     save_checkpoint(
         {
             "state_dict": {f"network.{key}": value for key, value in tensors.items()},
-            "method": method,
+            "method": method.replace("_", "-"),
             "pytorch-lightning_version": lightning.__version__,
             "epoch": 0,
             "global_step": 0,
         },
         output,
     )
+    config = "configs/ddpm_DATASET.yaml --model ANNSNN" if method == "ann_snn" else f"configs/{method}_DATASET.yaml"
     options = " ".join(f"--model.{k} {v}".replace(" [", " '[").replace("]", "]'") for k, v in arguments.items())
     print(
         f"{len(tensors)} tensors from {checkpoint} to {output}\nsize:  {options}\n"
-        f"test:  python -m benchmark test --config configs/{method}_DATASET.yaml --ckpt_path {output}"
+        f"test:  python -m benchmark test --config {config} --ckpt_path {output}"
     )
 
 

@@ -134,7 +134,7 @@ def _cells(entry: Entry, keys: list[str]) -> dict[str, str]:
         "Method": record.method,
         "Variant": record.variant,
         **{_HEADERS.get(key, key): _metric(record.metrics.get(key), _SCALE.get(key, 1)) for key in keys},
-        "T": str(record.num_steps),
+        "T": "-" if cost.firing_rate is None else str(record.num_steps),
         "Rate": _number(cost.firing_rate),
         "Solver": record.solver,
         "NFE": str(record.nfe),

@@ -1,6 +1,8 @@
 """Methods: one LightningModule per published spiking diffusion model, and the layers they share."""
 
+from systems.ann_snn import ANNSNN
+from systems.ddpm import DDPM
 from systems.sddpm import SDDPM
 from systems.sdm import SDM
 
-__all__ = ["SDDPM", "SDM"]
+__all__ = ["SDDPM", "SDM", "DDPM", "ANNSNN"]

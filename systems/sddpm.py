@@ -109,7 +109,7 @@ def read_official(state: Mapping[str, Tensor], suffix: str = "") -> tuple[dict[s
     kernel = renamed["T_output_layer.weight"]
     if kernel.dim() == 5:
         renamed["T_output_layer.weight"] = kernel.squeeze(-1)
-    arguments = _size(renamed, suffix)
+    arguments = read_size(renamed, stem=f"conv{suffix}.weight", width=f"conv1{suffix}.bias")
     if suffix:
         arguments["num_steps"] = len(renamed["conv.tsmp"])
     num_train_timesteps = len(renamed["time_embedding.timembedding.0.weight"])
@@ -119,13 +119,25 @@ def read_official(state: Mapping[str, Tensor], suffix: str = "") -> tuple[dict[s
     return renamed, arguments
 
 
-def _size(state: Mapping[str, Tensor], suffix: str) -> dict[str, Any]:
-    """Reads the size of the network off its tensors."""
-    base_channels, in_channels = state[f"conv{suffix}.weight"].shape[:2]
+def read_size(state: Mapping[str, Tensor], stem: str, width: str) -> dict[str, Any]:
+    """Reads the size of a U-Net off its tensors.
+
+    Args:
+        state: Tensors by name.
+        stem: Weight of the first convolution.
+        width: Tensor that has an element for each channel of a residual block, as named within the block.
+
+    Returns:
+        `in_channels`, `base_channels`, `channel_mult` and `num_res_blocks`.
+
+    Raises:
+        KeyError: If there is no such stem.
+    """
+    base_channels, in_channels = state[stem].shape[:2]
     levels: list[list[int]] = [[]]
     block = 0
     while any(key.startswith(f"downblocks.{block}.") for key in state):
-        bias = state.get(f"downblocks.{block}.conv1{suffix}.bias")
+        bias = state.get(f"downblocks.{block}.{width}")
         if bias is not None:
             levels[-1].append(len(bias) // base_channels)
         else:

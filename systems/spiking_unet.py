@@ -41,6 +41,60 @@ def unfold(x: Tensor, num_steps: int) -> Tensor:
     return x.unflatten(0, (num_steps, -1))
 
 
+def assemble(
+    base_channels: int,
+    channel_mult: Sequence[int],
+    num_res_blocks: int,
+    res_block: Callable[[int, int], nn.Module],
+    downsample: Callable[[int], nn.Module],
+    upsample: Callable[[int], nn.Module],
+) -> tuple[nn.ModuleList, nn.ModuleList, nn.ModuleList]:
+    """Returns the blocks of a U-Net on its way down, in the middle and on its way up.
+
+    Every output of the way down, and that of the stem, is the skip of one residual block of the way up.
+
+    Args:
+        base_channels: Channels of the stem's output.
+        channel_mult: Channels of each level, as multiples of `base_channels`.
+        num_res_blocks: Residual blocks per level on the way down; one more on the way up.
+        res_block: Makes a residual block from its channels in and out.
+        downsample: Makes what halves the image, from its channels.
+        upsample: Makes what doubles the image, from its channels.
+    """
+    channels, skips = base_channels, [base_channels]
+    down, up = nn.ModuleList(), nn.ModuleList()
+    for level, multiple in enumerate(channel_mult):
+        for _ in range(num_res_blocks):
+            down.append(res_block(channels, multiple * base_channels))
+            channels = multiple * base_channels
+            skips.append(channels)
+        if level + 1 < len(channel_mult):
+            down.append(downsample(channels))
+            skips.append(channels)
+    middle = nn.ModuleList(res_block(channels, channels) for _ in range(2))
+    for level, multiple in reversed(list(enumerate(channel_mult))):
+        for _ in range(num_res_blocks + 1):
+            up.append(res_block(channels + skips.pop(), multiple * base_channels))
+            channels = multiple * base_channels
+        if level > 0:
+            up.append(upsample(channels))
+    return down, middle, up
+
+
+def check_images(x: Tensor, in_channels: int, num_levels: int) -> None:
+    """Checks that images `(B, C, H, W)` fit a U-Net.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    multiple = 2 ** (num_levels - 1)
+    if x.dim() != 4 or x.shape[1] != in_channels or x.shape[2] % multiple or x.shape[3] % multiple:
+        raise ValueError(
+            f"images have shape {tuple(x.shape)}; this U-Net takes (B, {in_channels}, H, W) with H and W "
+            f"multiples of {multiple}: set --data.image_size, or give fewer channel_mult"
+        )
+
+
 class TemporalConv2d(nn.Module):
     """Convolution with one learned factor for each SNN time step: the temporal-wise spiking mechanism (TSM) of SDM.
 
@@ -92,12 +146,16 @@ class TimeEmbedding(nn.Module):
         angle = t[:, None] * frequencies
         return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)
 
+    def sinusoids(self, t: Tensor) -> Tensor:
+        """Returns what the MLP takes, `(B, channels)`, of diffusion steps `t` `(B,)`."""
+        table = cast(nn.Embedding, self.timembedding[0])
+        if not t.is_floating_point():
+            return table(t)
+        return self._sinusoids(t, self.get_buffer("frequencies")).type_as(table.weight)
+
     def forward(self, t: Tensor) -> Tensor:
         """Returns the embedding `(B, 4 * channels)` of diffusion steps `t` `(B,)`."""
-        if not t.is_floating_point():
-            return self.timembedding(t)
-        table = cast(Tensor, self.timembedding[0].weight)
-        return self.timembedding[1:](self._sinusoids(t, self.get_buffer("frequencies")).type_as(table))
+        return self.timembedding[1:](self.sinusoids(t))
 
 
 class ResBlock(nn.Module):
@@ -217,25 +275,15 @@ class SpikingUNet(nn.Module):
         self.conv_identity = conv(base_channels, base_channels, 3, padding=1)
         self.bn_identity = nn.BatchNorm2d(base_channels)
 
-        channels, skips = base_channels, [base_channels]
-        self.downblocks = nn.ModuleList()
-        for level, multiple in enumerate(channel_mult):
-            for _ in range(num_res_blocks):
-                self.downblocks.append(ResBlock(channels, multiple * base_channels, tdim, neuron, conv))
-                channels = multiple * base_channels
-                skips.append(channels)
-            if level + 1 < self.num_levels:
-                self.downblocks.append(Downsample(channels, neuron, conv))
-                skips.append(channels)
-        self.middleblocks = nn.ModuleList(ResBlock(channels, channels, tdim, neuron, conv) for _ in range(2))
-        self.upblocks = nn.ModuleList()
-        for level, multiple in reversed(list(enumerate(channel_mult))):
-            for _ in range(num_res_blocks + 1):
-                self.upblocks.append(ResBlock(channels + skips.pop(), multiple * base_channels, tdim, neuron, conv))
-                channels = multiple * base_channels
-            if level > 0:
-                self.upblocks.append(Upsample(channels, neuron, conv))
-
+        self.downblocks, self.middleblocks, self.upblocks = assemble(
+            base_channels,
+            channel_mult,
+            num_res_blocks,
+            lambda channels, out_channels: ResBlock(channels, out_channels, tdim, neuron, conv),
+            lambda channels: Downsample(channels, neuron, conv),
+            lambda channels: Upsample(channels, neuron, conv),
+        )
+        channels = channel_mult[0] * base_channels
         self.tail_bn = nn.BatchNorm2d(channels)
         self.tail_conv = conv(channels, in_channels, 3, padding=1)
         self.T_output_layer = nn.Conv2d(in_channels, in_channels, 3, padding=1)
@@ -261,12 +309,7 @@ class SpikingUNet(nn.Module):
         Raises:
             ValueError: If the images do not fit the network.
         """
-        multiple = 2 ** (self.num_levels - 1)
-        if x.dim() != 4 or x.shape[1] != self.in_channels or x.shape[2] % multiple or x.shape[3] % multiple:
-            raise ValueError(
-                f"images have shape {tuple(x.shape)}; this U-Net takes (B, {self.in_channels}, H, W) with H and W "
-                f"multiples of {multiple}: set --data.image_size, or give fewer channel_mult"
-            )
+        check_images(x, self.in_channels, self.num_levels)
         temb = self.time_embedding(t)
         h = self.neuron(unfold(self.bn(self._stem(x)), self.num_steps))
         h = unfold(self.bn_identity(self.conv_identity(fold(h))), self.num_steps)  # (T, B, C, H, W)
