@@ -108,6 +108,7 @@ class ANNSNN(GaussianDiffusion):
         super().__init__(network, scheduler, num_inference_steps, eta, optimizer, None)
         self.num_steps = num_steps
         self.init_from = init_from
+        self.threshold = threshold
         self.activation_bits = activation_bits
         self.finetune_steps = finetune_steps
         self.finetune_inputs = finetune_inputs
