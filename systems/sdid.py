@@ -1,0 +1,66 @@
+"""SDID, the denoiser of Spiking-Diffusion: a spiking network that guesses the codes behind a partly masked grid.
+
+M. Liu et al., "Spiking-Diffusion", https://arxiv.org/abs/2308.10187; authors' code
+https://github.com/Arktis2022/Spiking-Diffusion. As released, code indices and diffusion step enter as plain magnitudes,
+without embedding or scaling; so the first convolution is not fed by spikes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from systems.neurons import leaky_integrate_and_fire
+from systems.spiking_unet import fold, unfold
+from systems.vq_svae import NeuronFactory, SpikingConv
+
+WIDTHS = (1, 2, 4, 8, 4)
+"""Channels of the spiking layers, as multiples of the first."""
+
+
+class SDID(nn.Module):
+    """Denoiser of code grids: five spiking convolutions, and a sixth on the outputs of the last and the first of them.
+
+    Args:
+        num_codes: Size of the codebook.
+        base_channels: Channels of the first layer.
+        num_steps: SNN time steps `T`.
+        neuron: Makes one spiking layer.
+
+    Raises:
+        ValueError: If a size is out of range.
+    """
+
+    def __init__(
+        self,
+        num_codes: int = 128,
+        base_channels: int = 64,
+        num_steps: int = 16,
+        neuron: NeuronFactory = leaky_integrate_and_fire,
+    ) -> None:
+        super().__init__()
+        if num_steps < 1 or base_channels < 1:
+            raise ValueError(f"num_steps={num_steps}, base_channels={base_channels} make no network; give 1 or more")
+        self.num_steps = num_steps
+        channels = [2, *(multiple * base_channels for multiple in WIDTHS)]
+        self.layers = nn.ModuleList(
+            SpikingConv(nn.Conv2d(n, m, 3, padding=1), num_steps, neuron)
+            for n, m in zip(channels, channels[1:], strict=False)
+        )
+        self.head = nn.Conv2d(channels[-1] + channels[1], num_codes, 3, padding=1)
+
+    def forward(self, tokens: Tensor, t: Tensor) -> Tensor:
+        """Returns the logits of the codes, `(B, num_codes, h, w)`.
+
+        Args:
+            tokens: Code indices, or the mask's number where masked, `(B, h, w)`.
+            t: Diffusion steps `(B,)`, from 1.
+        """
+        x = tokens.to(self.head.weight.dtype)
+        h = torch.stack([x, t.to(x.dtype).view(-1, 1, 1).expand_as(x)], dim=1)  # (B, 2, h, w), the same in every step
+        outputs = []
+        for layer in self.layers:
+            h = layer(h)  # (T, B, C, h, w)
+            outputs.append(h)
+        h = torch.cat([outputs[-1], outputs[0]], dim=2)
+        return unfold(self.head(fold(h)), self.num_steps).mean(0)
