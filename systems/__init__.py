@@ -4,5 +4,6 @@ from systems.ann_snn import ANNSNN
 from systems.ddpm import DDPM
 from systems.sddpm import SDDPM
 from systems.sdm import SDM
+from systems.spiking_diffusion import SpikingDiffusion
 
-__all__ = ["SDDPM", "SDM", "DDPM", "ANNSNN"]
+__all__ = ["SDDPM", "SDM", "DDPM", "ANNSNN", "SpikingDiffusion"]

@@ -74,6 +74,18 @@ class DiffusionSystem(L.LightningModule):
         """Returns one image for each seed, `(B, C, H, W)`; values may lie slightly outside [-1, 1]."""
         return deque(self.trajectory(seeds, image_shape), maxlen=1)[0]
 
+    @property
+    def generates(self) -> bool:
+        """Whether the method is trained far enough for pictures of its samples to mean anything."""
+        return True
+
+    def reconstruction_metrics(self, batches: Iterable[Tensor]) -> dict[str, tuple[float, float]]:
+        """Returns how well images `(B, C, H, W)` in [-1, 1] survive the method's autoencoder, value and uncertainty.
+
+        Methods without an autoencoder have no such metric.
+        """
+        return {}
+
     def figures(self) -> dict[str, Figure]:
         """Plots of what the method has learned, by name; drawn with the pictures of training."""
         return {}

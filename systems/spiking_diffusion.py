@@ -1,0 +1,569 @@
+"""Spiking-Diffusion: absorbing-state diffusion of the code indices of a spiking vector-quantised autoencoder.
+
+M. Liu, J. Gan, R. Wen, T. Li, Y. Chen, H. Chen, "Spiking-Diffusion: Vector Quantized Discrete Diffusion Model with
+Spiking Neural Networks", https://arxiv.org/abs/2308.10187; authors' code https://github.com/Arktis2022/Spiking-Diffusion.
+The diffusion is that of Bond-Taylor et al., "Unleashing Transformers", ECCV 2022, https://arxiv.org/abs/2111.12701.
+
+Training has two stages. First the autoencoder (`systems/vq_svae.py`) learns images; then it is frozen, the training
+images become grids of code indices once, and the denoiser (`systems/sdid.py`) learns to fill in masked ones. At step `t`
+of `num_train_timesteps` each token is masked with probability `t / num_train_timesteps`.
+
+Departures: neurons start from zero in every network call (the release lets the membranes of one batch leak into the next
+while it extracts indices); the batches of stage two are shuffled anew in each epoch (`fixed_batches` is the release);
+pixels are rounded to bytes, not truncated. As released, fewer sampling steps `n` walk `t = n, ..., 1`, so that the
+denoiser does not see the steps above `n`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any, Literal, cast
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+from systems.base import DiffusionSystem, OptimizerFactory
+from systems.checkpoints import CheckpointMismatchError, check_state, read_trained
+from systems.neurons import get_surrogate, leaky_integrate_and_fire
+from systems.sdid import SDID
+from systems.vq_svae import REDUCTION, VQSVAE, Reconstruction, equilibrium_loss
+
+ADAMW = partial(torch.optim.AdamW, lr=1e-3, weight_decay=1e-3)
+"""Optimiser of both released stages."""
+
+COLLAPSED = 0.1
+"""Perplexity, as a share of the codebook, below which the codebook counts as collapsed."""
+
+SHOWN_IMAGES = 8
+"""Images in the figure of reconstructions."""
+
+Objective = Literal["reweighted_elbo", "elbo"]
+
+
+class SpikingDiffusion(DiffusionSystem):
+    """Spiking-Diffusion of Liu et al.
+
+    One `fit` trains both stages and ends by itself; a checkpoint resumes in the stage where it was written. An epoch is
+    one pass over the training images in both stages. Several devices need
+    `--trainer.strategy ddp_find_unused_parameters_true`, since one stage has gradients at a time.
+
+    Args:
+        in_channels: Image channels.
+        num_codes: Size of the codebook.
+        code_channels: Dimension of a code.
+        autoencoder_channels: Channels of the autoencoder's first layer.
+        base_channels: Channels of the denoiser's first layer.
+        num_steps: SNN time steps T of both networks.
+        threshold: Firing threshold of every neuron; values near 1 at test time are threshold guidance.
+        spike_grad: Surrogate gradient: a name of snntorch.surrogate, triangle or rectangle.
+        mask_id: Number that stands for a masked token: num_codes if not given, or a code that doubles as the mask.
+        num_train_timesteps: Diffusion steps; as published, the tokens of an image: a sixteenth of its pixels.
+        num_inference_steps: Diffusion steps of the sampler, at most those of training, which none takes.
+        temperature: Divides the logits in sampling; below 1 likely codes get likelier.
+        objective: Likelihood bound of stage two, reweighted as published or plain.
+        fixed_batches: Whether stage two sees the same batches in each epoch, as released.
+        autoencoder_epochs: Epochs of stage one.
+        denoiser_epochs: Epochs of stage two; 0 ends after stage one.
+        init_from: Checkpoint whose stage one is taken; training is stage two alone.
+        data_variance: Variance of the training images in [0, 1], which divides the error of reconstruction; measured
+            if not given.
+        autoencoder_optimizer: Optimiser of stage one.
+        denoiser_optimizer: Optimiser of stage two.
+
+    Raises:
+        ValueError: If an argument is out of range; the message names it.
+    """
+
+    method = "spiking-diffusion"
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        num_codes: int = 128,
+        code_channels: int = 16,
+        autoencoder_channels: int = 32,
+        base_channels: int = 64,
+        num_steps: int = 16,
+        threshold: float = 1.0,
+        spike_grad: str = "atan",
+        mask_id: int | None = None,
+        num_train_timesteps: int = 49,
+        num_inference_steps: int | None = None,
+        temperature: float = 1.0,
+        objective: Objective = "reweighted_elbo",
+        fixed_batches: bool = False,
+        autoencoder_epochs: int = 100,
+        denoiser_epochs: int = 200,
+        init_from: str | None = None,
+        data_variance: float | None = None,
+        autoencoder_optimizer: OptimizerFactory = ADAMW,
+        denoiser_optimizer: OptimizerFactory = ADAMW,
+    ) -> None:
+        super().__init__(autoencoder_optimizer)
+        if mask_id is not None and not 0 <= mask_id <= num_codes:
+            raise ValueError(
+                f"mask_id={mask_id} is outside the codebook of {num_codes} codes; give 0 to {num_codes - 1} for a code "
+                f"that doubles as the mask, or {num_codes} for a symbol of its own"
+            )
+        if num_train_timesteps < 1:
+            raise ValueError(f"num_train_timesteps={num_train_timesteps} diffusion steps; give 1 or more")
+        num_inference_steps = num_train_timesteps if num_inference_steps is None else num_inference_steps
+        if not 1 <= num_inference_steps <= num_train_timesteps:
+            raise ValueError(
+                f"num_inference_steps={num_inference_steps}; give a number from 1 to the {num_train_timesteps} steps "
+                "of training (num_train_timesteps)"
+            )
+        if not temperature > 0:
+            raise ValueError(f"temperature={temperature} cannot divide logits; give a number above 0")
+        if min(autoencoder_epochs, denoiser_epochs) < 0:
+            raise ValueError(
+                f"autoencoder_epochs={autoencoder_epochs}, denoiser_epochs={denoiser_epochs}; give 0 epochs or more"
+            )
+        if data_variance is not None and not data_variance > 0:
+            raise ValueError(f"data_variance={data_variance} cannot divide an error; give a number above 0")
+        neuron = partial(leaky_integrate_and_fire, threshold=threshold, spike_grad=get_surrogate(spike_grad))
+        self.network = nn.ModuleDict(
+            {
+                "autoencoder": VQSVAE(in_channels, num_codes, code_channels, autoencoder_channels, num_steps, neuron),
+                "denoiser": SDID(num_codes, base_channels, num_steps, neuron),
+            }
+        )
+        self.automatic_optimization = False  # each stage has an optimiser of its own
+        self.num_codes = num_codes
+        self.num_steps = num_steps
+        self.threshold = threshold
+        self.mask_id = num_codes if mask_id is None else mask_id
+        self.num_train_timesteps = num_train_timesteps
+        self.num_inference_steps = num_inference_steps
+        self.temperature = temperature
+        self.objective: Objective = objective
+        self.fixed_batches = fixed_batches
+        self.autoencoder_epochs = 0 if init_from else autoencoder_epochs
+        self.denoiser_epochs = denoiser_epochs
+        self.init_from = init_from
+        self.data_variance = data_variance
+        self._denoiser_optimizer = denoiser_optimizer
+        self._in_stage_two = self.autoencoder_epochs == 0
+        self._codes: Tensor | None = None  # of all training images, (N, h, w)
+        self._order = torch.empty(0, dtype=torch.long)  # of stage two in this epoch
+        self._usage = torch.zeros(num_codes, dtype=torch.long)
+        self._shown: tuple[Tensor, Tensor] | None = None
+        self._collapse_told = False
+
+    @property
+    def autoencoder(self) -> VQSVAE:
+        """Network of stage one."""
+        return cast(VQSVAE, self.network["autoencoder"])
+
+    @property
+    def denoiser(self) -> SDID:
+        """Network of stage two."""
+        return cast(SDID, self.network["denoiser"])
+
+    @property
+    def solver(self) -> str:
+        """Name of the sampler with its temperature."""
+        return f"absorbing(temperature={self.temperature:g})"
+
+    @property
+    def nfe(self) -> int:
+        """Evaluations of the denoiser per image; the codes are decoded once."""
+        return self.num_inference_steps
+
+    @property
+    def generates(self) -> bool:
+        """Whether stage two has begun."""
+        return self._in_stage_two
+
+    # Training
+
+    def configure_optimizers(self) -> Any:
+        """Makes the optimisers of both stages."""
+        return [self._optimizer(self.autoencoder.parameters()), self._denoiser_optimizer(self.denoiser.parameters())]
+
+    def setup(self, stage: str) -> None:
+        """Measures the images, takes stage one from another checkpoint if one is given, and sets the end of training.
+
+        Raises:
+            ValueError: If there is nothing to train, or no stage one for stage two.
+            CheckpointMismatchError: If `init_from` is of another method or size.
+        """
+        if stage in ("fit", "validate") and self.data_variance is None:
+            self.data_variance = _variance(_in_order(self.trainer.datamodule.train_dataloader()))  # type: ignore[attr-defined]
+        if stage != "fit":
+            return
+        epochs = self.autoencoder_epochs + self.denoiser_epochs
+        if not epochs:
+            raise ValueError(
+                "autoencoder_epochs and denoiser_epochs leave nothing to train; give --model.denoiser_epochs 1 or more"
+            )
+        if self._in_stage_two and not self.trainer.ckpt_path:
+            if self.init_from is None:
+                raise ValueError(
+                    "stage two needs the codes of stage one; give --model.init_from CHECKPOINT of a stage one, or "
+                    "--model.autoencoder_epochs 1 or more"
+                )
+            checkpoint = read_trained(self.init_from, self.method)
+            prefix = "network.autoencoder."
+            state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+            check_state(state, self.autoencoder, self.init_from)
+            self.autoencoder.load_state_dict(state)
+        if not 0 <= (-1 if self.trainer.max_epochs is None else self.trainer.max_epochs) <= epochs:
+            self.trainer.fit_loop.max_epochs = epochs
+
+    def on_train_epoch_start(self) -> None:
+        """Enters the stage that is due, and shuffles the codes of stage two."""
+        self._in_stage_two = self.current_epoch >= self.autoencoder_epochs
+        if not self._in_stage_two:
+            self._usage = torch.zeros(self.num_codes, dtype=torch.long, device=self.device)
+            return
+        if self._codes is None:
+            self._codes = self._extract()
+            self._usage = self._codes.flatten().long().bincount(minlength=self.num_codes)
+            self._tell_collapse()
+        seed = 0 if self.fixed_batches else self.current_epoch
+        order = torch.randperm(len(self._codes), generator=torch.Generator().manual_seed(seed))
+        self._order = order[self.global_rank :: self.trainer.world_size]
+
+    @torch.no_grad()
+    def _extract(self) -> Tensor:
+        """Returns the codes of all training images, `(N, h, w)`, by the autoencoder in evaluation mode."""
+        dtype = torch.uint8 if self.num_codes <= 256 else torch.int32
+        training = self.autoencoder.training
+        self.autoencoder.eval()
+        batches = _in_order(cast(DataLoader[Tensor], self.trainer.train_dataloader))
+        codes = [self._indices(images.to(self.device)).to("cpu", dtype) for images in batches]
+        self.autoencoder.train(training)
+        return torch.cat(codes)
+
+    def _indices(self, images: Tensor) -> Tensor:
+        return self.autoencoder.quantise(self.autoencoder.encode(images / 2)[1])
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Takes one step of the stage that is due.
+
+        In stage two the loader tells only how many codes to take: they are those of the same images, cached.
+        """
+        self.zero_grad()
+        if self._in_stage_two:
+            assert self._codes is not None
+            rows = self._order[batch_idx * len(batch) : (batch_idx + 1) * len(batch)]
+            loss = self._denoising_loss(self._codes[rows].to(self.device).long())
+        else:
+            reconstruction = self.autoencoder(batch / 2)
+            loss = self._autoencoder_loss(reconstruction, batch)
+            self._usage += reconstruction.indices.flatten().bincount(minlength=self.num_codes)
+        self.manual_backward(loss)
+        cast(list[Any], self.optimizers())[int(self._in_stage_two)].step()
+        values = {"train/loss": loss, "train/stage": 2.0 if self._in_stage_two else 1.0}
+        self.log_dict(values, prog_bar=True, batch_size=len(batch))
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        """Logs how much of the codebook is in use."""
+        if not self._in_stage_two:
+            self._usage = cast(Tensor, self.trainer.strategy.reduce(self._usage, reduce_op="sum"))
+            self._tell_collapse()
+        self.log("codebook/perplexity", perplexity(self._usage))
+        self.log("codebook/dead_codes", float((self._usage == 0).sum()))
+
+    def _tell_collapse(self) -> None:
+        """Warns once of a codebook of which hardly a code is in use."""
+        used = perplexity(self._usage)
+        if used < COLLAPSED * self.num_codes and not self._collapse_told:
+            self._collapse_told = True
+            warnings.warn(
+                f"codebook collapse: {int((self._usage > 0).sum())} of {self.num_codes} codes are in use in epoch "
+                f"{self.current_epoch}, perplexity {used:.1f}; images are told apart by so few symbols alone. If it "
+                "stays so, give fewer --model.num_codes, a smaller learning rate or another seed",
+                stacklevel=2,
+            )
+
+    def loss(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Sum of both stages' losses; before stage two, that of a denoiser which holds all codes for equally likely.
+
+        So it falls through all of training, and what is lowest is best.
+        """
+        reconstruction = self.autoencoder(images / 2)
+        return self._autoencoder_loss(reconstruction, images) + self._denoising_loss(reconstruction.indices, generator)
+
+    def _autoencoder_loss(self, reconstruction: Reconstruction, images: Tensor) -> Tensor:
+        """Equilibrium of the quantiser, and squared error of the images `(B, C, H, W)` in units of their variance."""
+        assert self.data_variance is not None
+        return equilibrium_loss(reconstruction) + F.mse_loss(reconstruction.images, images / 2) / self.data_variance
+
+    def _denoising_loss(self, codes: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Loss of codes `(B, h, w)`, each image at a uniform random step."""
+        steps = self.num_train_timesteps
+        t = torch.randint(1, steps + 1, (len(codes),), generator=generator, device=codes.device)
+        masked = torch.rand(codes.shape, generator=generator, device=codes.device) < (t / steps)[:, None, None]
+        if self._in_stage_two:
+            logits = self.denoiser(codes.masked_fill(masked, self.mask_id), t)
+        else:
+            logits = torch.zeros(len(codes), self.num_codes, *codes.shape[1:], device=codes.device)
+        return denoising_loss(logits, codes, masked, t, steps, self.objective)
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        """Logs the loss, and keeps the first images for a figure."""
+        super().validation_step(batch, batch_idx)
+        if batch_idx == 0:
+            images = batch[:SHOWN_IMAGES]
+            self._shown = images.cpu(), (2 * self.autoencoder(images / 2).images).clamp(-1, 1).cpu()
+
+    # Sampling
+
+    def trajectory(self, seeds: Tensor, image_shape: tuple[int, int, int]) -> Iterator[Tensor]:
+        """Yields the images `(B, C, H, W)` decoded from ever fewer masked tokens, for which zero vectors stand in."""
+        for tokens, masked in self._unmask(seeds, image_shape):
+            yield self._decode(tokens, masked)
+
+    @torch.no_grad()
+    def sample(self, seeds: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
+        """Returns one image for each seed, `(B, C, H, W)` in [-1, 1]; decodes only the last tokens."""
+        return self._decode(*deque(self._unmask(seeds, image_shape), maxlen=1)[0])
+
+    def _unmask(self, seeds: Tensor, image_shape: tuple[int, int, int]) -> Iterator[tuple[Tensor, Tensor]]:
+        channels, height, width = image_shape
+        if channels != self.autoencoder.in_channels or height % REDUCTION or width % REDUCTION:
+            raise ValueError(
+                f"images of shape {image_shape} have no grid of codes; give {self.autoencoder.in_channels} channels "
+                f"(--model.in_channels) and sides that are multiples of {REDUCTION} (--data.image_size)"
+            )
+        shape = (height // REDUCTION, width // REDUCTION)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+        uniforms = (
+            torch.stack([torch.rand(2, *shape, generator=generator) for generator in generators]).to(self.device)
+            for _ in range(self.num_inference_steps)
+        )
+        masked = torch.ones(len(seeds), *shape, dtype=torch.bool, device=self.device)
+        return unmask(self.denoiser, masked, uniforms, self.num_inference_steps, self.mask_id, self.temperature)
+
+    def _decode(self, tokens: Tensor, masked: Tensor) -> Tensor:
+        codes = self.autoencoder.lookup(tokens.masked_fill(masked, 0)) * ~masked[:, None]
+        return (2 * self.autoencoder.decode(codes)[1]).clamp(-1, 1)
+
+    # Testing
+
+    def on_test_start(self) -> None:
+        """Warns if there is nothing yet that generates."""
+        if not self.generates:
+            warnings.warn(
+                "this checkpoint is of stage one: its reconstructions can be judged, its samples are those of an "
+                "untrained denoiser; train stage two with `fit` from this checkpoint",
+                stacklevel=2,
+            )
+
+    @torch.no_grad()
+    def reconstruction_metrics(self, batches: Iterable[Tensor]) -> dict[str, tuple[float, float]]:
+        """Compares images with their reconstructions: mean and standard error over the images.
+
+        Args:
+            batches: Images `(B, C, H, W)` in [-1, 1]; black is padded to, and cut off again, where the method is
+                trained on larger images.
+
+        Returns:
+            `reconstruction_mse` and `reconstruction_ssim` (11x11 Gaussian window of torchmetrics), of pixels in [0, 1].
+        """
+        values: dict[str, list[Tensor]] = {"reconstruction_mse": [], "reconstruction_ssim": []}
+        side = self._image_shape[-1]
+        for batch in batches:
+            images, pad = batch.to(self.device), (side - batch.shape[-1]) // 2
+            found = 2 * self.autoencoder(F.pad(images, [pad] * 4, value=-1) / 2).images.clamp(-0.5, 0.5)
+            found = found[..., pad : side - pad, pad : side - pad]
+            ours, theirs = (found + 1) / 2, (images + 1) / 2
+            values["reconstruction_mse"].append((ours - theirs).square().flatten(1).mean(1))
+            similarity = structural_similarity_index_measure(ours, theirs, data_range=1.0, reduction="none")
+            values["reconstruction_ssim"].append(cast(Tensor, similarity).reshape(len(batch)))
+        joined = {key: torch.cat(parts).double() for key, parts in values.items()}
+        return {key: (float(v.mean()), float(v.std() / len(v) ** 0.5)) for key, v in joined.items()}
+
+    # Pictures and checkpoints
+
+    def figures(self) -> dict[str, Figure]:
+        """Plots the use of each code, and images above their reconstructions."""
+        figures = {"codebook": plot_usage(self._usage.cpu())} if self._usage.sum() else {}
+        if self._shown is not None:
+            figures["reconstructions"] = plot_reconstructions(*self._shown)
+        return figures
+
+    @property
+    def process(self) -> dict[str, int]:
+        """What a denoiser is bound to: number of diffusion steps and number of the mask."""
+        return {"num_train_timesteps": self.num_train_timesteps, "mask_id": self.mask_id}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the diffusion process and the stage."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["process"] = self.process
+        checkpoint["in_stage_two"] = self._in_stage_two
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint of another method, network or diffusion process; takes its stage."""
+        super().on_load_checkpoint(checkpoint)
+        trained = checkpoint.get("process", self.process)
+        different = [f"{k}={trained[k]} instead of {v}" for k, v in self.process.items() if trained[k] != v]
+        if different:
+            raise CheckpointMismatchError(
+                f"the checkpoint was trained with {', '.join(different)}; give --model the values of training"
+            )
+        self._in_stage_two = checkpoint.get("in_stage_two", True)
+
+
+def denoising_loss(
+    logits: Tensor, codes: Tensor, masked: Tensor, t: Tensor, num_train_timesteps: int, objective: Objective
+) -> Tensor:
+    """Bound on the negative log-likelihood of codes, in bits per token, mean over the images.
+
+    The cross-entropy of an image's masked tokens counts `num_train_timesteps / t` (`elbo`), or `1 - t /
+    num_train_timesteps` (`reweighted_elbo`, arXiv 2111.12701, section 4.2), which gives no weight to the fully masked
+    image.
+
+    Args:
+        logits: `(B, num_codes, h, w)`.
+        codes: `(B, h, w)`.
+        masked: Which of them were masked, `(B, h, w)`.
+        t: Diffusion steps `(B,)`, from 1.
+        num_train_timesteps: Number of diffusion steps.
+        objective: Weight of the steps.
+    """
+    nats = (F.cross_entropy(logits.float(), codes, reduction="none") * masked).sum((1, 2))
+    weight = num_train_timesteps / t if objective == "elbo" else 1 - t / num_train_timesteps
+    return (weight * nats).mean() / (codes[0].numel() * math.log(2))
+
+
+def unmask(
+    denoiser: nn.Module, masked: Tensor, uniforms: Iterable[Tensor], num_steps: int, mask_id: int, temperature: float
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Samples codes by absorbing diffusion: yields tokens and which are masked, both `(B, h, w)`, step by step.
+
+    Step `t` of `num_steps, ..., 1` fills each masked token with probability `1 / t`, so that none is left in the end.
+
+    Args:
+        denoiser: Gives logits `(B, num_codes, h, w)` of tokens `(B, h, w)` and steps `(B,)`.
+        masked: Tokens masked at the start, `(B, h, w)`.
+        uniforms: Uniform numbers `(B, 2, h, w)` for each step: which tokens to fill, and with which code.
+        num_steps: Number of steps.
+        mask_id: Number of the mask.
+        temperature: Divides the logits.
+    """
+    tokens = torch.full(masked.shape, mask_id, device=masked.device)
+    yield tokens, masked
+    for t, u in zip(range(num_steps, 0, -1), uniforms, strict=True):
+        due = masked & (u[:, 0] < 1 / t)
+        logits = denoiser(tokens, torch.full((len(tokens),), t, device=tokens.device)) / temperature
+        tokens = torch.where(due, _draw(logits.float(), u[:, 1]), tokens)
+        masked = masked & ~due
+        yield tokens, masked
+
+
+def _draw(logits: Tensor, u: Tensor) -> Tensor:
+    """Draws codes `(B, h, w)` from logits `(B, num_codes, h, w)` by inverting the distribution at `u` `(B, h, w)`."""
+    cumulative = logits.softmax(1).cumsum(1).movedim(1, -1).contiguous()  # (B, h, w, num_codes)
+    found = torch.searchsorted(cumulative, u[..., None].contiguous(), right=True).squeeze(-1)
+    return found.clamp(max=logits.shape[1] - 1)  # the sum may round to less than 1
+
+
+def perplexity(counts: Tensor) -> float:
+    """Number of codes in use, weighted: exponential of the entropy of their counts `(num_codes,)`."""
+    shares = counts.double() / counts.sum().clamp(min=1)
+    return float(torch.special.entr(shares).sum().exp())
+
+
+def _in_order(loader: DataLoader[Tensor]) -> DataLoader[Tensor]:
+    """Returns a loader of the same images, all of them, unshuffled."""
+    return DataLoader(loader.dataset, loader.batch_size, collate_fn=loader.collate_fn)
+
+
+def _variance(batches: Iterable[Tensor]) -> float:
+    """Unbiased variance of all pixels of images in [-1, 1], mapped to [0, 1]."""
+    count, total, squares = 0, 0.0, 0.0
+    for batch in batches:
+        pixels = (batch.double() + 1) / 2
+        count += pixels.numel()
+        total += float(pixels.sum())
+        squares += float(pixels.square().sum())
+    return (squares - total**2 / count) / (count - 1)
+
+
+def plot_usage(counts: Tensor) -> Figure:
+    """Draws the share of each code among all tokens, most frequent first."""
+    shares = (counts / counts.sum()).sort(descending=True).values
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    axes = figure.subplots()
+    axes.bar(range(len(shares)), shares.numpy(), width=1.0, color="tab:blue")
+    axes.axhline(1 / len(shares), color="grey", linewidth=0.8, linestyle=":")
+    axes.set(
+        xlabel="code, most frequent first",
+        ylabel="share of tokens",
+        title=f"perplexity {perplexity(counts):.1f} of {len(counts)}, {int((counts == 0).sum())} dead codes",
+    )
+    return figure
+
+
+def plot_reconstructions(images: Tensor, reconstructions: Tensor) -> Figure:
+    """Draws images `(B, C, H, W)` in [-1, 1] above their reconstructions."""
+    figure = Figure(figsize=(1.2 * len(images), 2.8), layout="constrained")
+    grid = figure.subplots(2, len(images), squeeze=False)
+    for row, name, pictures in zip(grid, ("image", "reconstruction"), (images, reconstructions), strict=True):
+        row[0].set_title(name, loc="left", fontsize=8)
+        for axes, picture in zip(row, pictures, strict=True):
+            axes.imshow(((picture + 1) / 2).movedim(0, -1).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
+            axes.axis("off")
+    return figure
+
+
+def read_official(
+    autoencoder: Mapping[str, Tensor], denoiser: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Renames the tensors of the two released files to those of the method's network.
+
+    Args:
+        autoencoder: State dict of stage one (`model.pth`).
+        denoiser: State dict of stage two (`diff_result/diff_model.pth`).
+
+    Returns:
+        The network's state dict, and its size as arguments of the system.
+
+    Raises:
+        KeyError: If they are not such state dicts; names the first tensor that is missing.
+        CheckpointMismatchError: If a tensor is left over, missing or of another shape; lists them.
+    """
+    arguments = {
+        "in_channels": autoencoder["encoder.snn_convs.0.weight"].shape[1],
+        "num_codes": autoencoder["vq_layer.embeddings.weight"].shape[0],
+        "code_channels": autoencoder["vq_layer.embeddings.weight"].shape[1],
+        "autoencoder_channels": autoencoder["encoder.snn_convs.0.weight"].shape[0],
+        "base_channels": denoiser["conv1.0.weight"].shape[0],
+        "num_steps": len(autoencoder["memout.coef"]),
+    }
+    constant = ("memout.coef", "vq_layer.memout.coef")  # powers of the membrane's decay
+    renamed = {f"autoencoder.{_rename(k)}": v for k, v in autoencoder.items() if k not in constant}
+    renamed |= {f"denoiser.{_rename(k)}": v for k, v in denoiser.items()}
+    with torch.device("meta"):
+        network = SpikingDiffusion(**arguments).network
+    check_state(renamed, network, "the official checkpoint")
+    return renamed, arguments
+
+
+def _rename(key: str) -> str:
+    """Name of a tensor here, after its released one: a layer of three modules counts as one."""
+    for theirs, ours in (
+        ("decoder.snn_convs.6.", "output."),
+        ("vq_layer.embeddings.", "codebook."),
+        ("vq_layer.poisson.", "generator."),
+        ("vq_layer.", ""),
+        ("conv6.0.", "head."),
+    ):
+        if key.startswith(theirs):
+            return ours + key.removeprefix(theirs)
+    key = re.sub(r"snn_convs\.(\d+)", lambda m: f"{int(m[1]) // 3}.{int(m[1]) % 3}", key)
+    return re.sub(r"^conv(\d+)\.", lambda m: f"layers.{int(m[1]) - 1}.", key)
