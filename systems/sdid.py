@@ -7,6 +7,8 @@ without embedding or scaling; so the first convolution is not fed by spikes.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -44,8 +46,7 @@ class SDID(nn.Module):
         self.num_steps = num_steps
         channels = [2, *(multiple * base_channels for multiple in WIDTHS)]
         self.layers = nn.ModuleList(
-            SpikingConv(nn.Conv2d(n, m, 3, padding=1), num_steps, neuron)
-            for n, m in zip(channels, channels[1:], strict=False)
+            SpikingConv(nn.Conv2d(n, m, 3, padding=1), num_steps, neuron) for n, m in pairwise(channels)
         )
         self.head = nn.Conv2d(channels[-1] + channels[1], num_codes, 3, padding=1)
 

@@ -5,13 +5,13 @@ Spiking Neural Networks", https://arxiv.org/abs/2308.10187; authors' code https:
 The diffusion is that of Bond-Taylor et al., "Unleashing Transformers", ECCV 2022, https://arxiv.org/abs/2111.12701.
 
 Training has two stages. First the autoencoder (`systems/vq_svae.py`) learns images; then it is frozen, the training
-images become grids of code indices once, and the denoiser (`systems/sdid.py`) learns to fill in masked ones. At step `t`
-of `num_train_timesteps` each token is masked with probability `t / num_train_timesteps`.
+images become grids of code indices once, and the denoiser (`systems/sdid.py`) learns to fill in masked ones. At step
+`t` of `num_train_timesteps` each token is masked with probability `t / num_train_timesteps`.
 
-Departures: neurons start from zero in every network call (the release lets the membranes of one batch leak into the next
-while it extracts indices); the batches of stage two are shuffled anew in each epoch (`fixed_batches` is the release);
-pixels are rounded to bytes, not truncated. As released, fewer sampling steps `n` walk `t = n, ..., 1`, so that the
-denoiser does not see the steps above `n`.
+Departures: neurons start from zero in every network call (the release lets the membranes of one batch leak into the
+next while it extracts indices); the batches of stage two are shuffled anew in each epoch (`fixed_batches` is the
+release); pixels are rounded to bytes, not truncated. As released, fewer sampling steps `n` walk `t = n, ..., 1`, so
+that the denoiser does not see the steps above `n`.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ class SpikingConv(nn.Sequential):
         neuron: Makes the spiking layer.
 
     Shapes:
-        `(T, B, C, H, W)`, or `(B, C, H, W)` for an input that is the same in every step, to spikes `(T, B, C', H', W')`.
+        `(T, B, C, H, W)`, or `(B, C, H, W)` for an input that is the same in every step, to `(T, B, C', H', W')`.
     """
 
     def __init__(self, conv: nn.Conv2d | nn.ConvTranspose2d, num_steps: int, neuron: NeuronFactory) -> None:
@@ -117,8 +117,8 @@ class VQSVAE(nn.Module):
             raise ValueError(f"num_steps={num_steps} SNN time steps; give 1 or more")
         if num_codes < 2 or code_channels < 1 or base_channels < 1:
             raise ValueError(
-                f"num_codes={num_codes}, code_channels={code_channels}, base_channels={base_channels} make no codebook; "
-                "give 2 codes or more of 1 channel or more"
+                f"num_codes={num_codes}, code_channels={code_channels}, base_channels={base_channels} are too few; "
+                "give 2 codes or more, and 1 channel or more"
             )
         self.in_channels = in_channels
         self.num_steps = num_steps
