@@ -23,7 +23,7 @@ from leaderboard.features import load_extractor
 from leaderboard.metrics import GenerationMetrics
 from leaderboard.pictures import enlargement, grid, save_png
 from leaderboard.protocols import OFFLINE_V1, STANDARD_V1, canonical_sha256
-from leaderboard.records import Artefact, Code, Dataset, ProtocolEntry, Record, write_record
+from leaderboard.records import Artefact, Code, Dataset, MetricValue, ProtocolEntry, Record, write_record
 from leaderboard.table import show_records
 
 PROTOCOLS = {protocol.name: protocol for protocol in (STANDARD_V1, OFFLINE_V1)}
@@ -114,6 +114,7 @@ class Evaluation(Callback):
         metrics = self.metrics.compute()
         if not trainer.is_global_zero:
             return
+        metrics |= self._reconstruction(trainer, cast(Any, pl_module))
         folder = Path(trainer.log_dir or ".")
         self.record = record = self._record(trainer, pl_module, metrics)
         path = write_record(record, folder / "records")
@@ -128,6 +129,13 @@ class Evaluation(Callback):
             f"tensorboard: tensorboard --logdir {folder}",
         ):
             console.print(line, soft_wrap=True, highlight=False)
+
+    def _reconstruction(self, trainer: Trainer, system: Any) -> dict[str, MetricValue]:
+        """Measures a method's autoencoder on the test split, after the meter of generation is closed."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        images = (batch.float() / 127.5 - 1 for batch in data.reference_batches("test"))
+        note = f"of the {data.num_reference('test'):,} test images, none generated"
+        return {key: MetricValue(*pair, 0, note) for key, pair in system.reconstruction_metrics(images).items()}
 
     def _save_grid(self, path: Path) -> Path:
         images = torch.cat(self._first)

@@ -15,7 +15,13 @@ from rich.text import Text
 
 from leaderboard.records import MetricValue, Record, RecordError, find_records, read_record, write_atomic
 
-_HEADERS = {"fid": "FID", "kid_mean": "1000 KID", "is_mean": "IS"}
+_HEADERS = {
+    "fid": "FID",
+    "kid_mean": "1000 KID",
+    "is_mean": "IS",
+    "reconstruction_mse": "Rec. MSE",
+    "reconstruction_ssim": "Rec. SSIM",
+}
 _SCALE = {"kid_mean": 1000.0}
 _STACKS = (("T", "Rate"), ("Solver", "NFE"), ("G SOPs", "mJ"), ("M params", "Images/s"), ("Samples", "File"))
 
