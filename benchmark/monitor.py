@@ -125,6 +125,16 @@ class TrainingMonitor(Callback):
 
     @torch.no_grad()
     def _draw(self, trainer: Trainer, system: DiffusionSystem) -> None:
+        board = trainer.logger.experiment  # type: ignore[union-attr]
+        if system.generates:
+            self._draw_samples(trainer, system)
+        for name, figure in system.figures().items():
+            path = Path(trainer.log_dir or ".") / "plots" / f"{name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(path, dpi=150)
+            board.add_figure(name, figure, trainer.global_step)
+
+    def _draw_samples(self, trainer: Trainer, system: DiffusionSystem) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         steps, training = system.num_inference_steps, system.training
         system.num_inference_steps = min(self.num_inference_steps or steps, steps)
@@ -141,11 +151,6 @@ class TrainingMonitor(Callback):
         board = trainer.logger.experiment  # type: ignore[union-attr]
         board.add_image("samples", grid(states[-1], columns=4, scale=scale), trainer.global_step)
         board.add_image("denoising", grid(strip, columns=10, scale=scale), trainer.global_step)
-        for name, figure in system.figures().items():
-            path = Path(trainer.log_dir or ".") / "plots" / f"{name}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, dpi=150)
-            board.add_figure(name, figure, trainer.global_step)
 
     @staticmethod
     def _logs(trainer: Trainer) -> bool:
