@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning
@@ -12,7 +13,10 @@ from systems.checkpoints import load_checkpoint, save_checkpoint
 
 
 def import_checkpoint(
-    checkpoint: str, output: str, method: Literal["sddpm", "sdm", "ddpm", "ann_snn"] = "sddpm"
+    checkpoint: str,
+    output: str,
+    method: Literal["sddpm", "sdm", "ddpm", "ann_snn", "spiking_diffusion"] = "sddpm",
+    denoiser: str | None = None,
 ) -> None:
     """Turns an authors' checkpoint into one that `test` and `predict` accept.
 
@@ -22,14 +26,21 @@ def import_checkpoint(
         checkpoint: Official file: a dict with `ema_model` (taken first) or `net_model`, or its state dict alone.
         output: File to write (.ckpt).
         method: Method the checkpoint belongs to.
+        denoiser: Second file, of spiking_diffusion; diff_result/diff_model.pth beside the first if not given.
 
     Raises:
         ValueError: If the file is not a checkpoint of the method.
         CheckpointMismatchError: If tensors are unknown, missing or of another shape.
     """
     state = _state(load_checkpoint(checkpoint), checkpoint)
+    states = [state]
+    if method == "spiking_diffusion":
+        second = denoiser or str(Path(checkpoint).parent / "diff_result" / "diff_model.pth")
+        states.append(_state(load_checkpoint(second), second))
+    elif denoiser is not None:
+        raise ValueError(f"--denoiser {denoiser} belongs to spiking_diffusion; {method} is imported from one file")
     try:
-        tensors, arguments = import_module(f"systems.{method}").read_official(state)
+        tensors, arguments = import_module(f"systems.{method}").read_official(*states)
     except (KeyError, ValueError, IndexError) as error:
         names = ", ".join(list(state)[:3])
         raise ValueError(
