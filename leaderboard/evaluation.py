@@ -135,7 +135,8 @@ class Evaluation(Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         images = (batch.float() / 127.5 - 1 for batch in data.reference_batches("test"))
         note = f"of the {data.num_reference('test'):,} test images, none generated"
-        return {key: MetricValue(*pair, 0, note) for key, pair in system.reconstruction_metrics(images).items()}
+        measured: dict[str, tuple[float, float]] = system.reconstruction_metrics(images)
+        return {key: MetricValue(value, error, 0, note) for key, (value, error) in measured.items()}
 
     def _save_grid(self, path: Path) -> Path:
         images = torch.cat(self._first)

@@ -264,8 +264,8 @@ class SpikingDiffusion(DiffusionSystem):
             self._usage += reconstruction.indices.flatten().bincount(minlength=self.num_codes)
         self.manual_backward(loss)
         cast(list[Any], self.optimizers())[int(self._in_stage_two)].step()
-        values = {"train/loss": loss, "train/stage": 2.0 if self._in_stage_two else 1.0}
-        self.log_dict(values, prog_bar=True, batch_size=len(batch))
+        stage = 2.0 if self._in_stage_two else 1.0
+        self.log_dict({"train/loss": loss, "train/stage": stage}, prog_bar=True, batch_size=len(batch))
         return loss
 
     def on_train_epoch_end(self) -> None:
@@ -537,7 +537,7 @@ def read_official(
         KeyError: If they are not such state dicts; names the first tensor that is missing.
         CheckpointMismatchError: If a tensor is left over, missing or of another shape; lists them.
     """
-    arguments = {
+    arguments: dict[str, Any] = {
         "in_channels": autoencoder["encoder.snn_convs.0.weight"].shape[1],
         "num_codes": autoencoder["vq_layer.embeddings.weight"].shape[0],
         "code_channels": autoencoder["vq_layer.embeddings.weight"].shape[1],
