@@ -41,7 +41,10 @@ ADAMW = partial(torch.optim.AdamW, lr=1e-3, weight_decay=1e-3)
 """Optimiser of both released stages."""
 
 COLLAPSED = 0.1
-"""Perplexity, as a share of the codebook, below which the codebook counts as collapsed."""
+"""Share of the codes in use below which the codebook counts as collapsed.
+
+Not their perplexity: one code stands for an empty background, so that a healthy codebook of MNIST has one of about 5.
+"""
 
 SHOWN_IMAGES = 8
 """Images in the figure of reconstructions."""
@@ -278,13 +281,13 @@ class SpikingDiffusion(DiffusionSystem):
 
     def _tell_collapse(self) -> None:
         """Warns once of a codebook of which hardly a code is in use."""
-        used = perplexity(self._usage)
-        if used < COLLAPSED * self.num_codes and not self._collapse_told:
+        used = int((self._usage > 0).sum())
+        if used < max(2, COLLAPSED * self.num_codes) and not self._collapse_told:
             self._collapse_told = True
             warnings.warn(
-                f"codebook collapse: {int((self._usage > 0).sum())} of {self.num_codes} codes are in use in epoch "
-                f"{self.current_epoch}, perplexity {used:.1f}; images are told apart by so few symbols alone. If it "
-                "stays so, give fewer --model.num_codes, a smaller learning rate or another seed",
+                f"codebook collapse: {used} of {self.num_codes} codes are in use in epoch {self.current_epoch}, "
+                f"perplexity {perplexity(self._usage):.1f}; images are told apart by so few symbols alone. If it stays "
+                "so, give fewer --model.num_codes, a smaller learning rate or another seed",
                 stacklevel=2,
             )
 

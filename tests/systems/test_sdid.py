@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -7,10 +8,16 @@ import torch
 from spiking_diffusion_reference import check_gradients, check_statistics, load
 from torch import Tensor
 
+from systems import neurons
 from systems.sdid import SDID
 from systems.spiking_diffusion import _rename
 
 Reference = Callable[[str], dict[str, Tensor]]
+
+
+@pytest.fixture(autouse=True)
+def _uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neurons, "COMPILE_FROM", sys.maxsize)  # compilation takes longer than these tests
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -8,10 +9,16 @@ from spiking_diffusion_reference import check_gradients, check_statistics, load
 from torch import Tensor
 from torch.nn import functional as F
 
+from systems import neurons
 from systems.spiking_diffusion import _rename
 from systems.vq_svae import VQSVAE, Reconstruction, equilibrium_loss, membrane_output, postsynaptic_potential
 
 Reference = Callable[[str], dict[str, Tensor]]
+
+
+@pytest.fixture(autouse=True)
+def _uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neurons, "COMPILE_FROM", sys.maxsize)  # compilation takes longer than these tests
 
 
 @pytest.fixture
