@@ -203,7 +203,7 @@ OPTIONS = [
     "--model.denoiser_epochs=2",
     "--data=Digits",
     "--data.image_size=8",
-    "--data.batch_size=500",
+    "--data.batch_size=400",
     "--data.val_size=100",
     "--data.num_samples=30",
     "--data.sample_batch_size=30",
@@ -273,7 +273,7 @@ def test_record_holds_reconstruction_beside_generation(run: Path) -> None:
 
 @pytest.mark.parametrize("epochs", [1, 3])
 def test_a_killed_run_resumes_in_its_stage(epochs: int, run: Path, tmp_path: Path) -> None:
-    part = fit(tmp_path, f"--trainer.max_epochs={epochs}")
+    part = fit(tmp_path, f"--trainer.max_epochs={epochs}", "--monitor.every_n_epochs=0")
     killed = torch.load(find_checkpoint(part), weights_only=True)
     assert killed["in_stage_two"] == (epochs == 3)
     main(["fit", f"--config={part / 'config.yaml'}", f"--ckpt_path={find_checkpoint(part)}", "--trainer.max_epochs=-1"])
@@ -286,7 +286,7 @@ def test_a_killed_run_resumes_in_its_stage(epochs: int, run: Path, tmp_path: Pat
 
 
 def test_stage_one_alone_then_stage_two_from_it(tmp_path: Path) -> None:
-    first = fit(tmp_path / "one", "--model.denoiser_epochs=0")
+    first = fit(tmp_path / "one", "--model.denoiser_epochs=0", "--monitor.every_n_epochs=0")
     assert torch.load(find_checkpoint(first), weights_only=True)["global_step"] == 6
     with pytest.warns(UserWarning, match="this checkpoint is of stage one"):
         main(["test", f"--ckpt_path={find_checkpoint(first)}"])
