@@ -21,6 +21,7 @@ import re
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -56,7 +57,8 @@ class SpikingDiffusion(DiffusionSystem):
     """Spiking-Diffusion of Liu et al.
 
     One `fit` trains both stages and ends by itself; a checkpoint resumes in the stage where it was written. An epoch is
-    one pass over the training images in both stages. Several devices need
+    one pass over the training images in both stages. The codes of stage two are computed once: with `--data.flip` an
+    image is mirrored for good or never. Several devices need
     `--trainer.strategy ddp_find_unused_parameters_true`, since one stage has gradients at a time.
 
     Args:
@@ -159,7 +161,7 @@ class SpikingDiffusion(DiffusionSystem):
         self._codes: Tensor | None = None  # of all training images, (N, h, w)
         self._order = torch.empty(0, dtype=torch.long)  # of stage two in this epoch
         self._usage = torch.zeros(num_codes, dtype=torch.long)
-        self._shown: tuple[Tensor, Tensor] | None = None
+        self._shown: Tensor | None = None  # images of the figure of reconstructions
         self._collapse_told = False
 
     @property
@@ -241,15 +243,10 @@ class SpikingDiffusion(DiffusionSystem):
     def _extract(self) -> Tensor:
         """Returns the codes of all training images, `(N, h, w)`, by the autoencoder in evaluation mode."""
         dtype = torch.uint8 if self.num_codes <= 256 else torch.int32
-        training = self.autoencoder.training
-        self.autoencoder.eval()
         batches = _in_order(cast(DataLoader[Tensor], self.trainer.train_dataloader))
-        codes = [self._indices(images.to(self.device)).to("cpu", dtype) for images in batches]
-        self.autoencoder.train(training)
-        return torch.cat(codes)
-
-    def _indices(self, images: Tensor) -> Tensor:
-        return self.autoencoder.quantise(self.autoencoder.encode(images / 2)[1])
+        with _evaluating(self.autoencoder) as autoencoder:
+            features = (autoencoder.encode(images.to(self.device) / 2)[1] for images in batches)
+            return torch.cat([autoencoder.quantise(e).to("cpu", dtype) for e in features])
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Takes one step of the stage that is due.
@@ -257,6 +254,8 @@ class SpikingDiffusion(DiffusionSystem):
         In stage two the loader tells only how many codes to take: they are those of the same images, cached.
         """
         self.zero_grad()
+        if self._shown is None:  # nothing is held out
+            self._shown = batch[:SHOWN_IMAGES]
         if self._in_stage_two:
             assert self._codes is not None
             rows = self._order[batch_idx * len(batch) : (batch_idx + 1) * len(batch)]
@@ -319,8 +318,7 @@ class SpikingDiffusion(DiffusionSystem):
         """Logs the loss, and keeps the first images for a figure."""
         super().validation_step(batch, batch_idx)
         if batch_idx == 0:
-            images = batch[:SHOWN_IMAGES]
-            self._shown = images.cpu(), (2 * self.autoencoder(images / 2).images).clamp(-1, 1).cpu()
+            self._shown = batch[:SHOWN_IMAGES]
 
     # Sampling
 
@@ -365,7 +363,6 @@ class SpikingDiffusion(DiffusionSystem):
                 stacklevel=2,
             )
 
-    @torch.no_grad()
     def reconstruction_metrics(self, batches: Iterable[Tensor]) -> dict[str, tuple[float, float]]:
         """Compares images with their reconstructions: mean and standard error over the images.
 
@@ -380,7 +377,7 @@ class SpikingDiffusion(DiffusionSystem):
         side = self._image_shape[-1]
         for batch in batches:
             images, pad = batch.to(self.device), (side - batch.shape[-1]) // 2
-            found = 2 * self.autoencoder(F.pad(images, [pad] * 4, value=-1) / 2).images.clamp(-0.5, 0.5)
+            found = self._reconstruct(F.pad(images, [pad] * 4, value=-1))
             found = found[..., pad : side - pad, pad : side - pad]
             ours, theirs = (found + 1) / 2, (images + 1) / 2
             values["reconstruction_mse"].append((ours - theirs).square().flatten(1).mean(1))
@@ -395,8 +392,14 @@ class SpikingDiffusion(DiffusionSystem):
         """Plots the use of each code, and images above their reconstructions."""
         figures = {"codebook": plot_usage(self._usage.cpu())} if self._usage.sum() else {}
         if self._shown is not None:
-            figures["reconstructions"] = plot_reconstructions(*self._shown)
+            figures["reconstructions"] = plot_reconstructions(self._shown.cpu(), self._reconstruct(self._shown).cpu())
         return figures
+
+    @torch.no_grad()
+    def _reconstruct(self, images: Tensor) -> Tensor:
+        """Returns what the autoencoder makes of images, both `(B, C, H, W)` in [-1, 1], in evaluation mode."""
+        with _evaluating(self.autoencoder):
+            return (2 * self.autoencoder(images / 2).images).clamp(-1, 1)
 
     @property
     def process(self) -> dict[str, int]:
@@ -473,6 +476,17 @@ def _draw(logits: Tensor, u: Tensor) -> Tensor:
     cumulative = logits.softmax(1).cumsum(1).movedim(1, -1).contiguous()  # (B, h, w, num_codes)
     found = torch.searchsorted(cumulative, u[..., None].contiguous(), right=True).squeeze(-1)
     return found.clamp(max=logits.shape[1] - 1)  # the sum may round to less than 1
+
+
+@contextmanager
+def _evaluating(network: VQSVAE) -> Iterator[VQSVAE]:
+    """Holds a network in evaluation mode."""
+    training = network.training
+    network.eval()
+    try:
+        yield network
+    finally:
+        network.train(training)
 
 
 def perplexity(counts: Tensor) -> float:

@@ -28,8 +28,12 @@ TINY = [
 
 
 def tiny(config: Path) -> list[str]:
-    """Options that make a config small; an ANN takes no SNN steps, and its norms 32 channels."""
-    if yaml.safe_load(config.read_text())["model"]["class_path"] != "DDPM":
+    """Options that make a config small: an ANN takes no SNN steps, and its norms 32 channels; two stages two steps."""
+    method = yaml.safe_load(config.read_text())["model"]["class_path"]
+    if method == "SpikingDiffusion":
+        two = ["--trainer.max_steps=2", "--trainer.limit_train_batches=1", "--model.autoencoder_epochs=1"]
+        return [o for o in TINY if "num_res_blocks" not in o] + ["--model.autoencoder_channels=4", *two]
+    if method != "DDPM":
         return TINY
     return [option for option in TINY if "num_steps" not in option] + ["--model.base_channels=32"]
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from benchmark.cli import main
 from leaderboard.records import read_record
-from systems import DDPM, SDDPM
+from systems import DDPM, SDDPM, neurons
 from systems.checkpoints import CheckpointMismatchError
 from systems.spiking_unet import SpikingUNet
 
@@ -90,6 +91,42 @@ def test_imported_ann_and_its_conversion_are_tested(method: str, tmp_path: Path)
     (record,) = map(read_record, tmp_path.glob("runs/*/records/*.json"))
     assert record.method == method.replace("_", "-")
     assert record.num_steps == (1 if method == "ddpm" else 3)
+
+
+def test_imported_pair_is_tested(
+    tmp_path: Path, reference: Callable[[str], dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(neurons, "COMPILE_FROM", sys.maxsize)  # compilation takes longer than the test
+    for name, path in (("vqsvae", tmp_path / "model.pth"), ("sdid", tmp_path / "diff_result" / "diff_model.pth")):
+        recorded = reference(f"{name}_small.safetensors")
+        path.parent.mkdir(exist_ok=True)
+        save({key.removeprefix("state."): value for key, value in recorded.items() if key.startswith("state.")}, path)
+    output, given = tmp_path / "out.ckpt", ["--method=spiking_diffusion", str(tmp_path / "model.pth")]
+    main(["import", *given, str(output)])
+    main(
+        [
+            "test",
+            "--config=configs/spiking_diffusion_mnist.yaml",
+            f"--ckpt_path={output}",
+            f"--trainer.default_root_dir={tmp_path / 'runs'}",
+            "--trainer.enable_progress_bar=false",
+            "--model.base_channels=16",
+            "--model.num_inference_steps=2",
+            "--data=Digits",
+            "--data.image_size=8",
+            "--data.num_samples=20",
+            "--evaluation.protocol=offline-v1",
+        ]
+    )
+    (record,) = map(read_record, tmp_path.glob("runs/*/records/*.json"))
+    assert record.method == "spiking-diffusion"
+    assert record.num_steps == 16
+    (tmp_path / "diff_result" / "diff_model.pth").rename(tmp_path / "moved.pth")
+    with pytest.raises(FileNotFoundError, match=r"diff_result/diff_model\.pth is not a file"):
+        main(["import", *given, str(output)])
+    main(["import", *given, str(output), f"--denoiser={tmp_path / 'moved.pth'}"])
+    with pytest.raises(ValueError, match="imported from one file"):
+        main(["import", "--method=sddpm", given[1], str(output), f"--denoiser={given[1]}"])
 
 
 def test_unknown_and_missing_tensors_are_listed(tmp_path: Path) -> None:

@@ -271,6 +271,12 @@ def test_record_holds_reconstruction_beside_generation(run: Path) -> None:
     assert not any("encoder.encoder" in name for name in record.cost.firing_rates)
 
 
+def test_validate_and_predict(run: Path) -> None:
+    main(["validate", f"--ckpt_path={find_checkpoint(run)}"])
+    main(["predict", f"--ckpt_path={find_checkpoint(run)}", "--data.num_samples=3"])
+    assert len(list((run / "samples").glob("0*.png"))) == 3
+
+
 @pytest.mark.parametrize("epochs", [1, 3])
 def test_a_killed_run_resumes_in_its_stage(epochs: int, run: Path, tmp_path: Path) -> None:
     part = fit(tmp_path, f"--trainer.max_epochs={epochs}", "--monitor.every_n_epochs=0")
@@ -286,7 +292,8 @@ def test_a_killed_run_resumes_in_its_stage(epochs: int, run: Path, tmp_path: Pat
 
 
 def test_stage_one_alone_then_stage_two_from_it(tmp_path: Path) -> None:
-    first = fit(tmp_path / "one", "--model.denoiser_epochs=0", "--monitor.every_n_epochs=0")
+    first = fit(tmp_path / "one", "--model.denoiser_epochs=0", "--data.val_size=0")
+    assert (first / "plots" / "reconstructions.png").is_file()  # though nothing is held out
     assert torch.load(find_checkpoint(first), weights_only=True)["global_step"] == 6
     with pytest.warns(UserWarning, match="this checkpoint is of stage one"):
         main(["test", f"--ckpt_path={find_checkpoint(first)}"])
