@@ -251,7 +251,7 @@ class SpikingDiffusion(DiffusionSystem):
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Takes one step of the stage that is due.
 
-        In stage two the loader tells only how many codes to take: they are those of the same images, cached.
+        In stage two the loader only counts: a step takes as many cached codes, in the order drawn for the epoch.
         """
         self.zero_grad()
         if self._shown is None:  # nothing is held out
@@ -520,6 +520,7 @@ def plot_usage(counts: Tensor) -> Figure:
     axes.axhline(1 / len(shares), color="grey", linewidth=0.8, linestyle=":")
     axes.set(
         xlabel="code, most frequent first",
+        yscale="log",
         ylabel="share of tokens",
         title=f"perplexity {perplexity(counts):.1f} of {len(counts)}, {int((counts == 0).sum())} dead codes",
     )
