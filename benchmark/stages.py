@@ -119,7 +119,8 @@ class BenchmarkCLI(LightningCLI):
         config = self.config[self.subcommand].trainer
         if config.logger in (None, True):
             kwargs["logger"] = TensorBoardLogger(self.run_folder.parent, name="", version=self.run_folder.name)
-        last = ModelCheckpoint(save_top_k=0, save_last=True, save_on_train_epoch_end=True, enable_version_counter=False)
+        # not save_last, which without best models is written when training ends, too late for a killed run
+        last = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
         self.trainer_defaults["callbacks"] = [last]
         if config.logger is not False:
             self.trainer_defaults["callbacks"].append(LearningRateMonitor("step"))
