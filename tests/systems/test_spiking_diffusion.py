@@ -278,17 +278,29 @@ def test_validate_and_predict(run: Path) -> None:
 
 
 @pytest.mark.parametrize("epochs", [1, 3])
-def test_a_killed_run_resumes_in_its_stage(epochs: int, run: Path, tmp_path: Path) -> None:
-    part = fit(tmp_path, f"--trainer.max_epochs={epochs}", "--monitor.every_n_epochs=0")
-    killed = torch.load(find_checkpoint(part), weights_only=True)
-    assert killed["in_stage_two"] == (epochs == 3)
-    main(["fit", f"--config={part / 'config.yaml'}", f"--ckpt_path={find_checkpoint(part)}", "--trainer.max_epochs=-1"])
-    assert newest_run(tmp_path) == part
-    ended = torch.load(find_checkpoint(part), weights_only=True)
+def test_a_killed_run_resumes_in_its_stage(epochs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = SpikingDiffusion.on_train_epoch_start
+
+    def killed(system: SpikingDiffusion) -> None:
+        if system.current_epoch == epochs:
+            raise RuntimeError("killed")
+        start(system)
+
+    monkeypatch.setattr(SpikingDiffusion, "on_train_epoch_start", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        fit(tmp_path, "--monitor.every_n_epochs=0")
+    monkeypatch.setattr(SpikingDiffusion, "on_train_epoch_start", start)
+    run = newest_run(tmp_path)
+    before = torch.load(find_checkpoint(run), weights_only=True)
+    assert before["global_step"] == 3 * epochs
+    assert before["in_stage_two"] == (epochs == 3)
+    main(["fit", f"--config={run / 'config.yaml'}", f"--ckpt_path={find_checkpoint(run)}"])
+    assert newest_run(tmp_path) == run
+    ended = torch.load(find_checkpoint(run), weights_only=True)
     assert ended["global_step"] == 12
     assert [{int(s["step"]) for s in o["state"].values()} for o in ended["optimizer_states"]] == [{6}, {6}]
-    assert same("autoencoder", killed["state_dict"], ended["state_dict"]) == (epochs == 3)
-    assert not same("denoiser", killed["state_dict"], ended["state_dict"])
+    assert same("autoencoder", before["state_dict"], ended["state_dict"]) == (epochs == 3)
+    assert not same("denoiser", before["state_dict"], ended["state_dict"])
 
 
 def test_stage_one_alone_then_stage_two_from_it(tmp_path: Path) -> None:
