@@ -1,21 +1,21 @@
 """Spiking U-Net of FSDDIM ("V2"): synaptic currents in, synaptic currents out, spikes between its blocks.
 
 R. Watanabe, Y. Mukuta, T. Harada, "Fully Spiking Denoising Diffusion Implicit Models", 2023,
-https://arxiv.org/abs/2312.01742; authors' code https://github.com/mil-tokyo/FSDDIM. The structure is that of the released
-network, so that its checkpoints load; module names follow it.
+https://arxiv.org/abs/2312.01742; authors' code https://github.com/mil-tokyo/FSDDIM. The structure is that of the
+released network, so that its checkpoints load; module names follow it.
 
-Not everything that travels through it is a spike, with the released settings: the current of `conv_in`, which also enters
-the last block and the output layer, and what the resampling layers return.
+With the released settings not all that travels through it is spikes: the current of `conv_in`, which also enters the
+last block and the output layer, and the outputs of the resampling layers are real-valued.
 
-Axes: `T` SNN time steps, `B` images, `C` channels, `H`, `W` pixels. Convolutions, norms and linear layers see `T` folded
-into the batch; only the neurons look along it.
+Axes: `T` SNN time steps, `B` images, `C` channels, `H`, `W` pixels. Convolutions and norms see `T` folded into the
+batch; only the neurons look along it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +30,8 @@ Norm = Literal["plain", "tdbn"]
 """Batch normalisation over `(T, B, H, W)`.
 
 `tdbn` is the paper's: threshold-dependent (Zheng et al., arXiv 2011.05280), each of two summed branches scaled by
-`1/sqrt(2)`. `plain` is what the released trainer runs, because its conversion to synchronised batch norm drops that factor.
-Tensors and their names are the same.
+`1/sqrt(2)`. `plain` is what the released trainer runs, whose conversion to synchronised batch norm drops that factor. A
+checkpoint has the same tensors with either.
 """
 
 SUMMED = 1 / math.sqrt(2)
@@ -170,7 +170,7 @@ class FSDDIMUNet(nn.Module):
         num_res_blocks: Residual blocks per level, down and up.
         num_train_timesteps: Diffusion steps that the time embedding knows.
         norm: Batch norm: `plain` (released) or `tdbn` (paper).
-        activate_first_conv: Whether norm and neuron follow `conv_in`, so that all blocks see spikes there (published: no).
+        activate_first_conv: Whether norm and neuron follow `conv_in` (published: no).
         neuron: Makes one spiking layer.
 
     Raises:
@@ -192,11 +192,12 @@ class FSDDIMUNet(nn.Module):
         if base_channels < 4 or base_channels % 2 or not channel_mult or num_res_blocks < 1:
             raise ValueError(
                 f"base_channels={base_channels}, channel_mult={list(channel_mult)}, num_res_blocks={num_res_blocks} "
-                "make no U-Net; base_channels must be even and 4 or more, channel_mult not empty, num_res_blocks 1 or more"
+                "make no U-Net; give an even base_channels of 4 or more, a channel_mult, and 1 or more num_res_blocks"
             )
         if norm not in ("plain", "tdbn"):
             raise ValueError(f"norm={norm!r} is unknown; choose 'plain' (as released) or 'tdbn' (as in the paper)")
         self.in_channels = in_channels
+        self.num_res_blocks = num_res_blocks
         self.activate_first_conv = activate_first_conv
         base, tdim, levels = base_channels, 4 * base_channels, len(channel_mult)
         ends = [multiple * base for multiple in channel_mult]
@@ -216,14 +217,14 @@ class FSDDIMUNet(nn.Module):
         self.downs = nn.ModuleList()
         for level, (start, end) in enumerate(zip(starts, ends, strict=True)):
             last = level == levels - 1
-            resample = SpikingConvolution(start, end, neuron) if last else Downsample(start, end)
-            self.downs.append(nn.ModuleList([*(block(start, start) for _ in range(num_res_blocks)), resample]))
+            down = SpikingConvolution(start, end, neuron) if last else Downsample(start, end)
+            self.downs.append(nn.ModuleList([*(block(start, start) for _ in range(num_res_blocks)), down]))
         self.mid_block1 = block(ends[-1], ends[-1])
         self.mid_block2 = block(ends[-1], ends[-1])
         self.ups = nn.ModuleList()
         for level, (start, end) in reversed(list(enumerate(zip(starts, ends, strict=True)))):
-            resample = Upsample(end, start) if level else SpikingConvolution(end, base, neuron)
-            self.ups.append(nn.ModuleList([*(block(end + start, end) for _ in range(num_res_blocks)), resample]))
+            up = Upsample(end, start) if level else SpikingConvolution(end, base, neuron)
+            self.ups.append(nn.ModuleList([*(block(end + start, end) for _ in range(num_res_blocks)), up]))
         self.final_res_block = block(2 * base, base)
         self.conv_out = Convolution(2 * base + num_res_blocks * (base + ends[0]), in_channels, 1)
 
@@ -253,8 +254,8 @@ class FSDDIMUNet(nn.Module):
             t: Diffusion steps `(B,)`.
 
         Returns:
-            The parts `(T, B, ..., H, W)` that `conv_out` concatenates: last block; first activation; blocks of the first
-            level down; blocks of the last level up. All are spikes, but the second without `activate_first_conv`.
+            The parts `(T, B, ..., H, W)` that `conv_out` concatenates: last block; first activation; blocks of the
+            first level down; blocks of the last level up. They are spikes, the second only with `activate_first_conv`.
         """
         num_steps = current.shape[0]
         temb = self.temb[0](self.get_buffer("pe")[t])  # (B, 4 * base), the same in every SNN step, so once is enough
@@ -264,18 +265,18 @@ class FSDDIMUNet(nn.Module):
             first = self.neuron_in(unfold(self.bn_in(fold(current)), num_steps))
         h, skips = first, [first]
         for level in self.downs:
-            *blocks, resample = level  # type: ignore[misc]
+            *blocks, resample = cast(nn.ModuleList, level)
             for block in blocks:
                 h = block(temb, h)
                 skips.append(h)
             h = resample(h)
-        down = skips[1 : len(self.downs[0])]  # type: ignore[arg-type]
         h = self.mid_block2(temb, self.mid_block1(temb, h))
+        shallow = skips[1 : 1 + self.num_res_blocks]
         for level in self.ups:
-            *blocks, resample = level  # type: ignore[misc]
-            up = []
+            *blocks, resample = cast(nn.ModuleList, level)
+            ups = []
             for block in blocks:
                 h = block(temb, h, skips.pop())
-                up.append(h)
+                ups.append(h)
             h = resample(h)
-        return [self.final_res_block(temb, h, skips.pop()), first, *down, *up]
+        return [self.final_res_block(temb, h, skips.pop()), first, *shallow, *ups]
