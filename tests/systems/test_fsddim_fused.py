@@ -36,6 +36,7 @@ def test_same_currents_as_the_plain_sampler(activate: bool, norm: str) -> None:
 
 @pytest.mark.parametrize("activate", [False, True])
 def test_same_images_in_single_precision_over_50_steps(activate: bool) -> None:
+    """Small enough that no potential lies within rounding of its threshold, which would flip a spike."""
     plain, fused = pair(activate_first_conv=activate, num_inference_steps=50)
     with torch.no_grad():
         (*_, a), (*_, b) = (s.currents(torch.arange(2), SHAPE) for s in (plain, fused))
@@ -111,3 +112,22 @@ def test_anything_but_spikes_is_refused() -> None:
     fused.network.features = lambda current, t: [0.5 * part for part in features(current, t)]
     with pytest.raises(RuntimeError, match="other values than 0 and 1 as spikes"):
         fused.sample(torch.arange(2), SHAPE)
+
+
+@torch.no_grad()
+def test_rounding_stays_small_over_50_steps_of_the_same_spikes() -> None:
+    """Without the spikes that rounding can flip: both samplers driven by what one of them transmitted."""
+    plain, fused = pair(num_inference_steps=50)
+    recorded: list[list[Tensor]] = []
+    features = plain.network.features
+
+    def record(current: Tensor, t: Tensor) -> list[Tensor]:
+        recorded.append(features(current, t))
+        return recorded[-1]
+
+    plain.network.features = record
+    *_, expected = plain.currents(torch.arange(2), SHAPE)
+    replay = iter(recorded)
+    fused.network.features = lambda current, t: next(replay)
+    *_, x = fused.currents(torch.arange(2), SHAPE)
+    torch.testing.assert_close(x, expected, rtol=0, atol=1e-5)
