@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torchmetrics import SumMetric
 
 from datamodules.images import resize, to_array
 from leaderboard.distances import FrechetDistance
@@ -127,6 +128,7 @@ class FrechetAutoencoderDistance(nn.Module):
         mean, covariance = _published_statistics(statistics, width)
         if is_first_process:
             add_reference_statistics(self.published, mean, covariance, _PUBLISHED_COUNT)
+        self.generated_count = SumMetric()
         self._waiting: list[tuple[Tensor, Tensor]] = []
 
     def update_reference(self, images: Tensor) -> None:
@@ -136,6 +138,7 @@ class FrechetAutoencoderDistance(nn.Module):
 
     def update_generated(self, images: Tensor, indices: Tensor) -> None:
         """Adds generated images, uint8 `(B, C, H, W)`, with their indices `(B,)`."""
+        self.generated_count.update(len(images))
         x = to_encoder_input(images)
         self.own.update(self.features(x, train=False), indices, real=False)
         self._waiting.extend(zip(x, indices, strict=True))
@@ -146,13 +149,14 @@ class FrechetAutoencoderDistance(nn.Module):
         """Returns `fad_published` and `fad_eval` with their jackknife errors."""
         if self._waiting:
             self._finish_batch()
+        used = int(self.generated_count.compute())
         values = {}
         for key, distance, how in (
             ("fad_published", self.published, f"batch statistics of {BATCH} images, distributed test statistics"),
             ("fad_eval", self.own, "evaluation mode"),
         ):
             value, error = (float(number) for number in distance.compute())
-            used, width = int(distance.generated_count.sum()), distance.num_features
+            width = distance.num_features
             singular = f"; singular covariance: only {used} generated images for {width} features" * (used <= width)
             values[key] = MetricValue(value, error, used, f"{key}: {self.note}, {how}{singular}")
         return values
