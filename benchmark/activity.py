@@ -19,6 +19,7 @@ from benchmark.runs import RUNS, find_checkpoint, newest_run, run_of
 from datamodules import ImageDataModule
 from systems import FSDDIM
 from systems.base import DiffusionSystem
+from systems.checkpoints import read_trained
 from systems.neurons import SpikingNeuron
 
 
@@ -81,8 +82,8 @@ def load_run(checkpoint: Path) -> tuple[DiffusionSystem, ImageDataModule]:
     parser.add_subclass_arguments(DiffusionSystem, "model")
     parser.add_subclass_arguments(ImageDataModule, "data")
     built = parser.instantiate_classes(parser.parse_object({key: config[key] for key in ("model", "data")}))
-    content = torch.load(checkpoint, map_location="cpu", weights_only=True)
     system: DiffusionSystem = built.model
+    content = read_trained(checkpoint, system.method)
     system.on_load_checkpoint(content)
     system.load_state_dict(content["state_dict"])
     return system.eval(), built.data
@@ -114,11 +115,13 @@ def _watch(network: nn.Module) -> Iterator[dict[str, tuple[Tensor, int]]]:
     def hook_of(name: str) -> Any:
         def hook(module: nn.Module, args: Any, spikes: Tensor) -> None:
             total, elements = sums.get(name, (spikes.new_zeros((), dtype=torch.float64), 0))
-            sums[name] = (total + spikes.detach().sum(dtype=torch.float64), elements + spikes.numel())
+            sums[name] = (total + (spikes != 0).sum(dtype=torch.float64), elements + spikes.numel())
 
         return hook
 
     neurons = [(name, module) for name, module in network.named_modules() if isinstance(module, SpikingNeuron)]
+    if not neurons:
+        raise ValueError(f"{type(network).__name__} has no spiking layer; activity is for spiking networks")
     hooks = [module.register_forward_hook(hook_of(name)) for name, module in neurons]
     try:
         yield sums

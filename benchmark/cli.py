@@ -13,14 +13,20 @@ STAGES = {
     "validate": "loss of a trained run on held-out images",
     "test": "generate images, measure them and write a record",
     "predict": "generate images as PNG files and a grid",
+    "estimate-gamma": "add the statistic of Analytic-DPM to a checkpoint",
 }
 COMMANDS = {
     "import": ("benchmark.import_checkpoint:import_checkpoint", "turn an authors' checkpoint into one of the suite"),
+    "convert": ("benchmark.convert:convert", "turn a quantised DDPM into a spiking network"),
     "leaderboard": ("leaderboard.table:leaderboard", "show the records as tables"),
     "train-extractor": ("leaderboard.train_extractor:train_extractor", "train the suite's own feature extractor"),
     "activity": ("benchmark.activity:activity", "draw spikes per layer and diffusion step, and a denoising strip"),
     "loader-speed": ("benchmark.loader_speed:loader_speed", "measure the train loader, in images/s"),
     "neuron-speed": ("benchmark.neuron_speed:neuron_speed", "measure the neuron against snnTorch stepped by hand"),
+}
+SWEEPS = {
+    "sweep-threshold": ("sweep_threshold", "test one checkpoint at several firing thresholds"),
+    "sweep-solvers": ("sweep_solvers", "test one checkpoint with several solvers and NFE"),
 }
 
 EXAMPLES = """\
@@ -34,7 +40,7 @@ EXAMPLES = """\
 
 def print_help() -> None:
     """Prints what a newcomer can type next."""
-    rows = STAGES | {name: line for name, (_, line) in COMMANDS.items()}
+    rows = STAGES | {name: line for name, (_, line) in (SWEEPS | COMMANDS).items()}
     print(
         "Reference benchmark for spiking diffusion models.\n\nusage: python -m benchmark COMMAND [--help] [options]\n"
     )
@@ -62,12 +68,14 @@ def main(args: Sequence[str] | None = None) -> None:
         from benchmark.stages import run_stage  # Lightning takes seconds to import
 
         run_stage(args)
+    elif args[0] in SWEEPS:
+        getattr(import_module("benchmark.sweeps"), SWEEPS[args[0]][0])(args[1:])
     elif args[0] in COMMANDS:
         from jsonargparse import auto_cli
 
         module, function = COMMANDS[args[0]][0].split(":")
         auto_cli(getattr(import_module(module), function), args=args[1:], prog=f"python -m benchmark {args[0]}")
     else:
-        known = ", ".join([*STAGES, *COMMANDS])
+        known = ", ".join([*STAGES, *SWEEPS, *COMMANDS])
         print(f"error: unknown command {args[0]!r}; choose one of: {known}", file=sys.stderr)
         sys.exit(2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ class ImageProgressBar(TQDMProgressBar):
 
 
 class TrainingMonitor(Callback):
-    """Logs gradient norm, images/s and firing rates, and every few epochs generated images and a denoising strip.
+    """Logs gradient norm, images/s and firing rates; every few epochs generated images, a denoising strip, plots.
 
     Args:
         every_n_epochs: Epochs between pictures; 0 makes none.
@@ -66,6 +67,7 @@ class TrainingMonitor(Callback):
         self.num_inference_steps = num_inference_steps
         self._hooks: list[RemovableHandle] = []
         self._rates: dict[str, Tensor] = {}
+        self._due = False
         self._clock = self._seconds = 0.0  # of training alone, without validation and pictures between epochs
         self._images = 0
 
@@ -75,14 +77,15 @@ class TrainingMonitor(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Tensor, batch_idx: int) -> None:
         """Watches the neurons during the steps that are logged."""
-        if self._logs(trainer):
+        self._due = self._logs(trainer)
+        if self._due:
             for name, module in pl_module.named_modules():
                 if isinstance(module, SpikingNeuron):
                     self._hooks.append(module.register_forward_hook(self._watch(name)))
 
     def _watch(self, name: str) -> Any:
         def hook(module: SpikingNeuron, inputs: Any, spikes: Tensor) -> None:
-            self._rates[name] = spikes.detach().mean(dtype=torch.float32)
+            self._rates[name] = (spikes != 0).mean(dtype=torch.float32)
 
         return hook
 
@@ -100,13 +103,14 @@ class TrainingMonitor(Callback):
         self._seconds += now - self._clock
         self._clock = now
         self._images += len(batch) * trainer.world_size
-        if not self._hooks:
+        if not self._due:
             return
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
         values = {f"firing_rate/{name.removeprefix('network.')}": rate for name, rate in self._rates.items()}
-        values["train/firing_rate"] = torch.stack(list(self._rates.values())).mean()
+        if self._rates:
+            values["train/firing_rate"] = torch.stack(list(self._rates.values())).mean()
         self._rates.clear()
         values["train/images_per_second"] = torch.tensor(self._images / self._seconds)
         self._images, self._seconds = 0, 0.0
@@ -137,6 +141,11 @@ class TrainingMonitor(Callback):
         board = trainer.logger.experiment  # type: ignore[union-attr]
         board.add_image("samples", grid(states[-1], columns=4, scale=scale), trainer.global_step)
         board.add_image("denoising", grid(strip, columns=10, scale=scale), trainer.global_step)
+        for name, figure in system.figures().items():
+            path = Path(trainer.log_dir or ".") / "plots" / f"{name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(path, dpi=150)
+            board.add_figure(name, figure, trainer.global_step)
 
     @staticmethod
     def _logs(trainer: Trainer) -> bool:

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
+import diffusers
 import torch
 from diffusers import (  # noqa: F401 (short class names)
     DDIMScheduler,
@@ -23,11 +24,13 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 import datamodules
 import systems
+from benchmark.estimate import BenchmarkTrainer
 from benchmark.monitor import ImageProgressBar, TrainingMonitor
 from benchmark.png import PNGWriter
 from benchmark.runs import RUNS, find_checkpoint, new_run, newest_run, run_of
 from datamodules import ImageDataModule
 from leaderboard.evaluation import Evaluation
+from systems.analytic_dpm import AnalyticDPMScheduler, StridedDDPMScheduler  # noqa: F401
 from systems.base import DiffusionSystem
 
 for message in (
@@ -37,8 +40,10 @@ for message in (
     ".*Total length of `list` across ranks is zero.*",  # no image is held out
     ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",  # between Lightning and torch
     ".*Checkpoint directory .* exists and is not empty.*",  # resumed runs
+    ".*algorithm_type.* is deprecated.*",  # DPM-Solver of noise prediction, which the papers use
 ):
     warnings.filterwarnings("ignore", message)
+diffusers.utils.logging.set_verbosity_error()  # orders that a solver lowers at the end of a chain
 
 
 class Parser(LightningArgumentParser):
@@ -77,6 +82,11 @@ class SaveFitConfig(SaveConfigCallback):
 class BenchmarkCLI(LightningCLI):
     """Adds the suite's callbacks under keys of their own, so that no config can drop them, and the run folder."""
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Adds the stage that Lightning's trainer does not have."""
+        return {**LightningCLI.subcommands(), "estimate_gamma": {"model", "datamodule"}}
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds `checkpoint`, `monitor`, `evaluation` and `png`."""
         parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
@@ -102,7 +112,7 @@ class BenchmarkCLI(LightningCLI):
         if self.subcommand == "predict":
             config.return_predictions = False  # written to disk as they come
         dump = self.parser.dump(self.config, skip_link_targets=False, skip_none=False, format="json")
-        self.resolved = json.loads(dump)[self.subcommand]
+        self.resolved = json.loads(dump, parse_constant=str)[self.subcommand]  # a solver's -Infinity is no JSON
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Adds TensorBoard and the progress bar."""
@@ -176,20 +186,24 @@ def complete(args: list[str]) -> list[str]:
     return [stage, "--config", str(run / "config.yaml"), *rest, "--ckpt_path", str(path)]
 
 
-def run_stage(args: list[str]) -> None:
+def run_stage(args: list[str]) -> BenchmarkCLI:
     """Runs one stage.
 
     Args:
         args: The stage and its options.
+
+    Returns:
+        The stage's trainer, model and data, after it has run.
     """
     torch.set_float32_matmul_precision("high")
-    BenchmarkCLI(
+    return BenchmarkCLI(
         DiffusionSystem,
         ImageDataModule,
+        trainer_class=BenchmarkTrainer,
         subclass_mode_model=True,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
-        args=complete(args),
+        args=complete([args[0].replace("-", "_"), *args[1:]]),
         parser_class=Parser,
         seed_everything_default=42,
         save_config_callback=SaveFitConfig,

@@ -2,9 +2,10 @@
 
 Rules, for each call of a convolution or linear layer with `D` dense connections (multiply-accumulates of the call):
 
-- Input all 0 or 1, hence spikes: `SOPs = D * spikes / numel(input)`; these are accumulates (AC), plus one AC for each
-  output element if the layer has a bias. Border taps count as if every input element reached all of them.
-- Any other input: `D` multiply-accumulates (MAC).
+- Input of spikes: all 0 or `a`, or all -a, 0 or `a`, with `a` 1 or the height of a neuron's spikes, which folds into
+  the weights: `SOPs = D * spikes / numel(input)`; these are accumulates (AC), plus one AC for each output element if
+  the layer has a bias. Border taps count as if every input element reached all of them.
+- Any other input: `D` multiply-accumulates (MAC), also that of quantised activations of several levels.
 
 A layer called with several inputs concatenates their channels; each is then judged by itself, with its share of `D`.
 
@@ -44,7 +45,7 @@ class _Connections:
     counts: Tensor | None = None
     dense: int = 0
 
-    def add(self, layer: nn.Module, inputs: Sequence[Tensor], out: Tensor) -> None:
+    def add(self, layer: nn.Module, inputs: Sequence[Tensor], out: Tensor, heights: Tensor) -> None:
         weight, bias = layer.weight, layer.bias
         assert isinstance(weight, Tensor)
         elements = sum(x.numel() for x in inputs)
@@ -53,11 +54,13 @@ class _Connections:
         counts = torch.zeros(4, dtype=torch.float64, device=out.device)
         for x in inputs:
             share = dense * x.numel() / max(elements, 1)
-            sops = share * x.sum(dtype=torch.float64) / max(x.numel(), 1)
+            height = x.abs().amax()
+            is_spikes = ((x == 0) | (x.abs() == height)).all() & torch.isin(height, heights.to(height))
+            sops = share * (x != 0).sum(dtype=torch.float64) / max(x.numel(), 1)
             zero, all_dense = torch.zeros_like(sops), torch.full_like(sops, share)
             spiking = torch.stack([all_dense, sops, zero, sops])
             real = torch.stack([zero, zero, all_dense, zero])
-            counts += torch.where(((x == 0) | (x == 1)).all(), spiking, real)
+            counts += torch.where(is_spikes, spiking, real)
         if bias is not None:
             counts[3] += out.numel() * (counts[0] > 0)
         self.counts = counts if self.counts is None else self.counts + counts
@@ -73,7 +76,7 @@ class _Neurons:
     steps: int = 0
 
     def add(self, spikes: Tensor) -> None:
-        total = spikes.sum(dtype=torch.float64)
+        total = (spikes != 0).sum(dtype=torch.float64)
         self.spikes = total if self.spikes is None else self.spikes + total
         self.elements += spikes.numel()
         self.steps += spikes.shape[0] * spikes.shape[1]  # (T, B, ...)
@@ -101,6 +104,10 @@ class CostMeter:
         self._hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> Self:
+        neurons = [module for module in self.network.modules() if isinstance(module, SpikingNeuron)]
+        heights = [1.0, *([0.0] if neurons else []), *(float(neuron.amplitude) for neuron in neurons)]
+        device = next((p.device for p in self.network.parameters()), None)
+        self._heights = torch.tensor(heights, dtype=torch.float64, device=device)  # without neurons zeros are no spikes
         for name, module in self.network.named_modules():
             if isinstance(module, (*_CONVOLUTIONS, nn.Linear)):
                 self._hooks.append(module.register_forward_hook(self._connection_hook(name), with_kwargs=True))
@@ -120,7 +127,8 @@ class CostMeter:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
             if self._first_convolution is None and isinstance(module, _CONVOLUTIONS):
                 self._first_convolution = name
-            self._connections.setdefault(name, _Connections()).add(module, args or (kwargs["input"],), out)
+            inputs = args or (kwargs["input"],)
+            self._connections.setdefault(name, _Connections()).add(module, inputs, out, self._heights)
 
         return hook
 
@@ -188,9 +196,12 @@ class CostMeter:
         """SDDPM's formula (arXiv 2306.17046): every layer but the first convolution is taken as fed by spikes.
 
         Layers that in truth see real values get the mean input rate of the spike-fed ones, weighted by connections.
+        An ANN has MACs alone (arXiv 2408.16467, Table 4).
         """
         if not spike_fed:
-            return None  # no spikes, no rate to assume
+            macs = sum(layer_macs for _, _, layer_macs, _ in per_layer.values())
+            # neurons, but no layer fed by spikes: no rate to assume
+            return None if self._neurons else PICOJOULES_PER_MAC * macs * _MILLIJOULES / num_images
         rate = sops / spike_fed
         energy = 0.0
         for name, (_, layer_sops, layer_macs, _) in per_layer.items():

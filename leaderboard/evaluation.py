@@ -65,6 +65,8 @@ class Evaluation(Callback):
         self.fad: FrechetAutoencoderDistance | None = None
         self.config: dict[str, Any] = {}
         """Resolved configuration of the command, for the record."""
+        self.record: Record | None = None
+        """What was measured last."""
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures the reference images and opens the cost meter."""
@@ -127,7 +129,7 @@ class Evaluation(Callback):
         if not trainer.is_global_zero:
             return
         folder = Path(trainer.log_dir or ".")
-        record = self._record(trainer, pl_module, metrics)
+        self.record = record = self._record(trainer, pl_module, metrics)
         path = write_record(record, folder / "records")
         grid_path = self._save_grid(folder / "samples" / f"{path.stem}.png")
         if isinstance(trainer.logger, TensorBoardLogger):

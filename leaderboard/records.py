@@ -53,7 +53,8 @@ class Cost:
         macs: Multiply-accumulates.
         acs: Accumulates: `sops` and the biases of spike-fed layers.
         energy_strict_mj: Millijoules at 45 nm, layers fed by real values counted as MACs.
-        energy_paper_mj: Millijoules by SDDPM's formula, all but the first convolution as ACs; `None` without spikes.
+        energy_paper_mj: Millijoules by SDDPM's formula, all but the first convolution as ACs, of an ANN all as MACs;
+            `None` if there are neurons but no layer is fed by spikes.
         images_per_second: Measured throughput.
         peak_memory_bytes: Measured peak memory.
     """

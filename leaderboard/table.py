@@ -134,7 +134,7 @@ def _cells(entry: Entry, keys: list[str]) -> dict[str, str]:
         "Method": record.method,
         "Variant": record.variant,
         **{_HEADERS.get(key, key): _metric(record.metrics.get(key), _SCALE.get(key, 1)) for key in keys},
-        "T": str(record.num_steps),
+        "T": "-" if cost.firing_rate is None else str(record.num_steps),
         "Rate": _number(cost.firing_rate),
         "Solver": record.solver,
         "NFE": str(record.nfe),
@@ -144,6 +144,12 @@ def _cells(entry: Entry, keys: list[str]) -> dict[str, str]:
         "Images/s": _number(cost.images_per_second),
         "Samples": f"{max((v.num_samples for v in record.metrics.values()), default=0):,}",
     }
+
+
+def headline(record: Record) -> tuple[str, MetricValue]:
+    """Returns the metric that ranks a record, with its key: the Fréchet distance where it was measured."""
+    key = min(record.metrics, key=lambda key: (_kind(key), key))
+    return key, record.metrics[key]
 
 
 def _kind(key: str) -> int:

@@ -1,6 +1,9 @@
 """Methods: one LightningModule per published spiking diffusion model, and the layers they share."""
 
+from systems.ann_snn import ANNSNN
+from systems.ddpm import DDPM
 from systems.fsddim import FSDDIM
 from systems.sddpm import SDDPM
+from systems.sdm import SDM
 
-__all__ = ["FSDDIM", "SDDPM"]
+__all__ = ["SDDPM", "SDM", "FSDDIM", "DDPM", "ANNSNN"]

@@ -4,54 +4,20 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import lightning as L
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from systems.checkpoints import check_method, check_state
+
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 LRSchedulerFactory = Callable[[Optimizer], LRScheduler]
-
-
-class CheckpointMismatchError(RuntimeError):
-    """A state dict does not belong to the network it is loaded into."""
-
-
-def check_state(state: Mapping[str, Tensor], network: nn.Module, source: str) -> None:
-    """Checks that a state dict has exactly the tensors of a network.
-
-    Args:
-        state: Tensors by name.
-        network: The network they shall be loaded into.
-        source: What the state is, for the message.
-
-    Raises:
-        CheckpointMismatchError: If names are missing or unknown, or shapes differ; lists them.
-    """
-    own = network.state_dict()
-    problems = {
-        "missing": sorted(own.keys() - state.keys()),
-        "unknown": sorted(state.keys() - own.keys()),
-        "of another shape": [
-            f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-            for key in own
-            if key in state and state[key].shape != own[key].shape
-        ],
-    }
-    if any(problems.values()):
-        listing = "; ".join(
-            f"{len(names)} {kind}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
-            for kind, names in problems.items()
-            if names
-        )
-        raise CheckpointMismatchError(
-            f"{source} does not fit the configured network ({listing}); use the configuration it was trained with, "
-            "for a run of the suite the config.yaml in its folder"
-        )
 
 
 class DiffusionSystem(L.LightningModule):
@@ -71,6 +37,8 @@ class DiffusionSystem(L.LightningModule):
     """SNN time steps `T`."""
     num_inference_steps: int
     """Diffusion steps of the sampler."""
+    threshold: float | None = None
+    """Firing threshold of all neurons, where the method has one."""
 
     def __init__(self, optimizer: OptimizerFactory, lr_scheduler: LRSchedulerFactory | None = None) -> None:
         super().__init__()
@@ -106,6 +74,10 @@ class DiffusionSystem(L.LightningModule):
         """Returns one image for each seed, `(B, C, H, W)`; values may lie slightly outside [-1, 1]."""
         return deque(self.trajectory(seeds, image_shape), maxlen=1)[0]
 
+    def figures(self) -> dict[str, Figure]:
+        """Plots of what the method has learned, by name; drawn with the pictures of training."""
+        return {}
+
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Returns the loss of a batch of images."""
         loss = self.loss(batch)
@@ -138,6 +110,11 @@ class DiffusionSystem(L.LightningModule):
             "lr_scheduler": {"scheduler": self._lr_scheduler(optimizer), "interval": "step"},
         }
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Names the method in the checkpoint."""
+        checkpoint["method"] = self.method
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of another network with one message."""
+        """Refuses a checkpoint of another method or network with one message."""
+        check_method(checkpoint, self.method, "the checkpoint")
         check_state(checkpoint["state_dict"], self, "the checkpoint")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -12,7 +15,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from systems.analytic_dpm import AnalyticDPMScheduler
 from systems.base import DiffusionSystem, LRSchedulerFactory, OptimizerFactory
+from systems.checkpoints import CheckpointMismatchError
+
+PROCESS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
 
 
 def double_tables(scheduler: SchedulerMixin) -> SchedulerMixin:
@@ -29,6 +36,26 @@ def double_tables(scheduler: SchedulerMixin) -> SchedulerMixin:
         if first_is_final:
             scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
     return scheduler
+
+
+def _try_step(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
+    """Takes one step on zeros, since schedulers check their options only then.
+
+    Raises:
+        ValueError: If the solver does not work with its options, such as the prediction type.
+    """
+    scheduler, x = copy.deepcopy(scheduler), torch.zeros(1, 1, 2, 2)
+    if isinstance(scheduler, AnalyticDPMScheduler):
+        scheduler.gamma = torch.ones(scheduler.config.num_train_timesteps)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            scheduler.set_timesteps(num_inference_steps)
+            scheduler.step(x, scheduler.timesteps[0], x)
+    except (ValueError, NotImplementedError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"{type(scheduler).__name__} does not work with prediction_type={scheduler.config.prediction_type!r} and "
+            f"num_inference_steps={num_inference_steps} ({error}); give another solver or other options"
+        ) from error
 
 
 class GaussianDiffusion(DiffusionSystem):
@@ -76,12 +103,17 @@ class GaussianDiffusion(DiffusionSystem):
         self.scheduler = double_tables(scheduler)
         self.num_inference_steps = num_inference_steps
         self.eta = eta
+        _try_step(self.scheduler, num_inference_steps)
 
     @property
     def solver(self) -> str:
-        """Name of the solver, with eta unless it is 0."""
+        """Name of the solver, with what tells it from others of its class."""
+        config = self.scheduler.config
+        options = [f"eta={self.eta:g}"] if self.eta else []
+        options += [str(config[key]) for key in ("algorithm_type", "solver_order", "form") if key in config]
+        options += [f"gamma={Path(config['gamma']).name}"] if config.get("gamma") else []
         name = type(self.scheduler).__name__.removesuffix("Scheduler")
-        return f"{name}(eta={self.eta:g})" if self.eta else name
+        return f"{name}({', '.join(options)})" if options else name
 
     @property
     def nfe(self) -> int:
@@ -89,6 +121,45 @@ class GaussianDiffusion(DiffusionSystem):
         scheduler = copy.deepcopy(self.scheduler)
         scheduler.set_timesteps(self.num_inference_steps)
         return len(scheduler.timesteps)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the diffusion process that the network was trained on."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["process"] = self.process
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint of another method, network or diffusion process."""
+        super().on_load_checkpoint(checkpoint)
+        self.check_process(checkpoint, "the checkpoint")
+        if isinstance(self.scheduler, AnalyticDPMScheduler) and self.scheduler.gamma is None and "gamma" in checkpoint:
+            self.scheduler.set_gamma(checkpoint["gamma"]["values"])
+            if checkpoint["gamma"]["threshold"] != self.threshold:
+                warnings.warn(
+                    f"Gamma was estimated at threshold={checkpoint['gamma']['threshold']}, this is threshold="
+                    f"{self.threshold}; estimate it again with the same option",
+                    stacklevel=2,
+                )
+
+    @property
+    def process(self) -> dict[str, Any]:
+        """What a scheduler must share with that of training: noise schedule and prediction type."""
+        return {key: self.scheduler.config[key] for key in PROCESS}
+
+    def check_process(self, checkpoint: Mapping[str, Any], source: str) -> None:
+        """Checks that a checkpoint was trained on this diffusion process, as far as it says.
+
+        Raises:
+            CheckpointMismatchError: If noise schedule or prediction type differ; lists what does.
+        """
+        trained = checkpoint.get("process", self.process)
+        different = [
+            f"{k}={trained[k]} but --model.scheduler has {v}" for k, v in self.process.items() if trained[k] != v
+        ]
+        if different:
+            raise CheckpointMismatchError(
+                f"{source} was trained with {'; '.join(different)}; give the scheduler the values of training, it is "
+                "the solver alone that may change"
+            )
 
     def loss(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Mean squared error of the prediction at a uniform random step for each image, unweighted."""

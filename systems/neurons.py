@@ -60,6 +60,10 @@ def get_surrogate(name: str) -> SpikeGrad:
     return known[name]()
 
 
+TAKE_BACK_BELOW = 1e-3
+"""Minus the potential at which a signed `ConvertedNeuron` takes a spike back, in units of its current, as released."""
+
+
 class _Dynamics(NamedTuple):
     beta: float
     threshold: float
@@ -122,6 +126,27 @@ def _backward(x: Tensor, grad: Tensor, d: _Dynamics, derivative: Callable[[Tenso
     return torch.stack(grads[::-1])
 
 
+def _converted(x: Tensor, threshold: Tensor, height: Tensor, signed: bool) -> Tensor:
+    """Spikes of `ConvertedNeuron`."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    threshold = threshold.to(dtype)
+    v = threshold / 2
+    count = torch.zeros_like(x[0], dtype=dtype)
+    spikes: list[Tensor] = []
+    for x_k in x.unbind(0):
+        v = v + x_k.to(dtype)
+        s = (v >= threshold).to(dtype)
+        v = v - threshold * s
+        if signed:
+            count = count + s
+            taken_back = ((v <= -TAKE_BACK_BELOW) & (count > 0)).to(dtype)
+            v = v + threshold * taken_back
+            count = count - taken_back
+            s = s - taken_back
+        spikes.append(s * height)
+    return torch.stack(spikes).to(x.dtype)
+
+
 @lru_cache
 def _derivative(spike_grad: SpikeGrad, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """Traces the surrogate's derivative `dS/du` into a graph of plain operations that the compiler can fuse."""
@@ -166,7 +191,7 @@ def _flat(x: Tensor) -> Tensor:
 COMPILE_FROM = 2**16
 """Elements from which a compiled kernel is worth its compilation (seconds, once for each neuron type and `T`)."""
 
-_compiled = {f: torch.compile(f, dynamic=True) for f in (_forward, _backward)}
+_compiled = {f: torch.compile(f, dynamic=True) for f in (_forward, _backward, _converted)}
 _compiler_failed = False
 
 
@@ -239,6 +264,11 @@ class SpikingNeuron(nn.Module):
         self._threshold = float(value)
 
     @property
+    def amplitude(self) -> Tensor | float:
+        """Height of a spike."""
+        return 1.0
+
+    @property
     def _dynamics(self) -> _Dynamics:
         return _Dynamics(
             self.beta,
@@ -277,6 +307,54 @@ class SpikingNeuron(nn.Module):
         return ", ".join(f"{name}={value}" for name, value in self._dynamics._asdict().items())
 
 
+class ConvertedNeuron(SpikingNeuron):
+    """Integrate-and-fire neuron that counts out the levels of a quantised activation (Fast-SNN; SDM, arXiv 2408.16467).
+
+    The potential starts at half the threshold, a spike subtracts the threshold and keeps the remainder, and there is at
+    most one spike per step: of a constant current, `T = 2^b - 1` steps count the very level that `b` bits round it to.
+    It equals snnTorch's `Leaky(beta=1, reset_mechanism="subtract", reset_delay=True)` from that start. Spikes have the
+    height `act_alpha`, the clip value of the activation, which is the threshold too. There is no backward pass: the
+    output is a constant to autograd.
+
+    Args:
+        threshold: Firing threshold as a multiple of `act_alpha`; other than 1 it is threshold guidance, and the height
+            of the spikes stays.
+        signed: Whether a negative potential takes back an earlier spike by a negative one (as released) or not (as
+            published).
+
+    Shapes:
+        `(T, B, ...)` currents to `(T, B, ...)` spikes, 0 or `act_alpha`, signed also `-act_alpha`.
+    """
+
+    def __init__(self, threshold: float = 1.0, signed: bool = False) -> None:
+        super().__init__(threshold=threshold, reset_mechanism="subtract", reset_delay=True, detach_reset=True)
+        self.act_alpha = nn.Parameter(torch.tensor(6.0), requires_grad=False)
+        self.signed = signed
+
+    @property
+    def amplitude(self) -> Tensor:
+        """Height of a spike, `act_alpha`."""
+        return self.act_alpha
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the spikes `(T, B, ...)` of the currents `x` `(T, B, ...)`, times `act_alpha`."""
+        if x.dim() < 2:
+            raise ValueError(f"currents have shape {tuple(x.shape)}; a spiking layer takes (T, B, ...)")
+        x = _dense(x)
+        spikes = _run(_converted, _flat(x), self.threshold * self.act_alpha, self.act_alpha, self.signed)
+        return spikes.as_strided(x.shape, x.stride())
+
+    @torch.no_grad()
+    def stepwise(self, x: Tensor) -> Tensor:
+        """Same as `forward`, never compiled."""
+        return _converted(x, self.threshold * self.act_alpha, self.act_alpha, self.signed)
+
+    def extra_repr(self) -> str:
+        """Names the constants in `print(network)`."""
+        return f"threshold={self.threshold} * act_alpha, signed={self.signed}"
+
+
 def integrate_and_fire(threshold: float = 1.0, spike_grad: SpikeGrad | str = "atan") -> SpikingNeuron:
     """SpikingJelly's `IFNode`: no leak, hard reset, fires at the threshold, reset not detached (SDDPM, SDM)."""
     return SpikingNeuron(threshold=threshold, spike_grad=spike_grad)
@@ -290,7 +368,10 @@ def leaky_integrate_and_fire(
 
 
 def set_threshold(network: nn.Module, threshold: float) -> None:
-    """Sets the threshold of every neuron of a network: threshold guidance of SDM (arXiv 2408.16467, section 4.3)."""
+    """Sets the threshold of every neuron of a network: threshold guidance of SDM (arXiv 2408.16467, section 4.3).
+
+    That of a `ConvertedNeuron` is a multiple of its own.
+    """
     for module in network.modules():
         if isinstance(module, SpikingNeuron):
             module.threshold = threshold

@@ -17,9 +17,10 @@ from typing import Any, Literal
 import torch
 from diffusers import DDPMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from torch import Tensor, nn
+from torch import Tensor
 
-from systems.base import LRSchedulerFactory, OptimizerFactory, check_state
+from systems.base import LRSchedulerFactory, OptimizerFactory
+from systems.checkpoints import check_state
 from systems.gaussian import GaussianDiffusion
 from systems.neurons import get_surrogate, integrate_and_fire, leaky_integrate_and_fire
 from systems.spiking_unet import SpikingUNet
@@ -50,6 +51,7 @@ class SDDPM(GaussianDiffusion):
     """
 
     method = "sddpm"
+    temporal_scaling = False
 
     def __init__(
         self,
@@ -79,47 +81,65 @@ class SDDPM(GaussianDiffusion):
             num_steps=num_steps,
             num_train_timesteps=scheduler.config.num_train_timesteps,
             neuron=partial(make, threshold=threshold, spike_grad=get_surrogate(spike_grad)),
+            temporal_scaling=self.temporal_scaling,
             attention_levels=attention_levels,
             dropout=dropout,
         )
         super().__init__(network, scheduler, num_inference_steps, eta, optimizer, lr_scheduler)
         self.num_steps = num_steps
+        self.threshold = threshold
 
 
-def convert_official(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-    """Renames the tensors of a released SDDPM checkpoint (its `net_model`) to those of `SpikingUNet`.
+def read_official(state: Mapping[str, Tensor], suffix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Renames the tensors of a released checkpoint to those of `SpikingUNet`.
 
     Args:
-        state: Released state dict; a `module.` prefix is dropped, a 3-D kernel loses its last axis of 1.
-        network: The network that shall take the tensors.
+        state: Released state dict (`net_model`); a `module.` prefix is dropped, a 3-D kernel loses its last axis of 1.
+        suffix: What a convolution is called inside its layer: `.tsmconv` for SDM.
 
     Returns:
-        State dict for `network.load_state_dict`.
-
-    Raises:
-        CheckpointMismatchError: If a tensor is left over, missing or of another shape; lists them.
-    """
-    converted = {key.removeprefix("module."): value for key, value in state.items()}
-    kernel = converted.get("T_output_layer.weight")
-    if kernel is not None and kernel.dim() == 5:
-        converted["T_output_layer.weight"] = kernel.squeeze(-1)
-    check_state(converted, network, "the official checkpoint")
-    return converted
-
-
-def infer_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Reads the size of the network off a released state dict, as arguments of `SpikingUNet` (without `num_steps`).
+        The network's state dict, and its size as arguments of the system. `num_steps` is among them for SDM alone: an
+        SDDPM works with any.
 
     Raises:
         KeyError: If it is not the state dict of such a network; names the first tensor it lacks.
+        CheckpointMismatchError: If a tensor is left over, missing or of another shape; lists them.
     """
-    state = {key.removeprefix("module."): value for key, value in state.items()}
-    base_channels, in_channels = state["conv.weight"].shape[:2]
+    renamed = {key.removeprefix("module."): value for key, value in state.items()}
+    kernel = renamed["T_output_layer.weight"]
+    if kernel.dim() == 5:
+        renamed["T_output_layer.weight"] = kernel.squeeze(-1)
+    arguments = read_size(renamed, stem=f"conv{suffix}.weight", width=f"conv1{suffix}.bias")
+    if suffix:
+        arguments["num_steps"] = len(renamed["conv.tsmp"])
+    num_train_timesteps = len(renamed["time_embedding.timembedding.0.weight"])
+    with torch.device("meta"):
+        network = SpikingUNet(**arguments, num_train_timesteps=num_train_timesteps, temporal_scaling=bool(suffix))
+    check_state(renamed, network, "the official checkpoint")
+    return renamed, arguments
+
+
+def read_size(state: Mapping[str, Tensor], stem: str, width: str) -> dict[str, Any]:
+    """Reads the size of a U-Net off its tensors.
+
+    Args:
+        state: Tensors by name.
+        stem: Weight of the first convolution.
+        width: Tensor that has an element for each channel of a residual block, as named within the block.
+
+    Returns:
+        `in_channels`, `base_channels`, `channel_mult` and `num_res_blocks`.
+
+    Raises:
+        KeyError: If there is no such stem.
+    """
+    base_channels, in_channels = state[stem].shape[:2]
     levels: list[list[int]] = [[]]
     block = 0
     while any(key.startswith(f"downblocks.{block}.") for key in state):
-        if f"downblocks.{block}.conv1.weight" in state:
-            levels[-1].append(len(state[f"downblocks.{block}.conv1.bias"]) // base_channels)
+        bias = state.get(f"downblocks.{block}.{width}")
+        if bias is not None:
+            levels[-1].append(len(bias) // base_channels)
         else:
             levels.append([])
         block += 1
@@ -128,5 +148,4 @@ def infer_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "base_channels": base_channels,
         "channel_mult": [level[-1] for level in levels if level],
         "num_res_blocks": len(levels[0]),
-        "num_train_timesteps": len(state["time_embedding.timembedding.0.weight"]),
     }

@@ -1,9 +1,10 @@
 """Spiking U-Net of SDDPM and SDM: a noise predictor with pre-spike residual blocks.
 
-J. Cao et al., "Spiking Denoising Diffusion Probabilistic Models", WACV 2024, https://arxiv.org/abs/2306.17046;
-authors' code https://github.com/AndyCao1125/SDDPM. The structure is that of the released network (the paper's text
-differs in places), so that its checkpoints load: integrate-and-fire neurons, no dropout, no attention, and an output
-stage that ends in a leaky read-out. Module names follow the released checkpoints.
+J. Cao et al., "Spiking Denoising Diffusion Probabilistic Models", WACV 2024, https://arxiv.org/abs/2306.17046, and
+"Spiking Diffusion Models", IEEE TAI 2024, https://arxiv.org/abs/2408.16467; authors' code
+https://github.com/AndyCao1125/SDDPM and https://github.com/AndyCao1125/SDM. The structure is that of the released
+networks (the papers' text differs in places), so that their checkpoints load: integrate-and-fire neurons, no dropout,
+no attention, and an output stage that ends in a leaky read-out. Module names follow the released checkpoints.
 
 Axes: `T` SNN time steps, `B` images, `C` channels, `H`, `W` pixels. Convolutions and norms see `T` folded into the
 batch; only the neurons look along it.
@@ -14,7 +15,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import cast
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +27,8 @@ from systems.neurons import SpikingNeuron, integrate_and_fire
 READOUT_DECAY = 0.8
 
 NeuronFactory = Callable[[], SpikingNeuron]
+ConvFactory = Callable[..., nn.Module]
+"""Takes the arguments of `nn.Conv2d`."""
 
 
 def fold(x: Tensor) -> Tensor:
@@ -35,6 +39,85 @@ def fold(x: Tensor) -> Tensor:
 def unfold(x: Tensor, num_steps: int) -> Tensor:
     """`(T*B, ...)` to `(T, B, ...)`."""
     return x.unflatten(0, (num_steps, -1))
+
+
+def assemble(
+    base_channels: int,
+    channel_mult: Sequence[int],
+    num_res_blocks: int,
+    res_block: Callable[[int, int], nn.Module],
+    downsample: Callable[[int], nn.Module],
+    upsample: Callable[[int], nn.Module],
+) -> tuple[nn.ModuleList, nn.ModuleList, nn.ModuleList]:
+    """Returns the blocks of a U-Net on its way down, in the middle and on its way up.
+
+    Every output of the way down, and that of the stem, is the skip of one residual block of the way up.
+
+    Args:
+        base_channels: Channels of the stem's output.
+        channel_mult: Channels of each level, as multiples of `base_channels`.
+        num_res_blocks: Residual blocks per level on the way down; one more on the way up.
+        res_block: Makes a residual block from its channels in and out.
+        downsample: Makes what halves the image, from its channels.
+        upsample: Makes what doubles the image, from its channels.
+    """
+    channels, skips = base_channels, [base_channels]
+    down, up = nn.ModuleList(), nn.ModuleList()
+    for level, multiple in enumerate(channel_mult):
+        for _ in range(num_res_blocks):
+            down.append(res_block(channels, multiple * base_channels))
+            channels = multiple * base_channels
+            skips.append(channels)
+        if level + 1 < len(channel_mult):
+            down.append(downsample(channels))
+            skips.append(channels)
+    middle = nn.ModuleList(res_block(channels, channels) for _ in range(2))
+    for level, multiple in reversed(list(enumerate(channel_mult))):
+        for _ in range(num_res_blocks + 1):
+            up.append(res_block(channels + skips.pop(), multiple * base_channels))
+            channels = multiple * base_channels
+        if level > 0:
+            up.append(upsample(channels))
+    return down, middle, up
+
+
+def check_images(x: Tensor, in_channels: int, num_levels: int) -> None:
+    """Checks that images `(B, C, H, W)` fit a U-Net.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    multiple = 2 ** (num_levels - 1)
+    if x.dim() != 4 or x.shape[1] != in_channels or x.shape[2] % multiple or x.shape[3] % multiple:
+        raise ValueError(
+            f"images have shape {tuple(x.shape)}; this U-Net takes (B, {in_channels}, H, W) with H and W "
+            f"multiples of {multiple}: set --data.image_size, or give fewer channel_mult"
+        )
+
+
+class TemporalConv2d(nn.Module):
+    """Convolution with one learned factor for each SNN time step: the temporal-wise spiking mechanism (TSM) of SDM.
+
+    As released, the factor multiplies the bias too and acts before the norm (arXiv 2408.16467 writes it on the weights
+    alone). It is the same number for every channel, so it folds into the weights of its step and costs no operation.
+
+    Args:
+        num_steps: SNN time steps `T`.
+        *args: Arguments of `nn.Conv2d`.
+        **kwargs: Arguments of `nn.Conv2d`.
+
+    Shapes:
+        `(T*B, C, H, W)` in and out.
+    """
+
+    def __init__(self, num_steps: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+        self.tsmconv = nn.Conv2d(*args, **kwargs)
+        self.tsmp = nn.Parameter(torch.ones(num_steps, 1, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns `p[k] * (conv(x[k]) + bias)` for each step `k`, folded."""
+        return fold(self.tsmp * unfold(self.tsmconv(x), len(self.tsmp)))
 
 
 class TimeEmbedding(nn.Module):
@@ -63,27 +146,33 @@ class TimeEmbedding(nn.Module):
         angle = t[:, None] * frequencies
         return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)
 
+    def sinusoids(self, t: Tensor) -> Tensor:
+        """Returns what the MLP takes, `(B, channels)`, of diffusion steps `t` `(B,)`."""
+        table = cast(nn.Embedding, self.timembedding[0])
+        if not t.is_floating_point():
+            return table(t)
+        return self._sinusoids(t, self.get_buffer("frequencies")).type_as(table.weight)
+
     def forward(self, t: Tensor) -> Tensor:
         """Returns the embedding `(B, 4 * channels)` of diffusion steps `t` `(B,)`."""
-        if not t.is_floating_point():
-            return self.timembedding(t)
-        table = cast(Tensor, self.timembedding[0].weight)
-        return self.timembedding[1:](self._sinusoids(t, self.get_buffer("frequencies")).type_as(table))
+        return self.timembedding[1:](self.sinusoids(t))
 
 
 class ResBlock(nn.Module):
     """Neuron, convolution, norm, twice; then the residual is summed in real values (`(T, B, C, H, W)` in and out)."""
 
-    def __init__(self, in_channels: int, out_channels: int, temb_channels: int, neuron: NeuronFactory) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, temb_channels: int, neuron: NeuronFactory, conv: ConvFactory
+    ) -> None:
         super().__init__()
         self.neuron1 = neuron()
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = conv(in_channels, out_channels, 3, padding=1)
         self.bn1 = nn.BatchNorm2d(out_channels)
         self.temb_proj = nn.Sequential(nn.SiLU(), nn.Linear(temb_channels, out_channels))
         self.neuron2 = neuron()
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = conv(out_channels, out_channels, 3, padding=1)
         self.bn2 = nn.BatchNorm2d(out_channels)
-        self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+        self.shortcut = nn.Identity() if in_channels == out_channels else conv(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         """Returns `(T, B, out_channels, H, W)` of features `x` and the time embedding `temb` `(B, temb_channels)`."""
@@ -97,10 +186,10 @@ class ResBlock(nn.Module):
 class Downsample(nn.Module):
     """Neuron, strided convolution, norm: halves `H` and `W`."""
 
-    def __init__(self, channels: int, neuron: NeuronFactory) -> None:
+    def __init__(self, channels: int, neuron: NeuronFactory, conv: ConvFactory) -> None:
         super().__init__()
         self.neuron = neuron()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.conv = conv(channels, channels, 3, stride=2, padding=1)
         self.bn = nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
@@ -111,10 +200,10 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Neuron, nearest neighbour, convolution, norm: doubles `H` and `W`."""
 
-    def __init__(self, channels: int, neuron: NeuronFactory) -> None:
+    def __init__(self, channels: int, neuron: NeuronFactory, conv: ConvFactory) -> None:
         super().__init__()
         self.neuron = neuron()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = conv(channels, channels, 3, padding=1)
         self.bn = nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
@@ -137,6 +226,7 @@ class SpikingUNet(nn.Module):
         num_steps: SNN time steps `T`.
         num_train_timesteps: Diffusion steps that the time embedding knows.
         neuron: Makes one spiking layer.
+        temporal_scaling: Whether every convolution learns a factor for each SNN time step (`TemporalConv2d`).
         attention_levels: Published without attention; anything but an empty list is refused.
         dropout: The paper lists 0.1, the released network has none; a value other than 0 warns.
 
@@ -153,6 +243,7 @@ class SpikingUNet(nn.Module):
         num_steps: int = 4,
         num_train_timesteps: int = 1000,
         neuron: NeuronFactory = integrate_and_fire,
+        temporal_scaling: bool = False,
         attention_levels: Sequence[int] = (),
         dropout: float = 0.0,
     ) -> None:
@@ -173,44 +264,37 @@ class SpikingUNet(nn.Module):
         self.in_channels = in_channels
         self.num_steps = num_steps
         self.num_levels = len(channel_mult)
+        self.temporal_scaling = temporal_scaling
         tdim = 4 * base_channels
+        conv: ConvFactory = partial(TemporalConv2d, num_steps) if temporal_scaling else nn.Conv2d
 
         self.time_embedding = TimeEmbedding(base_channels, num_train_timesteps)
-        self.conv = nn.Conv2d(in_channels, base_channels, 3, padding=1)
+        self.conv = conv(in_channels, base_channels, 3, padding=1)
         self.bn = nn.BatchNorm2d(base_channels)
         self.neuron = neuron()
-        self.conv_identity = nn.Conv2d(base_channels, base_channels, 3, padding=1)
+        self.conv_identity = conv(base_channels, base_channels, 3, padding=1)
         self.bn_identity = nn.BatchNorm2d(base_channels)
 
-        channels, skips = base_channels, [base_channels]
-        self.downblocks = nn.ModuleList()
-        for level, multiple in enumerate(channel_mult):
-            for _ in range(num_res_blocks):
-                self.downblocks.append(ResBlock(channels, multiple * base_channels, tdim, neuron))
-                channels = multiple * base_channels
-                skips.append(channels)
-            if level + 1 < self.num_levels:
-                self.downblocks.append(Downsample(channels, neuron))
-                skips.append(channels)
-        self.middleblocks = nn.ModuleList(ResBlock(channels, channels, tdim, neuron) for _ in range(2))
-        self.upblocks = nn.ModuleList()
-        for level, multiple in reversed(list(enumerate(channel_mult))):
-            for _ in range(num_res_blocks + 1):
-                self.upblocks.append(ResBlock(channels + skips.pop(), multiple * base_channels, tdim, neuron))
-                channels = multiple * base_channels
-            if level > 0:
-                self.upblocks.append(Upsample(channels, neuron))
-
+        self.downblocks, self.middleblocks, self.upblocks = assemble(
+            base_channels,
+            channel_mult,
+            num_res_blocks,
+            lambda channels, out_channels: ResBlock(channels, out_channels, tdim, neuron, conv),
+            lambda channels: Downsample(channels, neuron, conv),
+            lambda channels: Upsample(channels, neuron, conv),
+        )
+        channels = channel_mult[0] * base_channels
         self.tail_bn = nn.BatchNorm2d(channels)
-        self.tail_conv = nn.Conv2d(channels, in_channels, 3, padding=1)
+        self.tail_conv = conv(channels, in_channels, 3, padding=1)
         self.T_output_layer = nn.Conv2d(in_channels, in_channels, 3, padding=1)
         self.last_bn = nn.BatchNorm2d(in_channels)
         self._initialise()
 
     def _initialise(self) -> None:
-        """Xavier uniform as released; `conv_identity` and `T_output_layer` keep PyTorch's defaults."""
+        """Xavier uniform with zero bias as released; three layers differ, only one of them under temporal scaling."""
+        defaults = ("T_output_layer",) if self.temporal_scaling else ("T_output_layer", "conv_identity")
         for name, module in self.named_modules():
-            if isinstance(module, nn.Conv2d | nn.Linear) and name not in ("conv_identity", "T_output_layer"):
+            if isinstance(module, nn.Conv2d | nn.Linear) and name not in defaults:
                 nn.init.xavier_uniform_(module.weight, gain=1e-5 if name == "tail_conv" else 1.0)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -225,16 +309,9 @@ class SpikingUNet(nn.Module):
         Raises:
             ValueError: If the images do not fit the network.
         """
-        multiple = 2 ** (self.num_levels - 1)
-        if x.dim() != 4 or x.shape[1] != self.in_channels or x.shape[2] % multiple or x.shape[3] % multiple:
-            raise ValueError(
-                f"images have shape {tuple(x.shape)}; this U-Net takes (B, {self.in_channels}, H, W) with H and W "
-                f"multiples of {multiple}: set --data.image_size, or give fewer channel_mult"
-            )
+        check_images(x, self.in_channels, self.num_levels)
         temb = self.time_embedding(t)
-        h = self.conv(x)  # the image is the same in every SNN step, so once is enough
-        h = self.bn(h.repeat(self.num_steps, 1, 1, 1))  # (T*B, C, H, W)
-        h = self.neuron(unfold(h, self.num_steps))
+        h = self.neuron(unfold(self.bn(self._stem(x)), self.num_steps))
         h = unfold(self.bn_identity(self.conv_identity(fold(h))), self.num_steps)  # (T, B, C, H, W)
         skips = [h]
         for block in self.downblocks:
@@ -249,6 +326,12 @@ class SpikingUNet(nn.Module):
         h = self.tail_conv(F.silu(self.tail_bn(fold(h))))  # real-valued: no neuron in the tail
         h = h + F.silu(self.last_bn(self.T_output_layer(h)))
         return self._readout(unfold(h, self.num_steps))
+
+    def _stem(self, x: Tensor) -> Tensor:
+        """First convolution, `(B, C, H, W)` to `(T*B, ...)`: the image is the same in every step, so once is enough."""
+        if isinstance(self.conv, TemporalConv2d):
+            return fold(self.conv.tsmp * self.conv.tsmconv(x))
+        return self.conv(x).repeat(self.num_steps, 1, 1, 1)
 
     def _readout(self, h: Tensor) -> Tensor:
         """Final potential of a leaky integrator without threshold: `(T, B, C, H, W)` to `(B, C, H, W)`."""

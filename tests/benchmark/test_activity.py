@@ -17,7 +17,7 @@ from datamodules import Digits
 from leaderboard.cost import CostMeter
 from leaderboard.fad import FADEncoder
 from leaderboard.records import read_record
-from systems import FSDDIM, SDDPM
+from systems import DDPM, FSDDIM, SDDPM
 
 
 def tiny(method: type[FSDDIM] | type[SDDPM]) -> FSDDIM | SDDPM:
@@ -159,3 +159,9 @@ def test_what_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
         main(["activity", f"--ckpt_path={tmp_path / 'other.ckpt'}"])
     with pytest.raises(ValueError, match="num_images=0; give 1 or more"):
         main(["activity", "--num_images=0"])
+
+
+def test_networks_without_spikes_are_refused() -> None:
+    system = DDPM(in_channels=1, base_channels=8, channel_mult=(1, 2), num_res_blocks=1, num_inference_steps=2)
+    with pytest.raises(ValueError, match="has no spiking layer; activity is for spiking networks"):
+        measure_spikes(system, torch.arange(2), (1, 8, 8))

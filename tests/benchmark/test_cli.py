@@ -12,7 +12,7 @@ from benchmark import __version__
 from benchmark.cli import COMMANDS, STAGES, main
 from benchmark.runs import find_checkpoint, newest_run
 from leaderboard.records import read_record
-from systems.base import CheckpointMismatchError
+from systems.checkpoints import CheckpointMismatchError
 
 TINY = [
     "--config=configs/quickstart.yaml",

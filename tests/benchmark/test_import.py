@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor
 
 from benchmark.cli import main
-from systems import SDDPM
-from systems.base import CheckpointMismatchError
+from leaderboard.records import read_record
+from systems import DDPM, SDDPM
+from systems.checkpoints import CheckpointMismatchError
 from systems.spiking_unet import SpikingUNet
 
 
@@ -60,6 +62,34 @@ def test_reference_network_survives_the_import(tmp_path: Path, reference: Callab
     with torch.no_grad():
         prediction = system.network(recorded["input.x"], recorded["input.t"])
     torch.testing.assert_close(prediction, recorded["output.eval"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["ddpm", "ann_snn"])
+def test_imported_ann_and_its_conversion_are_tested(method: str, tmp_path: Path) -> None:
+    state = DDPM(in_channels=1, base_channels=32, channel_mult=(1,), num_res_blocks=1).network.state_dict()
+    if method == "ann_snn":
+        state = {re.sub(r"\.(\d+\.\w+)$", r".block.\1", key): value for key, value in state.items()}
+    output = tmp_path / "out.ckpt"
+    main(["import", f"--method={method}", save({"ema_model": state, "net_model": {}}, tmp_path / "a.pt"), str(output)])
+    options = [
+        "--config=configs/ddpm_fmnist.yaml",
+        *(["--model=ANNSNN"] if method == "ann_snn" else []),
+        f"--ckpt_path={output}",
+        f"--trainer.default_root_dir={tmp_path / 'runs'}",
+        "--trainer.enable_progress_bar=false",
+        "--model.base_channels=32",
+        "--model.channel_mult=[1]",
+        "--model.num_res_blocks=1",
+        "--model.num_inference_steps=2",
+        "--data=Digits",
+        "--data.image_size=8",
+        "--data.num_samples=20",
+        "--evaluation.protocol=offline-v1",
+    ]
+    main(["test", *options])
+    (record,) = map(read_record, tmp_path.glob("runs/*/records/*.json"))
+    assert record.method == method.replace("_", "-")
+    assert record.num_steps == (1 if method == "ddpm" else 3)
 
 
 def test_unknown_and_missing_tensors_are_listed(tmp_path: Path) -> None:

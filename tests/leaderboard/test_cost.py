@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from leaderboard.cost import CostMeter
-from systems.neurons import SpikingNeuron
+from systems.neurons import ConvertedNeuron, SpikingNeuron
 
 
 def spikes(*shape: int, seed: int = 0) -> Tensor:
@@ -80,7 +80,7 @@ def test_dense_connections_and_spikes_of_each_layer(layer: nn.Module, shape: tup
 
 
 def test_silent_input_counts_as_spikes() -> None:
-    cost = measure(nn.Linear(3, 5), torch.zeros(2, 3))
+    cost = measure(nn.Sequential(SpikingNeuron(), nn.Linear(3, 5)), torch.zeros(2, 1, 3))
     assert (cost.sops, cost.macs, cost.acs) == (0, 0, 10)
 
 
@@ -131,10 +131,46 @@ def test_energy_by_both_formulas() -> None:
     assert cost.energy_paper_mj == pytest.approx((4.6 * 9 + 0.9 * (1 + 16 / 4)) * 1e-9)
 
 
-def test_network_without_spikes_has_neither_rate_nor_paper_energy() -> None:
-    cost = measure(nn.Conv2d(1, 2, 3), torch.randn(1, 1, 5, 5))
+def test_ann_costs_macs_alone() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 2, 3, bias=False), nn.ReLU(), nn.Conv2d(2, 1, 3))
+    network[0].weight.data.fill_(-1)  # the ReLU gives nothing but zeros, which are no spikes here
+    cost = measure(network, torch.rand(1, 1, 5, 5))
     assert cost.firing_rate is None
-    assert cost.energy_paper_mj is None
+    assert (cost.sops, cost.acs, cost.macs) == (0, 0, 2 * 9 * 9 + 2 * 9)
+    assert cost.energy_strict_mj == cost.energy_paper_mj == pytest.approx(4.6 * (2 * 9 * 9 + 2 * 9) * 1e-9)
+
+
+def test_neurons_that_feed_no_layer_have_no_paper_energy() -> None:
+    assert measure(nn.Sequential(nn.Linear(2, 2), SpikingNeuron()), torch.rand(3, 1, 2)).energy_paper_mj is None
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_spikes_of_another_height_are_accumulates(signed: bool) -> None:
+    class Net(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:  # (T, B, 2)
+            return self[2](self[1](self[0](x)))
+
+    neuron = ConvertedNeuron(signed=signed)
+    neuron.act_alpha.fill_(0.7)
+    network = Net(nn.Linear(2, 2, bias=False), neuron, nn.Linear(2, 5, bias=False))
+    network[0].weight.data = torch.eye(2)
+    x = torch.tensor([[[0.5, 0.5]], [[-0.9, 0.0]], [[0.0, 0.9]]])  # spikes 1 1, (-1) 0, 0 1
+    cost = measure(network, x)
+    count = 4 if signed else 3
+    assert cost.firing_rate == count / 6
+    assert (cost.sops, cost.macs) == (5 * count, 3 * 2 * 2)
+
+
+def test_levels_of_a_quantised_activation_are_real_values() -> None:
+    levels = torch.tensor([[0.0, 2.0, 4.0, 6.0], [0.0, 2.0, 2.0, 0.0], [6.0, 0.0, 0.0, 6.0]])
+    neuron = ConvertedNeuron()  # spikes of height 6
+    network = nn.ModuleList([nn.Linear(4, 3, bias=False), neuron])
+    with CostMeter(network) as meter:
+        for x in levels:
+            network[0](x)
+        neuron(torch.zeros(3, 1))
+    cost = meter.result(1, 1)
+    assert (cost.macs, cost.sops) == (2 * 12, 12 * 2 / 4)
 
 
 def test_parameters_and_what_the_caller_measured() -> None:

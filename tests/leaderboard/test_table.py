@@ -51,6 +51,14 @@ def test_columns_and_number_formats(make_record: Make) -> None:
     assert cells["Samples"] == "2,000"
 
 
+def test_network_without_neurons_shows_no_steps(make_record: Make) -> None:
+    record = make_record()
+    record = replace(record, num_steps=1, cost=replace(record.cost, firing_rate=None, firing_rates={}))
+    header, row = rows(markdown([(Path("a.json"), record)]))
+    cells = dict(zip(header, row, strict=True))
+    assert (cells["T"], cells["Rate"]) == ("-", "-")
+
+
 def test_inception_metrics_have_their_usual_names(make_record: Make) -> None:
     metrics = {
         "is_mean": MetricValue(8.123, 0.11, 50_000),

@@ -8,7 +8,7 @@ from fsddim_reference import PREFIXES, recorded_system, state_of, tiny
 from torch import Tensor
 
 from systems import FSDDIM
-from systems.base import check_state
+from systems.checkpoints import check_state
 from systems.fsddim import cosine_schedule, ddim_coefficients, decode, encode, read_official
 from systems.neurons import SpikingNeuron
 

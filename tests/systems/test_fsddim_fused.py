@@ -10,7 +10,7 @@ from torch import Tensor
 from leaderboard.cost import CostMeter
 from leaderboard.records import Cost
 from systems import FSDDIM
-from systems.base import check_state
+from systems.checkpoints import check_state
 from systems.fsddim import decode
 
 SHAPE = (1, 8, 8)

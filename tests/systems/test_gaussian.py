@@ -4,20 +4,21 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+)
+from formula import Formula
 from torch import Tensor, nn
 
 from systems import SDDPM
+from systems.analytic_dpm import AnalyticDPMScheduler
 from systems.gaussian import GaussianDiffusion, double_tables
 
 Reference = Callable[[str], dict[str, Tensor]]
-
-
-class Formula(nn.Module):
-    """The noise predictor of the recorded sampler runs."""
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return 0.5 * x + 0.25 * torch.sin(3 * x) + 0.1 * t.view(-1, 1, 1, 1).to(x) / 1000
 
 
 def replay(scheduler: object, recorded: dict[str, Tensor], steps: list[int], monkeypatch: pytest.MonkeyPatch) -> Tensor:
@@ -122,6 +123,9 @@ def test_solver_and_evaluations_are_named() -> None:
     assert (tiny().solver, tiny().nfe) == ("DDPM", 3)
     assert tiny(scheduler=DDIMScheduler()).solver == "DDIM"
     assert tiny(scheduler=DDIMScheduler(), eta=0.5).solver == "DDIM(eta=0.5)"
+    assert tiny(scheduler=DPMSolverMultistepScheduler()).solver == "DPMSolverMultistep(dpmsolver++, 2)"
+    assert tiny(scheduler=AnalyticDPMScheduler(form="ddim")).solver == "AnalyticDPM(ddim)"
+    assert tiny(scheduler=AnalyticDPMScheduler()).nfe == 4
 
 
 @pytest.mark.parametrize(
@@ -130,6 +134,9 @@ def test_solver_and_evaluations_are_named() -> None:
         ({"num_inference_steps": 1001}, "from 1 to the 1000 steps of training"),
         ({"num_inference_steps": 0}, "num_inference_steps=0"),
         ({"eta": 0.5}, "option of DDIM"),
+        ({"scheduler": PNDMScheduler(prediction_type="sample")}, "does not work with prediction_type='sample'"),
+        ({"scheduler": DDPMScheduler(prediction_type="score")}, "give epsilon, sample or v_prediction"),
+        ({"scheduler": FlowMatchEulerDiscreteScheduler()}, "no discrete Gaussian diffusion"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(arguments: dict, message: str) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from systems import neurons
 from systems.neurons import (
+    ConvertedNeuron,
     SpikingNeuron,
     integrate_and_fire,
     leaky_integrate_and_fire,
@@ -194,6 +195,65 @@ def test_holds_no_state() -> None:
     assert torch.equal(neuron(x), first)
     assert torch.equal(other, first)
     assert not neuron.state_dict()
+
+
+def converted(alpha: float, **arguments: Any) -> ConvertedNeuron:
+    neuron = ConvertedNeuron(**arguments).double()
+    neuron.act_alpha.fill_(alpha)
+    return neuron
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("threshold", [1.0, 0.997])
+def test_converted_neuron_equals_snntorch_stepped_by_hand(seed: int, threshold: float) -> None:
+    torch.manual_seed(seed)
+    x = torch.randn(15, 7, 11, dtype=torch.float64) + 0.5
+    reached = torch.tensor(1.7 * threshold, dtype=torch.float64)
+    leaky = snn.Leaky(beta=1.0, threshold=reached, reset_mechanism="subtract", reset_delay=True).double()
+    mem, expected = torch.full_like(x[0], float(reached) / 2), []
+    for x_k in x:
+        spike, mem = leaky(x_k, mem)
+        expected.append(1.7 * spike.double())
+    neuron = converted(1.7, threshold=threshold)
+    assert torch.equal(neuron(x), torch.stack(expected))
+    assert torch.equal(neuron.stepwise(x), torch.stack(expected))
+
+
+def test_converted_neuron_counts_the_level_of_a_constant_current() -> None:
+    x = torch.linspace(-1, 3, 201, dtype=torch.float64)
+    levels = (x / 1.7).clamp(0, 1).mul(3).round()
+    for signed in (False, True):
+        spikes = converted(1.7, signed=signed)(x.expand(3, 1, -1))
+        torch.testing.assert_close(spikes.sum(0)[0], 1.7 * levels)
+
+
+def test_converted_neuron_takes_back_only_what_it_gave() -> None:
+    x = torch.tensor([[0.6, -0.9, -0.5, -2.0], [0.1, -2.0, 0.5, 2.4]], dtype=torch.float64).T[..., None]
+    unsigned, signed = converted(1.0)(x), converted(1.0, signed=True)(x)
+    assert unsigned[:, :, 0].T.tolist() == [[1, 0, 0, 0], [0, 0, 0, 1]]
+    assert signed[:, :, 0].T.tolist() == [[1, -1, 0, 0], [0, 0, 0, 1]]
+
+
+def test_converted_neuron_compiled_equals_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(3, 2, 3, 8, 8)
+    neuron = ConvertedNeuron(signed=True)
+    neuron.act_alpha.fill_(0.9)
+    plain = neuron(x)
+    assert plain.unique().tolist() == [-neuron.amplitude, 0, neuron.amplitude]
+    monkeypatch.setattr(neurons, "COMPILE_FROM", 0)
+    assert torch.equal(neuron(x), plain)
+    assert torch.equal(neuron(x[:, :1]), plain[:, :1])
+    with pytest.raises(ValueError, match=r"takes \(T, B, \.\.\.\)"):
+        neuron(torch.zeros(3))
+
+
+def test_set_threshold_of_a_converted_neuron_is_relative() -> None:
+    neuron = converted(2.0)
+    x = torch.tensor([0.995], dtype=torch.float64).view(1, 1, 1)  # 1 + 0.995 lies between 0.997 * 2 and 2
+    assert float(neuron(x)) == 0
+    set_threshold(neuron, 0.99)
+    assert float(neuron(x)) == 2
+    assert float(neuron.act_alpha) == 2
 
 
 def test_set_threshold_reaches_every_neuron() -> None:

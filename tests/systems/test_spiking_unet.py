@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from systems.neurons import SpikingNeuron, set_threshold
-from systems.sddpm import convert_official
+from systems.sddpm import read_official
 from systems.spiking_unet import SpikingUNet, TimeEmbedding
 
 Reference = Callable[[str], dict[str, Tensor]]
@@ -22,7 +22,7 @@ def recorded(reference: Reference) -> dict[str, Tensor]:
 def network(recorded: dict[str, Tensor]) -> SpikingUNet:
     network = SpikingUNet(in_channels=1, base_channels=32, channel_mult=(1, 2), num_res_blocks=1, num_steps=4)
     state = {key.removeprefix("state."): value for key, value in recorded.items() if key.startswith("state.")}
-    network.load_state_dict(convert_official(state, network))
+    network.load_state_dict(read_official(state)[0])
     return network
 
 

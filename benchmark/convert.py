@@ -1,0 +1,130 @@
+"""`python -m benchmark convert`: a quantised DDPM becomes a spiking network."""
+
+from __future__ import annotations
+
+import shlex
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+
+from benchmark.runs import RUNS, new_run, run_of
+from leaderboard.records import write_atomic
+from systems.ann_snn import ADAM, ANNSNN
+from systems.ann_unet import ANNUNet, QReLU
+from systems.checkpoints import check_state, read_trained, save_checkpoint
+from systems.ddpm import DDPM, check_bits
+
+KEPT = (
+    "in_channels",
+    "base_channels",
+    "channel_mult",
+    "num_res_blocks",
+    "dropout",
+    "activation_bits",
+    "scheduler",
+    "num_inference_steps",
+    "eta",
+)
+"""Arguments of the DDPM that its conversion takes over."""
+
+
+def convert(
+    checkpoint: str,
+    ddpm_config: str | None = None,
+    spikes: Literal["unsigned", "signed", "unsigned_blocks"] = "unsigned",
+    finetune_steps: int = 0,
+    finetune_inputs: Literal["clean", "diffused"] = "clean",
+) -> None:
+    """Turns a trained DDPM of quantised activations into a spiking network, in a new run folder beside its own.
+
+    With `b` bits the network takes `2^b - 1` SNN time steps. Averaged weights are taken where the DDPM has them.
+
+    Args:
+        checkpoint: Checkpoint of a DDPM.
+        ddpm_config: Its configuration, where it lies in no run folder.
+        spikes: Without negative spikes (as published), with (as released), or without in the residual blocks alone.
+        finetune_steps: Iterations per block of a fine-tuning that starts at once; 0 converts only.
+        finetune_inputs: What fine-tuning sees: clean images (as released), or diffused ones.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        FileExistsError: If another conversion took the folder within this second.
+        ValueError: If there is no configuration, or it is not that of a quantised DDPM.
+        CheckpointMismatchError: If the checkpoint is not of a DDPM, or not of the configured one.
+    """
+    if finetune_steps < 0:
+        raise ValueError(f"finetune_steps={finetune_steps} iterations per block; give 0 to convert only, or more")
+    source = read_trained(checkpoint, DDPM.method)
+    settings, folder = _settings(checkpoint, ddpm_config)
+    model = settings.get("model") or {}
+    if str(model.get("class_path")).rsplit(".", 1)[-1] != DDPM.__name__:
+        raise ValueError(f"the configuration has model {model.get('class_path')}, expected DDPM; give that of training")
+    arguments = {key: value for key, value in (model.get("init_args") or {}).items() if key in KEPT}
+    _check(source, checkpoint, arguments)
+
+    arguments |= {"init_from": checkpoint, "spikes": spikes, "finetune_inputs": finetune_inputs}
+    arguments |= {"finetune_steps": finetune_steps} if finetune_steps else {}
+    arguments["optimizer"] = {"class_path": "torch.optim.Adam", "init_args": ADAM.keywords}
+    settings["model"] = {"class_path": "systems.ANNSNN", "init_args": arguments}
+    trainer = {"max_epochs": -1, "max_steps": -1, "gradient_clip_val": None, "callbacks": None}
+    settings["trainer"] = (settings.get("trainer") or {}) | trainer
+    for key in ("ckpt_path", "optimizer", "lr_scheduler"):
+        settings.pop(key, None)
+    data = str(settings["data"]["class_path"]).rsplit(".", 1)[-1].lower()
+    run = new_run(folder, data, ANNSNN.__name__.lower())
+    if run.exists():
+        raise FileExistsError(f"{run} was made within this second; convert again")
+    output = run / "checkpoints" / "last.ckpt"
+    write_atomic(run / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+    kept = ("state_dict", "process", "activation_bits", "pytorch-lightning_version")
+    start = {"method": ANNSNN.method, "epoch": 0, "global_step": 0, "optimizer_states": [], "lr_schedulers": []}
+    save_checkpoint({key: source[key] for key in kept if key in source} | start, output)
+
+    tune = ["fit", "--config", str(run / "config.yaml"), "--ckpt_path", str(output)]
+    num_steps = 2 ** arguments.get("activation_bits", 2) - 1
+    print(
+        f"{checkpoint} with {num_steps} SNN time steps, spikes {spikes}: {output}\n"
+        f"test:      python -m benchmark test --ckpt_path {shlex.quote(str(output))}\n"
+        f"fine-tune: python -m benchmark {shlex.join(tune)}"
+    )
+    if finetune_steps:
+        from benchmark.stages import run_stage
+
+        run_stage(tune)
+
+
+def _settings(checkpoint: str, config: str | None) -> tuple[dict[str, Any], Path]:
+    """Returns the configuration of a checkpoint, and the folder of runs to write to."""
+    run = run_of(Path(checkpoint))
+    if config is not None:
+        path = Path(config)
+    elif run is not None:
+        path = run / "config.yaml"
+    else:
+        raise ValueError(f"{checkpoint} lies in no run folder; name its configuration too: `--ddpm_config CONFIG`")
+    if not path.is_file():
+        raise FileNotFoundError(f"--ddpm_config {path} is not a file; give the configuration of training (*.yaml)")
+    settings = yaml.safe_load(path.read_text())
+    if not isinstance(settings, dict) or "data" not in settings:
+        raise ValueError(f"{path} is no configuration of a run; give the one that the DDPM was trained with")
+    return settings, run.parent if run else Path((settings.get("trainer") or {}).get("default_root_dir") or RUNS)
+
+
+def _check(source: dict[str, Any], checkpoint: str, arguments: dict[str, Any]) -> None:
+    """Checks that the checkpoint holds the configured network, and one that can be converted."""
+    if "network.tail.1.act_alpha" not in source["state_dict"]:
+        raise ValueError(
+            f"{checkpoint} has plain ReLUs, which have no levels that spikes could count; train a DDPM with "
+            "--model.activation_bits 2 and convert that"
+        )
+    bits = arguments.get("activation_bits", 2)
+    check_bits(source, bits, checkpoint)
+    sizes = {key: value for key, value in arguments.items() if key in KEPT[:4]}
+    steps = ((arguments.get("scheduler") or {}).get("init_args") or {}).get("num_train_timesteps", 1000)
+    with torch.device("meta"):
+        network = ANNUNet(**sizes, num_train_timesteps=steps, activation=partial(QReLU, bits))
+    state = {key.removeprefix("network."): value for key, value in source["state_dict"].items()}
+    check_state(state, network, checkpoint)

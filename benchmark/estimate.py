@@ -1,0 +1,76 @@
+"""`python -m benchmark estimate-gamma`: the statistic of Analytic-DPM, from training images into a checkpoint."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import cast
+
+import torch
+from lightning.pytorch import Trainer
+from rich.progress import track
+
+from datamodules import ImageDataModule
+from systems.analytic_dpm import estimate_gamma
+from systems.base import DiffusionSystem
+from systems.checkpoints import read_trained, save_checkpoint
+from systems.gaussian import GaussianDiffusion
+
+
+class BenchmarkTrainer(Trainer):
+    """Lightning's trainer with one more stage."""
+
+    def estimate_gamma(
+        self,
+        model: DiffusionSystem,
+        datamodule: ImageDataModule,
+        ckpt_path: str,
+        weights_only: bool | None = None,
+        num_images: int = 1000,
+    ) -> None:
+        """Estimates the mean squares of the predicted noise that AnalyticDPMScheduler needs; adds them to a checkpoint.
+
+        Takes as many network evaluations as there are diffusion steps, for each image.
+
+        Args:
+            model: A Gaussian method.
+            datamodule: Gives the training images.
+            ckpt_path: Checkpoint to read and to complete; best or last of the newest run, or a file.
+            weights_only: In every run's config.yaml for Lightning's stages; here no code in a checkpoint is ever run.
+            num_images: Training images; the published statistic takes all of them.
+
+        Raises:
+            ValueError: If the method is no Gaussian diffusion, or there are fewer training images.
+        """
+        if not isinstance(model, GaussianDiffusion):
+            raise ValueError(
+                f"{type(model).__name__} is no Gaussian diffusion of pixels; estimate-gamma is for those alone"
+            )
+        checkpoint = read_trained(ckpt_path, model.method)
+        model.on_load_checkpoint(checkpoint)
+        model.load_state_dict(checkpoint["state_dict"])
+        model.to(self.strategy.root_device).eval()
+        images = _training_images(datamodule, num_images).to(model.device)
+        show = partial(track, description=f"{num_images:,} images at every step")
+        gamma = estimate_gamma(model.network, model.scheduler, images, datamodule.sample_batch_size, progress=show)
+        checkpoint["gamma"] = {"values": gamma, "num_images": num_images, "threshold": model.threshold}
+        save_checkpoint(checkpoint, ckpt_path)
+        shown = ", ".join(
+            f"{float(gamma[t]):.3f} at t={t}" for t in (0, len(gamma) // 10, len(gamma) // 2, len(gamma) - 1)
+        )
+        print(f"Gamma from {num_images:,} images: {shown}\nadded to {ckpt_path}; use it with:")
+        print("  python -m benchmark test --model.scheduler AnalyticDPMScheduler --model.num_inference_steps 50")
+
+
+def _training_images(datamodule: ImageDataModule, count: int) -> torch.Tensor:
+    """Returns the first images of a shuffled pass over the training images, `(count, C, H, W)` in [-1, 1]."""
+    datamodule.prepare_data()
+    datamodule.setup("fit")
+    batches, found = [], 0
+    for batch in datamodule.train_dataloader():
+        batches.append(cast(torch.Tensor, batch))
+        found += len(batch)
+        if found >= count:
+            return torch.cat(batches)[:count]
+    raise ValueError(
+        f"num_images={count}, but the full batches of training hold {found}; give --num_images {found} or less"
+    )

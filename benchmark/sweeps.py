@@ -1,0 +1,187 @@
+"""`python -m benchmark sweep-threshold` and `sweep-solvers`: one checkpoint tested under a range of settings."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from benchmark.stages import complete, run_stage
+from leaderboard.evaluation import Evaluation
+from leaderboard.records import Record
+from leaderboard.table import headline
+
+PAPER_THRESHOLDS = (0.997, 0.998, 0.999, 1.0, 1.001, 1.002, 1.003)
+"""Values of SDM's Table 3 (arXiv 2408.16467)."""
+
+
+class Solver(NamedTuple):
+    """Options of `test` that choose a solver, and its network evaluations beyond `num_inference_steps`."""
+
+    options: tuple[str, ...]
+    extra: int = 0
+
+
+SOLVERS = {
+    "ddpm": Solver(("--model.scheduler=DDPMScheduler", "--model.scheduler.timestep_spacing=trailing")),
+    "ddim": Solver(("--model.scheduler=DDIMScheduler", "--model.scheduler.timestep_spacing=trailing")),
+    "dpm-solver": Solver(
+        (
+            "--model.scheduler=DPMSolverSinglestepScheduler",
+            "--model.scheduler.algorithm_type=dpmsolver",
+            "--model.scheduler.solver_order=3",
+            "--model.scheduler.final_sigmas_type=sigma_min",
+        )
+    ),
+    "dpm-solver++": Solver(("--model.scheduler=DPMSolverMultistepScheduler",)),
+    "analytic-ddpm": Solver(("--model.scheduler=AnalyticDPMScheduler", "--model.scheduler.form=ddpm"), extra=1),
+    "analytic-ddim": Solver(("--model.scheduler=AnalyticDPMScheduler", "--model.scheduler.form=ddim"), extra=1),
+}
+
+
+def sweep_threshold(args: Sequence[str]) -> None:
+    """Tests one checkpoint at several firing thresholds; prints and plots metric, firing rate and energy.
+
+    Args:
+        args: `--thresholds`, `--output`, and any option of `test`.
+    """
+    parser = _parser(
+        "sweep-threshold", "Tests one checkpoint at several firing thresholds (threshold guidance of SDM)."
+    )
+    parser.add_argument("--thresholds", type=_positive(float), nargs="+", default=PAPER_THRESHOLDS)
+    options, rest = parser.parse_known_args(args)
+    run = _Run(rest)
+    records = [
+        run.test(f"--model.threshold={threshold}", f"--evaluation.variant=threshold {threshold:g}")
+        for threshold in options.thresholds
+    ]
+    key = headline(records[0])[0]
+    table = Table("threshold", key, "firing rate", "G SOPs", "mJ", title="threshold guidance", title_justify="left")
+    for threshold, record in zip(options.thresholds, records, strict=True):
+        cost = record.cost
+        rate = "-" if cost.firing_rate is None else f"{cost.firing_rate:.4f}"
+        table.add_row(f"{threshold:g}", _value(record), rate, f"{cost.sops / 1e9:.4g}", f"{cost.energy_strict_mj:.4g}")
+    _finish(table, _plot_thresholds(options.thresholds, records), options.output or run.folder / "threshold.png")
+
+
+def sweep_solvers(args: Sequence[str]) -> None:
+    """Tests one checkpoint with several solvers and numbers of network evaluations; prints and plots the metric.
+
+    Args:
+        args: `--solvers`, `--nfe`, `--output`, and any option of `test`.
+    """
+    parser = _parser("sweep-solvers", "Tests one checkpoint with several solvers at equal numbers of evaluations.")
+    parser.add_argument("--solvers", nargs="+", choices=SOLVERS, default=list(SOLVERS))
+    parser.add_argument("--nfe", type=_positive(int), nargs="+", default=[10, 20, 50, 100], help="network evaluations")
+    options, rest = parser.parse_known_args(args)
+    run = _Run(rest)
+    results: dict[str, list[Record]] = {}
+    for name in options.solvers:
+        solver = SOLVERS[name]
+        for nfe in options.nfe:
+            steps = f"--model.num_inference_steps={nfe - solver.extra}"
+            results.setdefault(name, []).append(
+                run.test(*solver.options, "--model.eta=0", steps, f"--evaluation.variant={name}, {nfe} NFE")
+            )
+    key = headline(results[options.solvers[0]][0])[0]
+    table = Table("solver", *(f"NFE {nfe}" for nfe in options.nfe), title=key, title_justify="left")
+    for name, records in results.items():
+        table.add_row(name, *map(_value, records))
+    _finish(table, _plot_solvers(results), options.output or run.folder / "solvers.png")
+
+
+class _Run:
+    """One checkpoint, to be tested with different options."""
+
+    def __init__(self, rest: list[str]) -> None:
+        self.args = complete(["test", *rest])
+        self.folder = Path()
+        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # the same lines for each point
+
+    def test(self, *options: str) -> Record:
+        cli = run_stage([*self.args, *options])
+        self.folder = Path(str(cli.trainer.log_dir)) / "plots"
+        (record,) = (callback.record for callback in _evaluations(cli.trainer.callbacks))  # type: ignore[attr-defined]
+        assert record is not None, "a test without a record"
+        return record
+
+
+def _evaluations(callbacks: Iterable[Any]) -> list[Evaluation]:
+    return [callback for callback in callbacks if isinstance(callback, Evaluation)]
+
+
+def _parser(command: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        f"python -m benchmark {command}",
+        description=f"{description} All other options are those of `test`, and so is what is tested by default: the "
+        "newest run. Each point of the sweep leaves a record.",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--output", type=Path, help="plot (.png); plots/ in the run folder if not given")
+    return parser
+
+
+def _positive(kind: type) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        if not (value := kind(text)) > 0:
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def _value(record: Record) -> str:
+    value = headline(record)[1]
+    return f"{value.value:.2f} ±{value.uncertainty:.2f}"
+
+
+def _finish(table: Table, figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    console = Console()
+    console.print(table)
+    console.print(f"plot: {path}", soft_wrap=True, highlight=False)
+
+
+def _plot_thresholds(thresholds: Sequence[float], records: Sequence[Record]) -> Figure:
+    order = sorted(range(len(records)), key=lambda i: thresholds[i])
+    x, records = [thresholds[i] for i in order], [records[i] for i in order]
+    key, values = headline(records[0])[0], [headline(record)[1] for record in records]
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    quality, rate = figure.subplots(1, 2)
+    quality.errorbar(x, [v.value for v in values], [v.uncertainty for v in values], marker="o", capsize=3)
+    quality.set(xlabel="firing threshold", ylabel=f"{key} (lower is better)")
+    rate.plot(x, [record.cost.firing_rate or 0.0 for record in records], marker="o", color="tab:green")
+    rate.set(xlabel="firing threshold", ylabel="firing rate")
+    for axes in (quality, rate):
+        axes.axvline(1, color="grey", linewidth=0.8, linestyle=":")
+        axes.ticklabel_format(useOffset=False)
+        axes.locator_params(axis="x", nbins=6)
+    return figure
+
+
+def _plot_solvers(results: dict[str, list[Record]]) -> Figure:
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, records in results.items():
+        values = [headline(record)[1] for record in records]
+        nfe = [record.nfe for record in records]
+        axes.errorbar(
+            nfe, [v.value for v in values], [v.uncertainty for v in values], marker="o", capsize=3, label=name
+        )
+    ticks = sorted({record.nfe for records in results.values() for record in records})
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [str(nfe) for nfe in ticks])
+    axes.minorticks_off()
+    key = headline(next(iter(results.values()))[0])[0]
+    axes.set(xlabel="network evaluations per image (NFE)", ylabel=f"{key} (lower is better)")
+    axes.legend(frameon=False)
+    return figure

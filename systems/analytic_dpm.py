@@ -1,0 +1,284 @@
+"""Analytic-DPM: ancestral and implicit sampling with the optimal reverse variance, as a scheduler of diffusers.
+
+F. Bao, C. Li, J. Zhu, B. Zhang, "Analytic-DPM: an Analytic Estimate of the Optimal Reverse Variance in Diffusion
+Probabilistic Models", ICLR 2022, https://arxiv.org/abs/2201.06503; used by SDM (arXiv 2408.16467, Table 6).
+
+For a step from `t` to `s < t` let `a = sqrt(alphas_cumprod)`, `v = 1 - alphas_cumprod`, and `x_0` the prediction. The
+forward process fixes `q(x_s | x_t, x_0) = N(mean, lambda^2)`, with `lambda^2 = v_s (1 - a_t^2 / a_s^2) / v_t` for DDPM
+and 0 for DDIM, and
+
+    mean  = a_s x_0 + k (x_t - a_t x_0),   k = sqrt((v_s - lambda^2) / v_t)
+    sigma = lambda^2 + (a_s - k a_t)^2 cov(x_0 | x_t)                      (theorem 1)
+    cov   = (v_t / a_t^2) (1 - Gamma_t),   clipped to [0, 1] as images lie in [-1, 1]
+
+where `Gamma_t = E |eps_t|^2 / d` is the mean square of the predicted noise over noisy training images. The statistic
+belongs to a trained network: `python -m benchmark estimate-gamma` adds it to a checkpoint. The last noisy step keeps
+its standard deviation below what shows as 2 grey levels; then one noiseless step returns `x_0`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+LAST_VARIANCE = (2 * (2 / 255) * math.sqrt(math.pi / 2)) ** 2
+"""Bound of the variance into `t = 0`: mean absolute noise of 2 grey levels of 255 on the range of 2 (section 4.2)."""
+
+
+class AnalyticDPMScheduler(DDPMScheduler):
+    """Sampler with the optimal reverse variance; noise schedule and forward process are DDPM's.
+
+    Args:
+        num_train_timesteps: Diffusion steps of training.
+        beta_start: First value of the noise schedule.
+        beta_end: Last value of the noise schedule.
+        beta_schedule: Noise schedule, as in DDPMScheduler.
+        prediction_type: What the network predicts: `epsilon`, `sample` or `v_prediction`.
+        clip_sample: Whether the predicted x_0 is clamped to [-1, 1], as in the released SDDPM sampler.
+        form: Steps of DDPM (noisy forward process, the published choice) or DDIM.
+        gamma: File with the statistic (.npy, .safetensors, .pt), for instance that of another network as in the paper;
+            none takes the checkpoint's own. With one entry more than diffusion steps, the first is left out.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        prediction_type: str = "epsilon",
+        clip_sample: bool = True,
+        form: Literal["ddpm", "ddim"] = "ddpm",
+        gamma: str | None = None,
+    ) -> None:
+        if form not in ("ddpm", "ddim"):
+            raise ValueError(f"form={form!r} is unknown; choose 'ddpm' or 'ddim'")
+        super().__init__(
+            num_train_timesteps,
+            beta_start,
+            beta_end,
+            beta_schedule,
+            prediction_type=prediction_type,
+            clip_sample=clip_sample,
+        )
+        self.gamma: Tensor | None = None
+        """Statistic `Gamma_t` `(num_train_timesteps,)`, float64."""
+        if gamma is not None:
+            self.set_gamma(read_gamma(gamma))
+
+    def set_gamma(self, gamma: Tensor) -> None:
+        """Sets the statistic.
+
+        Args:
+            gamma: `(num_train_timesteps,)`, or one more with a first entry that is not used.
+
+        Raises:
+            ValueError: If the shape or the values are impossible.
+        """
+        steps = self.config.num_train_timesteps
+        if gamma.shape not in ((steps,), (steps + 1,)):
+            raise ValueError(
+                f"Gamma has shape {tuple(gamma.shape)}, expected ({steps},): one number per diffusion step"
+            )
+        gamma = gamma[-steps:].double()
+        if not (gamma.isfinite() & (gamma >= 0)).all():
+            raise ValueError("Gamma holds numbers that are negative or not finite; a mean square cannot be")
+        self.gamma = gamma
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """Sets the time grid: evenly spaced from the last step, always ending at 0.
+
+        The grid of the released samplers: `num_inference_steps` points, and 0 behind them unless they reach it, so that
+        there are `num_inference_steps + 1` network evaluations except when every step is taken.
+        """
+        last = self.config.num_train_timesteps - 1
+        stride = self.config.num_train_timesteps / num_inference_steps
+        grid = [max(int(last - stride * j), 0) for j in range(num_inference_steps)]
+        self.num_inference_steps = num_inference_steps
+        self.timesteps = torch.tensor(grid if grid[-1] == 0 else [*grid, 0], device=device)
+
+    def previous_timestep(self, timestep: int) -> int:
+        """Returns the point of the grid that follows on `timestep` (-1 after the last)."""
+        places = (self.timesteps == timestep).nonzero()
+        place = int(places[0]) if len(places) else -1
+        return int(self.timesteps[place + 1]) if 0 <= place < len(self.timesteps) - 1 else -1
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
+        """Takes one step of the chain.
+
+        Args:
+            model_output: Prediction of the network `(B, C, H, W)`.
+            timestep: Diffusion step `t`, a point of the grid.
+            sample: `x_t` `(B, C, H, W)`.
+            generator: Source of the noise, one or one per image.
+            return_dict: Whether to return an object instead of `(x_s, x_0)`.
+
+        Raises:
+            ValueError: If the statistic is missing or the prediction type unknown.
+        """
+        t = int(timestep)
+        s = self.previous_timestep(t)
+        x_0 = self._predict_x0(model_output, t, sample)
+        if s < 0:
+            previous = x_0.clamp(-1, 1)  # as released: the last step always ends within the range of images
+        else:
+            a_t, a_s, k, variance = self._coefficients(t, s)
+            noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+            previous = a_s * x_0 + k * (sample - a_t * x_0) + math.sqrt(variance) * noise
+        return DDPMSchedulerOutput(prev_sample=previous, pred_original_sample=x_0) if return_dict else (previous, x_0)
+
+    def variance(self, timestep: int, previous: int) -> float:
+        """Returns the variance of the reverse step from `timestep` to `previous`."""
+        return self._coefficients(timestep, previous)[3]
+
+    def _coefficients(self, t: int, s: int) -> tuple[float, float, float, float]:
+        """Returns `a_t`, `a_s`, `k` and the variance of the step from `t` to `s`."""
+        cumulative_t, cumulative_s = float(self.alphas_cumprod[t]), float(self.alphas_cumprod[s])
+        a_t, a_s = math.sqrt(cumulative_t), math.sqrt(cumulative_s)
+        v_t, v_s = 1 - cumulative_t, 1 - cumulative_s
+        own = v_s * (1 - cumulative_t / cumulative_s) / v_t if self.config.form == "ddpm" else 0.0
+        k = math.sqrt((v_s - own) / v_t)
+        return a_t, a_s, k, self._variance(t, s, own, (a_s - k * a_t) ** 2)
+
+    def _variance(self, t: int, s: int, own: float, spread: float) -> float:
+        if self.gamma is None:
+            raise ValueError(
+                "Analytic-DPM needs the statistic Gamma of the network, and the checkpoint holds none; add it with "
+                "`python -m benchmark estimate-gamma`, or name a file: --model.scheduler.gamma FILE"
+            )
+        cumulative = float(self.alphas_cumprod[t])
+        covariance = min(max((1 - cumulative) / cumulative * (1 - float(self.gamma[t])), 0.0), 1.0)
+        variance = min(own + spread * covariance, 1.0)
+        return min(variance, LAST_VARIANCE) if s == 0 else variance
+
+    def _predict_x0(self, prediction: Tensor, t: int, x_t: Tensor) -> Tensor:
+        cumulative = float(self.alphas_cumprod[t])
+        a, sigma = math.sqrt(cumulative), math.sqrt(1 - cumulative)
+        kind = self.config.prediction_type
+        if kind == "epsilon":
+            x_0 = (x_t - sigma * prediction) / a
+        elif kind == "sample":
+            x_0 = prediction
+        elif kind == "v_prediction":
+            x_0 = a * x_t - sigma * prediction
+        else:
+            raise ValueError(f"prediction_type={kind!r}; give epsilon, sample or v_prediction")
+        return x_0.clamp(-1, 1) if self.config.clip_sample else x_0
+
+
+class StridedDDPMScheduler(AnalyticDPMScheduler):
+    """Strided ancestral sampler as released with SDDPM (`ddpm2`), kept to reproduce it.
+
+    Its steps have the right mean for their length but the variance of a single step, so that chains of fewer steps than
+    in training are too narrow. DDPMScheduler of diffusers has the right variance.
+
+    Args:
+        num_train_timesteps: Diffusion steps of training.
+        beta_start: First value of the noise schedule.
+        beta_end: Last value of the noise schedule.
+        beta_schedule: Noise schedule, as in DDPMScheduler.
+        prediction_type: What the network predicts: `epsilon`, `sample` or `v_prediction`.
+        clip_sample: Whether the predicted x_0 is clamped to [-1, 1].
+        variance_type: `fixed_large` (released default) or `fixed_small`.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        prediction_type: str = "epsilon",
+        clip_sample: bool = True,
+        variance_type: Literal["fixed_large", "fixed_small"] = "fixed_large",
+    ) -> None:
+        if variance_type not in ("fixed_large", "fixed_small"):
+            raise ValueError(f"variance_type={variance_type!r} is unknown; choose 'fixed_large' or 'fixed_small'")
+        super().__init__(num_train_timesteps, beta_start, beta_end, beta_schedule, prediction_type, clip_sample)
+        self.register_to_config(variance_type=variance_type)  # DDPMScheduler has put its own default there
+
+    def _variance(self, t: int, s: int, own: float, spread: float) -> float:
+        beta = float(self.betas[t])
+        if self.config.variance_type == "fixed_large":
+            return beta
+        return beta * (1 - float(self.alphas_cumprod[t - 1])) / (1 - float(self.alphas_cumprod[t]))
+
+
+@torch.no_grad()
+def estimate_gamma(
+    network: nn.Module,
+    scheduler: SchedulerMixin,
+    images: Tensor,
+    batch_size: int,
+    seed: int = 0,
+    progress: Callable[[Sequence[Tensor]], Iterable[Tensor]] = iter,
+) -> Tensor:
+    """Returns the statistic of a network, `Gamma_t` `(num_train_timesteps,)` in float64.
+
+    Args:
+        network: Takes `(B, C, H, W)` and steps `(B,)`, returns `(B, C, H, W)`.
+        scheduler: Noise schedule and prediction type.
+        images: Training images `(M, C, H, W)` in [-1, 1], on the device of the network.
+        batch_size: Images per network evaluation; steps share a batch where there are fewer images.
+        seed: Seed of the noise, fresh for each image and step.
+        progress: Wraps the batches to show how many are done.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    count, num_steps = len(images), scheduler.config.num_train_timesteps
+    cumulative = scheduler.alphas_cumprod.to(images)
+    sums = torch.zeros(num_steps, dtype=torch.float64, device=images.device)
+    for pairs in progress(torch.arange(count * num_steps, device=images.device).split(batch_size)):
+        t, chosen = pairs // count, images[pairs % count]
+        a, sigma = (part.sqrt().view(-1, 1, 1, 1) for part in (cumulative[t], 1 - cumulative[t]))
+        noise = torch.randn(chosen.shape, generator=generator, dtype=images.dtype).to(images.device)
+        x_t = a * chosen + sigma * noise
+        prediction = network(x_t, t).to(images.dtype)
+        if scheduler.config.prediction_type == "sample":
+            prediction = (x_t - a * prediction) / sigma
+        elif scheduler.config.prediction_type == "v_prediction":
+            prediction = a * prediction + sigma * x_t
+        sums.index_add_(0, t, prediction.double().square().flatten(1).sum(1))
+    return sums.cpu() / images.numel()
+
+
+def read_gamma(path: str | Path) -> Tensor:
+    """Reads a statistic from a file with one array.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it does not hold one array.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"--model.scheduler.gamma {path} is not a file; give .npy, .safetensors or .pt")
+    try:
+        if path.suffix == ".npy":
+            content = torch.from_numpy(np.load(path, allow_pickle=False))
+        elif path.suffix == ".safetensors":
+            (content,) = load_file(path).values()
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        return content.double().flatten()
+    except Exception as error:
+        raise ValueError(f"{path} holds no single array of numbers: {str(error).splitlines()[0]}") from None

@@ -1,0 +1,217 @@
+"""ANN-SNN: a quantised DDPM converted to a spiking network, and tuned block by block.
+
+J. Cao et al., "Spiking Diffusion Models", IEEE TAI 2024, https://arxiv.org/abs/2408.16467; authors' code
+https://github.com/AndyCao1125/SDM (its ANN2SNN part, after Fast-SNN, arXiv 2305.19868).
+
+Every quantised activation of `b` bits becomes a neuron that spikes over `T = 2^b - 1` steps; the weights stay. Training
+is the fine-tuning: block after block is brought closer to the same block of the ANN.
+
+Departures: spikes are unsigned by default, as published (the released code leaves signed ones on); sampling never drops
+activations (the released conversion script does); and the one update of `head` is kept, which the released code loses.
+As released, fine-tuning sees clean images and the steps 0 to `T - 1` alone, where the diffusion process was surely
+meant: `finetune_inputs="diffused"` is that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from diffusers import DDPMScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from systems import ddpm
+from systems.ann_unet import ANNUNet, BlockCall, quantised_relu
+from systems.base import OptimizerFactory
+from systems.checkpoints import check_state, read_trained
+from systems.ddpm import DDPM, check_bits
+from systems.gaussian import GaussianDiffusion
+from systems.neurons import ConvertedNeuron
+
+ADAM = partial(torch.optim.Adam, lr=1e-6)
+"""Optimiser of the released fine-tuning."""
+
+STEM = ("time_embedding", "head")
+"""Blocks that are tuned for one iteration, and that run once for all SNN time steps."""
+
+
+class ANNSNN(GaussianDiffusion):
+    """Converted spiking U-Net of Cao et al.
+
+    Training needs the DDPM and ends by itself, after one iteration of the time embedding, one of `head` and
+    `finetune_steps` of each other block but the tail. A checkpoint resumes in the block where it was written. Several
+    devices need `--trainer.strategy ddp_find_unused_parameters_true`, since one block has gradients at a time.
+
+    Args:
+        init_from: DDPM checkpoint that the fine-tuning starts from and is measured by.
+        in_channels: Image channels.
+        base_channels: Channels of the first level, a multiple of 32.
+        channel_mult: Channels of each level, as multiples of `base_channels`.
+        num_res_blocks: Residual blocks per level.
+        dropout: Probability that fine-tuning drops an activation; sampling never does.
+        activation_bits: Bits `b` of the DDPM's activations; the SNN time steps are `T = 2^b - 1`.
+        spikes: Without negative spikes (as published), with (as released), or without in the residual blocks and with
+            in time embedding and tail.
+        threshold: Factor on every firing threshold; values near 1 are threshold guidance.
+        finetune_steps: Iterations per block.
+        finetune_inputs: Clean images and steps below `T` (as released), or diffused ones and every diffusion step.
+        scheduler: Noise schedule and solver, a scheduler of diffusers.
+        num_inference_steps: Diffusion steps of the sampler.
+        eta: Noise of DDIM, from 0 to 1.
+        optimizer: Optimiser of the fine-tuning.
+    """
+
+    method = "ann-snn"
+    network: ANNUNet
+
+    def __init__(
+        self,
+        init_from: str | None = None,
+        in_channels: int = 3,
+        base_channels: int = 128,
+        channel_mult: Sequence[int] = (1, 2, 2, 2),
+        num_res_blocks: int = 2,
+        dropout: float = 0.1,
+        activation_bits: int = 2,
+        spikes: Literal["unsigned", "signed", "unsigned_blocks"] = "unsigned",
+        threshold: float = 1.0,
+        finetune_steps: int = 20_000,
+        finetune_inputs: Literal["clean", "diffused"] = "clean",
+        scheduler: SchedulerMixin | None = None,
+        num_inference_steps: int = 1000,
+        eta: float = 0.0,
+        optimizer: OptimizerFactory = ADAM,
+    ) -> None:
+        if isinstance(quantised_relu(activation_bits), nn.ReLU):
+            raise ValueError(
+                f"activation_bits={activation_bits}: a plain ReLU has no levels that spikes could count; train a DDPM "
+                "with --model.activation_bits 2 and convert that"
+            )
+        if finetune_steps < 1:
+            raise ValueError(f"finetune_steps={finetune_steps} iterations per block; give 1 or more")
+        scheduler = scheduler or DDPMScheduler(variance_type="fixed_large", clip_sample=False)
+        unet = partial(
+            ANNUNet,
+            in_channels=in_channels,
+            base_channels=base_channels,
+            channel_mult=channel_mult,
+            num_res_blocks=num_res_blocks,
+            num_train_timesteps=scheduler.config.num_train_timesteps,
+        )
+        self._ann = partial(unet, dropout=dropout, activation=partial(quantised_relu, activation_bits))
+        num_steps = 2**activation_bits - 1
+        network = unet(dropout=0, activation=partial(ConvertedNeuron, threshold=threshold), num_steps=num_steps)
+        super().__init__(network, scheduler, num_inference_steps, eta, optimizer, None)
+        self.num_steps = num_steps
+        self.init_from = init_from
+        self.threshold = threshold
+        self.activation_bits = activation_bits
+        self.finetune_steps = finetune_steps
+        self.finetune_inputs = finetune_inputs
+        self._reference: list[ANNUNet] = []  # in a list, so that it is no submodule and in no checkpoint
+        for name, module in network.named_modules():
+            if isinstance(module, ConvertedNeuron):
+                outside = name.startswith(("time_embedding.", "tail."))
+                module.signed = spikes == "signed" or (spikes == "unsigned_blocks" and outside)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the bits, which the weights do not tell."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["activation_bits"] = self.activation_bits
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint of another method, network, diffusion process or number of bits."""
+        super().on_load_checkpoint(checkpoint)
+        check_bits(checkpoint, self.activation_bits, "the checkpoint")
+
+    def setup(self, stage: str) -> None:
+        """Reads the ANN when fine-tuning starts, takes its weights unless resumed, and sets the end.
+
+        Raises:
+            ValueError: If `init_from` is not given.
+            CheckpointMismatchError: If it is of another method, size, diffusion process or number of bits.
+        """
+        if stage != "fit":
+            return
+        if self.init_from is None:
+            raise ValueError(
+                "fine-tuning needs the ANN that was converted; give --model.init_from DDPM_CHECKPOINT, or write the "
+                "whole configuration by `python -m benchmark convert DDPM_CHECKPOINT`"
+            )
+        checkpoint = read_trained(self.init_from, DDPM.method)
+        self.check_process(checkpoint, self.init_from)
+        check_bits(checkpoint, self.activation_bits, self.init_from)
+        prefix = "network."
+        state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+        check_state(state, self.network, self.init_from)
+        reference = self._ann().eval().requires_grad_(False)
+        reference.load_state_dict(state)
+        self._reference = [reference]
+        if not self.trainer.ckpt_path:
+            self.network.load_state_dict(state)
+        if not 0 <= self.trainer.max_steps <= self.total_steps:
+            self.trainer.fit_loop.epoch_loop.max_steps = self.total_steps
+
+    def on_fit_start(self) -> None:
+        """Moves the ANN to the device of the network."""
+        self._reference[0].to(self.device)
+
+    @property
+    def total_steps(self) -> int:
+        """Iterations of the whole fine-tuning."""
+        return len(STEM) + (len(self.network.block_names) - len(STEM)) * self.finetune_steps
+
+    def block_at(self, step: int) -> int:
+        """Index, among the network's `block_names`, of the block that iteration `step` tunes."""
+        return step if step < len(STEM) else len(STEM) + (step - len(STEM)) // self.finetune_steps
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Returns the loss of the block that is due.
+
+        The optimiser holds all blocks, but only that one has gradients: the others and their state do not move, which
+        equals a fresh optimiser for each block.
+        """
+        index = self.block_at(self.trainer.global_step)
+        x, t = batch, torch.randint(self.num_steps, (len(batch),), device=batch.device)
+        if self.finetune_inputs == "diffused":
+            t = torch.randint(self.scheduler.config.num_train_timesteps, (len(batch),), device=batch.device)
+            x = self.scheduler.add_noise(batch, torch.randn_like(batch), t)
+        loss = self.block_loss(self.network.block_names[index], x, t)
+        self.log_dict({"train/loss": loss, "train/block": float(index)}, prog_bar=True, batch_size=len(batch))
+        return loss
+
+    def block_loss(self, name: str, x: Tensor, t: Tensor) -> Tensor:
+        """Mean squared distance between a block's output, averaged over the SNN steps, and that of the ANN's block.
+
+        The ANN runs on its own features, the block on those of the SNN. Its gradient is that of the quantised block
+        with the SNN's weights, with dropout, at the averaged input (straight-through).
+
+        Args:
+            name: One of the network's `block_names`.
+            x: Images `(B, C, H, W)`.
+            t: Diffusion steps `(B,)`.
+        """
+        reference = self._reference[0]
+        with torch.no_grad():
+            target = _run_until(name, reference, x, t).output
+            spiking = _run_until(name, self.network, x, t)
+            inputs = spiking.inputs if name in STEM else tuple(map(self.network.mean, spiking.inputs))
+            value = self.network.mean(spiking.output)
+        weights: dict[str, Tensor] = dict(self.network.get_submodule(name).named_parameters())
+        block = reference.get_submodule(name).train()
+        output = torch.func.functional_call(block, weights, inputs)
+        block.eval()
+        return F.mse_loss(value + (output - output.detach()), target)
+
+
+def _run_until(name: str, network: ANNUNet, x: Tensor, t: Tensor) -> BlockCall:
+    return next(call for call in network.blocks(x, t) if call.name == name)
+
+
+def read_official(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Renames the tensors of a released converted network; see `systems.ddpm.read_official`."""
+    return ddpm.read_official({key.replace(".block.", "."): value for key, value in state.items()})

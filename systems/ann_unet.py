@@ -1,0 +1,300 @@
+"""U-Net with quantised activations, and the spiking network that it converts to: one network, two activations.
+
+J. Cao et al., "Spiking Diffusion Models", IEEE TAI 2024, https://arxiv.org/abs/2408.16467; authors' code
+https://github.com/AndyCao1125/SDM (its ANN2SNN part, after Fast-SNN, arXiv 2305.19868). Only activations are quantised,
+weights stay in full precision. Module names follow the released checkpoints.
+
+Axes: `T` SNN time steps (1 for the ANN), `B` images, `C` channels, `H`, `W` pixels. Tensors between the layers are
+`(T*B, ...)`, `T` outermost: convolutions, linear layers and group norms work on each step by itself, only a spiking
+activation looks along `T`. The image is a constant current and the output the mean over the steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from systems.neurons import SpikingNeuron
+from systems.spiking_unet import TimeEmbedding, assemble, check_images, fold, unfold
+
+GROUPS = 32
+"""Groups of every group norm."""
+
+PLAIN_BITS = 32
+"""Bits that stand for a plain ReLU."""
+
+ActivationFactory = Callable[[], nn.Module]
+
+
+class _Quantise(torch.autograd.Function):
+    """`(s/n) round(n clamp(relu(x)/s, 0, 1))`, ties to even, with straight-through gradients of `x` and `s`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, levels: int) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        ctx.levels = levels
+        return (x / scale).clamp(0, 1).mul(levels).round() * (scale / levels)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, scale = ctx.saved_tensors
+        ratio = x / scale
+        inside = (ratio > 0) & (ratio < 1)
+        error = (ratio.clamp(0, 1) * ctx.levels).round() / ctx.levels - ratio
+        above = (ratio >= 1).to(x.dtype)
+        return grad * inside, (grad * torch.where(inside, error, above)).sum().to(scale.dtype), None
+
+
+class QReLU(nn.Module):
+    """ReLU clipped at a learned value and rounded to `2^bits` levels.
+
+    With `n = 2^bits - 1` and the clip value `s` (`act_alpha`, 6.0 before training) it is
+    `(s/n) round(n clamp(relu(x)/s, 0, 1))`, half rounded to even. Gradients are straight-through: `dy/dx = 1` for
+    `0 < x < s`, else 0; `dy/ds` is the rounding error over `s` inside, 1 above and 0 below.
+
+    Args:
+        bits: Bits of the activation.
+
+    Shapes:
+        Any shape in and out.
+    """
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.levels = 2**bits - 1
+        self.act_alpha = nn.Parameter(torch.tensor(6.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns `x` clipped and rounded."""
+        return _Quantise.apply(x, self.act_alpha, self.levels)
+
+
+def quantised_relu(bits: int) -> nn.Module:
+    """Returns a `QReLU`, or a plain ReLU for 32 bits.
+
+    Raises:
+        ValueError: If it is none of 1 to 8, or 32.
+    """
+    if bits == PLAIN_BITS:
+        return nn.ReLU()
+    if not 1 <= bits <= 8:
+        raise ValueError(f"activation_bits={bits}; give 1 to 8, or {PLAIN_BITS} for a plain ReLU")
+    return QReLU(bits)
+
+
+class Chain(nn.Sequential):
+    """Layers in a row on `(T*B, ...)`; a spiking one is given `(T, B, ...)`."""
+
+    def __init__(self, num_steps: int, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self.num_steps = num_steps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the output of the last layer, folded."""
+        for layer in self:
+            x = fold(layer(unfold(x, self.num_steps))) if isinstance(layer, SpikingNeuron) else layer(x)
+        return x
+
+
+class StepTimeEmbedding(TimeEmbedding):
+    """Sinusoids of the diffusion step, linear layer, activation, linear layer; everything up to the activation once.
+
+    Shapes:
+        `(B,)` steps to `(T*B, 4 * channels)`.
+    """
+
+    def __init__(self, channels: int, num_train_timesteps: int, activation: nn.Module, num_steps: int) -> None:
+        super().__init__(channels, num_train_timesteps)
+        self.timembedding[2] = activation
+        self.num_steps = num_steps
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Returns the embedding `(T*B, 4 * channels)` of diffusion steps `t` `(B,)`."""
+        _, first, activation, second = self.timembedding
+        current = first(self.sinusoids(t)).repeat(self.num_steps, 1)
+        return Chain(self.num_steps, activation, second)(current)
+
+
+class ResBlock(nn.Module):
+    """Group norm, activation, convolution, twice, with the time embedding between and dropout before the second."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        temb_channels: int,
+        activation: ActivationFactory,
+        num_steps: int,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.block1 = Chain(
+            num_steps,
+            nn.GroupNorm(GROUPS, in_channels),
+            activation(),
+            nn.Conv2d(in_channels, out_channels, 3, padding=1),
+        )
+        self.temb_proj = Chain(num_steps, activation(), nn.Linear(temb_channels, out_channels))
+        self.block2 = Chain(
+            num_steps,
+            nn.GroupNorm(GROUPS, out_channels),
+            activation(),
+            nn.Dropout(dropout),
+            nn.Conv2d(out_channels, out_channels, 3, padding=1),
+        )
+        self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        """Returns `(T*B, out_channels, H, W)` of features `x` and the time embedding `temb` `(T*B, temb_channels)`."""
+        h = self.block1(x) + self.temb_proj(temb)[:, :, None, None]
+        return self.block2(h) + self.shortcut(x)
+
+
+class Downsample(nn.Module):
+    """Strided convolution of the real-valued features: halves `H` and `W`."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.main = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        """Returns `(T*B, C, H/2, W/2)`; `temb` is not used."""
+        return self.main(x)
+
+
+class Upsample(nn.Module):
+    """Nearest neighbour and convolution of the real-valued features: doubles `H` and `W`."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.main = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        """Returns `(T*B, C, 2H, 2W)`; `temb` is not used."""
+        return self.main(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class BlockCall(NamedTuple):
+    """One block of a forward pass: its module's name, and what went in and came out."""
+
+    name: str
+    inputs: tuple[Tensor, ...]
+    output: Tensor
+
+
+class ANNUNet(nn.Module):
+    """Predicts the noise in `x_t`, as an ANN with `num_steps = 1`, or converted, with spiking activations, over `T`.
+
+    Args:
+        in_channels: Image channels.
+        base_channels: Channels of the first level, a multiple of 32.
+        channel_mult: Channels of each level, as multiples of `base_channels`; each level but the last halves the image.
+        num_res_blocks: Residual blocks per level on the way down; one more on the way up.
+        dropout: Probability that training drops an activation before the second convolution of a residual block.
+        num_train_timesteps: Diffusion steps that the time embedding knows.
+        activation: Makes one activation.
+        num_steps: SNN time steps `T`, 1 for activations that do not spike.
+
+    Raises:
+        ValueError: If a size is out of range.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        base_channels: int = 128,
+        channel_mult: Sequence[int] = (1, 2, 2, 2),
+        num_res_blocks: int = 2,
+        dropout: float = 0.1,
+        num_train_timesteps: int = 1000,
+        activation: ActivationFactory = nn.ReLU,
+        num_steps: int = 1,
+    ) -> None:
+        super().__init__()
+        if base_channels < 1 or base_channels % GROUPS or not channel_mult or num_res_blocks < 1:
+            raise ValueError(
+                f"base_channels={base_channels}, channel_mult={list(channel_mult)}, num_res_blocks={num_res_blocks} "
+                f"make no U-Net; base_channels must be a multiple of {GROUPS} (the groups of its norms), channel_mult "
+                "not empty, num_res_blocks 1 or more"
+            )
+        self.in_channels = in_channels
+        self.num_steps = num_steps
+        self.num_levels = len(channel_mult)
+        tdim = 4 * base_channels
+        self.time_embedding = StepTimeEmbedding(base_channels, num_train_timesteps, activation(), num_steps)
+        self.head = nn.Conv2d(in_channels, base_channels, 3, padding=1)
+        self.downblocks, self.middleblocks, self.upblocks = assemble(
+            base_channels,
+            channel_mult,
+            num_res_blocks,
+            lambda channels, out_channels: ResBlock(channels, out_channels, tdim, activation, num_steps, dropout),
+            Downsample,
+            Upsample,
+        )
+        channels = channel_mult[0] * base_channels
+        self.tail = Chain(
+            num_steps,
+            nn.GroupNorm(GROUPS, channels),
+            activation(),
+            nn.Conv2d(channels, in_channels, 3, padding=1),
+        )
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Xavier uniform with zero bias; nearly zero in the last convolution of each residual block and of the tail."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.xavier_uniform_(module.weight, gain=1e-5 if name.endswith(("block2.3", "tail.2")) else 1.0)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Returns the predicted noise `(B, C, H, W)`.
+
+        Args:
+            x: Noisy images `(B, C, H, W)`; `H` and `W` multiples of `2^(levels - 1)`.
+            t: Diffusion steps `(B,)`, whole or real numbers below `num_train_timesteps`.
+
+        Raises:
+            ValueError: If the images do not fit the network.
+        """
+        for call in self.blocks(x, t):
+            h = call.output
+        return self.mean(self.tail(h))
+
+    def blocks(self, x: Tensor, t: Tensor) -> Iterator[BlockCall]:
+        """Runs the network block by block, up to the tail; who stops listening stops the computation.
+
+        Features and time embedding that enter and leave a block are `(T*B, ...)`; `t` and `x`, which enter the first
+        two, are `(B, ...)`. The skip is already concatenated to what enters a residual block of the way up.
+        """
+        check_images(x, self.in_channels, self.num_levels)
+        temb = self.time_embedding(t)
+        yield BlockCall("time_embedding", (t,), temb)
+        h = self.head(x).repeat(self.num_steps, 1, 1, 1)  # the image is the same in every step, so once is enough
+        yield BlockCall("head", (x,), h)
+        skips = [h]
+        for part in ("downblocks", "middleblocks", "upblocks"):
+            for name, block in self.get_submodule(part).named_children():
+                if part == "upblocks" and isinstance(block, ResBlock):
+                    h = torch.cat([h, skips.pop()], dim=1)
+                output = block(h, temb)
+                yield BlockCall(f"{part}.{name}", (h, temb), output)
+                h = output
+                if part == "downblocks":
+                    skips.append(h)
+
+    @property
+    def block_names(self) -> list[str]:
+        """Names of the blocks in the order of the forward pass."""
+        parts = ("downblocks", "middleblocks", "upblocks")
+        inner = [f"{part}.{name}" for part in parts for name, _ in self.get_submodule(part).named_children()]
+        return ["time_embedding", "head", *inner]
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Mean over the SNN time steps, `(T*B, ...)` to `(B, ...)`."""
+        return unfold(x, self.num_steps).mean(0)

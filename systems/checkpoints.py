@@ -1,0 +1,110 @@
+"""Checkpoint files: read without running code, checked against a network, written whole or not at all."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class CheckpointMismatchError(RuntimeError):
+    """A checkpoint does not belong to the method or network it is loaded into."""
+
+
+def load_checkpoint(path: str | Path) -> Any:
+    """Reads a file written by `torch.save`; nothing but tensors and plain values is unpickled.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it cannot be read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file; give a checkpoint")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint of tensors (truncated, or holding code): {reason}"
+        ) from None
+
+
+def save_checkpoint(content: Any, path: str | Path) -> None:
+    """Writes a file for `load_checkpoint`, so that a reader sees all of it or nothing."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        torch.save(content, part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_trained(path: str | Path, method: str) -> dict[str, Any]:
+    """Reads a checkpoint that the suite wrote while training, or imported, for one method.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it cannot be read.
+        CheckpointMismatchError: If it is not of the suite, or of another method.
+    """
+    content = load_checkpoint(path)
+    if not isinstance(content, dict) or "state_dict" not in content:
+        raise CheckpointMismatchError(
+            f"{path} is no checkpoint of the suite; for an authors' file use `python -m benchmark import` first"
+        )
+    check_method(content, method, str(path))
+    return content
+
+
+def check_method(checkpoint: Mapping[str, Any], method: str, source: str) -> None:
+    """Checks that a checkpoint belongs to a method, as far as it says.
+
+    Raises:
+        CheckpointMismatchError: If it belongs to another one.
+    """
+    found = checkpoint.get("method", method)
+    if found != method:
+        raise CheckpointMismatchError(
+            f"{source} is of method {found!r}, expected one of {method!r}; give such a checkpoint, or the "
+            f"configuration of {found!r}"
+        )
+
+
+def check_state(state: Mapping[str, Tensor], network: nn.Module, source: str) -> None:
+    """Checks that a state dict has exactly the tensors of a network.
+
+    Args:
+        state: Tensors by name.
+        network: The network they shall be loaded into.
+        source: What the state is, for the message.
+
+    Raises:
+        CheckpointMismatchError: If names are missing or unknown, or shapes differ; lists them.
+    """
+    own = network.state_dict()
+    problems = {
+        "missing": sorted(own.keys() - state.keys()),
+        "unknown": sorted(state.keys() - own.keys()),
+        "of another shape": [
+            f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+            for key in own
+            if key in state and state[key].shape != own[key].shape
+        ],
+    }
+    if any(problems.values()):
+        listing = "; ".join(
+            f"{len(names)} {kind}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+            for kind, names in problems.items()
+            if names
+        )
+        raise CheckpointMismatchError(
+            f"{source} does not fit the configured network ({listing}); use the configuration it was trained with, "
+            "for a run of the suite the config.yaml in its folder"
+        )

@@ -1,0 +1,126 @@
+"""DDPM: the ANN baseline, a U-Net without attention whose activations may be quantised for conversion to spikes.
+
+J. Ho, A. Jain, P. Abbeel, "Denoising Diffusion Probabilistic Models", NeurIPS 2020, https://arxiv.org/abs/2006.11239,
+as trained in J. Cao et al., "Spiking Diffusion Models", IEEE TAI 2024, https://arxiv.org/abs/2408.16467; authors' code
+https://github.com/AndyCao1125/SDM (its ANN2SNN part). Activations of 2 bits give the network that is converted
+(`systems/ann_snn.py`), 32 bits (plain ReLU) the one whose energy spiking networks are compared with.
+
+As released, the sampler leaves the predicted `x_0` unclamped (`clip_sample=False`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import Tensor
+
+from systems.ann_unet import PLAIN_BITS, ANNUNet, quantised_relu
+from systems.base import LRSchedulerFactory, OptimizerFactory
+from systems.checkpoints import CheckpointMismatchError, check_state
+from systems.gaussian import GaussianDiffusion
+from systems.sddpm import ADAM, read_size
+
+
+class DDPM(GaussianDiffusion):
+    """ANN noise predictor of Cao et al., the network before conversion.
+
+    Args:
+        in_channels: Image channels.
+        base_channels: Channels of the first level, a multiple of 32.
+        channel_mult: Channels of each level, as multiples of `base_channels`.
+        num_res_blocks: Residual blocks per level.
+        dropout: Probability that training drops an activation before the second convolution of a residual block.
+        activation_bits: Bits of every activation, 1 to 8 (published: 2); 32 is a plain ReLU.
+        scheduler: Noise schedule and solver, a scheduler of diffusers.
+        num_inference_steps: Diffusion steps of the sampler.
+        eta: Noise of DDIM, from 0 to 1.
+        optimizer: Optimiser.
+        lr_scheduler: Learning-rate schedule per step, e.g. LinearLR for a warm-up.
+    """
+
+    method = "ddpm"
+    num_steps = 1
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        base_channels: int = 128,
+        channel_mult: Sequence[int] = (1, 2, 2, 2),
+        num_res_blocks: int = 2,
+        dropout: float = 0.1,
+        activation_bits: int = 2,
+        scheduler: SchedulerMixin | None = None,
+        num_inference_steps: int = 1000,
+        eta: float = 0.0,
+        optimizer: OptimizerFactory = ADAM,
+        lr_scheduler: LRSchedulerFactory | None = None,
+    ) -> None:
+        scheduler = scheduler or DDPMScheduler(variance_type="fixed_large", clip_sample=False)
+        network = ANNUNet(
+            in_channels=in_channels,
+            base_channels=base_channels,
+            channel_mult=channel_mult,
+            num_res_blocks=num_res_blocks,
+            dropout=dropout,
+            num_train_timesteps=scheduler.config.num_train_timesteps,
+            activation=partial(quantised_relu, activation_bits),
+        )
+        super().__init__(network, scheduler, num_inference_steps, eta, optimizer, lr_scheduler)
+        self.activation_bits = activation_bits
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the bits, which the weights do not tell."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["activation_bits"] = self.activation_bits
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint of another method, network, diffusion process or number of bits."""
+        super().on_load_checkpoint(checkpoint)
+        check_bits(checkpoint, self.activation_bits, "the checkpoint")
+
+
+def check_bits(checkpoint: Mapping[str, Any], activation_bits: int, source: str) -> None:
+    """Checks that a checkpoint was trained with the configured activations, as far as it says.
+
+    Raises:
+        CheckpointMismatchError: If it was not.
+    """
+    trained = checkpoint.get("activation_bits", activation_bits)
+    if trained != activation_bits:
+        raise CheckpointMismatchError(
+            f"{source} was trained with activation_bits={trained}, configured are {activation_bits}; give "
+            f"--model.activation_bits {trained}"
+        )
+
+
+def read_official(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Renames the tensors of a released ANN checkpoint to those of `ANNUNet`.
+
+    Args:
+        state: Released state dict (`ema_model`); a `module.` prefix is dropped.
+
+    Returns:
+        The network's state dict, and its size as arguments of the system. `activation_bits` is among them for a plain
+        ReLU alone: the clip values do not tell the bits of a quantised network.
+
+    Raises:
+        KeyError: If it is not the state dict of such a network; names the first tensor it lacks.
+        CheckpointMismatchError: If a tensor is left over, missing or of another shape; lists them.
+    """
+    renamed = {key.removeprefix("module."): value for key, value in state.items()}
+    arguments = read_size(renamed, stem="head.weight", width="block1.2.bias")
+    bits = {} if "tail.1.act_alpha" in renamed else {"activation_bits": PLAIN_BITS}
+    num_train_timesteps = len(renamed["time_embedding.timembedding.0.weight"])
+    with torch.device("meta"):
+        network = ANNUNet(
+            **arguments,
+            num_train_timesteps=num_train_timesteps,
+            activation=partial(quantised_relu, bits.get("activation_bits", 2)),
+        )
+    check_state(renamed, network, "the official checkpoint")
+    return renamed, arguments | bits

@@ -1,0 +1,126 @@
+"""SDM: SDDPM's spiking U-Net with a learned factor per SNN time step on every convolution, fine-tuned from an SDDPM.
+
+J. Cao, H. Guo, Z. Wang, D. Zhou, H. Cheng, Q. Zhang, R. Xu, "Spiking Diffusion Models", IEEE TAI 2024,
+https://arxiv.org/abs/2408.16467; authors' code https://github.com/AndyCao1125/SDM.
+
+The temporal-wise spiking mechanism (TSM) scales the current of step `k` by `p[k]`, 1.0 before training, so that an SDM
+starts as the SDDPM it comes from. Weights and factors are trained together with a fresh optimiser for less than a tenth
+of the SDDPM's steps. The other parts of the paper belong to no single method: threshold guidance is the option
+`threshold`, the solvers are schedulers (`systems/analytic_dpm.py` and diffusers), the conversion of an ANN is
+`systems/ann_snn.py`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from systems import sddpm
+from systems.checkpoints import check_state, read_trained
+from systems.sddpm import SDDPM
+from systems.spiking_unet import SpikingUNet, TemporalConv2d
+
+
+class SDM(SDDPM):
+    """Spiking diffusion model with temporal-wise spiking of Cao et al.
+
+    Args:
+        init_from: SDDPM checkpoint to fine-tune, of the same size; none trains from scratch, as the paper does not.
+        **kwargs: Arguments of SDDPM; `num_steps` is fixed once trained.
+    """
+
+    method = "sdm"
+    temporal_scaling = True
+    network: SpikingUNet
+
+    def __init__(self, init_from: str | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.init_from = init_from
+        self._loaded = False
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Notes that training is resumed."""
+        super().on_load_checkpoint(checkpoint)
+        self._loaded = True
+
+    def on_fit_start(self) -> None:
+        """Takes the weights of the SDDPM when training starts, but not when it is resumed.
+
+        Raises:
+            CheckpointMismatchError: If the checkpoint is of another method, size or diffusion process.
+        """
+        if self._loaded:
+            return
+        if self.init_from is None:
+            warnings.warn(
+                "SDM trains from scratch; to fine-tune as published, give --model.init_from SDDPM_CHECKPOINT",
+                stacklevel=2,
+            )
+            return
+        checkpoint = read_trained(self.init_from, SDDPM.method)
+        self.check_process(checkpoint, self.init_from)
+        prefix = "network."
+        state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+        self.network.load_state_dict(from_sddpm(state, self.network, self.init_from))
+
+    def figures(self) -> dict[str, Figure]:
+        """Plots the learned factors by layer and SNN step."""
+        return {"temporal_factors": plot_factors(temporal_factors(self.network))}
+
+
+def read_official(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Renames the tensors of a released SDM checkpoint; see `systems.sddpm.read_official`."""
+    return sddpm.read_official(state, suffix=".tsmconv")
+
+
+def from_sddpm(state: Mapping[str, Tensor], network: SpikingUNet, source: str = "the SDDPM") -> dict[str, Tensor]:
+    """Turns the state dict of an SDDPM's network into that of an SDM's, with factors of 1.0.
+
+    Raises:
+        CheckpointMismatchError: If the networks differ in size.
+    """
+    state = dict(state)
+    for name, module in network.named_modules():
+        if isinstance(module, TemporalConv2d):
+            for part in ("weight", "bias"):
+                if f"{name}.{part}" in state:
+                    state[f"{name}.tsmconv.{part}"] = state.pop(f"{name}.{part}")
+            state[f"{name}.tsmp"] = torch.ones_like(module.tsmp)
+    check_state(state, network, source)
+    return state
+
+
+def temporal_factors(network: nn.Module) -> dict[str, Tensor]:
+    """Returns the factors `(T,)` of each convolution, in the order of the forward pass."""
+    return {
+        name: module.tsmp.detach().flatten().cpu()
+        for name, module in network.named_modules()
+        if isinstance(module, TemporalConv2d)
+    }
+
+
+def plot_factors(factors: Mapping[str, Tensor]) -> Figure:
+    """Draws the factors as a heat map of layers and steps, beside their mean and spread over the layers."""
+    values = torch.stack(list(factors.values()))  # (layers, T)
+    num_layers, num_steps = values.shape
+    figure = Figure(figsize=(3.2 + 0.7 * num_steps + 3.6, max(3.6, 1.2 + 0.16 * num_layers)), layout="constrained")
+    heat, line = figure.subplots(1, 2, width_ratios=[0.7 * num_steps, 3.6])
+    reach = max(float((values - 1).abs().max()), 1e-3)
+    image = heat.imshow(
+        values.numpy(), cmap="RdBu_r", vmin=1 - reach, vmax=1 + reach, aspect="auto", interpolation="nearest"
+    )
+    heat.set_xticks(range(num_steps), [str(k) for k in range(num_steps)])
+    heat.set_yticks(range(num_layers), list(factors), fontsize=7)
+    heat.set(xlabel="SNN step k", title="factor p[k] by layer")
+    figure.colorbar(image, ax=heat)
+    mean, spread = values.mean(0), values.std(0) if num_layers > 1 else torch.zeros(num_steps)
+    line.errorbar(range(num_steps), mean.numpy(), spread.numpy(), marker="o", capsize=4, color="tab:blue")
+    line.axhline(1, color="grey", linewidth=0.8, linestyle=":")
+    line.set_xticks(range(num_steps))
+    line.set(xlabel="SNN step k", ylabel="p[k]", title="mean and spread over layers")
+    return figure

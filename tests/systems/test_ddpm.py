@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+from systems import DDPM
+from systems.checkpoints import CheckpointMismatchError
+from systems.ddpm import read_official
+from systems.gaussian import double_tables
+
+Reference = Callable[[str], dict[str, Tensor]]
+
+
+def small(**arguments: Any) -> DDPM:
+    torch.manual_seed(0)
+    defaults = dict(in_channels=1, base_channels=32, channel_mult=(1,), num_res_blocks=1, num_inference_steps=3)
+    return DDPM(**(defaults | arguments)).eval()
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_official_checkpoint_is_read(prefix: str, reference: Reference) -> None:
+    recorded = reference("ann_snn_small.safetensors")
+    official = {k.replace("state.", prefix): v for k, v in recorded.items() if k.startswith("state.")}
+    state, size = read_official(official)
+    assert size == {"in_channels": 3, "base_channels": 32, "channel_mult": [1, 2], "num_res_blocks": 1}
+    system = DDPM(**size).eval()
+    system.network.load_state_dict(state)
+    with torch.no_grad():
+        output = system.network(recorded["input.x"], recorded["input.t"])
+    torch.testing.assert_close(output, recorded["output.ann"], rtol=0, atol=1e-5)
+
+
+def test_official_checkpoint_of_a_plain_network_says_so() -> None:
+    system = small(activation_bits=32)
+    assert read_official(system.network.state_dict())[1]["activation_bits"] == 32
+
+
+def test_sampler_reproduces_release(reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = reference("sampler_small.safetensors")
+    draws = iter(recorded["input.noise"])
+    monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, **__: next(draws))
+    scheduler = small(num_inference_steps=1000).scheduler
+    scheduler.set_timesteps(1000)
+    x = recorded["input.x_T"]
+    for t in scheduler.timesteps.tolist():
+        noise = 0.5 * x + 0.25 * torch.sin(3 * x) + 0.1 * t / 1000
+        x = scheduler.step(noise, t, x, return_dict=False)[0]
+    expected = recorded["output.ddpm_unclipped.1000.fixedlarge"]
+    torch.testing.assert_close(x.clamp(-1, 1), expected, rtol=0, atol=1e-5)
+
+
+def test_default_sampler_does_not_clamp() -> None:
+    assert not small().scheduler.config.clip_sample
+    assert torch.equal(small().scheduler.alphas_cumprod, double_tables(DDPMScheduler()).alphas_cumprod)
+    assert (small().num_steps, small().solver, small().nfe) == (1, "DDPM", 3)
+
+
+def test_training_lowers_the_loss_and_moves_a_clip_value() -> None:
+    system = small(dropout=0.0)
+    with torch.no_grad():
+        for parameter in system.network.parameters():
+            if parameter.dim() == 0:
+                parameter.fill_(2.0)
+    optimizer = torch.optim.Adam((p for p in system.parameters() if p.requires_grad), 1e-3)
+    images = torch.rand(16, 1, 8, 8) * 2 - 1
+    losses = []
+    for _ in range(15):
+        loss = system.loss(images, torch.Generator().manual_seed(0))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.9 * losses[0]
+    assert float(system.network.tail[1].act_alpha.detach()) != 2.0
+
+
+def test_checkpoint_of_other_bits_is_refused() -> None:
+    checkpoint: dict[str, Any] = {"state_dict": small().state_dict()}
+    small().on_save_checkpoint(checkpoint)
+    small().on_load_checkpoint(checkpoint)
+    with pytest.raises(CheckpointMismatchError, match="trained with activation_bits=2, configured are 3"):
+        small(activation_bits=3).on_load_checkpoint(checkpoint)
