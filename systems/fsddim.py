@@ -25,6 +25,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from systems.base import DiffusionSystem, LRSchedulerFactory, OptimizerFactory
+from systems.checkpoints import check_state
 from systems.fsddim_fused import FusedRecurrence
 from systems.fsddim_unet import FSDDIMUNet, Norm
 from systems.neurons import SpikingNeuron, get_surrogate
@@ -294,6 +295,7 @@ def read_official(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[
 
     Raises:
         KeyError: If it is not the state dict of such a network; names the first tensor it lacks.
+        CheckpointMismatchError: If a tensor is left over, missing or of another shape; lists them.
     """
     base_channels, in_channels = state["conv_in.weight"].shape[:2]
     num_res_blocks = 0
@@ -318,4 +320,7 @@ def read_official(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[
         "num_train_timesteps": len(state["pe"]),
         "activate_first_conv": "conv_in.bn.weight" in state,
     }
+    with torch.device("meta"):
+        network = FSDDIM(**arguments, num_inference_steps=1).network
+    check_state(tensors, network, "the official checkpoint")
     return tensors, arguments
