@@ -312,7 +312,7 @@ def read_official(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[
         key.replace("conv_in.bn.", "bn_in."): value.squeeze(-1) if value.dim() == 5 else value
         for key, value in state.items()
     }
-    arguments = {
+    arguments: dict[str, Any] = {
         "in_channels": in_channels,
         "base_channels": base_channels,
         "channel_mult": [end // base_channels for end in ends],
