@@ -2,7 +2,8 @@
 
 from systems.ann_snn import ANNSNN
 from systems.ddpm import DDPM
+from systems.fsddim import FSDDIM
 from systems.sddpm import SDDPM
 from systems.sdm import SDM
 
-__all__ = ["SDDPM", "SDM", "DDPM", "ANNSNN"]
+__all__ = ["SDDPM", "SDM", "FSDDIM", "DDPM", "ANNSNN"]
