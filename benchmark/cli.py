@@ -20,6 +20,7 @@ COMMANDS = {
     "convert": ("benchmark.convert:convert", "turn a quantised DDPM into a spiking network"),
     "leaderboard": ("leaderboard.table:leaderboard", "show the records as tables"),
     "train-extractor": ("leaderboard.train_extractor:train_extractor", "train the suite's own feature extractor"),
+    "activity": ("benchmark.activity:activity", "draw spikes per layer and diffusion step, and a denoising strip"),
     "loader-speed": ("benchmark.loader_speed:loader_speed", "measure the train loader, in images/s"),
     "neuron-speed": ("benchmark.neuron_speed:neuron_speed", "measure the neuron against snnTorch stepped by hand"),
 }

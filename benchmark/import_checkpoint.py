@@ -11,11 +11,14 @@ import torch
 
 from systems.checkpoints import load_checkpoint, save_checkpoint
 
+ENTRIES = ("ema_model", "net_model", "model_state_dict")
+"""Where official files keep the network, averaged weights first."""
+
 
 def import_checkpoint(
     checkpoint: str,
     output: str,
-    method: Literal["sddpm", "sdm", "ddpm", "ann_snn", "spiking_diffusion"] = "sddpm",
+    method: Literal["sddpm", "sdm", "ddpm", "ann_snn", "fsddim", "spiking_diffusion"] = "sddpm",
     denoiser: str | None = None,
 ) -> None:
     """Turns an authors' checkpoint into one that `test` and `predict` accept.
@@ -23,7 +26,8 @@ def import_checkpoint(
     Every tensor must find its place: unknown and missing ones are listed. Nothing but tensors is unpickled.
 
     Args:
-        checkpoint: Official file: a dict with `ema_model` (taken first) or `net_model`, or its state dict alone.
+        checkpoint: Official file: a dict with `ema_model` (taken first), `net_model` or `model_state_dict`, or a state
+            dict alone.
         output: File to write (.ckpt).
         method: Method the checkpoint belongs to.
         denoiser: Second file, of spiking_diffusion; diff_result/diff_model.pth beside the first if not given.
@@ -66,7 +70,7 @@ def import_checkpoint(
 
 def _state(content: Any, source: str) -> dict[str, torch.Tensor]:
     if isinstance(content, dict):
-        content = content.get("ema_model", content.get("net_model", content))
+        content = next((content[entry] for entry in ENTRIES if entry in content), content)
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise ValueError(f"{source} holds no state dict; expected a dict with `net_model`, or tensors by name")
+        raise ValueError(f"{source} holds no state dict; expected one of {', '.join(ENTRIES)}, or tensors by name")
     return content

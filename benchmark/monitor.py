@@ -71,8 +71,12 @@ class TrainingMonitor(Callback):
         self._clock = self._seconds = 0.0  # of training alone, without validation and pictures between epochs
         self._images = 0
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the clock; training resumed within an epoch does not start that epoch again."""
+        self._clock = time.perf_counter()
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts the clock."""
+        """Starts the clock again, after what came between epochs."""
         self._clock = time.perf_counter()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Tensor, batch_idx: int) -> None:

@@ -7,6 +7,8 @@ Rules, for each call of a convolution or linear layer with `D` dense connections
   the layer has a bias. Border taps count as if every input element reached all of them.
 - Any other input: `D` multiply-accumulates (MAC), also that of quantised activations of several levels.
 
+A layer called with several inputs concatenates their channels; each is then judged by itself, with its share of `D`.
+
 A static image that a stem convolution sees once, before it is repeated over the SNN time steps, is counted once.
 Neuron updates and attention products are not counted, nor is batch normalisation, which folds into the weights.
 
@@ -16,6 +18,7 @@ Energy at 45 nm (Horowitz, ISSCC 2014, https://doi.org/10.1109/ISSCC.2014.675732
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -42,19 +45,24 @@ class _Connections:
     counts: Tensor | None = None
     dense: int = 0
 
-    def add(self, layer: nn.Module, x: Tensor, out: Tensor, heights: Tensor) -> None:
+    def add(self, layer: nn.Module, inputs: Sequence[Tensor], out: Tensor, heights: Tensor) -> None:
         weight, bias = layer.weight, layer.bias
         assert isinstance(weight, Tensor)
+        elements = sum(x.numel() for x in inputs)
         # weight[0] holds the taps of an output element, or of an input element where the convolution is transposed
-        dense = math.prod(weight.shape[1:]) * (x if isinstance(layer, _TRANSPOSED) else out).numel()
-        height = x.abs().amax()
-        is_spikes = ((x == 0) | (x.abs() == height)).all() & torch.isin(height, heights.to(height))
-        sops = dense * (x != 0).sum(dtype=torch.float64) / max(x.numel(), 1)
-        accumulates = sops + (out.numel() if bias is not None else 0)
-        zero, all_dense = torch.zeros_like(sops), torch.full_like(sops, dense)
-        spiking = torch.stack([all_dense, sops, zero, accumulates])
-        real = torch.stack([zero, zero, all_dense, zero])
-        counts = torch.where(is_spikes, spiking, real)
+        dense = math.prod(weight.shape[1:]) * (elements if isinstance(layer, _TRANSPOSED) else out.numel())
+        counts = torch.zeros(4, dtype=torch.float64, device=out.device)
+        for x in inputs:
+            share = dense * x.numel() / max(elements, 1)
+            height = x.abs().amax()
+            is_spikes = ((x == 0) | (x.abs() == height)).all() & torch.isin(height, heights.to(height))
+            sops = share * (x != 0).sum(dtype=torch.float64) / max(x.numel(), 1)
+            zero, all_dense = torch.zeros_like(sops), torch.full_like(sops, share)
+            spiking = torch.stack([all_dense, sops, zero, sops])
+            real = torch.stack([zero, zero, all_dense, zero])
+            counts += torch.where(is_spikes, spiking, real)
+        if bias is not None:
+            counts[3] += out.numel() * (counts[0] > 0)
         self.counts = counts if self.counts is None else self.counts + counts
         self.dense += dense
 
@@ -119,8 +127,8 @@ class CostMeter:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
             if self._first_convolution is None and isinstance(module, _CONVOLUTIONS):
                 self._first_convolution = name
-            x = args[0] if args else kwargs["input"]
-            self._connections.setdefault(name, _Connections()).add(module, x, out, self._heights)
+            inputs = args or (kwargs["input"],)
+            self._connections.setdefault(name, _Connections()).add(module, inputs, out, self._heights)
 
         return hook
 

@@ -19,6 +19,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from leaderboard.cost import CostMeter
+from leaderboard.fad import FrechetAutoencoderDistance
 from leaderboard.features import load_extractor
 from leaderboard.metrics import GenerationMetrics
 from leaderboard.pictures import enlargement, grid, save_png
@@ -42,6 +43,8 @@ class Evaluation(Callback):
         extractor: File of another small extractor made by `train-extractor`, for offline-v1.
         variant: Name that tells this entry from others of the same method.
         grid_images: Generated images in the saved grid.
+        fad_dir: Folder of the published autoencoders (`stat_checkpoints/`, `stats/`): adds both Fréchet autoencoder
+            distances, for MNIST and Fashion-MNIST.
     """
 
     def __init__(
@@ -51,12 +54,15 @@ class Evaluation(Callback):
         extractor: str | None = None,
         variant: str = "default",
         grid_images: int = 64,
+        fad_dir: str | None = None,
     ) -> None:
         self.protocol = PROTOCOLS[protocol]
         self.inception_weights = inception_weights
         self.extractor = extractor
         self.variant = variant
         self.grid_images = grid_images
+        self.fad_dir = fad_dir
+        self.fad: FrechetAutoencoderDistance | None = None
         self.config: dict[str, Any] = {}
         """Resolved configuration of the command, for the record."""
         self.record: Record | None = None
@@ -70,6 +76,10 @@ class Evaluation(Callback):
         extractor = load_extractor(self.extractor or self.protocol.extractor, data.name, self.inception_weights)
         self.metrics = GenerationMetrics(extractor, self.protocol.metrics_for(data.name), self.protocol)
         self.metrics.to(pl_module.device)
+        if self.fad_dir is not None:
+            groups = self.protocol.jackknife_groups
+            self.fad = FrechetAutoencoderDistance(data.name, self.fad_dir, groups, trainer.is_global_zero)
+            self.fad.to(pl_module.device)
         total = data.num_reference(self.protocol.reference_split)
         start = 0
         batches = data.reference_batches(self.protocol.reference_split)
@@ -77,6 +87,8 @@ class Evaluation(Callback):
             if i % trainer.world_size == trainer.global_rank:
                 indices = torch.arange(start, start + len(batch))
                 self.metrics.update_reference(batch.to(pl_module.device), indices)
+                if self.fad is not None:
+                    self.fad.update_reference(batch.to(pl_module.device))
             start += len(batch)
         assert start == total, f"the reference split has {total} images but yielded {start}"
         self._first: list[Tensor] = []
@@ -107,11 +119,13 @@ class Evaluation(Callback):
         self._sampling_seconds += time.perf_counter() - self._batch_started
         self._images += len(images)
         self.metrics.update_generated(images, batch - data.sample_seed)
+        if self.fad is not None:
+            self.fad.update_generated(images, batch - data.sample_seed)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Computes the metrics, writes record and grid, and prints the result."""
         self.meter.__exit__(None, None, None)
-        metrics = self.metrics.compute()
+        metrics = self.metrics.compute() | (self.fad.compute() if self.fad is not None else {})
         if not trainer.is_global_zero:
             return
         metrics |= self._reconstruction(trainer, cast(Any, pl_module))

@@ -54,7 +54,7 @@ class Extractor(nn.Module, ABC):
                 f"extractor {self.name!r} got {images.dtype} images of shape {tuple(images.shape)}; it takes uint8 "
                 "(B, C, H, W), so quantise the samples first"
             )
-        with torch.no_grad(), _full_precision(images.device.type):
+        with torch.no_grad(), full_precision(images.device.type):
             return self.extract(images)
 
     @abstractmethod
@@ -210,7 +210,7 @@ def training_command(data: str) -> str:
 
 
 @contextmanager
-def _full_precision(device_type: str) -> Iterator[None]:
+def full_precision(device_type: str) -> Iterator[None]:
     """Keeps mixed precision and TF32 convolutions, fine for a model under test, out of the measurement."""
     allowed = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False

@@ -2,8 +2,9 @@
 
 from systems.ann_snn import ANNSNN
 from systems.ddpm import DDPM
+from systems.fsddim import FSDDIM
 from systems.sddpm import SDDPM
 from systems.sdm import SDM
 from systems.spiking_diffusion import SpikingDiffusion
 
-__all__ = ["SDDPM", "SDM", "DDPM", "ANNSNN", "SpikingDiffusion"]
+__all__ = ["SDDPM", "SDM", "FSDDIM", "DDPM", "ANNSNN", "SpikingDiffusion"]

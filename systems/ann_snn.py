@@ -28,8 +28,7 @@ from systems import ddpm
 from systems.ann_unet import ANNUNet, BlockCall, quantised_relu
 from systems.base import OptimizerFactory
 from systems.checkpoints import check_state, read_trained
-from systems.ddpm import DDPM, check_bits
-from systems.gaussian import GaussianDiffusion
+from systems.ddpm import DDPM, QuantisedDiffusion, check_bits
 from systems.neurons import ConvertedNeuron
 
 ADAM = partial(torch.optim.Adam, lr=1e-6)
@@ -39,7 +38,7 @@ STEM = ("time_embedding", "head")
 """Blocks that are tuned for one iteration, and that run once for all SNN time steps."""
 
 
-class ANNSNN(GaussianDiffusion):
+class ANNSNN(QuantisedDiffusion):
     """Converted spiking U-Net of Cao et al.
 
     Training needs the DDPM and ends by itself, after one iteration of the time embedding, one of `head` and
@@ -117,16 +116,6 @@ class ANNSNN(GaussianDiffusion):
             if isinstance(module, ConvertedNeuron):
                 outside = name.startswith(("time_embedding.", "tail."))
                 module.signed = spikes == "signed" or (spikes == "unsigned_blocks" and outside)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the bits, which the weights do not tell."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["activation_bits"] = self.activation_bits
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of another method, network, diffusion process or number of bits."""
-        super().on_load_checkpoint(checkpoint)
-        check_bits(checkpoint, self.activation_bits, "the checkpoint")
 
     def setup(self, stage: str) -> None:
         """Reads the ANN when fine-tuning starts, takes its weights unless resumed, and sets the end.

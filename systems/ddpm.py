@@ -26,7 +26,23 @@ from systems.gaussian import GaussianDiffusion
 from systems.sddpm import ADAM, read_size
 
 
-class DDPM(GaussianDiffusion):
+class QuantisedDiffusion(GaussianDiffusion):
+    """Gaussian diffusion whose checkpoints tell the bits of the activations, which the weights do not."""
+
+    activation_bits: int
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the bits, which the weights do not tell."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["activation_bits"] = self.activation_bits
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint of another method, network, diffusion process or number of bits."""
+        super().on_load_checkpoint(checkpoint)
+        check_bits(checkpoint, self.activation_bits, "the checkpoint")
+
+
+class DDPM(QuantisedDiffusion):
     """ANN noise predictor of Cao et al., the network before conversion.
 
     Args:
@@ -72,16 +88,6 @@ class DDPM(GaussianDiffusion):
         )
         super().__init__(network, scheduler, num_inference_steps, eta, optimizer, lr_scheduler)
         self.activation_bits = activation_bits
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the bits, which the weights do not tell."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["activation_bits"] = self.activation_bits
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of another method, network, diffusion process or number of bits."""
-        super().on_load_checkpoint(checkpoint)
-        check_bits(checkpoint, self.activation_bits, "the checkpoint")
 
 
 def check_bits(checkpoint: Mapping[str, Any], activation_bits: int, source: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmark.cli import main
 from leaderboard.records import read_record
-from systems import DDPM, SDDPM, neurons
+from systems import DDPM, FSDDIM, SDDPM, SDM, neurons
 from systems.checkpoints import CheckpointMismatchError
 from systems.spiking_unet import SpikingUNet
 
@@ -53,16 +53,44 @@ def test_imported_checkpoint_is_tested_and_predicted(tmp_path: Path) -> None:
     assert list(tmp_path.glob("runs/*/samples/000019.png"))
 
 
-def test_reference_network_survives_the_import(tmp_path: Path, reference: Callable[[str], dict[str, Tensor]]) -> None:
-    recorded = reference("sddpm_small.safetensors")
+@pytest.mark.parametrize(("method", "file"), [("sddpm", "sddpm_small"), ("sdm", "sdm_tsm_small")])
+def test_reference_network_survives_the_import(
+    method: str,
+    file: str,
+    tmp_path: Path,
+    reference: Callable[[str], dict[str, Tensor]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recorded = reference(f"{file}.safetensors")
     state = {key.removeprefix("state."): value for key, value in recorded.items() if key.startswith("state.")}
-    output = tmp_path / "out.ckpt"
-    main(["import", save({"net_model": state}, tmp_path / "official.pt"), str(output)])
-    system = SDDPM(in_channels=1, base_channels=32, channel_mult=(1, 2), num_res_blocks=1).eval()
-    system.load_state_dict(torch.load(output, weights_only=True)["state_dict"])
+    source, output = save({"net_model": state}, tmp_path / "official.pt"), tmp_path / "out.ckpt"
+    main(["import", f"--method={method}", source, str(output)])
+    assert "--model.base_channels 32 --model.channel_mult '[1, 2]'" in capsys.readouterr().out
+    kind = {"sddpm": SDDPM, "sdm": SDM}[method]
+    system = kind(in_channels=1, base_channels=32, channel_mult=(1, 2), num_res_blocks=1).eval()
+    checkpoint = torch.load(output, weights_only=True)
+    system.on_load_checkpoint(checkpoint)
+    system.load_state_dict(checkpoint["state_dict"])
     with torch.no_grad():
         prediction = system.network(recorded["input.x"], recorded["input.t"])
     torch.testing.assert_close(prediction, recorded["output.eval"], rtol=0, atol=1e-5)
+    other = {"sddpm": "sdm", "sdm": "sddpm"}[method]
+    with pytest.raises(ValueError, match=f"is no {other} network: 'conv"):
+        main(["import", f"--method={other}", source, str(tmp_path / "other.ckpt")])
+
+
+def test_reference_fsddim_survives_the_import(tmp_path: Path, reference: Callable[[str], dict[str, Tensor]]) -> None:
+    recorded = reference("fsddim_small.safetensors")
+    state = {key.removeprefix("state."): value for key, value in recorded.items() if key.startswith("state.")}
+    source, output = save({"model_state_dict": state, "epoch": 3}, tmp_path / "official.pt"), tmp_path / "out.ckpt"
+    main(["import", "--method=fsddim", source, str(output)])
+    system = FSDDIM(in_channels=1, base_channels=32, channel_mult=(1, 2), num_steps=4, norm="tdbn").eval()
+    checkpoint = torch.load(output, weights_only=True)
+    system.on_load_checkpoint(checkpoint)
+    system.load_state_dict(checkpoint["state_dict"])
+    with torch.no_grad():
+        prediction = system.network(recorded["input.x"].movedim(-1, 0), recorded["input.t"])
+    torch.testing.assert_close(prediction.movedim(0, -1), recorded["output.eval"], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["ddpm", "ann_snn"])

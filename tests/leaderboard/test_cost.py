@@ -202,3 +202,25 @@ def test_errors_say_what_to_do() -> None:
         meter.result(1, 1)
     with pytest.raises(ValueError, match="num_images=0; give the number of images"):
         meter.result(0, 1)
+
+
+@pytest.mark.parametrize(("second", "macs"), [(spikes(1, 2, 4, 4), 0), (torch.full((1, 2, 4, 4), 0.5), 2 * 3 * 16)])
+def test_concatenated_inputs_are_judged_one_by_one(second: Tensor, macs: int) -> None:
+    class Concatenating(nn.Conv2d):
+        def forward(self, *parts: Tensor) -> Tensor:
+            return super().forward(torch.cat(parts, dim=1))
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = Concatenating(6, 3, 1)
+
+        def forward(self, first: Tensor) -> None:
+            self.conv(first, second)
+
+    first = spikes(1, 4, 4, 4, seed=1)
+    cost = measure(Net(), first)
+    spiking = first.sum() + (0 if macs else second.sum())
+    assert cost.sops == pytest.approx(float(spiking) * 3)
+    assert cost.acs == pytest.approx(float(spiking) * 3 + 3 * 16)  # the bias once
+    assert cost.macs == macs

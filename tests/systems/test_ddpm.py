@@ -42,9 +42,9 @@ def test_official_checkpoint_of_a_plain_network_says_so() -> None:
 
 def test_sampler_reproduces_release(reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
     recorded = reference("sampler_small.safetensors")
+    scheduler = small(num_inference_steps=1000).scheduler
     draws = iter(recorded["input.noise"])
     monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, **__: next(draws))
-    scheduler = small(num_inference_steps=1000).scheduler
     scheduler.set_timesteps(1000)
     x = recorded["input.x_T"]
     for t in scheduler.timesteps.tolist():

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from recordings import check_firing_rates, check_gradients_and_statistics
 from torch import Tensor
 
 from systems.neurons import SpikingNeuron, set_threshold
@@ -47,38 +48,13 @@ def test_reproduces_threshold_guidance(network: SpikingUNet, recorded: dict[str,
 
 
 def test_reproduces_gradients_and_statistics(network: SpikingUNet, recorded: dict[str, Tensor]) -> None:
-    network.train()
-    x = recorded["input.x"].clone().requires_grad_()
-    network(x, recorded["input.t"]).square().sum().backward()
-
-    def relative(ours: Tensor, theirs: Tensor) -> float:
-        return float((ours - theirs).norm() / theirs.norm().clamp(min=1e-3))
-
-    assert x.grad is not None
-    assert relative(x.grad, recorded["grad.input_train"]) < 1e-4
-    grads = {k.removeprefix("grad.param_train."): v for k, v in recorded.items() if k.startswith("grad.param_train.")}
-    parameters = dict(network.named_parameters())
-    assert grads
-    for name, grad in grads.items():
-        ours = parameters[name].grad
-        assert ours is not None
-        assert relative(ours.view(grad.shape), grad) < 1e-4, name
-    statistics = {k.removeprefix("after_train."): v for k, v in recorded.items() if k.startswith("after_train.")}
-    assert statistics
-    for name, value in statistics.items():
-        torch.testing.assert_close(network.get_buffer(name), value, rtol=1e-5, atol=1e-6, msg=name)
+    assert any(key.startswith("grad.param_train.") for key in recorded)
+    check_gradients_and_statistics(network, recorded)
 
 
 def test_reproduces_firing_rates(network: SpikingUNet, recorded: dict[str, Tensor]) -> None:
-    network.eval()
-    rates: list[Tensor] = []
-    for module in network.modules():
-        if isinstance(module, SpikingNeuron):
-            module.register_forward_hook(lambda m, i, spikes: rates.append(spikes.mean()))
-    network(recorded["input.x"], recorded["input.t"])
-    expected = torch.stack([v for k, v in recorded.items() if k.startswith("rate.eval.")])
-    assert len(rates) == len(expected) == 19
-    torch.testing.assert_close(torch.stack(rates).sort().values, expected.flatten().sort().values, rtol=0, atol=1e-6)
+    assert any(key.startswith("rate.eval.") for key in recorded)
+    check_firing_rates(network, recorded)
 
 
 @pytest.mark.parametrize(("channels", "count"), [(3, 66_696_413), (1, 66_691_725)])

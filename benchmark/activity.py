@@ -1,0 +1,210 @@
+"""`python -m benchmark activity`: where and when a trained network spikes while it generates, as pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor, nn
+
+from benchmark.runs import RUNS, find_checkpoint, newest_run, run_of
+from datamodules import ImageDataModule
+from systems import FSDDIM
+from systems.base import DiffusionSystem
+from systems.checkpoints import read_trained
+from systems.neurons import SpikingNeuron
+
+
+def activity(
+    ckpt_path: str | None = None,
+    num_images: int = 16,
+    num_inference_steps: int = 50,
+    seed: int = 0,
+    output: str | None = None,
+) -> None:
+    """Draws spikes per layer and diffusion step of a sampling run, and a denoising strip.
+
+    The strip of a method that denoises currents (FSDDIM) shows those of every SNN step, their mean, which is the
+    decoded image, and their spread in numbers; that of any other method shows a few images.
+
+    Args:
+        ckpt_path: Checkpoint in its run folder; none takes the last one of the newest run under runs/.
+        num_images: Images that the spikes are averaged over.
+        num_inference_steps: Diffusion steps of the sampler, at most as many as the run has.
+        seed: Seed of the first image; the strip of currents shows that image.
+        output: Folder of the pictures; `activity/` in the run folder if not given.
+
+    Raises:
+        FileNotFoundError: If there is no such run or checkpoint.
+        ValueError: If the checkpoint lies in no run folder, or a number is too small.
+    """
+    for name, number in (("num_images", num_images), ("num_inference_steps", num_inference_steps)):
+        if number < 1:
+            raise ValueError(f"{name}={number}; give 1 or more")
+    checkpoint = Path(ckpt_path) if ckpt_path is not None else find_checkpoint(newest_run(RUNS))
+    system, data = load_run(checkpoint)
+    system.to("cuda" if torch.cuda.is_available() else "cpu")
+    system.num_inference_steps = min(num_inference_steps, system.num_inference_steps)
+    seeds = torch.arange(seed, seed + num_images)
+    spikes = measure_spikes(system, seeds, data.image_shape)
+    folder = Path(output) if output is not None else checkpoint.parent.parent / "activity"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, figure in (
+        ("spikes", draw_spikes(spikes, f"{system.method}, {data.title}, {system.solver}, T={system.num_steps}")),
+        ("denoising", draw_denoising(system, data, seeds[:6])),
+    ):
+        figure.savefig(folder / f"{name}.png", dpi=150)
+        print(f"{folder / name}.png")
+
+
+def load_run(checkpoint: Path) -> tuple[DiffusionSystem, ImageDataModule]:
+    """Builds the system of a run with the weights of one of its checkpoints, ready to sample, and its datamodule.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint.
+        ValueError: If it lies in no run folder.
+    """
+    if not checkpoint.is_file():
+        raise FileNotFoundError(f"--ckpt_path {checkpoint} is not a file; give a checkpoint (*.ckpt)")
+    run = run_of(checkpoint)
+    if run is None:
+        raise ValueError(f"--ckpt_path {checkpoint} lies in no run folder; give one under runs/RUN/checkpoints/")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(DiffusionSystem, "model")
+    parser.add_subclass_arguments(ImageDataModule, "data")
+    built = parser.instantiate_classes(parser.parse_object({key: config[key] for key in ("model", "data")}))
+    system: DiffusionSystem = built.model
+    content = read_trained(checkpoint, system.method)
+    system.on_load_checkpoint(content)
+    system.load_state_dict(content["state_dict"])
+    return system.eval(), built.data
+
+
+@dataclass
+class SpikeCounts:
+    """Spikes of each neuron layer at each diffusion step, layers in the order in which they first fire.
+
+    Args:
+        spikes: For each layer, its spikes per image at each diffusion step.
+        neurons: For each layer, its neurons times SNN steps, per image and diffusion step.
+    """
+
+    spikes: dict[str, list[float]] = field(default_factory=dict)
+    neurons: dict[str, float] = field(default_factory=dict)
+
+    def rates(self) -> Tensor:
+        """Firing rates `(layers, diffusion steps)`."""
+        counts = torch.tensor(list(self.spikes.values()), dtype=torch.float64)
+        return counts / torch.tensor(list(self.neurons.values()), dtype=torch.float64)[:, None]
+
+
+@contextmanager
+def _watch(network: nn.Module) -> Iterator[dict[str, tuple[Tensor, int]]]:
+    """Sums the spikes and the elements of each neuron layer; the caller may empty the sums at any time."""
+    sums: dict[str, tuple[Tensor, int]] = {}
+
+    def hook_of(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, spikes: Tensor) -> None:
+            total, elements = sums.get(name, (spikes.new_zeros((), dtype=torch.float64), 0))
+            sums[name] = (total + (spikes != 0).sum(dtype=torch.float64), elements + spikes.numel())
+
+        return hook
+
+    neurons = [(name, module) for name, module in network.named_modules() if isinstance(module, SpikingNeuron)]
+    if not neurons:
+        raise ValueError(f"{type(network).__name__} has no spiking layer; activity is for spiking networks")
+    hooks = [module.register_forward_hook(hook_of(name)) for name, module in neurons]
+    try:
+        yield sums
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def measure_spikes(system: DiffusionSystem, seeds: Tensor, image_shape: tuple[int, int, int]) -> SpikeCounts:
+    """Counts spikes of every layer at every diffusion step while a system generates the images of `seeds` `(B,)`."""
+    counts = SpikeCounts()
+    network = system.network
+    assert isinstance(network, nn.Module)
+    with _watch(network) as sums:
+        for _ in system.trajectory(seeds, image_shape):  # the first state comes before any spike
+            for name, (total, elements) in sums.items():
+                counts.spikes.setdefault(name, []).append(float(total) / len(seeds))
+                counts.neurons[name] = elements / len(seeds)
+            sums.clear()
+    return counts
+
+
+def draw_spikes(counts: SpikeCounts, title: str) -> Figure:
+    """Draws firing rates as a heat map of layers against diffusion steps, and the spikes of each layer beside it."""
+    rates, names = counts.rates(), list(counts.spikes)
+    figure = Figure(figsize=(9, 1.6 + 0.17 * len(names)), layout="constrained")
+    heat, bars = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
+    extent = (0.5, rates.shape[1] + 0.5, len(names), 0)
+    image = heat.imshow(rates.numpy(), aspect="auto", interpolation="nearest", cmap="magma", vmin=0, extent=extent)
+    middles = [row + 0.5 for row in range(len(names))]
+    heat.set_yticks(middles, names, fontsize=7)
+    heat.xaxis.set_major_locator(MaxNLocator(integer=True))
+    heat.set_xlabel("diffusion step, from noise to image")
+    heat.set_title("firing rate: spikes per neuron and SNN step", fontsize=9)
+    figure.colorbar(image, ax=heat, pad=0.01, aspect=40)
+    means = [sum(row) / len(row) for row in counts.spikes.values()]
+    bars.barh(middles, means, height=0.7, color="tab:purple")
+    bars.set_xscale("log")
+    bars.set_xlim(left=0.5)
+    bars.tick_params(axis="y", labelleft=False, left=False)
+    bars.set_xlabel("spikes per image")
+    bars.set_title("mean over the steps", fontsize=9)
+    bars.grid(axis="x", alpha=0.3)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+@torch.no_grad()
+def draw_denoising(system: DiffusionSystem, data: ImageDataModule, seeds: Tensor, columns: int = 10) -> Figure:
+    """Draws states from noise to image: the currents of the first seed `(B,)`, or the images of all of them."""
+    if isinstance(system, FSDDIM):
+        states = [x[:, 0] for x in system.currents(seeds[:1], data.image_shape)]  # (T, C, H, W)
+        rows = [*(f"SNN step {k + 1}" for k in range(system.num_steps)), "mean"]
+        title = f"{data.title}, seed {int(seeds[0])}: synaptic currents, and their mean, the decoded image"
+    else:
+        states = list(system.trajectory(seeds, data.image_shape))
+        rows = [f"seed {seed}" for seed in seeds.tolist()]
+        title = f"{data.title}: images"
+    steps = _spread_out(list(range(len(states))), columns)
+    pictures = [[*state, state.mean(0)] if isinstance(system, FSDDIM) else list(state) for state in states]
+    figure = Figure(figsize=(0.9 * len(steps) + 1, 0.9 * len(rows) + 0.7), layout="constrained")
+    axes = figure.subplots(len(rows), len(steps), squeeze=False)
+    for column, step in enumerate(steps):
+        axes[0, column].set_title("noise" if step == 0 else f"step {step}", fontsize=8)
+        pixels = data.to_uint8(torch.stack(pictures[step])).cpu().movedim(1, -1).squeeze(-1).numpy()
+        for row, axis in enumerate(axes[:, column]):
+            axis.imshow(pixels[row], cmap="gray", vmin=0, vmax=255)
+            axis.set_xticks([])
+            axis.set_yticks([])
+    for name, axis in zip(rows, axes[:, 0], strict=True):
+        axis.set_ylabel(name, fontsize=8, rotation=0, ha="right", va="center")
+    if isinstance(system, FSDDIM):
+        spread = [float(state.std(0, unbiased=False).mean()) for state in states]
+        for step, axis in zip(steps, axes[-1], strict=True):
+            axis.set_xlabel(f"{spread[step]:.3f}", fontsize=8)
+        figure.supxlabel("spread: standard deviation over the SNN steps, mean over the pixels", fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def _spread_out(items: list[Any], count: int) -> list[Any]:
+    """Returns up to `count` items at equal distances, the first and the last among them."""
+    if len(items) <= count:
+        return items
+    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]

@@ -1,0 +1,200 @@
+"""Fréchet autoencoder distance (FAD): the Fréchet distance in the latent space of a small autoencoder of each dataset.
+
+H. Kamata, Y. Mukuta, T. Harada, "Fully Spiking Variational Autoencoder", AAAI 2022, https://arxiv.org/abs/2110.00375.
+Autoencoders and statistics are those redistributed with FSDDIM (https://github.com/mil-tokyo/FSDDIM, folder `fad`, MIT
+licence): weights exist for MNIST and Fashion-MNIST alone.
+
+Two values, never to be confused:
+
+- `fad_published`, to compare with papers: the autoencoder's batch norm normalises each batch of 250 images by its own
+  statistics, as in the released program, and the reference is the distributed statistics of the test split. Shifts that
+  a whole set has in common, such as its brightness, are normalised away.
+- `fad_eval`, the sound one: batch norm in evaluation mode, and the protocol's own reference images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchmetrics import SumMetric
+
+from datamodules.images import resize, to_array
+from leaderboard.distances import FrechetDistance
+from leaderboard.features import full_precision
+from leaderboard.records import MetricValue
+
+SOURCE = "https://github.com/mil-tokyo/FSDDIM (folder fad)"
+AUTOENCODERS = {"mnist": "mnist", "fmnist": "fashion"}
+"""Name that the distributed files have for a dataset of the suite."""
+
+LATENT = 64
+BATCH = 250
+"""Images that share the statistics of batch norm in `fad_published`."""
+
+_PUBLISHED_COUNT = 10_000  # images of the test split behind the distributed statistics
+
+
+class FADEncoder(nn.Module):
+    """Encoder of the autoencoder: 3x3 convolutions of stride 2 with batch norm, then a linear map to the latent vector.
+
+    Whether it is in training mode decides how batch norm works, and with it the meaning of the features.
+
+    Args:
+        in_channels: Channels of the images.
+        num_features: Width `D` of the latent vector.
+    """
+
+    size = 32
+    """Side length of its images in pixels."""
+
+    def __init__(self, in_channels: int, num_features: int) -> None:
+        super().__init__()
+        widths = (in_channels, 32, 64, 128, 256)
+        self.encoder = nn.Sequential()
+        for c_in, c_out in pairwise(widths):
+            norm = nn.BatchNorm2d(c_out, momentum=0.0)  # training mode leaves the running statistics as they are
+            self.encoder.append(nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), norm, nn.LeakyReLU()))
+        self.latent_layer = nn.Linear(4 * widths[-1], num_features)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Returns latent vectors `(B, D)` of images `(B, C, 32, 32)` in [-1, 1]."""
+        features: Tensor = self.latent_layer(self.encoder(images).flatten(1))
+        return features
+
+
+def load_encoder(path: Path) -> FADEncoder:
+    """Loads the encoder of a distributed autoencoder; nothing but tensors is unpickled.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it holds no such autoencoder.
+    """
+    _require(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        encoder = FADEncoder(state["encoder.0.0.weight"].shape[1], len(state["latent_layer.bias"]))
+        encoder.load_state_dict({k: v for k, v in state.items() if k.startswith(("encoder.", "latent_layer."))})
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, IndexError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is no autoencoder of the FAD ({reason}); fetch it again from {SOURCE}") from None
+    return encoder.requires_grad_(False)
+
+
+def to_encoder_input(images: Tensor) -> Tensor:
+    """Brings uint8 images `(B, C, H, W)` to float `(B, C, 32, 32)` in [-1, 1]: resized bilinearly on 8 bits by PIL."""
+    if images.shape[-2:] != (FADEncoder.size, FADEncoder.size):
+        pixels = images.cpu().movedim(1, -1).squeeze(-1).numpy()  # (B, H, W) or (B, H, W, 3)
+        resized = [to_array(resize(Image.fromarray(image), FADEncoder.size)) for image in pixels]
+        images = torch.from_numpy(np.stack(resized)).to(images.device)
+    return images.float() / 255 * 2 - 1
+
+
+class FrechetAutoencoderDistance(nn.Module):
+    """Both FADs of one evaluation, fed batch by batch; memory does not grow with the number of images.
+
+    Args:
+        dataset: Name of the dataset, `mnist` or `fmnist`.
+        folder: Folder with `stat_checkpoints/` and `stats/` as distributed.
+        num_groups: Groups of generated images behind the jackknife error; image `k` belongs to group `k % num_groups`.
+        is_first_process: Whether this process adds the published statistics; exactly one of several must.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If the dataset has no published autoencoder, or a file is not what it should be.
+    """
+
+    def __init__(self, dataset: str, folder: str | Path, num_groups: int, is_first_process: bool = True) -> None:
+        super().__init__()
+        if dataset not in AUTOENCODERS:
+            raise ValueError(
+                f"the autoencoder of {dataset!r} was never published, only those of {' and '.join(AUTOENCODERS)}; "
+                "leave out --evaluation.fad_dir"
+            )
+        name = f"{AUTOENCODERS[dataset]}_{LATENT}.pth"
+        path = Path(folder) / "stat_checkpoints" / name
+        self.encoder = load_encoder(path)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+        self.note = f"autoencoder {name} ({digest})"
+        width = self.encoder.latent_layer.out_features
+        self.published, self.own = FrechetDistance(width, num_groups), FrechetDistance(width, num_groups)
+        statistics = Path(folder) / "stats" / f"{AUTOENCODERS[dataset]}_test_{width}.npz"
+        mean, covariance = _published_statistics(statistics, width)
+        if is_first_process:
+            add_reference_statistics(self.published, mean, covariance, _PUBLISHED_COUNT)
+        self.generated_count = SumMetric()
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+
+    def update_reference(self, images: Tensor) -> None:
+        """Adds real images, uint8 `(B, C, H, W)`, to those that `fad_eval` compares with."""
+        features = self.features(to_encoder_input(images), train=False)
+        self.own.update(features, torch.arange(len(images)), real=True)
+
+    def update_generated(self, images: Tensor, indices: Tensor) -> None:
+        """Adds generated images, uint8 `(B, C, H, W)`, with their indices `(B,)`."""
+        self.generated_count.update(len(images))
+        x = to_encoder_input(images)
+        self.own.update(self.features(x, train=False), indices, real=False)
+        self._waiting.extend(zip(x, indices, strict=True))
+        while len(self._waiting) >= BATCH:
+            self._finish_batch()
+
+    def compute(self) -> dict[str, MetricValue]:
+        """Returns `fad_published` and `fad_eval` with their jackknife errors."""
+        if self._waiting:
+            self._finish_batch()
+        used = int(self.generated_count.compute())
+        values = {}
+        for key, distance, how in (
+            ("fad_published", self.published, f"batch statistics of {BATCH} images, distributed test statistics"),
+            ("fad_eval", self.own, "evaluation mode"),
+        ):
+            value, error = (float(number) for number in distance.compute())
+            width = distance.num_features
+            singular = f"; singular covariance: only {used} generated images for {width} features" * (used <= width)
+            values[key] = MetricValue(value, error, used, f"{key}: {self.note}, {how}{singular}")
+        return values
+
+    def features(self, x: Tensor, train: bool) -> Tensor:
+        """Returns latent vectors `(B, D)` of `x` `(B, C, 32, 32)`, batch norm in training or evaluation mode."""
+        self.encoder.train(train)
+        with torch.no_grad(), full_precision(x.device.type):
+            return self.encoder(x)
+
+    def _finish_batch(self) -> None:
+        batch, self._waiting = self._waiting[:BATCH], self._waiting[BATCH:]
+        images, indices = (torch.stack(part) for part in zip(*batch, strict=True))
+        self.published.update(self.features(images, train=True), indices, real=False)
+
+
+def add_reference_statistics(distance: FrechetDistance, mean: Tensor, covariance: Tensor, count: int) -> None:
+    """Adds reference images known by mean `(D,)`, covariance `(D, D)` (divided by `count - 1`) and number alone."""
+    mean, covariance = (x.to(distance.reference_sum) for x in (mean, covariance))
+    distance.reference_sum += count * mean
+    distance.reference_outer += (count - 1) * covariance + count * torch.outer(mean, mean)
+    distance.reference_count += count
+
+
+def _published_statistics(path: Path, width: int) -> tuple[Tensor, Tensor]:
+    _require(path)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            mean, covariance = (torch.from_numpy(file[key]).double() for key in ("mu", "sigma"))
+    except (ValueError, KeyError, EOFError, OSError) as error:
+        raise ValueError(f"{path} holds no statistics of the FAD ({error}); fetch it again from {SOURCE}") from None
+    if mean.shape != (width,) or covariance.shape != (width, width):
+        raise ValueError(f"{path} has statistics of {len(mean)} features, but the autoencoder has {width}")
+    return mean, covariance
+
+
+def _require(path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is not there; --evaluation.fad_dir takes the folder with stat_checkpoints/ and stats/ of {SOURCE}"
+        )

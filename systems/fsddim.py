@@ -1,0 +1,326 @@
+"""FSDDIM: a diffusion model that denoises synaptic currents, so that its whole chain can run on spikes.
+
+R. Watanabe, Y. Mukuta, T. Harada, "Fully Spiking Denoising Diffusion Implicit Models", 2023,
+https://arxiv.org/abs/2312.01742; authors' code https://github.com/mil-tokyo/FSDDIM.
+
+An image is encoded once as currents, the same in all `T` SNN steps, and decoded once, as their mean. Between the two,
+DDIM works on the currents of each SNN step alone: `X[t-1] = p X[t] + q network(X[t], t)`, with no decoding, clipping or
+noise. Training pulls the decoded prediction to `v`, and the currents of the SNN steps to each other (synaptic current
+learning), since the network is only trained on currents that are the same in all of them.
+
+Departures: `norm: plain` is the default, because the released trainer runs it in place of the paper's tdBN; a chain may
+have fewer than `num_train_timesteps` steps, spaced from the noisy end.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from systems.base import DiffusionSystem, LRSchedulerFactory, OptimizerFactory
+from systems.checkpoints import check_state
+from systems.fsddim_fused import FusedRecurrence
+from systems.fsddim_unet import FSDDIMUNet, Norm
+from systems.neurons import SpikingNeuron, get_surrogate
+from systems.spiking_unet import fold, unfold
+
+ADAM = partial(torch.optim.Adam, lr=5e-4)
+"""Optimiser of the released code for colour images."""
+
+
+def cosine_schedule(num_train_timesteps: int) -> Tensor:
+    """Cumulative signal powers of the cosine schedule (Nichol and Dhariwal, arXiv 2102.09672), in float64.
+
+    Returns:
+        `alphas_cumprod` `(num_train_timesteps,)`.
+    """
+    fraction = torch.arange(num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
+    power = torch.cos((fraction + 0.008) / 1.008 * math.pi / 2) ** 2
+    betas = (1 - power[1:] / power[:-1]).clamp(0, 0.999)
+    return (1 - betas).cumprod(0)
+
+
+def ddim_coefficients(alphas_cumprod: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
+    """DDIM without noise, for a network that predicts `v`, as one rotation: `x[t_previous] = p x[t] + q v`.
+
+    Args:
+        alphas_cumprod: Signal powers at the steps `t`.
+        previous: Signal powers at the steps that follow them in the chain; 1 after the last.
+
+    Returns:
+        `p` and `q`, one of each for a step.
+    """
+    angle = alphas_cumprod.sqrt().acos() - previous.sqrt().acos()
+    return angle.cos(), -angle.sin()
+
+
+def encode(images: Tensor, num_steps: int) -> Tensor:
+    """Encodes images `(B, C, H, W)` as constant currents `(T, B, C, H, W)`."""
+    return images.expand(num_steps, *images.shape)
+
+
+def decode(currents: Tensor) -> Tensor:
+    """Decodes currents `(T, B, C, H, W)` to images `(B, C, H, W)`, their mean; `decode(encode(x))` is `x`."""
+    return currents.mean(0)
+
+
+class FSDDIM(DiffusionSystem):
+    """Fully spiking DDIM of Watanabe et al.
+
+    Args:
+        in_channels: Image channels.
+        base_channels: Channels of the first level.
+        channel_mult: Channels in which each level ends, as multiples of `base_channels`.
+        num_res_blocks: Residual blocks per level.
+        num_steps: SNN time steps T (paper: 4 or 8).
+        norm: Batch norm: `plain`, as the released trainer runs it, or the paper's `tdbn`.
+        activate_first_conv: Whether the first layer spikes too (published: no); then all that the network outputs is.
+        beta: Membrane decay per SNN step, the paper's tau.
+        threshold: Firing threshold of every neuron; values near 1 at test time are threshold guidance.
+        reset_mechanism: `zero` (published), or `subtract`, before the decay.
+        spike_grad: Surrogate gradient: a name of snntorch.surrogate, triangle or rectangle.
+        num_train_timesteps: Diffusion steps of training.
+        num_inference_steps: Diffusion steps of the sampler (published: all).
+        image_weight: Weight of the loss of the decoded prediction.
+        reconstruction_weight: Weight of synaptic current learning, the variance of the currents over SNN steps.
+        spike_weight: Weight of the loss of the prediction before decoding (published: off).
+        normalise_reconstruction: Whether the factor of synaptic current learning at diffusion step t, the size of
+            DDIM's `q`, is divided by its maximum, which t = 0 has (published: yes).
+        fused: Whether the sampler merges output layer, DDIM and input layer: the same images, up to rounding.
+        optimizer: Optimiser.
+        lr_scheduler: Learning-rate schedule per step.
+
+    Raises:
+        ValueError: If an option is out of range.
+    """
+
+    method = "fsddim"
+    network: FSDDIMUNet
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        base_channels: int = 128,
+        channel_mult: Sequence[int] = (1, 2, 3, 4),
+        num_res_blocks: int = 2,
+        num_steps: int = 8,
+        norm: Norm = "plain",
+        activate_first_conv: bool = False,
+        beta: float = 0.8,
+        threshold: float = 1.0,
+        reset_mechanism: Literal["zero", "subtract"] = "zero",
+        spike_grad: str = "triangle",
+        num_train_timesteps: int = 1000,
+        num_inference_steps: int = 1000,
+        image_weight: float = 1.0,
+        reconstruction_weight: float = 1.0,
+        spike_weight: float = 0.0,
+        normalise_reconstruction: bool = True,
+        fused: bool = False,
+        optimizer: OptimizerFactory = ADAM,
+        lr_scheduler: LRSchedulerFactory | None = None,
+    ) -> None:
+        super().__init__(optimizer, lr_scheduler)
+        if num_steps < 1:
+            raise ValueError(f"num_steps={num_steps} SNN time steps; give 1 or more")
+        if not 1 <= num_inference_steps <= num_train_timesteps:
+            raise ValueError(
+                f"num_inference_steps={num_inference_steps}; give a number from 1 to the {num_train_timesteps} "
+                "steps of training"
+            )
+        self.num_steps = num_steps
+        self.num_inference_steps = num_inference_steps
+        self.loss_weights = {"image": image_weight, "reconstruction": reconstruction_weight, "spike": spike_weight}
+        if min(self.loss_weights.values()) < 0 or max(self.loss_weights.values()) == 0:
+            given = ", ".join(f"{name}_weight={weight}" for name, weight in self.loss_weights.items())
+            raise ValueError(f"{given}; give weights of 0 or more, one of them above 0")
+        self.network = FSDDIMUNet(
+            in_channels=in_channels,
+            base_channels=base_channels,
+            channel_mult=channel_mult,
+            num_res_blocks=num_res_blocks,
+            num_train_timesteps=num_train_timesteps,
+            norm=norm,
+            activate_first_conv=activate_first_conv,
+            neuron=partial(
+                SpikingNeuron,
+                beta=beta,
+                threshold=threshold,
+                reset_mechanism=reset_mechanism,
+                detach_reset=True,
+                fire_at_threshold=False,
+                spike_grad=get_surrogate(spike_grad),
+            ),
+        )
+        self.recurrence = FusedRecurrence(self.network) if fused else None
+        if self.recurrence is not None:
+            self.network.add_module("recurrence", self.recurrence)  # where a cost meter of the network finds it
+            if self.recurrence.real_channels:
+                warnings.warn(self.recurrence.transmitted, stacklevel=2)
+        self.alphas_cumprod = cosine_schedule(num_train_timesteps)
+        _, q = self._coefficients(torch.arange(num_train_timesteps).flip(0))
+        reconstruction = q.abs().flip(0)
+        if normalise_reconstruction:
+            reconstruction = reconstruction / reconstruction.max()
+        self.register_buffer("signal_power", self.alphas_cumprod.float(), persistent=False)
+        self.register_buffer("reconstruction_factor", reconstruction.float(), persistent=False)
+
+    @property
+    def solver(self) -> str:
+        """Name of the sampler."""
+        return "DDIM in currents, fused" if self.recurrence is not None else "DDIM in currents"
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations per image."""
+        return self.num_inference_steps
+
+    def loss_terms(self, images: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Returns the unweighted loss terms of images `(B, C, H, W)` in [-1, 1] at a random step for each of them.
+
+        With `v` the target, `O` the predicted currents, `D` decoding, `E` encoding and `abar` the signal power:
+
+        - `image`: `abar (D(O) - v)^2`;
+        - `spike`: `abar (O - E(v))^2`;
+        - `reconstruction`: `r (E(D(O)) - O)^2`, with `r` the size of DDIM's `q` at this step.
+        """
+        noise = torch.randn(images.shape, generator=generator, device=images.device, dtype=images.dtype)
+        num_train_timesteps = len(self.alphas_cumprod)
+        t = torch.randint(num_train_timesteps, (len(images),), generator=generator, device=images.device)
+        return self.loss_terms_at(images, noise, t)
+
+    def loss_terms_at(self, images: Tensor, noise: Tensor, t: Tensor) -> dict[str, Tensor]:
+        """Returns the loss terms at given noise `(B, C, H, W)` and diffusion steps `(B,)`; see `loss_terms`."""
+        power, factor = self.get_buffer("signal_power")[t], self.get_buffer("reconstruction_factor")[t]
+        signal, sigma = (a.sqrt().view(-1, 1, 1, 1) for a in (power, 1 - power))
+        noisy, v = signal * images + sigma * noise, signal * noise - sigma * images
+        out = self.network(encode(noisy, self.num_steps), t).to(v.dtype)  # (T, B, C, H, W)
+        decoded = decode(out)
+        spread = (out - decoded).square().mean((0, 2, 3, 4))  # (B,): decoding and encoding again leaves the mean
+        image = (decoded - v).square().mean((1, 2, 3))
+        return {
+            "image": (power * image).mean(),
+            "reconstruction": (factor * spread).mean(),
+            "spike": (power * (image + spread)).mean(),  # a mean square is squared mean plus variance
+        }
+
+    def loss(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Weighted sum of the loss terms."""
+        return self._weigh(self.loss_terms(images, generator))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Returns the loss of a batch of images and logs its terms, unweighted."""
+        terms = self.loss_terms(batch)
+        loss = self._weigh(terms)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
+        self.log_dict({f"train/loss_{name}": term for name, term in terms.items()}, batch_size=len(batch))
+        return loss
+
+    def _weigh(self, terms: dict[str, Tensor]) -> Tensor:
+        weighted = [weight * terms[name] for name, weight in self.loss_weights.items() if weight]
+        return torch.stack(weighted).sum()
+
+    def trajectory(self, seeds: Tensor, image_shape: tuple[int, int, int]) -> Iterator[Tensor]:
+        """Yields the decoded `X_T`, ..., `X_0` `(B, C, H, W)`, the last clamped; `seeds[k]` alone fixes image `k`."""
+        for step, currents in enumerate(self.currents(seeds, image_shape)):
+            images = decode(currents)
+            yield images.clamp(-1, 1) if step == self.num_inference_steps else images
+
+    def currents(self, seeds: Tensor, image_shape: tuple[int, int, int]) -> Iterator[Tensor]:
+        """Yields the synaptic currents `X_T`, ..., `X_0` `(T, B, C, H, W)` of the chain."""
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+        noise = randn_tensor((len(seeds), *image_shape), generator=generators, device=self.device, dtype=self.dtype)
+        return self.denoise(encode(noise, self.num_steps))
+
+    def denoise(self, x: Tensor) -> Iterator[Tensor]:
+        """Yields the currents `x` `(T, B, C, H, W)` at the noisiest step and after each step of DDIM."""
+        timesteps = self._timesteps()
+        p, q = self._coefficients(timesteps)
+        chain = list(zip(timesteps.tolist(), p.tolist(), q.tolist(), strict=True))
+        yield x
+        if self.recurrence is not None:
+            yield from self._denoise_fused(x, chain, self.recurrence)
+            return
+        for t, p_t, q_t in chain:
+            x = p_t * x + q_t * self.network(x, self._at(t, x)).to(x.dtype)
+            yield x
+
+    def _denoise_fused(
+        self, x: Tensor, chain: list[tuple[int, float, float]], recurrence: FusedRecurrence
+    ) -> Iterator[Tensor]:
+        """The same chain as a recurrence of the current `A` behind the input layer; `x` is only accumulated.
+
+        `A[t-1] = p (A[t] - b) + b + q (W s[t] + M)`, with `s` what the network transmits, `b` the bias of the input
+        layer, `W` the input layer after the output layer, and `M` the output layer's bias seen through the input layer.
+        """
+        recurrence.merge(self.network, x.shape[-2:])
+        current = unfold(self.network.conv_in(fold(x)), self.num_steps)
+        for t, p_t, q_t in chain:
+            into_current, into_x = recurrence(self.network.features(current, self._at(t, x)))
+            x = p_t * x + q_t * into_x.to(x.dtype)
+            yield x
+            current = p_t * (current - recurrence.bias) + recurrence.bias + q_t * into_current.to(x.dtype)
+
+    @staticmethod
+    def _at(t: int, x: Tensor) -> Tensor:
+        return torch.full((x.shape[1],), t, device=x.device)
+
+    def _timesteps(self) -> Tensor:
+        """Steps of the chain from the noisy end, equally spaced."""
+        spacing = len(self.alphas_cumprod) / self.num_inference_steps
+        return (torch.arange(self.num_inference_steps, 0, -1, dtype=torch.float64) * spacing).round().long() - 1
+
+    def _coefficients(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        power = self.alphas_cumprod[timesteps]
+        return ddim_coefficients(power, torch.cat([power[1:], power.new_ones(1)]))
+
+
+def read_official(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads a released FSDDIM checkpoint.
+
+    Whether it was trained with `norm: tdbn` and with how many SNN steps cannot be read off it.
+
+    Args:
+        state: Its `model_state_dict`; kernels lose their last axis of 1.
+
+    Returns:
+        The tensors under the names of `FSDDIMUNet`, and its size as options of `FSDDIM`.
+
+    Raises:
+        KeyError: If it is not the state dict of such a network; names the first tensor it lacks.
+        CheckpointMismatchError: If a tensor is left over, missing or of another shape; lists them.
+    """
+    base_channels, in_channels = state["conv_in.weight"].shape[:2]
+    num_res_blocks = 0
+    while f"downs.0.{num_res_blocks}.conv1.weight" in state:
+        num_res_blocks += 1
+    ends: list[int] = []
+    while f"downs.{len(ends)}.0.conv1.weight" in state:
+        stem = f"downs.{len(ends)}.{num_res_blocks}"
+        pooled = f"{stem}.conv.1.weight"
+        ends.append(len(state[pooled if pooled in state else f"{stem}.weight"]))
+    if not ends:
+        raise KeyError("downs.0.0.conv1.weight")
+    tensors = {
+        key.replace("conv_in.bn.", "bn_in."): value.squeeze(-1) if value.dim() == 5 else value
+        for key, value in state.items()
+    }
+    arguments: dict[str, Any] = {
+        "in_channels": in_channels,
+        "base_channels": base_channels,
+        "channel_mult": [end // base_channels for end in ends],
+        "num_res_blocks": num_res_blocks,
+        "num_train_timesteps": len(state["pe"]),
+        "activate_first_conv": "conv_in.bn.weight" in state,
+    }
+    with torch.device("meta"):
+        network = FSDDIM(**arguments, num_inference_steps=1).network
+    check_state(tensors, network, "the official checkpoint")
+    return tensors, arguments

@@ -1,0 +1,282 @@
+"""Spiking U-Net of FSDDIM ("V2"): synaptic currents in, synaptic currents out, spikes between its blocks.
+
+R. Watanabe, Y. Mukuta, T. Harada, "Fully Spiking Denoising Diffusion Implicit Models", 2023,
+https://arxiv.org/abs/2312.01742; authors' code https://github.com/mil-tokyo/FSDDIM. The structure is that of the
+released network, so that its checkpoints load; module names follow it.
+
+With the released settings not all that travels through it is spikes: the current of `conv_in`, which also enters the
+last block and the output layer, and the outputs of the resampling layers are real-valued.
+
+Axes: `T` SNN time steps, `B` images, `C` channels, `H`, `W` pixels. Convolutions and norms see `T` folded into the
+batch; only the neurons look along it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from systems.neurons import SpikingNeuron
+from systems.spiking_unet import fold, unfold
+
+NeuronFactory = Callable[[], SpikingNeuron]
+
+Norm = Literal["plain", "tdbn"]
+"""Batch normalisation over `(T, B, H, W)`.
+
+`tdbn` is the paper's: threshold-dependent (Zheng et al., arXiv 2011.05280), each of two summed branches scaled by
+`1/sqrt(2)`. `plain` is what the released trainer runs, whose conversion to synchronised batch norm drops that factor. A
+checkpoint has the same tensors with either.
+"""
+
+SUMMED = 1 / math.sqrt(2)
+"""tdBN's factor alpha for two branches that are summed; times the threshold of the published networks, 1."""
+
+
+def scaled_norm(bn: nn.Module, x: Tensor, gain: float) -> Tensor:
+    """Batch norm whose normalised values, not its bias, are scaled by `gain` (tdBN: alpha times threshold).
+
+    The factor stays outside the norm, where a conversion to synchronised batch norm cannot lose it.
+    """
+    y: Tensor = bn(x)
+    if gain == 1:
+        return y
+    assert isinstance(bn.bias, Tensor)
+    bias = bn.bias.view(-1, 1, 1)
+    return bias + gain * (y - bias)
+
+
+class Convolution(nn.Conv2d):
+    """Size-preserving convolution of inputs that are concatenated, followed by a batch norm if a `gain` is given.
+
+    The parts come as separate arguments so that a cost meter sees which of them are spikes.
+
+    Shapes:
+        Parts `(N, C1, H, W)`, `(N, C2, H, W)`, ... to `(N, out_channels, H, W)`.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, gain: float | None = None) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
+        self.gain = gain
+        if gain is not None:
+            self.bn = nn.BatchNorm2d(out_channels)
+
+    def forward(self, *parts: Tensor) -> Tensor:
+        """Convolves the concatenation of the parts."""
+        y = super().forward(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
+        return y if self.gain is None else scaled_norm(self.bn, y, self.gain)
+
+
+class SpikingConvolution(Convolution):
+    """Convolution, norm, neuron: the last layer of either pyramid (`(T, B, C, H, W)` in and out)."""
+
+    def __init__(self, in_channels: int, out_channels: int, neuron: NeuronFactory) -> None:
+        super().__init__(in_channels, out_channels, 3, gain=1.0)
+        self.neuron = neuron()
+
+    def forward(self, *parts: Tensor) -> Tensor:
+        """Returns spikes."""
+        num_steps = parts[0].shape[0]
+        return self.neuron(unfold(super().forward(*map(fold, parts)), num_steps))
+
+
+class ResBlock(nn.Module):
+    """Two convolutions and a shortcut, summed as currents into a last neuron (`(T, B, C, H, W)` in and out)."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, temb_channels: int, norm: Norm, neuron: NeuronFactory
+    ) -> None:
+        super().__init__()
+        self.gain = SUMMED if norm == "tdbn" else 1.0
+        self.conv1 = Convolution(in_channels, out_channels, 3)
+        self.temb_neuron = neuron()
+        self.temb_proj = nn.Linear(temb_channels, out_channels)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.neuron1 = neuron()
+        self.conv2 = Convolution(out_channels, out_channels, 3, self.gain)
+        self.nin_shortcut: nn.Module = (
+            nn.BatchNorm2d(out_channels)
+            if in_channels == out_channels
+            else Convolution(in_channels, out_channels, 1, self.gain)
+        )
+        self.neuron2 = neuron()
+
+    def forward(self, temb: Tensor, *parts: Tensor) -> Tensor:
+        """Returns spikes `(T, B, out_channels, H, W)`.
+
+        Args:
+            temb: Currents of the time embedding `(T, B, temb_channels)`.
+            parts: Inputs `(T, B, C, H, W)`, concatenated along `C`.
+        """
+        num_steps = temb.shape[0]
+        folded = [fold(x) for x in parts]
+        time = fold(self.temb_proj(self.temb_neuron(temb)))[:, :, None, None]
+        h = self.bn1(self.conv1(*folded) + time)  # (T*B, C, H, W)
+        h = self.conv2(fold(self.neuron1(unfold(h, num_steps))))
+        if isinstance(self.nin_shortcut, Convolution):
+            shortcut = self.nin_shortcut(*folded)
+        else:
+            shortcut = scaled_norm(self.nin_shortcut, folded[0], self.gain)
+        return self.neuron2(unfold(h + shortcut, num_steps))
+
+
+class Downsample(nn.Module):
+    """Mean of 2x2 pixels and a 1x1 convolution: halves `H` and `W`, returns real-valued currents."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(in_channels, out_channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns `(T, B, out_channels, H/2, W/2)`."""
+        return unfold(self.conv(fold(x)), x.shape[0])
+
+
+class Upsample(nn.Module):
+    """Nearest neighbour and a 3x3 convolution: doubles `H` and `W`, returns real-valued currents."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns `(T, B, out_channels, 2H, 2W)`."""
+        return unfold(self.conv(F.interpolate(fold(x), scale_factor=2, mode="nearest")), x.shape[0])
+
+
+def sinusoids(num_train_timesteps: int, channels: int) -> Tensor:
+    """Time table `(num_train_timesteps, channels)`, sine and cosine interleaved; the slowest frequency is 1/10000."""
+    half = channels // 2
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float64) * (-math.log(10000) / (half - 1)))
+    angle = torch.arange(num_train_timesteps, dtype=torch.float64)[:, None] * frequencies
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1).float()
+
+
+class FSDDIMUNet(nn.Module):
+    """Predicts `v` as synaptic currents from noisy synaptic currents.
+
+    `forward` is `conv_in`, `features` and `conv_out`; the fused sampler calls `features` alone.
+
+    Args:
+        in_channels: Image channels.
+        base_channels: Channels of the first level, even and at least 4.
+        channel_mult: Channels in which each level ends, as multiples of `base_channels`; each level but the last halves
+            the image.
+        num_res_blocks: Residual blocks per level, down and up.
+        num_train_timesteps: Diffusion steps that the time embedding knows.
+        norm: Batch norm: `plain` (released) or `tdbn` (paper).
+        activate_first_conv: Whether norm and neuron follow `conv_in` (published: no).
+        neuron: Makes one spiking layer.
+
+    Raises:
+        ValueError: If a size or a name is out of range.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        base_channels: int,
+        channel_mult: Sequence[int],
+        num_res_blocks: int,
+        num_train_timesteps: int,
+        norm: Norm,
+        activate_first_conv: bool,
+        neuron: NeuronFactory,
+    ) -> None:
+        super().__init__()
+        if base_channels < 4 or base_channels % 2 or not channel_mult or num_res_blocks < 1:
+            raise ValueError(
+                f"base_channels={base_channels}, channel_mult={list(channel_mult)}, num_res_blocks={num_res_blocks} "
+                "make no U-Net; give an even base_channels of 4 or more, a channel_mult, and 1 or more num_res_blocks"
+            )
+        if norm not in ("plain", "tdbn"):
+            raise ValueError(f"norm={norm!r} is unknown; choose 'plain' (as released) or 'tdbn' (as in the paper)")
+        self.in_channels = in_channels
+        self.num_res_blocks = num_res_blocks
+        self.activate_first_conv = activate_first_conv
+        base, tdim, levels = base_channels, 4 * base_channels, len(channel_mult)
+        ends = [multiple * base for multiple in channel_mult]
+        starts = [base, *ends[:-1]]  # the width changes in the layer that ends a level
+        self.multiple = 2 ** (levels - 1)
+
+        def block(channels_in: int, channels_out: int) -> ResBlock:
+            return ResBlock(channels_in, channels_out, tdim, norm, neuron)
+
+        self.register_buffer("pe", sinusoids(num_train_timesteps, base))
+        self.temb = nn.ModuleList([nn.Linear(base, tdim), nn.Linear(tdim, tdim)])
+        self.temb_neuron = neuron()
+        self.conv_in = Convolution(in_channels, base, 3)
+        if activate_first_conv:
+            self.bn_in = nn.BatchNorm2d(base)
+            self.neuron_in = neuron()
+        self.downs = nn.ModuleList()
+        for level, (start, end) in enumerate(zip(starts, ends, strict=True)):
+            last = level == levels - 1
+            down = SpikingConvolution(start, end, neuron) if last else Downsample(start, end)
+            self.downs.append(nn.ModuleList([*(block(start, start) for _ in range(num_res_blocks)), down]))
+        self.mid_block1 = block(ends[-1], ends[-1])
+        self.mid_block2 = block(ends[-1], ends[-1])
+        self.ups = nn.ModuleList()
+        for level, (start, end) in reversed(list(enumerate(zip(starts, ends, strict=True)))):
+            up = Upsample(end, start) if level else SpikingConvolution(end, base, neuron)
+            self.ups.append(nn.ModuleList([*(block(end + start, end) for _ in range(num_res_blocks)), up]))
+        self.final_res_block = block(2 * base, base)
+        self.conv_out = Convolution(2 * base + num_res_blocks * (base + ends[0]), in_channels, 1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Returns the predicted `v` as currents `(T, B, C, H, W)`.
+
+        Args:
+            x: Noisy currents `(T, B, C, H, W)`; `H` and `W` multiples of `2^(levels - 1)`.
+            t: Diffusion steps `(B,)`, whole numbers below `num_train_timesteps`.
+
+        Raises:
+            ValueError: If the currents do not fit the network.
+        """
+        if x.dim() != 5 or x.shape[2] != self.in_channels or x.shape[3] % self.multiple or x.shape[4] % self.multiple:
+            raise ValueError(
+                f"currents have shape {tuple(x.shape)}; this U-Net takes (T, B, {self.in_channels}, H, W) with H and W "
+                f"multiples of {self.multiple}: set --data.image_size, or give fewer channel_mult"
+            )
+        current = unfold(self.conv_in(fold(x)), x.shape[0])
+        return unfold(self.conv_out(*map(fold, self.features(current, t))), x.shape[0])
+
+    def features(self, current: Tensor, t: Tensor) -> list[Tensor]:
+        """Runs everything between `conv_in` and `conv_out`.
+
+        Args:
+            current: Output of `conv_in` `(T, B, base_channels, H, W)`.
+            t: Diffusion steps `(B,)`.
+
+        Returns:
+            The parts `(T, B, ..., H, W)` that `conv_out` concatenates: last block; first activation; blocks of the
+            first level down; blocks of the last level up. They are spikes, the second only with `activate_first_conv`.
+        """
+        num_steps = current.shape[0]
+        temb = self.temb[0](self.get_buffer("pe")[t])  # (B, 4 * base), the same in every SNN step, so once is enough
+        temb = self.temb[1](self.temb_neuron(temb.expand(num_steps, *temb.shape)))  # (T, B, 4 * base)
+        first = current
+        if self.activate_first_conv:
+            first = self.neuron_in(unfold(self.bn_in(fold(current)), num_steps))
+        h, skips = first, [first]
+        for level in self.downs:
+            *blocks, resample = cast(nn.ModuleList, level)
+            for block in blocks:
+                h = block(temb, h)
+                skips.append(h)
+            h = resample(h)
+        h = self.mid_block2(temb, self.mid_block1(temb, h))
+        shallow = skips[1 : 1 + self.num_res_blocks]
+        for level in self.ups:
+            *blocks, resample = cast(nn.ModuleList, level)
+            ups = []
+            for block in blocks:
+                h = block(temb, h, skips.pop())
+                ups.append(h)
+            h = resample(h)
+        return [self.final_res_block(temb, h, skips.pop()), first, *shallow, *ups]
