@@ -36,19 +36,18 @@ def import_checkpoint(
         ValueError: If the file is not a checkpoint of the method.
         CheckpointMismatchError: If tensors are unknown, missing or of another shape.
     """
-    state = _state(load_checkpoint(checkpoint), checkpoint)
-    states = [state]
+    files = [checkpoint]
     if method == "spiking_diffusion":
-        second = denoiser or str(Path(checkpoint).parent / "diff_result" / "diff_model.pth")
-        states.append(_state(load_checkpoint(second), second))
+        files.append(denoiser or str(Path(checkpoint).parent / "diff_result" / "diff_model.pth"))
     elif denoiser is not None:
         raise ValueError(f"--denoiser {denoiser} belongs to spiking_diffusion; {method} is imported from one file")
+    states = [_state(load_checkpoint(file), file) for file in files]
     try:
         tensors, arguments = import_module(f"systems.{method}").read_official(*states)
     except (KeyError, ValueError, IndexError) as error:
-        names = ", ".join(list(state)[:3])
+        names = ", ".join(name for state in states for name in list(state)[:3])
         raise ValueError(
-            f"{checkpoint} is no {method} network: {error} not found among its tensors ({names}, ...)"
+            f"{' with '.join(files)} is no {method} network: {error} not found among its tensors ({names}, ...)"
         ) from None
     save_checkpoint(
         {
@@ -63,7 +62,7 @@ def import_checkpoint(
     config = "configs/ddpm_DATASET.yaml --model ANNSNN" if method == "ann_snn" else f"configs/{method}_DATASET.yaml"
     options = " ".join(f"--model.{k} {v}".replace(" [", " '[").replace("]", "]'") for k, v in arguments.items())
     print(
-        f"{len(tensors)} tensors from {checkpoint} to {output}\nsize:  {options}\n"
+        f"{len(tensors)} tensors from {' and '.join(files)} to {output}\nsize:  {options}\n"
         f"test:  python -m benchmark test --config {config} --ckpt_path {output}"
     )
 

@@ -153,6 +153,8 @@ def test_imported_pair_is_tested(
     with pytest.raises(FileNotFoundError, match=r"diff_result/diff_model\.pth is not a file"):
         main(["import", *given, str(output)])
     main(["import", *given, str(output), f"--denoiser={tmp_path / 'moved.pth'}"])
+    with pytest.raises(ValueError, match=r"model\.pth is no spiking_diffusion network: 'conv1\.0\.weight' not found"):
+        main(["import", *given, str(output), f"--denoiser={given[1]}"])
     with pytest.raises(ValueError, match="imported from one file"):
         main(["import", "--method=sddpm", given[1], str(output), f"--denoiser={given[1]}"])
 
