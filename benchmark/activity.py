@@ -137,7 +137,10 @@ def measure_spikes(system: DiffusionSystem, seeds: Tensor, image_shape: tuple[in
     network = system.network
     assert isinstance(network, nn.Module)
     with _watch(network) as sums:
-        for _ in system.trajectory(seeds, image_shape):  # the first state comes before any spike
+        states = system.trajectory(seeds, image_shape)
+        next(states)  # comes before any step, though a decoder may have drawn it
+        sums.clear()
+        for _ in states:
             for name, (total, elements) in sums.items():
                 counts.spikes.setdefault(name, []).append(float(total) / len(seeds))
                 counts.neurons[name] = elements / len(seeds)
