@@ -14,6 +14,7 @@ from spiking_diffusion_reference import check_gradients, load
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmark.activity import measure_spikes
 from benchmark.cli import main
 from benchmark.runs import find_checkpoint, newest_run
 from leaderboard.cost import CostMeter
@@ -140,6 +141,12 @@ def test_sampling_counts_the_denoiser_and_one_decoding() -> None:
     }
     first_layer, generator = 4 * 2 * 9 * 4 * system.nfe, 4 * 4 * 4  # not fed by spikes, and once for all SNN steps
     assert cost.macs == first_layer + generator
+
+
+def test_activity_has_a_row_for_each_layer_and_a_column_for_each_step() -> None:
+    counts = measure_spikes(small(), torch.arange(2), SHAPE)
+    assert counts.rates().shape == (8, 4)
+    assert 0 < counts.rates().mean() < 1
 
 
 def test_larger_grids_and_colours() -> None:
