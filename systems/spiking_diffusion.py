@@ -176,8 +176,8 @@ class SpikingDiffusion(DiffusionSystem):
 
     @property
     def solver(self) -> str:
-        """Name of the sampler with its temperature."""
-        return f"absorbing(temperature={self.temperature:g})"
+        """Name of the sampler, with its temperature where that is not 1."""
+        return "absorbing" if self.temperature == 1 else f"absorbing(temperature={self.temperature:g})"
 
     @property
     def nfe(self) -> int:

@@ -119,6 +119,7 @@ def test_one_seed_fixes_one_image() -> None:
     system = small()
     together = system.sample(torch.tensor([3, 4, 5]), SHAPE)
     torch.testing.assert_close(system.sample(torch.tensor([5, 4]), SHAPE), together[[2, 1]], rtol=0, atol=1e-5)
+    assert system.solver == "absorbing"
     with torch.no_grad():
         states = list(system.trajectory(torch.tensor([3, 4, 5]), SHAPE))
     assert len(states) == system.nfe + 1 == 5
