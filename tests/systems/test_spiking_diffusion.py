@@ -321,6 +321,10 @@ def test_stage_one_alone_then_stage_two_from_it(tmp_path: Path) -> None:
     assert torch.load(find_checkpoint(second), weights_only=True)["global_step"] == 3
     assert same("autoencoder", weights(first), weights(second))
     assert not same("denoiser", weights(first), weights(second))
+    more = ["--model.denoiser_epochs=1", "--monitor.every_n_epochs=0"]  # or in the same run
+    main(["fit", f"--config={first / 'config.yaml'}", f"--ckpt_path={find_checkpoint(first)}", *more])
+    ended = torch.load(find_checkpoint(first), weights_only=True)
+    assert (ended["global_step"], ended["in_stage_two"]) == (9, True)
 
 
 def test_stage_two_needs_stage_one(run: Path, tmp_path: Path) -> None:
