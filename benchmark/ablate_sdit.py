@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
+import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,7 +48,7 @@ def ablate_sdit(args: Sequence[str]) -> None:
     parser.add_argument("--config", type=Path, default=Path("configs/sdit_digits.yaml"), help="what to train")
     parser.add_argument("--output", type=Path, default=RUNS / "ablate-sdit", help="folder of the runs and the plot")
     options, rest = parser.parse_known_args(args)
-    _remember(options.output, {"config": options.config.read_text(), "options": rest})
+    _remember(options.output, f"# with {shlex.join(rest) or 'no other option'}\n{options.config.read_text()}")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # the same lines for each run
 
     console = Console()
@@ -69,16 +69,15 @@ def ablate_sdit(args: Sequence[str]) -> None:
     console.print(f"plot: {plot}", soft_wrap=True, highlight=False)
 
 
-def _remember(folder: Path, made_with: Mapping[str, object]) -> None:
+def _remember(folder: Path, made_with: str) -> None:
     """Notes what the runs of a folder are made with, or checks it against the note."""
-    path = folder / "made_with.json"
-    text = json.dumps(made_with, indent=2) + "\n"
-    if path.is_file() and path.read_text() != text:
+    path = folder / "made_with.yaml"
+    if path.is_file() and path.read_text() != made_with:
         raise ValueError(
             f"{folder} holds runs made with other options or another config (see {path.name} there); give the same "
             "again, or another --output"
         )
-    write_atomic(path, text)
+    write_atomic(path, made_with)
 
 
 def _values(records: Sequence[Record]) -> list[float]:

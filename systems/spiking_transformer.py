@@ -292,9 +292,9 @@ class SpikingTransformer(nn.Module):
             ValueError: If the images do not fit the network.
         """
         if x.shape[1:] != self.image_shape:
-            c, h, w = self.image_shape
+            expected = ", ".join(map(str, self.image_shape))
             raise ValueError(
-                f"images have shape {tuple(x.shape)}; this network takes (B, {c}, {h}, {w}): set --model.in_channels "
+                f"images have shape {tuple(x.shape)}; this network takes (B, {expected}): set --model.in_channels "
                 "and --model.image_size, or --data.image_size"
             )
         h = self._embed(x, t)  # (T, B, N, D)

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from benchmark.attention_speed import _peak_bytes
+from benchmark.cli import main
+
+
+def test_table_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plot = tmp_path / "new" / "speed.png"
+    options = ["--sequences=1", "--embed_dim=8", "--repetitions=1", f"--output={plot}"]
+    main(["attention-speed", "--tokens=[16, 256]", *options])
+    assert Image.open(plot).width > 600
+    shown = capsys.readouterr().out
+    assert f"plot: {plot}" in shown.replace("\n", "")
+    memory = {
+        int(n): [float(x) for x in re.findall(r"[\d.]+", row)] for n, row in re.findall(r"│ +(16|256) │(.*)", shown)
+    }
+    assert sorted(memory) == [16, 256]
+    rwkv, plain = ([memory[n][i] for n in (16, 256)] for i in (1, -3))
+    assert plain[1] >= 2 * 256 * 256 * 4 / 2**20  # weights and their gradients
+    assert rwkv[1] < plain[1]
+
+
+def test_peak_memory_of_a_known_function() -> None:
+    def once() -> None:
+        x = torch.ones(2**18)
+        y = x + 1
+        del x
+        y.sum()
+
+    assert _peak_bytes(once, torch.device("cpu")) == pytest.approx(2 * 4 * 2**18, rel=0.01)
+
+
+def test_numbers_below_1_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"tokens=\[64, 0\], .* give numbers above 0"):
+        main(["attention-speed", "--tokens=[64, 0]"])
