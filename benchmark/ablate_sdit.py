@@ -94,8 +94,8 @@ def _table(records: Mapping[str, Sequence[Record]]) -> Table:
     key, first = headline(next(iter(records.values()))[0])[0], next(iter(records))
     seeds = len(records[first])
     table = Table(title=f"SDiT, mean and spread over {seeds} seeds", title_justify="left")
-    for column in ("variant", key, f"against {first}", "firing rate", "mJ", "M params"):
-        table.add_column(column, justify="left" if column == "variant" else "right")
+    for column in ("variant", key, f"against\n{first}", "firing\nrate", "mJ", "M\nparams"):
+        table.add_column(column, justify="left" if column == "variant" else "right", no_wrap=column == "variant")
     for name, runs in records.items():
         pairs = zip(_values(runs), _values(records[first]), strict=True)
         cost = [run.cost for run in runs]

@@ -19,6 +19,8 @@ from torch.profiler import ProfilerActivity, profile
 from systems.spiking_transformer import RWKVMix, SoftmaxMix
 
 Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
+QUANTITIES = (("time, ms", 1e3), ("peak memory, MiB", 2**-20))
+"""Labels of what is measured, and factors from seconds and bytes."""
 
 
 def attention_speed(
@@ -64,7 +66,9 @@ def attention_speed(
     }
     title = f"forward + backward, ({sequences}, N, {embed_dim}), float32, {device}, {torch.get_num_threads()} threads"
     console = Console()
-    console.print(_table(results, tokens, title))
+    console.print(title)
+    for quantity in range(len(QUANTITIES)):
+        console.print(_table(results, tokens, quantity))
     output.parent.mkdir(parents=True, exist_ok=True)
     _plot(results, tokens).savefig(output, dpi=150)
     console.print(f"plot: {output}", soft_wrap=True, highlight=False)
@@ -112,21 +116,20 @@ def _peak_bytes(once: Callable[[], None], device: torch.device) -> int:
     return peak
 
 
-def _table(results: dict[str, list[tuple[float, int]]], tokens: Sequence[int], title: str) -> Table:
-    table = Table(title=title, title_justify="left")
+def _table(results: dict[str, list[tuple[float, int]]], tokens: Sequence[int], quantity: int) -> Table:
+    label, scale = QUANTITIES[quantity]
+    table = Table(title=label, title_justify="left")
     table.add_column("N", justify="right")
     for name in results:
-        table.add_column(f"{name}\nms", justify="right")
-        table.add_column("\nMiB", justify="right")
+        table.add_column(name, justify="right")
         if name != "RWKV":
-            table.add_column("time and memory\nover RWKV", justify="right")
+            table.add_column("over RWKV", justify="right")
     for i, n in enumerate(tokens):
         row = [str(n)]
-        own = results["RWKV"][i]
         for name, measured in results.items():
-            seconds, peak = measured[i]
-            row += [f"{seconds * 1e3:.1f}", f"{peak / 2**20:.1f}"]
-            row += [] if name == "RWKV" else [f"{seconds / own[0]:.1f}x {peak / own[1]:.1f}x"]
+            row.append(f"{measured[i][quantity] * scale:.1f}")
+            if name != "RWKV":
+                row.append(f"{measured[i][quantity] / results['RWKV'][i][quantity]:.1f}x")
         table.add_row(*row)
     return table
 
@@ -134,7 +137,7 @@ def _table(results: dict[str, list[tuple[float, int]]], tokens: Sequence[int], t
 def _plot(results: dict[str, list[tuple[float, int]]], tokens: Sequence[int]) -> Figure:
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     panels = figure.subplots(1, 2)
-    for axes, label, pick, scale in zip(panels, ("time, ms", "peak memory, MiB"), (0, 1), (1e3, 2**-20), strict=True):
+    for pick, (axes, (label, scale)) in enumerate(zip(panels, QUANTITIES, strict=True)):
         for (name, measured), marker in zip(results.items(), "os^", strict=True):
             axes.plot(tokens, [m[pick] * scale for m in measured], marker=marker, label=name)
         start = results["RWKV"][0][pick] * scale

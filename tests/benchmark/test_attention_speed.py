@@ -18,13 +18,11 @@ def test_table_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert Image.open(plot).width > 600
     shown = capsys.readouterr().out
     assert f"plot: {plot}" in shown.replace("\n", "")
-    memory = {
-        int(n): [float(x) for x in re.findall(r"[\d.]+", row)] for n, row in re.findall(r"│ +(16|256) │(.*)", shown)
-    }
-    assert sorted(memory) == [16, 256]
-    rwkv, plain = ([memory[n][i] for n in (16, 256)] for i in (1, -3))
-    assert plain[1] >= 2 * 256 * 256 * 4 / 2**20  # weights and their gradients
-    assert rwkv[1] < plain[1]
+    rows = re.findall(r"│ +(16|256) │ +([\d.]+) .* ([\d.]+) │ +[\d.]+x │\n", shown)
+    assert [int(n) for n, _, _ in rows] == [16, 256, 16, 256]  # time, then memory
+    rwkv, plain = (float(value) for value in rows[3][1:])
+    assert plain >= 2 * 256 * 256 * 4 / 2**20  # weights and their gradients
+    assert rwkv < plain
 
 
 def test_peak_memory_of_a_known_function() -> None:
