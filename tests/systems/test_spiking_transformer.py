@@ -218,3 +218,12 @@ def test_bad_options_are_refused(arguments: dict, message: str) -> None:
 def test_images_that_do_not_fit_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"this network takes \(B, 1, 8, 8\): set --model.in_channels"):
         small()(torch.zeros(shape), torch.zeros(shape[0], dtype=torch.long))
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_trains_in_mixed_precision(variant: dict) -> None:
+    network = firing(**variant)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = network(*batch()).float().square().mean()
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in network.parameters() if p.grad is not None)
