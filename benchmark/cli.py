@@ -23,10 +23,12 @@ COMMANDS = {
     "activity": ("benchmark.activity:activity", "draw spikes per layer and diffusion step, and a denoising strip"),
     "loader-speed": ("benchmark.loader_speed:loader_speed", "measure the train loader, in images/s"),
     "neuron-speed": ("benchmark.neuron_speed:neuron_speed", "measure the neuron against snnTorch stepped by hand"),
+    "attention-speed": ("benchmark.attention_speed:attention_speed", "measure RWKV against softmax attention"),
 }
 SWEEPS = {
-    "sweep-threshold": ("sweep_threshold", "test one checkpoint at several firing thresholds"),
-    "sweep-solvers": ("sweep_solvers", "test one checkpoint with several solvers and NFE"),
+    "sweep-threshold": ("benchmark.sweeps:sweep_threshold", "test one checkpoint at several firing thresholds"),
+    "sweep-solvers": ("benchmark.sweeps:sweep_solvers", "test one checkpoint with several solvers and NFE"),
+    "ablate-sdit": ("benchmark.ablate_sdit:ablate_sdit", "train and test SDiT and its ablations with several seeds"),
 }
 
 EXAMPLES = """\
@@ -69,7 +71,8 @@ def main(args: Sequence[str] | None = None) -> None:
 
         run_stage(args)
     elif args[0] in SWEEPS:
-        getattr(import_module("benchmark.sweeps"), SWEEPS[args[0]][0])(args[1:])
+        module, function = SWEEPS[args[0]][0].split(":")
+        getattr(import_module(module), function)(args[1:])
     elif args[0] in COMMANDS:
         from jsonargparse import auto_cli
 

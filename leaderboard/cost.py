@@ -5,6 +5,7 @@ Rules, for each call of a convolution or linear layer with `D` dense connections
 - Input of spikes: all 0 or `a`, or all -a, 0 or `a`, with `a` 1 or the height of a neuron's spikes, which folds into
   the weights: `SOPs = D * spikes / numel(input)`; these are accumulates (AC), plus one AC for each output element if
   the layer has a bias. Border taps count as if every input element reached all of them.
+- Spikes of a token and of the one before it, mixed by a `ShiftedLinear`: accumulates as of a convolution of two taps.
 - Any other input: `D` multiply-accumulates (MAC), also that of quantised activations of several levels.
 
 A layer called with several inputs concatenates their channels; each is then judged by itself, with its share of `D`.
@@ -29,6 +30,7 @@ from torch.utils.hooks import RemovableHandle
 
 from leaderboard.records import Cost
 from systems.neurons import SpikingNeuron
+from systems.spiking_transformer import ShiftedLinear
 
 PICOJOULES_PER_MAC = 4.6
 PICOJOULES_PER_AC = 0.9
@@ -50,7 +52,8 @@ class _Connections:
         assert isinstance(weight, Tensor)
         elements = sum(x.numel() for x in inputs)
         # weight[0] holds the taps of an output element, or of an input element where the convolution is transposed
-        dense = math.prod(weight.shape[1:]) * (elements if isinstance(layer, _TRANSPOSED) else out.numel())
+        taps = 2 if isinstance(layer, ShiftedLinear) else 1
+        dense = taps * math.prod(weight.shape[1:]) * (elements if isinstance(layer, _TRANSPOSED) else out.numel())
         counts = torch.zeros(4, dtype=torch.float64, device=out.device)
         for x in inputs:
             share = dense * x.numel() / max(elements, 1)

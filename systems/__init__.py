@@ -4,7 +4,8 @@ from systems.ann_snn import ANNSNN
 from systems.ddpm import DDPM
 from systems.fsddim import FSDDIM
 from systems.sddpm import SDDPM
+from systems.sdit import SDiT
 from systems.sdm import SDM
 from systems.spiking_diffusion import SpikingDiffusion
 
-__all__ = ["SDDPM", "SDM", "FSDDIM", "DDPM", "ANNSNN", "SpikingDiffusion"]
+__all__ = ["SDDPM", "SDM", "FSDDIM", "SpikingDiffusion", "SDiT", "DDPM", "ANNSNN"]

@@ -18,24 +18,30 @@ TINY = [
     "--trainer.enable_progress_bar=false",
     "--trainer.enable_model_summary=false",
     "--trainer.limit_val_batches=1",
-    "--model.base_channels=4",
-    "--model.num_res_blocks=1",
-    "--model.num_steps=2",
     "--data.batch_size=2",
     "--data.num_samples=2",
     "--monitor.every_n_epochs=0",
 ]
+TINY_SPIKING_UNET = [*TINY, "--model.base_channels=4", "--model.num_res_blocks=1", "--model.num_steps=2"]
+TINY_ANN = [*TINY, "--model.base_channels=32", "--model.num_res_blocks=1"]  # norms of 32 groups
+TINY_TRANSFORMER = [*TINY, "--model.embed_dim=8", "--model.depth=3", "--model.num_steps=2", "--model.num_heads=2"]
+
+TINY_TWO_STAGES = [
+    *TINY,
+    "--model.base_channels=4",
+    "--model.num_steps=2",
+    "--model.autoencoder_channels=4",
+    "--model.autoencoder_epochs=1",
+    "--trainer.max_steps=2",
+    "--trainer.limit_train_batches=1",
+]
 
 
 def tiny(config: Path) -> list[str]:
-    """Options that make a config small: an ANN takes no SNN steps, and its norms 32 channels; two stages two steps."""
+    """Options that make a config small."""
     method = yaml.safe_load(config.read_text())["model"]["class_path"]
-    if method == "SpikingDiffusion":
-        two = ["--trainer.max_steps=2", "--trainer.limit_train_batches=1", "--model.autoencoder_epochs=1"]
-        return [o for o in TINY if "num_res_blocks" not in o] + ["--model.autoencoder_channels=4", *two]
-    if method != "DDPM":
-        return TINY
-    return [option for option in TINY if "num_steps" not in option] + ["--model.base_channels=32"]
+    special = {"DDPM": TINY_ANN, "SDiT": TINY_TRANSFORMER, "SpikingDiffusion": TINY_TWO_STAGES}
+    return special.get(method, TINY_SPIKING_UNET)
 
 
 def image_folder(root: Path, size: int, channels: int) -> Path:
@@ -77,7 +83,7 @@ def test_config_trains_one_step(config: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
 def test_preset_changes_the_recipe_alone(preset: Path, tmp_path: Path) -> None:
     options = data_options(Path("configs/sddpm_cifar10.yaml"), tmp_path)
-    options += [o for o in TINY if "batch_size" not in o] + ["--data.batch_size=2"]
+    options += TINY_SPIKING_UNET
     main(
         [
             "fit",

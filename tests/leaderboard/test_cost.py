@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from leaderboard.cost import CostMeter
 from systems.neurons import ConvertedNeuron, SpikingNeuron
+from systems.spiking_transformer import ShiftedLinear
 
 
 def spikes(*shape: int, seed: int = 0) -> Tensor:
@@ -171,6 +172,18 @@ def test_levels_of_a_quantised_activation_are_real_values() -> None:
         neuron(torch.zeros(3, 1))
     cost = meter.result(1, 1)
     assert (cost.macs, cost.sops) == (2 * 12, 12 * 2 / 4)
+
+
+def test_token_shift_costs_accumulates_of_two_taps() -> None:
+    """Each spike reaches 5 outputs of its own token and 5 of the next; what is mixed is neither 0 nor 1."""
+    layer = ShiftedLinear(4, 5)
+    layer.mix.data.fill_(0.3)
+    s = torch.tensor([[[1.0, 0, 0, 1], [0, 1, 0, 0], [0, 0, 0, 0]], [[0, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]])
+    cost = measure(layer, s, num_images=2)
+    assert (cost.sops, cost.macs) == (4 * 2 * 5 / 2, 0)
+    assert cost.acs == (4 * 2 * 5 + 2 * 3 * 5) / 2  # and a bias for each output
+    assert cost.energy_strict_mj == pytest.approx(0.9e-9 * cost.acs)
+    assert measure(layer, 0.5 * s + 0.1).macs == 2 * 3 * 5 * 2 * 4
 
 
 def test_parameters_and_what_the_caller_measured() -> None:

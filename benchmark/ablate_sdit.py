@@ -1,0 +1,135 @@
+"""`python -m benchmark ablate-sdit`: SDiT and its ablations, each trained and tested with several seeds."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from benchmark.runs import RUNS
+from benchmark.stages import complete, run_stage
+from leaderboard.records import Record, find_records, read_record, write_atomic
+from leaderboard.table import headline
+
+VARIANTS = {
+    "full": (),
+    "no reconstruction": ("--model.reconstruction=false",),
+    "softmax attention": ("--model.attention=softmax",),
+    "spiking embedding": ("--model.embedding=spiking",),
+}
+"""Options of `fit` that make each ablation."""
+
+
+def ablate_sdit(args: Sequence[str]) -> None:
+    """Trains and tests every variant with every seed; prints and plots the metric with its spread over the seeds.
+
+    Args:
+        args: `--seeds`, `--variants`, `--config`, `--output`, and any option of `fit`.
+
+    Raises:
+        ValueError: If the folder holds runs made with other options.
+    """
+    parser = argparse.ArgumentParser(
+        "python -m benchmark ablate-sdit",
+        description="Trains and tests SDiT and its ablations with several seeds, each a variant on the leaderboard. "
+        "All other options are those of `fit`. Runs that are finished are skipped when it is started again.",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of training")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
+    parser.add_argument("--config", type=Path, default=Path("configs/sdit_digits.yaml"), help="what to train")
+    parser.add_argument("--output", type=Path, default=RUNS / "ablate-sdit", help="folder of the runs and the plot")
+    options, rest = parser.parse_known_args(args)
+    _remember(options.output, f"# with {shlex.join(rest) or 'no other option'}\n{options.config.read_text()}")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # the same lines for each run
+
+    console = Console()
+    records: dict[str, list[Record]] = {name: [] for name in options.variants}
+    for seed in options.seeds:  # seed by seed, so that a stopped ablation still compares like with like
+        for name in options.variants:
+            folder = options.output / f"{name.replace(' ', '-')}-seed{seed}"
+            if not find_records([folder]):
+                console.print(f"{name}, seed {seed}", style="bold")
+                place = f"--trainer.default_root_dir={folder}"
+                fit = [f"--config={options.config}", *rest, *VARIANTS[name], f"--seed_everything={seed}", place]
+                run_stage(["fit", *fit])
+                run_stage(complete(["test", place, f"--evaluation.variant={name}, seed {seed}"]))
+            records[name].append(read_record(find_records([folder])[-1]))
+    plot = options.output / "ablations.png"
+    _plot(records).savefig(plot, dpi=150)
+    console.print(_table(records))
+    console.print(f"plot: {plot}", soft_wrap=True, highlight=False)
+
+
+def _remember(folder: Path, made_with: str) -> None:
+    """Notes what the runs of a folder are made with, or checks it against the note."""
+    path = folder / "made_with.yaml"
+    if path.is_file() and path.read_text() != made_with:
+        raise ValueError(
+            f"{folder} holds runs made with other options or another config (see {path.name} there); give the same "
+            "again, or another --output"
+        )
+    write_atomic(path, made_with)
+
+
+def _values(records: Sequence[Record]) -> list[float]:
+    return [headline(record)[1].value for record in records]
+
+
+def _spread(values: Sequence[float]) -> str:
+    """Mean and sample standard deviation."""
+    spread = f" ±{statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
+
+
+def _table(records: Mapping[str, Sequence[Record]]) -> Table:
+    key, first = headline(next(iter(records.values()))[0])[0], next(iter(records))
+    seeds = len(records[first])
+    table = Table(title=f"SDiT, mean and spread over {seeds} seeds", title_justify="left")
+    for column in ("variant", key, f"against\n{first}", "firing\nrate", "mJ", "M\nparams"):
+        table.add_column(column, justify="left" if column == "variant" else "right", no_wrap=column == "variant")
+    for name, runs in records.items():
+        pairs = zip(_values(runs), _values(records[first]), strict=True)
+        cost = [run.cost for run in runs]
+        table.add_row(
+            name,
+            _spread(_values(runs)),
+            "-" if name == first else _spread([value - full for value, full in pairs]),
+            f"{statistics.mean(c.firing_rate or 0.0 for c in cost):.3f}",
+            f"{statistics.mean(c.energy_strict_mj for c in cost):.3g}",
+            f"{cost[0].parameters / 1e6:.3g}",
+        )
+    return table
+
+
+def _plot(records: Mapping[str, Sequence[Record]]) -> Figure:
+    """Draws every run as a dot, beside the mean and spread of its variant."""
+    figure = Figure(figsize=(1.2 + 1.5 * len(records), 3.8), layout="constrained")
+    axes = figure.subplots()
+    for i, runs in enumerate(records.values()):
+        values = _values(runs)
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        axes.plot([i - 0.12] * len(values), values, "o", color="tab:grey", alpha=0.7, label=None if i else "one seed")
+        axes.errorbar(
+            i + 0.12,
+            statistics.mean(values),
+            spread,
+            fmt="o",
+            color="tab:blue",
+            capsize=4,
+            label=None if i else "mean and spread",
+        )
+    axes.set_xticks(range(len(records)), [name.replace(" ", "\n") for name in records])
+    axes.set_xlim(-0.6, len(records) - 0.4)
+    key = headline(next(iter(records.values()))[0])[0]
+    axes.set(ylabel=f"{key} (lower is better)", ylim=(0, None))
+    axes.legend(frameon=False, loc="lower right")
+    return figure

@@ -1,0 +1,319 @@
+"""Spiking transformer of SDiT: a noise predictor of RWKV blocks whose weights see spikes alone.
+
+S. Yang, H. Ma, C. Yu, A. Wang, E.-P. Li, "SDiT: Spiking Diffusion Model with Transformer", 2024,
+https://arxiv.org/abs/2402.11588, of which no code was released; `systems/sdit.py` says what is published and what is
+the suite's choice. Backgrounds: U-ViT (https://arxiv.org/abs/2209.12152: tokens, long skips, final convolution), RWKV-4
+(https://arxiv.org/abs/2305.13048: token shift, WKV, receptance), SpikeGPT (https://arxiv.org/abs/2302.13939).
+
+Axes: `T` SNN time steps, `B` images, `N` tokens (patches, and the diffusion step in front), `D` channels. Weights,
+norms and attention see `T` folded into the batch; only neurons and the Reconstruction Module look along it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from systems.neurons import SpikingNeuron, get_surrogate
+from systems.spiking_unet import TimeEmbedding, fold, unfold
+from systems.wkv import bidirectional_wkv, wkv
+
+NeuronFactory = Callable[[], SpikingNeuron]
+MixFactory = Callable[[int], nn.Module]
+"""Makes what mixes tokens, `(r, k, v)` each `(M, N, D)` to `(M, N, D)`, from its channels."""
+
+LIF = partial(SpikingNeuron, beta=0.5, spike_grad=get_surrogate("atan"))
+"""Leaky neuron, hard reset; the surrogate is shared, so that it is compiled once."""
+
+
+class NormedNeuron(nn.Module):
+    """Batch norm over each channel, then spikes, `(T, B, N, D)`."""
+
+    def __init__(self, channels: int, neuron: NeuronFactory) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(channels)
+        self.neuron = neuron()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns spikes in the shape of the features `x`."""
+        return self.neuron(self.norm(x.flatten(0, -2)).view(x.shape))
+
+
+class ShiftedLinear(nn.Linear):
+    """Linear layer on RWKV's token shift: `W (mu * s[n] + (1 - mu) * s[n-1]) + b`, with `mu` learned for each channel.
+
+    It is a convolution along the tokens with the two taps `W diag(mu)` and `W diag(1 - mu)`. Its input are the spikes
+    themselves, each of which causes accumulates of either tap; no multiplication is left once the taps are stored.
+
+    Shapes:
+        `(..., N, in_features)` to `(..., N, out_features)`; the first token follows on silence.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self.mix = nn.Parameter(torch.arange(in_features) / in_features)  # as RWKV-4's first layer starts
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Returns the currents of the spikes `input`."""
+        previous = F.pad(input[..., :-1, :], (0, 0, 1, 0))
+        return super().forward(torch.lerp(previous, input, self.mix.to(input.dtype)))
+
+    @property
+    def taps(self) -> tuple[Tensor, Tensor]:
+        """Weights of the spikes of the token itself and of the one before it, `(out_features, in_features)` each."""
+        return self.weight * self.mix, self.weight * (1 - self.mix)
+
+
+class RWKVMix(nn.Module):
+    """RWKV-4's replacement of attention, `sigmoid(r) * wkv(k, v)`: linear in the number of tokens.
+
+    Decays start between `e^-5` and `e^3` and bonuses at `log 0.3`, the ranges of RWKV-4.
+    """
+
+    def __init__(self, channels: int, bidirectional: bool = False) -> None:
+        super().__init__()
+        self.decay = nn.Parameter(torch.linspace(-5, 3, channels).exp().expm1().log())  # w = softplus(decay)
+        self.bonus = nn.Parameter(torch.full((channels,), 0.3).log())
+        self.bidirectional = bidirectional
+
+    def forward(self, r: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Returns `(M, N, D)`."""
+        scan = bidirectional_wkv if self.bidirectional else wkv
+        return torch.sigmoid(r) * scan(k, v, F.softplus(self.decay), self.bonus)
+
+
+class SoftmaxMix(nn.Module):
+    """Multi-head softmax attention of every token to every token, with `r` as queries; no parameters of its own."""
+
+    def __init__(self, channels: int, num_heads: int) -> None:
+        super().__init__()
+        if num_heads < 1 or channels % num_heads:
+            raise ValueError(f"num_heads={num_heads} does not divide embed_dim={channels}; give a divisor")
+        self.num_heads = num_heads
+
+    def forward(self, r: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Returns `(M, N, D)`."""
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (r, k, v))  # (M, heads, N, D/heads)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class Block(nn.Module):
+    """Spatial mix of tokens and channel mix, each a pre-spike residual: the sums are real, what weights see is spikes.
+
+    Args:
+        channels: Channels `D`.
+        hidden_channels: Channels of the hidden layer of the channel mix.
+        neuron: Makes one spiking layer.
+        mix: Makes what mixes the tokens.
+        inner_norm: Whether the neurons behind the mix and in the channel mix have a norm too.
+        skip: Whether the features of an input block come in as well (a long skip).
+
+    Shapes:
+        `(T, B, N, D)` in and out.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        hidden_channels: int,
+        neuron: NeuronFactory,
+        mix: MixFactory,
+        inner_norm: bool = False,
+        skip: bool = False,
+    ) -> None:
+        super().__init__()
+        inner = NormedNeuron if inner_norm else lambda _, neuron: neuron()
+        if skip:
+            self.skip_neuron = NormedNeuron(2 * channels, neuron)
+            self.skip_out = nn.Linear(2 * channels, channels)
+        self.spatial_neuron = NormedNeuron(channels, neuron)
+        self.spatial_r, self.spatial_k, self.spatial_v = (ShiftedLinear(channels, channels) for _ in range(3))
+        self.mix = mix(channels)
+        self.mix_neuron = inner(channels, neuron)
+        self.spatial_out = nn.Linear(channels, channels)
+        self.channel_neuron = NormedNeuron(channels, neuron)
+        self.channel_r = ShiftedLinear(channels, channels)
+        self.channel_k = ShiftedLinear(channels, hidden_channels)
+        self.hidden_neuron = inner(hidden_channels, neuron)
+        self.channel_out = nn.Linear(hidden_channels, channels)
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        """Returns the features after both mixes."""
+        if skip is not None:
+            x = x + self.skip_out(self.skip_neuron(torch.cat([x, skip], dim=-1)))
+        s = fold(self.spatial_neuron(x))  # (T*B, N, D)
+        mixed = self.mix(self.spatial_r(s), self.spatial_k(s), self.spatial_v(s))
+        x = x + self.spatial_out(self.mix_neuron(unfold(mixed, len(x))))
+        s = self.channel_neuron(x)
+        hidden = self.hidden_neuron(self.channel_k(s))
+        return x + torch.sigmoid(self.channel_r(s)) * self.channel_out(hidden)
+
+
+class Reconstruction(nn.Module):
+    """Reconstruction Module: a learned token goes through membranes that never fire, and scales what blocks give out.
+
+    `m[l,t] = beta m[l,t-1] + W[l] rho[l-1,t]`, `rho[l,t] = rho[l-1,t] + tanh(m[l,t])`, and the factors of block `l` are
+    `1 + V[l] rho[l,t]`; `V` starts at zero, and with it the network as if the module were absent. No image enters, so
+    that a trained network may store the factors: they cost no operation of a weight matrix per image, and the matrices
+    are parameters here, no layers.
+
+    Args:
+        channels: Channels `D`.
+        depth: Blocks `L`.
+        beta: Membrane decay, that of the neurons.
+    """
+
+    def __init__(self, channels: int, depth: int, beta: float) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(channels))
+        self.drive = nn.Parameter(torch.randn(depth, channels, channels) / channels**0.5)
+        self.gate = nn.Parameter(torch.zeros(depth, channels, channels))
+        self.beta = beta
+
+    def forward(self, num_steps: int) -> Tensor:
+        """Returns the factors `(L, T, D)`."""
+        rho = self.token.expand(num_steps, -1)
+        factors = []
+        for drive, gate in zip(self.drive, self.gate, strict=True):
+            m, membrane = torch.zeros_like(self.token), []
+            for current in rho @ drive.T:
+                m = self.beta * m + current
+                membrane.append(m)
+            rho = rho + torch.tanh(torch.stack(membrane))
+            factors.append(1 + rho @ gate.T)
+        return torch.stack(factors)
+
+
+class SpikingTransformer(nn.Module):
+    """Predicts the noise in `x_t` with RWKV blocks of leaky integrate-and-fire neurons, in U-ViT's layout.
+
+    Potentials of every neuron start at zero in each call. For the choices behind the arguments see `systems.sdit.SDiT`.
+
+    Args:
+        in_channels: Image channels.
+        image_size: Height and width of the images.
+        patch_size: Height and width of a patch.
+        embed_dim: Channels `D`, a multiple of 8.
+        depth: Blocks: as many on the way in as on the way out, and one in the middle.
+        num_steps: SNN time steps `T`.
+        mlp_ratio: Hidden channels of the channel mix, as a multiple of `embed_dim`.
+        num_train_timesteps: Diffusion steps that the time embedding knows.
+        beta: Membrane decay of the Reconstruction Module.
+        neuron: Makes one spiking layer.
+        inner_norm: Whether the neurons behind the mix and in the channel mix have a norm too.
+        reconstruction: Whether there is a Reconstruction Module.
+        attention: What mixes the tokens.
+        num_heads: Heads of softmax attention.
+        embedding: Whether patches enter as real values (`ann`) or as spikes (`spiking`).
+        scan: Whether RWKV's tokens see those before them (`causal`) or all (`bidirectional`).
+
+    Raises:
+        ValueError: If a size is out of range or options do not go together.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        image_size: int = 28,
+        patch_size: int = 2,
+        embed_dim: int = 384,
+        depth: int = 9,
+        num_steps: int = 4,
+        mlp_ratio: float = 4.0,
+        num_train_timesteps: int = 1000,
+        beta: float = 0.5,
+        neuron: NeuronFactory = LIF,
+        inner_norm: bool = False,
+        reconstruction: bool = True,
+        attention: Literal["rwkv", "softmax"] = "rwkv",
+        num_heads: int = 8,
+        embedding: Literal["ann", "spiking"] = "ann",
+        scan: Literal["causal", "bidirectional"] = "causal",
+    ) -> None:
+        super().__init__()
+        if num_steps < 1:
+            raise ValueError(f"num_steps={num_steps} SNN time steps; give 1 or more")
+        if patch_size < 1 or image_size < 1 or image_size % patch_size:
+            raise ValueError(
+                f"image_size={image_size} is no multiple of patch_size={patch_size}; give a patch_size that divides "
+                "it, or pad the images (--data.image_size)"
+            )
+        if depth < 1 or depth % 2 == 0:
+            raise ValueError(
+                f"depth={depth} leaves no block for the middle; give an odd number, such as {max(depth, 2) + 1}: as "
+                "many blocks in as out, and one between"
+            )
+        if embed_dim < 8 or embed_dim % 8 or not mlp_ratio * embed_dim >= 1:
+            raise ValueError(
+                f"embed_dim={embed_dim}, mlp_ratio={mlp_ratio}; give a multiple of 8 for embed_dim (its quarter is an "
+                "even number of sinusoids) and an mlp_ratio above 0"
+            )
+        if attention == "softmax" and scan != "causal":
+            raise ValueError(
+                f"scan={scan!r} is an option of attention='rwkv'; softmax attention sees every token anyhow, leave "
+                "it out"
+            )
+        self.image_shape = (in_channels, image_size, image_size)
+        self.patch_size = patch_size
+        self.num_steps = num_steps
+
+        self.time_embedding = TimeEmbedding(embed_dim // 4, num_train_timesteps)
+        self.patch_embedding = nn.Conv2d(in_channels, embed_dim, patch_size, stride=patch_size)
+        self.position = nn.Parameter(0.02 * torch.randn((image_size // patch_size) ** 2, embed_dim))
+        self.patch_neuron = NormedNeuron(embed_dim, neuron) if embedding == "spiking" else None
+
+        mixes: dict[str, MixFactory] = {
+            "rwkv": partial(RWKVMix, bidirectional=scan == "bidirectional"),
+            "softmax": partial(SoftmaxMix, num_heads=num_heads),
+        }
+        block = partial(Block, embed_dim, int(mlp_ratio * embed_dim), neuron, mixes[attention], inner_norm)
+        self.in_blocks = nn.ModuleList(block() for _ in range(depth // 2))
+        self.mid_block = block()
+        self.out_blocks = nn.ModuleList(block(skip=True) for _ in range(depth // 2))
+        self.reconstruction = Reconstruction(embed_dim, depth, beta) if reconstruction else None
+
+        self.norm = nn.LayerNorm(embed_dim)
+        self.to_patches = nn.Linear(embed_dim, patch_size**2 * in_channels)
+        self.final_conv = nn.Conv2d(in_channels, in_channels, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Returns the predicted noise `(B, C, H, W)`.
+
+        Args:
+            x: Noisy images `(B, C, H, W)` in [-1, 1] plus noise, of the network's size.
+            t: Diffusion steps `(B,)`, whole or real numbers below `num_train_timesteps`.
+
+        Raises:
+            ValueError: If the images do not fit the network.
+        """
+        if x.shape[1:] != self.image_shape:
+            expected = ", ".join(map(str, self.image_shape))
+            raise ValueError(
+                f"images have shape {tuple(x.shape)}; this network takes (B, {expected}): set --model.in_channels "
+                "and --model.image_size, or --data.image_size"
+            )
+        h = self._embed(x, t)  # (T, B, N, D)
+        gains = self.reconstruction(self.num_steps)[:, :, None, None] if self.reconstruction else None
+        skips: list[Tensor] = []
+        for i, block in enumerate((*self.in_blocks, self.mid_block, *self.out_blocks)):
+            h = block(h, skips.pop()) if i > len(self.in_blocks) else block(h)
+            if gains is not None:
+                h = h * gains[i]
+            if i < len(self.in_blocks):
+                skips.append(h)
+        patches = self.to_patches(self.norm(h.mean(0))[:, 1:])  # (B, N-1, C*p*p)
+        rows = self.image_shape[1] // self.patch_size
+        return self.final_conv(F.pixel_shuffle(patches.mT.unflatten(2, (rows, rows)), self.patch_size))
+
+    def _embed(self, x: Tensor, t: Tensor) -> Tensor:
+        """Returns the tokens `(T, B, N, D)`, that of the diffusion step in front; direct encoding repeats them."""
+        patches = (self.patch_embedding(x).flatten(2).mT + self.position).expand(self.num_steps, -1, -1, -1)
+        if self.patch_neuron is not None:
+            patches = self.patch_neuron(patches)
+        step = self.time_embedding(t)[:, None].expand(self.num_steps, -1, -1, -1)
+        return torch.cat([step, patches], dim=2)
