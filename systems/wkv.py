@@ -13,7 +13,7 @@ maximum of the published kernels.
 
 Merging is associative, so a scan over pairs of tokens takes `2N` of them in `2 log2(N)` vectorised steps. The backward
 pass is written by hand: a linear recurrence from the last token to the first, whose factors are weights of the forward
-pass in [0, 1]. No level of a scan is kept, and memory is linear in `N` with a small constant.
+pass in [0, 1]. No level of a scan is kept, and memory is linear in `N`.
 
 Compared with what installs from the registry, and not used:
 
