@@ -19,7 +19,7 @@ Compared with what installs from the registry, and not used:
 
 - `fla-core` 0.6 (flash-linear-attention, MIT): a Triton kernel of this very operation, token after token for a block of
   channels of one sequence. Needs a GPU; its state is in float32, so that nothing can be checked against float64.
-- `accelerated-scan` 0.3 (MIT): CUDA and Triton kernels of `h[n] = g[n] h[n-1] + x[n]`, numbers of tokens that
+- `accelerated-scan` 0.3: CUDA and Triton kernels of `h[n] = g[n] h[n-1] + x[n]`, numbers of tokens that
   are powers of two. Needs a GPU, and the logarithms `s` from elsewhere.
 - `torch._higher_order_ops.associative_scan`: a private prototype. The same merge under it agrees, takes 1 to 5 times as
   long on a CPU and keeps every level of the scan for the backward pass.
