@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 from rich.console import Console
 from rich.table import Table
 
@@ -181,6 +182,9 @@ def _plot_solvers(results: dict[str, list[Record]]) -> Figure:
     axes.set_xscale("log")
     axes.set_xticks(ticks, [str(nfe) for nfe in ticks])
     axes.minorticks_off()
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     key = headline(next(iter(results.values()))[0])[0]
     axes.set(xlabel="network evaluations per image (NFE)", ylabel=f"{key} (lower is better)")
     axes.legend(frameon=False)
