@@ -16,14 +16,13 @@ that the denoiser does not see the steps above `n`.
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from matplotlib.figure import Figure
@@ -32,8 +31,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from systems.absorbing import Objective, denoising_loss, unmask
 from systems.base import DiffusionSystem, OptimizerFactory
 from systems.checkpoints import CheckpointMismatchError, check_state, read_trained
+from systems.codebook import perplexity, plot_reconstructions, plot_usage
 from systems.neurons import get_surrogate, leaky_integrate_and_fire
 from systems.sdid import SDID
 from systems.vq_svae import REDUCTION, VQSVAE, Reconstruction, equilibrium_loss
@@ -49,8 +50,6 @@ Not their perplexity: one code stands for an empty background, so that a healthy
 
 SHOWN_IMAGES = 8
 """Images in the figure of reconstructions."""
-
-Objective = Literal["reweighted_elbo", "elbo"]
 
 
 class SpikingDiffusion(DiffusionSystem):
@@ -424,60 +423,6 @@ class SpikingDiffusion(DiffusionSystem):
         self._in_stage_two = checkpoint.get("in_stage_two", True)
 
 
-def denoising_loss(
-    logits: Tensor, codes: Tensor, masked: Tensor, t: Tensor, num_train_timesteps: int, objective: Objective
-) -> Tensor:
-    """Bound on the negative log-likelihood of codes, in bits per token, mean over the images.
-
-    The cross-entropy of an image's masked tokens counts `num_train_timesteps / t` (`elbo`), or `1 - t /
-    num_train_timesteps` (`reweighted_elbo`, arXiv 2111.12701, section 4.2), which gives no weight to the fully masked
-    image.
-
-    Args:
-        logits: `(B, num_codes, h, w)`.
-        codes: `(B, h, w)`.
-        masked: Which of them were masked, `(B, h, w)`.
-        t: Diffusion steps `(B,)`, from 1.
-        num_train_timesteps: Number of diffusion steps.
-        objective: Weight of the steps.
-    """
-    nats = (F.cross_entropy(logits.float(), codes, reduction="none") * masked).sum((1, 2))
-    weight = num_train_timesteps / t if objective == "elbo" else 1 - t / num_train_timesteps
-    return (weight * nats).mean() / (codes[0].numel() * math.log(2))
-
-
-def unmask(
-    denoiser: nn.Module, masked: Tensor, uniforms: Iterable[Tensor], num_steps: int, mask_id: int, temperature: float
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Samples codes by absorbing diffusion: yields tokens and which are masked, both `(B, h, w)`, step by step.
-
-    Step `t` of `num_steps, ..., 1` fills each masked token with probability `1 / t`, so that none is left in the end.
-
-    Args:
-        denoiser: Gives logits `(B, num_codes, h, w)` of tokens `(B, h, w)` and steps `(B,)`.
-        masked: Tokens masked at the start, `(B, h, w)`.
-        uniforms: Uniform numbers `(B, 2, h, w)` for each step: which tokens to fill, and with which code.
-        num_steps: Number of steps.
-        mask_id: Number of the mask.
-        temperature: Divides the logits.
-    """
-    tokens = torch.full(masked.shape, mask_id, device=masked.device)
-    yield tokens, masked
-    for t, u in zip(range(num_steps, 0, -1), uniforms, strict=True):
-        due = masked & (u[:, 0] < 1 / t)
-        logits = denoiser(tokens, torch.full((len(tokens),), t, device=tokens.device)) / temperature
-        tokens = torch.where(due, _draw(logits.float(), u[:, 1]), tokens)
-        masked = masked & ~due
-        yield tokens, masked
-
-
-def _draw(logits: Tensor, u: Tensor) -> Tensor:
-    """Draws codes `(B, h, w)` from logits `(B, num_codes, h, w)` by inverting the distribution at `u` `(B, h, w)`."""
-    cumulative = logits.softmax(1).cumsum(1).movedim(1, -1).contiguous()  # (B, h, w, num_codes)
-    found = torch.searchsorted(cumulative, u[..., None].contiguous(), right=True).squeeze(-1)
-    return found.clamp(max=logits.shape[1] - 1)  # the sum may round to less than 1
-
-
 @contextmanager
 def _evaluating(network: VQSVAE) -> Iterator[VQSVAE]:
     """Holds a network in evaluation mode."""
@@ -487,12 +432,6 @@ def _evaluating(network: VQSVAE) -> Iterator[VQSVAE]:
         yield network
     finally:
         network.train(training)
-
-
-def perplexity(counts: Tensor) -> float:
-    """Number of codes in use, weighted: exponential of the entropy of their counts `(num_codes,)`."""
-    shares = counts.double() / counts.sum().clamp(min=1)
-    return float(torch.special.entr(shares).sum().exp())
 
 
 def _in_order(loader: DataLoader[Tensor]) -> DataLoader[Tensor]:
@@ -509,34 +448,6 @@ def _variance(batches: Iterable[Tensor]) -> float:
         total += float(pixels.sum())
         squares += float(pixels.square().sum())
     return (squares - total**2 / count) / (count - 1)
-
-
-def plot_usage(counts: Tensor) -> Figure:
-    """Draws the share of each code among all tokens, most frequent first."""
-    shares = (counts / counts.sum()).sort(descending=True).values
-    figure = Figure(figsize=(6, 3), layout="constrained")
-    axes = figure.subplots()
-    axes.bar(range(len(shares)), shares.numpy(), width=1.0, color="tab:blue")
-    axes.axhline(1 / len(shares), color="grey", linewidth=0.8, linestyle=":")
-    axes.set(
-        xlabel="code, most frequent first",
-        yscale="log",
-        ylabel="share of tokens",
-        title=f"perplexity {perplexity(counts):.1f} of {len(counts)}, {int((counts == 0).sum())} dead codes",
-    )
-    return figure
-
-
-def plot_reconstructions(images: Tensor, reconstructions: Tensor) -> Figure:
-    """Draws images `(B, C, H, W)` in [-1, 1] above their reconstructions."""
-    figure = Figure(figsize=(1.2 * len(images), 2.8), layout="constrained")
-    grid = figure.subplots(2, len(images), squeeze=False)
-    for row, name, pictures in zip(grid, ("image", "reconstruction"), (images, reconstructions), strict=True):
-        row[0].set_title(name, loc="left", fontsize=8)
-        for axes, picture in zip(row, pictures, strict=True):
-            axes.imshow(((picture + 1) / 2).movedim(0, -1).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
-            axes.axis("off")
-    return figure
 
 
 def read_official(

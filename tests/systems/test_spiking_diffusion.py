@@ -20,8 +20,10 @@ from benchmark.runs import find_checkpoint, newest_run
 from leaderboard.cost import CostMeter
 from leaderboard.records import read_record
 from systems import SpikingDiffusion, neurons
+from systems.absorbing import _draw, denoising_loss, unmask
 from systems.checkpoints import CheckpointMismatchError
-from systems.spiking_diffusion import _draw, _rename, _variance, denoising_loss, perplexity, unmask
+from systems.codebook import perplexity
+from systems.spiking_diffusion import _rename, _variance
 
 Reference = Callable[[str], dict[str, Tensor]]
 SIZE = dict(num_codes=8, code_channels=4, autoencoder_channels=4, base_channels=4, num_steps=2, num_train_timesteps=4)
