@@ -17,6 +17,7 @@ from benchmark.stages import complete, run_stage
 from leaderboard.evaluation import Evaluation
 from leaderboard.records import Record
 from leaderboard.table import headline
+from systems.checkpoints import load_checkpoint
 
 PAPER_THRESHOLDS = (0.997, 0.998, 0.999, 1.0, 1.001, 1.002, 1.003)
 """Values of SDM's Table 3 (arXiv 2408.16467)."""
@@ -82,6 +83,8 @@ def sweep_solvers(args: Sequence[str]) -> None:
     parser.add_argument("--nfe", type=_positive(int), nargs="+", default=[10, 20, 50, 100], help="network evaluations")
     options, rest = parser.parse_known_args(args)
     run = _Run(rest)
+    if any("analytic" in name for name in options.solvers):
+        _require_gamma(run.args)
     results: dict[str, list[Record]] = {}
     for name in options.solvers:
         solver = SOLVERS[name]
@@ -111,6 +114,21 @@ class _Run:
         (record,) = (callback.record for callback in _evaluations(cli.trainer.callbacks))  # type: ignore[attr-defined]
         assert record is not None, "a test without a record"
         return record
+
+
+def _require_gamma(args: Sequence[str]) -> None:
+    """Looks for the statistic of Analytic-DPM before the other solvers take their time.
+
+    Raises:
+        ValueError: If neither the checkpoint nor the options have it.
+    """
+    checkpoint = args[args.index("--ckpt_path") + 1] if "--ckpt_path" in args else None
+    given = any(arg.startswith("--model.scheduler.gamma") for arg in args)
+    if checkpoint is not None and not given and "gamma" not in load_checkpoint(checkpoint):
+        raise ValueError(
+            f"{checkpoint} holds no statistic for Analytic-DPM; add it with `python -m benchmark estimate-gamma`, or "
+            "name other solvers: --solvers ddpm ddim dpm-solver++"
+        )
 
 
 def _evaluations(callbacks: Iterable[Any]) -> list[Evaluation]:

@@ -57,6 +57,10 @@ def test_analytic_sampler_asks_for_its_statistic(runs: Path) -> None:
     torch.save(content, plain)
     with pytest.raises(ValueError, match="python -m benchmark estimate-gamma"):
         main(["test", f"--ckpt_path={plain}", "--model.scheduler=AnalyticDPMScheduler", *FEW])
+    before = len(records(runs))
+    with pytest.raises(ValueError, match="holds no statistic for Analytic-DPM"):
+        main(["sweep-solvers", f"--ckpt_path={plain}", *FEW])
+    assert len(records(runs)) == before
     plain.unlink()
 
 
