@@ -33,7 +33,7 @@ def published(shared_data: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def test_images(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Tensor:
+def real_images(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Tensor:
     """The test split of Fashion-MNIST, uint8 `(10000, 1, 28, 28)`."""
     data = FMNIST(root=str(shared_data / "fmnist"), cache_dir=str(tmp_path_factory.mktemp("cache")))
     return torch.cat(list(data.reference_batches("test")))
@@ -59,9 +59,9 @@ def test_encoder_reproduces_recorded_latents(recorded: dict[str, Tensor], mode: 
 
 
 def test_preprocessing_and_features_are_those_recorded(
-    recorded: dict[str, Tensor], published: Path, test_images: Tensor
+    recorded: dict[str, Tensor], published: Path, real_images: Tensor
 ) -> None:
-    x = to_encoder_input(test_images[:256])
+    x = to_encoder_input(real_images[:256])
     torch.testing.assert_close(x[:8], recorded["fashion.test32.first8"], rtol=0, atol=1e-6)
     fad = FrechetAutoencoderDistance("fmnist", published, num_groups=10)
     for train, key in ((True, "train_bn"), (False, "eval_bn")):
@@ -71,9 +71,9 @@ def test_preprocessing_and_features_are_those_recorded(
 
 @pytest.mark.parametrize("noise", ["", "_noise01", "_noise01_clamped"])
 def test_reproduces_recorded_distances(
-    recorded: dict[str, Tensor], published: Path, test_images: Tensor, noise: str
+    recorded: dict[str, Tensor], published: Path, real_images: Tensor, noise: str
 ) -> None:
-    x = to_encoder_input(test_images)
+    x = to_encoder_input(real_images)
     if noise:
         x = x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
         x = x.clamp(-1, 1) if noise.endswith("clamped") else x
@@ -90,10 +90,10 @@ def test_reproduces_recorded_distances(
         assert value == pytest.approx(float(recorded[f"{name}.{key}"]), abs=2e-5), key
 
 
-def test_streamed_images_give_both_distances(recorded: dict[str, Tensor], published: Path, test_images: Tensor) -> None:
+def test_streamed_images_give_both_distances(recorded: dict[str, Tensor], published: Path, real_images: Tensor) -> None:
     fad = FrechetAutoencoderDistance("fmnist", published, num_groups=10)
     for start in range(0, 10_000, 700):  # batches that are no multiple of those that batch norm sees
-        images = test_images[start : start + 700]
+        images = real_images[start : start + 700]
         fad.update_reference(images)
         fad.update_generated(images, torch.arange(start, start + len(images)))
     assert len(fad._waiting) == 0
