@@ -62,6 +62,8 @@ def main(args: Sequence[str] | None = None) -> None:
         SystemExit: With code 2 if the command is unknown or its options are wrong.
     """
     args = list(sys.argv[1:] if args is None else args)
+    if " ".join(args[:2]) in COMMANDS:  # such as `leaderboard verify`
+        args[:2] = [" ".join(args[:2])]
     if not args or args[0] in ("-h", "--help"):
         print_help()
     elif args[0] == "--version":
