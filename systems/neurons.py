@@ -41,8 +41,11 @@ def rectangle(width: float = 0.5) -> SpikeGrad:
     return surrogate.custom_surrogate(lambda u, grad, spikes: grad * (u.abs() < width) / (2 * width))
 
 
+@lru_cache
 def get_surrogate(name: str) -> SpikeGrad:
     """Returns a surrogate with its default width: `triangle`, `rectangle`, or any of `snntorch.surrogate`.
+
+    It is the same object for the same name, so that all neurons of a network share one compiled kernel.
 
     Raises:
         ValueError: If there is no surrogate of that name.
@@ -185,7 +188,11 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _flat(x: Tensor) -> Tensor:
-    return x.as_strided((x.shape[0], x[0].numel()), (x[0].numel(), 1))
+    """Returns the memory of `x` as `(T, N)`, no view of `x`: the compiler would make a kernel for each base's shape."""
+    size = x[0].numel()
+    if torch.compiler.is_compiling():
+        return x.as_strided((x.shape[0], size), (size, 1))
+    return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), (x.shape[0], size), (size, 1))
 
 
 COMPILE_FROM = 2**16

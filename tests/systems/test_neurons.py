@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -154,6 +155,25 @@ def test_compiled_kernel_equals_plain(case: str, monkeypatch: pytest.MonkeyPatch
     compiled, compiled_grad = gradient(neuron, x)
     assert torch.equal(compiled, plain)
     torch.testing.assert_close(compiled_grad, plain_grad, rtol=1e-5, atol=1e-6)
+
+
+def test_neurons_of_a_network_share_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neurons, "COMPILE_FROM", 0)
+    x = torch.randn(3, 2, 4, 8, 8)
+    gradient(integrate_and_fire(), x)  # the kernel is made here
+    inputs = [
+        torch.randn(3, 5, 4, 6, 6),
+        torch.randn(3, 7, 9),
+        torch.randn(3, 2, 16, 4, 4).flatten(0, 1).to(memory_format=torch.channels_last).unflatten(0, (3, 2)),
+        torch.randn(2, 3, 4, 8, 8).transpose(0, 1),
+        torch.randn(4, 2, 4, 8, 8)[1:],
+    ]
+    with torch._dynamo.config.patch(error_on_recompile=True), warnings.catch_warnings():
+        warnings.simplefilter("error")  # the layer tells an error of the compiler by a warning
+        for other in inputs:
+            fresh = integrate_and_fire()
+            assert torch.equal(fresh(other), fresh.stepwise(other))
+            gradient(fresh, other)
 
 
 def test_works_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
