@@ -1,0 +1,57 @@
+"""Traces of the root of a product of two covariances, the part of the Fréchet distance that programs do differently.
+
+Each function takes the first covariance `(D, D)` and returns a function of the second, so that what depends on the
+first alone is done once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+Trace = Callable[[Tensor], Tensor]
+
+ITERATIONS = 50
+"""Newton-Schulz iterations of the program released with SDDPM."""
+
+
+def exact(first: Tensor) -> Trace:
+    """The root itself, by eigenvalues of the symmetric `sqrt(A) B sqrt(A)`, which are those of `A B`."""
+    values, vectors = torch.linalg.eigh(first)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    return lambda second: torch.linalg.eigvalsh(root @ second @ root).clamp(min=0).sqrt().sum()
+
+
+def newton_schulz(first: Tensor) -> Trace:
+    """The root of `A B` by 50 Newton-Schulz iterations in float32; not finite where they diverge."""
+
+    def trace(second: Tensor) -> Tensor:
+        product = (first @ second).float()
+        norm = product.square().sum().sqrt()
+        eye = torch.eye(len(product), device=product.device)
+        y, z = product / norm, eye
+        for _ in range(ITERATIONS):
+            step = (3 * eye - z @ y) / 2
+            y, z = y @ step, step @ z
+        return (y.trace() * norm.sqrt()).double()
+
+    return trace
+
+
+def svd(first: Tensor) -> Trace:
+    """`U sqrt(D) V'` of `A B = U D V'` (singular values), as released with Spiking-Diffusion: no root of `A B`."""
+
+    def trace(second: Tensor) -> Tensor:
+        u, d, vh = torch.linalg.svd(first @ second)
+        return ((u * d.sqrt()) * vh.T).sum()  # the trace of U sqrt(D) V'
+
+    return trace
+
+
+ROOTS: Mapping[str, Callable[[Tensor], Trace]] = MappingProxyType(
+    {"exact": exact, "newton_schulz": newton_schulz, "svd": svd}
+)
+"""By name."""
