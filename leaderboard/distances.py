@@ -6,6 +6,7 @@ order.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ class FrechetDistance(Metric):
         num_features: Width `D` of the features.
         num_groups: Groups `G` left out in turn; image `k` belongs to group `k % G`.
         roots: How the root of the covariances' product is taken; several give several distances of the same sums.
+            Newton-Schulz iterations, which approximate the exact root slowly, have the error of the exact one.
         kwargs: Options of `torchmetrics.Metric`.
     """
 
@@ -60,11 +62,14 @@ class FrechetDistance(Metric):
         """Returns distance and standard error, `(R, 2)`, for each of the roots."""
         reference = (self.reference_sum[0], self.reference_outer[0], self.reference_count[0])
         mean, covariance = _moments(*reference)
-        traces = [ROOTS[root](covariance) for root in self.roots]
-        whole, *parts = (
-            self._distances(kept, mean, covariance, traces)
-            for kept in (torch.ones(self.num_groups, dtype=torch.bool), *~torch.eye(self.num_groups, dtype=torch.bool))
-        )
+        of_parts = ["exact" if root == "newton_schulz" else root for root in self.roots]
+        traces = {root: ROOTS[root](covariance) for root in {*self.roots, *of_parts}}
+
+        def distances(kept: Tensor, roots: Sequence[str]) -> Tensor:
+            return self._distances(kept, mean, covariance, [traces[root] for root in roots])
+
+        whole = distances(torch.ones(self.num_groups, dtype=torch.bool), self.roots)
+        parts = [distances(~left_out, of_parts) for left_out in torch.eye(self.num_groups, dtype=torch.bool)]
         return torch.stack([whole, jackknife_error(torch.stack(parts))], dim=1)
 
     def _distances(self, kept: Tensor, mean: Tensor, covariance: Tensor, traces: list[Trace]) -> Tensor:

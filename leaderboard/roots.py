@@ -19,10 +19,10 @@ ITERATIONS = 50
 
 
 def exact(first: Tensor) -> Trace:
-    """The root itself, by eigenvalues of the symmetric `sqrt(A) B sqrt(A)`, which are those of `A B`."""
-    values, vectors = torch.linalg.eigh(first)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    return lambda second: torch.linalg.eigvalsh(root @ second @ root).clamp(min=0).sqrt().sum()
+    """The root itself, by the eigenvalues of the symmetric `F' B F` with `A = F F'`: those of `A B` but for zeros."""
+    values, vectors = _eigen(first)
+    factor = vectors * values.sqrt()
+    return lambda second: torch.linalg.eigvalsh(factor.T @ second @ factor).clamp(min=0).sqrt().sum()
 
 
 def newton_schulz(first: Tensor) -> Trace:
@@ -43,12 +43,20 @@ def newton_schulz(first: Tensor) -> Trace:
 
 def svd(first: Tensor) -> Trace:
     """`U sqrt(D) V'` of `A B = U D V'` (singular values), as released with Spiking-Diffusion: no root of `A B`."""
+    values, vectors = _eigen(first)
 
     def trace(second: Tensor) -> Tensor:
-        u, d, vh = torch.linalg.svd(first @ second)
-        return ((u * d.sqrt()) * vh.T).sum()  # the trace of U sqrt(D) V'
+        u, d, vh = torch.linalg.svd(values[:, None] * (vectors.T @ second), full_matrices=False)
+        return ((vectors @ u * d.sqrt()) * vh.T).sum()  # the trace of U sqrt(D) V'
 
     return trace
+
+
+def _eigen(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the eigenvalues `(R,)` that are not zero, few where the images are few, and their vectors `(D, R)`."""
+    values, vectors = torch.linalg.eigh(covariance)
+    rank = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
+    return values[rank], vectors[:, rank]
 
 
 ROOTS: Mapping[str, Callable[[Tensor], Trace]] = MappingProxyType(
