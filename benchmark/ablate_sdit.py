@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmark.runs import RUNS
-from benchmark.stages import complete, run_stage
+from benchmark.stages import Rehearsal, complete, run_stage
 from leaderboard.records import Record, find_records, read_record, write_atomic
 from leaderboard.table import headline
 
@@ -31,10 +31,10 @@ def ablate_sdit(args: Sequence[str]) -> None:
     """Trains and tests every variant with every seed; prints and plots the metric with its spread over the seeds.
 
     Args:
-        args: `--seeds`, `--variants`, `--config`, `--output`, and any option of `fit`.
+        args: `--seeds`, `--variants`, `--config`, `--output`, `--draft`, and any option of `fit`.
 
     Raises:
-        ValueError: If the folder holds runs made with other options.
+        ValueError: If the folder holds runs made with other options, or their test would not follow its protocol.
     """
     parser = argparse.ArgumentParser(
         "python -m benchmark ablate-sdit",
@@ -47,8 +47,13 @@ def ablate_sdit(args: Sequence[str]) -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
     parser.add_argument("--config", type=Path, default=Path("configs/sdit_digits.yaml"), help="what to train")
     parser.add_argument("--output", type=Path, default=RUNS / "ablate-sdit", help="folder of the runs and the plot")
+    parser.add_argument("--draft", action="store_true", help="test with fewer images than the protocol's; never ranks")
     options, rest = parser.parse_known_args(args)
-    _remember(options.output, f"# with {shlex.join(rest) or 'no other option'}\n{options.config.read_text()}")
+    draft = ["--draft"] * options.draft
+    run_stage(["test", f"--config={options.config}", *rest, *draft], Rehearsal)  # refused now, not after training
+    _remember(
+        options.output, f"# with {shlex.join([*rest, *draft]) or 'no other option'}\n{options.config.read_text()}"
+    )
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # the same lines for each run
 
     console = Console()
@@ -61,7 +66,7 @@ def ablate_sdit(args: Sequence[str]) -> None:
                 place = f"--trainer.default_root_dir={folder}"
                 fit = [f"--config={options.config}", *rest, *VARIANTS[name], f"--seed_everything={seed}", place]
                 run_stage(["fit", *fit])
-                run_stage(complete(["test", place, f"--evaluation.variant={name}, seed {seed}"]))
+                run_stage(complete(["test", place, f"--evaluation.variant={name}, seed {seed}", *draft]))
             records[name].append(read_record(find_records([folder])[-1]))
     plot = options.output / "ablations.png"
     _plot(records).savefig(plot, dpi=150)

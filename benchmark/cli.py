@@ -19,6 +19,7 @@ COMMANDS = {
     "import": ("benchmark.import_checkpoint:import_checkpoint", "turn an authors' checkpoint into one of the suite"),
     "convert": ("benchmark.convert:convert", "turn a quantised DDPM into a spiking network"),
     "leaderboard": ("leaderboard.table:leaderboard", "show the records as tables"),
+    "reference": ("leaderboard.reference:reference", "measure the real images of a dataset, once for all tests"),
     "train-extractor": ("leaderboard.train_extractor:train_extractor", "train the suite's own feature extractor"),
     "activity": ("benchmark.activity:activity", "draw spikes per layer and diffusion step, and a denoising strip"),
     "loader-speed": ("benchmark.loader_speed:loader_speed", "measure the train loader, in images/s"),

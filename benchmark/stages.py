@@ -113,6 +113,8 @@ class BenchmarkCLI(LightningCLI):
             config.return_predictions = False  # written to disk as they come
         dump = self.parser.dump(self.config, skip_link_targets=False, skip_none=False, format="json")
         self.resolved = json.loads(dump, parse_constant=str)[self.subcommand]  # a solver's -Infinity is no JSON
+        if config.evaluation.draft and self.subcommand != "test":
+            raise ValueError("--draft is an option of `test`, where images are measured; leave it out here")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Adds TensorBoard and the progress bar."""
@@ -129,10 +131,21 @@ class BenchmarkCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def after_instantiate_classes(self) -> None:
-        """Hands the configuration to the record."""
+        """Hands the configuration to the record, and refuses a test that departs from its protocol at once."""
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Evaluation):
                 callback.config = self.resolved
+                if self.subcommand == "test":
+                    callback.check(self.datamodule)
+                elif self.subcommand == "predict":
+                    self.datamodule.num_samples = self.datamodule.num_samples or callback.protocol.num_samples
+
+
+class Rehearsal(BenchmarkCLI):
+    """Builds all that a stage needs and checks it, but does not run it."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
 
 
 def _short(class_path: str) -> str:
@@ -187,24 +200,26 @@ def complete(args: list[str]) -> list[str]:
     return [stage, "--config", str(run / "config.yaml"), *rest, "--ckpt_path", str(path)]
 
 
-def run_stage(args: list[str]) -> BenchmarkCLI:
+def run_stage(args: list[str], cli: type[BenchmarkCLI] = BenchmarkCLI) -> BenchmarkCLI:
     """Runs one stage.
 
     Args:
-        args: The stage and its options.
+        args: The stage and its options; `--draft` is short for `--evaluation.draft true`.
+        cli: What runs it, or `Rehearsal`, which needs no checkpoint.
 
     Returns:
         The stage's trainer, model and data, after it has run.
     """
     torch.set_float32_matmul_precision("high")
-    return BenchmarkCLI(
+    args = ["--evaluation.draft=true" if arg == "--draft" else arg for arg in args]
+    return cli(
         DiffusionSystem,
         ImageDataModule,
         trainer_class=BenchmarkTrainer,
         subclass_mode_model=True,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
-        args=complete([args[0].replace("-", "_"), *args[1:]]),
+        args=args if cli is Rehearsal else complete([args[0].replace("-", "_"), *args[1:]]),
         parser_class=Parser,
         seed_everything_default=42,
         save_config_callback=SaveFitConfig,

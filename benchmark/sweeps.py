@@ -139,7 +139,7 @@ def _parser(command: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         f"python -m benchmark {command}",
         description=f"{description} All other options are those of `test`, and so is what is tested by default: the "
-        "newest run. Each point of the sweep leaves a record.",
+        "newest run. Each point of the sweep leaves a record. Fewer images than the protocol's need --draft.",
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -25,6 +25,9 @@ from datamodules.sources import Reader, Record, Source, find_image_folder, find_
 CACHE_VERSION = 1
 CACHE_VARIABLE = "SPIKING_DIFFUSION_CACHE"
 DEFAULT_CACHE = "~/.cache/spiking-diffusion-benchmark"
+REFERENCE_BATCH = 100
+"""Reference images per batch: fixed, so that what is measured of them does not depend on how images are generated."""
+Split = Literal["train", "test", "valid"]
 HOLD_OUT_SEED = 0
 """Seed of the permutation that holds validation images out: the same images in every run."""
 
@@ -46,7 +49,7 @@ class ImageDataModule(L.LightningDataModule):
         num_workers: Loader processes for training and validation.
         cache_dir: Folder of decoded images; none takes $SPIKING_DIFFUSION_CACHE, then
             ~/.cache/spiking-diffusion-benchmark.
-        num_samples: Images to generate.
+        num_samples: Images to generate; none takes as many as the protocol of the evaluation asks for.
         sample_batch_size: Images per batch and device when generating.
         sample_seed: Seed of the first generated image; image k has the seed `sample_seed + k`.
         revision: Revision of the dataset on the hub; none takes the one this benchmark pins, or the latest.
@@ -75,7 +78,7 @@ class ImageDataModule(L.LightningDataModule):
         val_size: int = 0,
         num_workers: int = 0,
         cache_dir: str | None = None,
-        num_samples: int = 10_000,
+        num_samples: int | None = None,
         sample_batch_size: int = 250,
         sample_seed: int = 0,
         revision: str | None = None,
@@ -93,8 +96,10 @@ class ImageDataModule(L.LightningDataModule):
         self.sample_batch_size = sample_batch_size
         self.sample_seed = sample_seed
         self.revision = revision or self.hub_revision
-        for argument in ("batch_size", "image_size", "num_samples", "sample_batch_size"):
+        for argument in ("batch_size", "image_size", "sample_batch_size"):
             _require_at_least(1, argument, getattr(self, argument))
+        if num_samples is not None:
+            _require_at_least(1, "num_samples", num_samples)
         for argument in ("val_size", "num_workers", "sample_seed"):
             _require_at_least(0, argument, getattr(self, argument))
         if fit not in ("pad", "resize"):
@@ -120,6 +125,16 @@ class ImageDataModule(L.LightningDataModule):
         return self._compared_size == self.native_size
 
     @property
+    def compared_size(self) -> int:
+        """Side length in pixels at which images are compared."""
+        return self._compared_size
+
+    @property
+    def geometry(self) -> dict[str, Any]:
+        """What the compared pixels depend on besides the source."""
+        return self._geometry()
+
+    @property
     def source(self) -> str:
         """What was read, in words."""
         return str(self._entry.meta["source"])
@@ -129,8 +144,17 @@ class ImageDataModule(L.LightningDataModule):
         """SHA-256 of the decoded splits before crop and resize, the same for every format that stores the pixels."""
         return str(self._entry.meta["fingerprint"])
 
-    def num_reference(self, split: Literal["train", "test"] = "train") -> int:
-        """Number of images of a split."""
+    def num_reference(self, split: Split = "train") -> int:
+        """Number of images of a split.
+
+        Raises:
+            DatasetError: If the source has no such split.
+        """
+        if split not in self._entry.splits:
+            raise DatasetError(
+                f"{self.title} from {self.source} has no {split} split (it has: {', '.join(self._entry.splits)}), but "
+                "the evaluation compares with it; give a source that has one, or choose another --evaluation.protocol"
+            )
         return self._entry.size(split)
 
     def prepare_data(self) -> None:
@@ -162,7 +186,13 @@ class ImageDataModule(L.LightningDataModule):
         return self._loader(images) if len(images) else []
 
     def test_dataloader(self) -> DataLoader[Tensor]:
-        """Seeds of the images to generate, each on one device only."""
+        """Seeds of the images to generate, each on one device only.
+
+        Raises:
+            ValueError: If their number was not given.
+        """
+        if self.num_samples is None:
+            raise ValueError("num_samples is not given; say how many images to generate: --data.num_samples 64")
         seeds = Seeds(self.sample_seed, self.num_samples)
         return whole_batches(seeds, self.sample_batch_size, sampler=unrepeated_shard(seeds, self.num_samples))
 
@@ -170,9 +200,9 @@ class ImageDataModule(L.LightningDataModule):
         """Seeds of the images to generate, as for testing."""
         return self.test_dataloader()
 
-    def reference_batches(self, split: Literal["train", "test"] = "train") -> Iterator[Tensor]:
+    def reference_batches(self, split: Split = "train") -> Iterator[Tensor]:
         """Yields a whole split in order, held-out images included, as uint8 `(b, C, H, W)` to compare with."""
-        yield from self._entry.images(split).split(self.sample_batch_size)
+        yield from self._entry.images(split).split(REFERENCE_BATCH)
 
     def labelled(self, split: Literal["train", "test"] = "train") -> tuple[Tensor, Tensor]:
         """Returns a whole split in the compared geometry with its labels from 0 on, -1 where unknown."""
@@ -180,6 +210,14 @@ class ImageDataModule(L.LightningDataModule):
 
     def to_uint8(self, images: Tensor) -> Tensor:
         """Turns generated images in [-1, 1] into bytes in the compared geometry: clamped, rounded, padding cut off.
+
+        Raises:
+            ValueError: If the images have another shape than the training images, or are not numbers.
+        """
+        return to_bytes(self.compared(images))
+
+    def compared(self, images: Tensor) -> Tensor:
+        """Cuts the padding off generated images, as floats that may leave [-1, 1].
 
         Raises:
             ValueError: If the images have another shape than the training images, or are not numbers.
@@ -192,7 +230,7 @@ class ImageDataModule(L.LightningDataModule):
                 "generated images hold NaN: the model has diverged; lower its learning rate or its precision"
             )
         pad, end = self._padding, self._padding + self._compared_size
-        return to_bytes(images[..., pad:end, pad:end])
+        return images[..., pad:end, pad:end]
 
     @cached_property
     def _source(self) -> Source:

@@ -1,30 +1,19 @@
-"""Fréchet distance, kernel distance and Inception score as running sums, from features and logits computed elsewhere.
+"""Fréchet distance, kept features and Inception score as running sums, from features and logits computed elsewhere.
 
-The distances themselves are torchmetrics' (https://lightning.ai/docs/torchmetrics), taken in float64. All states are
-sums over images known by their index, so processes and parts merge, and nothing depends on batch size or order.
+All states are sums over images known by their index, so processes and parts merge, and nothing depends on batch size or
+order.
 """
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.kid import KernelInceptionDistance
 
-
-class _PassThrough(nn.Module):
-    """Stands where torchmetrics expects an extractor, since the features are there already."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features
+from leaderboard.roots import ROOTS, Trace
 
 
 class FrechetDistance(Metric):
@@ -33,6 +22,8 @@ class FrechetDistance(Metric):
     Args:
         num_features: Width `D` of the features.
         num_groups: Groups `G` left out in turn; image `k` belongs to group `k % G`.
+        roots: How the root of the covariances' product is taken; several give several distances of the same sums.
+            Newton-Schulz iterations, which approximate the exact root slowly, have the error of the exact one.
         kwargs: Options of `torchmetrics.Metric`.
     """
 
@@ -44,9 +35,11 @@ class FrechetDistance(Metric):
     generated_outer: Tensor
     generated_count: Tensor
 
-    def __init__(self, num_features: int, num_groups: int = 10, **kwargs: Any) -> None:
+    def __init__(
+        self, num_features: int, num_groups: int = 10, roots: tuple[str, ...] = ("exact",), **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
-        self.num_features, self.num_groups = num_features, num_groups
+        self.num_features, self.num_groups, self.roots = num_features, num_groups, roots
         for kind, groups in (("reference", 1), ("generated", num_groups)):
             zeros = torch.zeros(groups, num_features, num_features, dtype=torch.float64)
             self.add_state(f"{kind}_sum", zeros[:, 0].clone(), dist_reduce_fx="sum")
@@ -65,47 +58,48 @@ class FrechetDistance(Metric):
             outer[group] += members.T @ members
             count[group] += len(members)
 
-    def compute(self) -> tuple[Tensor, Tensor]:
-        """Returns the distance of all images and its standard error."""
-        everything = torch.ones(self.num_groups, dtype=torch.bool, device=self.generated_count.device)
-        without = []
-        for group in range(self.num_groups):
-            kept = everything.clone()
-            kept[group] = False
-            without.append(self._distance(kept))
-        parts = torch.stack(without)
-        variance = (self.num_groups - 1) * (parts - parts.mean()).square().mean()
-        return self._distance(everything), variance.sqrt()
+    def compute(self) -> Tensor:
+        """Returns distance and standard error, `(R, 2)`, for each of the roots."""
+        reference = (self.reference_sum[0], self.reference_outer[0], self.reference_count[0])
+        mean, covariance = _moments(*reference)
+        of_parts = ["exact" if root == "newton_schulz" else root for root in self.roots]
+        traces = {root: ROOTS[root](covariance) for root in {*self.roots, *of_parts}}
 
-    def _distance(self, kept: Tensor) -> Tensor:
-        fid = FrechetInceptionDistance(feature=_PassThrough(self.num_features), sync_on_compute=False)
-        fid = fid.to(self.reference_sum.device)
-        fid.update(self.reference_sum[:0], real=True)  # no image, but sets the data type of the result to float64
-        fid.merge_state(
-            {
-                "real_features_sum": self.reference_sum[0],
-                "real_features_cov_sum": self.reference_outer[0],
-                "real_features_num_samples": self.reference_count[0],
-                "fake_features_sum": self.generated_sum[kept].sum(0),
-                "fake_features_cov_sum": self.generated_outer[kept].sum(0),
-                "fake_features_num_samples": self.generated_count[kept].sum(),
-            }
-        )
-        distance: Tensor = fid.compute()
-        return distance
+        def distances(kept: Tensor, roots: Sequence[str]) -> Tensor:
+            return self._distances(kept, mean, covariance, [traces[root] for root in roots])
+
+        whole = distances(torch.ones(self.num_groups, dtype=torch.bool), self.roots)
+        parts = [distances(~left_out, of_parts) for left_out in torch.eye(self.num_groups, dtype=torch.bool)]
+        return torch.stack([whole, jackknife_error(torch.stack(parts))], dim=1)
+
+    def _distances(self, kept: Tensor, mean: Tensor, covariance: Tensor, traces: list[Trace]) -> Tensor:
+        states = (self.generated_sum, self.generated_outer, self.generated_count)
+        own_mean, own_covariance = _moments(*(state[kept.to(state.device)].sum(0) for state in states))
+        apart = (mean - own_mean).square().sum() + covariance.trace() + own_covariance.trace()
+        return torch.stack([apart - 2 * trace(own_covariance) for trace in traces])
 
 
-class KernelDistance(Metric):
-    """Kernel distance (KID with Inception features) of the first images, in bounded memory, by fixed random subsets.
+def _moments(total: Tensor, outer: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean `(D,)` and unbiased covariance `(D, D)` of sums."""
+    mean = total / count
+    return mean, (outer - count * torch.outer(mean, mean)) / (count - 1)
 
-    Features stand in a table by image index, so that a sum over processes puts it together.
+
+def jackknife_error(parts: Tensor) -> Tensor:
+    """Standard error from the values `(G, ...)` that are found without each of `G` groups in turn."""
+    return ((len(parts) - 1) * (parts - parts.mean(0)).square().mean(0)).sqrt()
+
+
+class FeatureTable(Metric):
+    """Features of some images, in bounded memory: the first generated ones, and real ones spread over their split.
+
+    They stand in a table by image index, so that a sum over processes puts it together. A split sorted by class is
+    represented as well as a shuffled one.
 
     Args:
         num_features: Width `D` of the features.
-        num_images: Images with an index below this take part; the others are ignored.
-        subsets: Number of random subsets.
-        subset_size: Images of each subset, or all where there are fewer.
-        seed: Seed of the subsets; the global random state is neither read nor changed.
+        num_images: Images of each kind.
+        num_reference: Real images there are.
         kwargs: Options of `torchmetrics.Metric`.
     """
 
@@ -115,46 +109,33 @@ class KernelDistance(Metric):
     generated_table: Tensor
     generated_seen: Tensor
 
-    def __init__(
-        self,
-        num_features: int,
-        num_images: int = 10_000,
-        subsets: int = 100,
-        subset_size: int = 1000,
-        seed: int = 0,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, num_features: int, num_images: int, num_reference: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.num_images, self.subsets, self.subset_size, self.seed = num_images, subsets, subset_size, seed
-        for kind in ("reference", "generated"):
-            self.add_state(f"{kind}_table", torch.zeros(num_images, num_features), dist_reduce_fx="sum")
-            self.add_state(f"{kind}_seen", torch.zeros(num_images, dtype=torch.long), dist_reduce_fx="sum")
+        self.num_images, self.num_reference = num_images, num_reference
+        for kind, rows in (("reference", min(num_images, num_reference)), ("generated", num_images)):
+            self.add_state(f"{kind}_table", torch.zeros(rows, num_features), dist_reduce_fx="sum")
+            self.add_state(f"{kind}_seen", torch.zeros(rows, dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, features: Tensor, indices: Tensor, real: bool) -> None:
         """Adds the features `(B, D)` of images with the indices `(B,)`, real or generated."""
         table, seen = (getattr(self, f"{'reference' if real else 'generated'}_{name}") for name in ("table", "seen"))
         rows = indices.to(table.device)
-        taking_part = rows < self.num_images
+        if real:  # row r holds the image r * N // R
+            rows = (rows * len(table) + self.num_reference - 1) // self.num_reference
+            taking_part = (rows < len(table)) & (rows * self.num_reference // len(table) == indices.to(table.device))
+        else:
+            taking_part = rows < len(table)
         rows = rows[taking_part]
         table.index_add_(0, rows, features[taking_part].to(table.dtype))
         seen.index_add_(0, rows, torch.ones_like(rows))
 
-    def compute(self) -> tuple[Tensor, Tensor]:
-        """Returns mean and standard deviation over the subsets."""
-        reference = self._features(self.reference_table, self.reference_seen)
-        generated = self._features(self.generated_table, self.generated_seen)
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-            warnings.filterwarnings("ignore", ".*save all extracted features.*")  # bounded by the table
-            kid = KernelInceptionDistance(
-                feature=_PassThrough(reference.shape[1]),
-                subsets=self.subsets,
-                subset_size=min(self.subset_size, len(reference), len(generated)),
-                sync_on_compute=False,
-            )
-            torch.default_generator.manual_seed(self.seed)  # torch.manual_seed would touch CUDA as well
-            kid.update(reference, real=True)
-            kid.update(generated, real=False)
-            return kid.compute()
+    def compute(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns features `(N, D)` in float64, real and generated, and the indices of the generated images."""
+        return (
+            self._features(self.reference_table, self.reference_seen),
+            self._features(self.generated_table, self.generated_seen),
+            self.generated_seen.nonzero().flatten(),
+        )
 
     @staticmethod
     def _features(table: Tensor, seen: Tensor) -> Tensor:

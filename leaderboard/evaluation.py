@@ -2,95 +2,120 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import subprocess
 import time
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 
+from datamodules.loading import to_bytes
 from leaderboard.cost import CostMeter
 from leaderboard.fad import FrechetAutoencoderDistance
-from leaderboard.features import load_extractor
+from leaderboard.features import file_sha256
 from leaderboard.metrics import GenerationMetrics
 from leaderboard.pictures import enlargement, grid, save_png
-from leaderboard.protocols import OFFLINE_V1, STANDARD_V1, canonical_sha256
+from leaderboard.protocols import INCEPTION, PROTOCOLS, SUITE, TORCHVISION, ProtocolName, canonical_sha256
 from leaderboard.records import Artefact, Code, Dataset, MetricValue, ProtocolEntry, Record, write_record
+from leaderboard.reference import build_parts, prepare_reference
 from leaderboard.table import show_records
 
-PROTOCOLS = {protocol.name: protocol for protocol in (STANDARD_V1, OFFLINE_V1)}
 VERSIONS = ("torch", "lightning", "snntorch", "diffusers", "torchmetrics", "torch-fidelity", "datasets", "numpy")
 
 
 class Evaluation(Callback):
     """Measures the images that `test` generates under a protocol, and writes a record to the run folder.
 
-    The number of images is `--data.num_samples`. Fewer than the protocol asks for, or images compared at another
-    resolution than the dataset's own (`--data.fit resize`), make a draft, which never ranks.
+    The number of images is the protocol's, or `--data.num_samples`. What the protocol does not provide for, such as
+    fewer images or another resolution, is an error, and with `--draft` a draft, which never ranks.
 
     Args:
         protocol: How images are compared; results under different protocols never share a table.
-        inception_weights: Local file of the Inception weights, where they cannot be downloaded.
+        draft: Whether this is a draft, which may depart from the protocol and never ranks; `--draft` for short.
+        inception_weights: Local file of the 2015 Inception weights, where they cannot be downloaded.
+        torchvision_weights: Local file of torchvision's Inception weights, for paper-spiking-diffusion.
         extractor: File of another small extractor made by `train-extractor`, for offline-v1.
         variant: Name that tells this entry from others of the same method.
         grid_images: Generated images in the saved grid.
-        fad_dir: Folder of the published autoencoders (`stat_checkpoints/`, `stats/`): adds both Fréchet autoencoder
-            distances, for MNIST and Fashion-MNIST.
+        fad_dir: Folder of the published autoencoders (`stat_checkpoints/`, `stats/`): adds the protocol's Fréchet
+            autoencoder distance, for MNIST and Fashion-MNIST.
     """
 
     def __init__(
         self,
-        protocol: Literal["standard-v1", "offline-v1"] = "standard-v1",
+        protocol: ProtocolName = "standard-v1",
+        draft: bool = False,
         inception_weights: str | None = None,
+        torchvision_weights: str | None = None,
         extractor: str | None = None,
         variant: str = "default",
         grid_images: int = 64,
         fad_dir: str | None = None,
     ) -> None:
         self.protocol = PROTOCOLS[protocol]
+        self.draft = draft
         self.inception_weights = inception_weights
+        self.torchvision_weights = torchvision_weights
         self.extractor = extractor
         self.variant = variant
         self.grid_images = grid_images
         self.fad_dir = fad_dir
-        self.fad: FrechetAutoencoderDistance | None = None
         self.config: dict[str, Any] = {}
         """Resolved configuration of the command, for the record."""
         self.record: Record | None = None
         """What was measured last."""
 
+    def check(self, data: Any) -> None:
+        """Refuses a run that is not the protocol, before anything is loaded, unless it is a draft.
+
+        Args:
+            data: Data module; where the number of images was not given, it takes the protocol's.
+
+        Raises:
+            ValueError: If it departs from the protocol in any way.
+        """
+        data.num_samples = data.num_samples or self.protocol.num_samples
+        departures = self.protocol.departures(
+            data.name, data.native_size, data.compared_size, data.num_samples, data.sample_seed
+        )
+        extractors = {view.extractor: view.weights for view in self.protocol.views}
+        if self.extractor is not None and SUITE not in extractors:
+            raise ValueError(f"{self.protocol.name} has its own extractor; leave out --evaluation.extractor")
+        for extractor, file in ((INCEPTION, self.inception_weights), (TORCHVISION, self.torchvision_weights)):
+            if extractor in extractors and file is not None and Path(file).is_file():
+                found = file_sha256(Path(file))
+                if not found.startswith(extractors[extractor]):
+                    departures.append(
+                        f"its weights of {extractor} have the SHA-256 {extractors[extractor]}..., not {found[:8]}..."
+                    )
+        if departures and not self.draft:
+            raise ValueError(
+                f"this is not the protocol {self.protocol.name!r}: {'; '.join(departures)}. Follow it, or add --draft "
+                "for a draft, which never ranks"
+            )
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Checks the run before the loaders of images to generate are made."""
+        if stage == "test":
+            self.check(trainer.datamodule)  # type: ignore[attr-defined]
+
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures the reference images and opens the cost meter."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        self.protocol.is_draft(data.num_samples)  # refuses too many before the work is done
         self._started = time.perf_counter()
-        extractor = load_extractor(self.extractor or self.protocol.extractor, data.name, self.inception_weights)
-        self.metrics = GenerationMetrics(extractor, self.protocol.metrics_for(data.name), self.protocol)
-        self.metrics.to(pl_module.device)
-        if self.fad_dir is not None:
-            groups = self.protocol.jackknife_groups
-            self.fad = FrechetAutoencoderDistance(data.name, self.fad_dir, groups, trainer.is_global_zero)
-            self.fad.to(pl_module.device)
-        total = data.num_reference(self.protocol.reference_split)
-        start = 0
-        batches = data.reference_batches(self.protocol.reference_split)
-        for i, batch in enumerate(track(batches, "reference images", total=None, transient=True)):
-            if i % trainer.world_size == trainer.global_rank:
-                indices = torch.arange(start, start + len(batch))
-                self.metrics.update_reference(batch.to(pl_module.device), indices)
-                if self.fad is not None:
-                    self.fad.update_reference(batch.to(pl_module.device))
-            start += len(batch)
-        assert start == total, f"the reference split has {total} images but yielded {start}"
+        weights = (self.inception_weights, self.torchvision_weights, self.extractor)
+        self.parts = build_parts(self.protocol, data, weights, self.fad_dir, trainer.is_global_zero)
+        for part in self.parts:
+            part.to(pl_module.device)
+        where = (pl_module.device, trainer.global_rank, trainer.world_size)
+        prepare_reference(self.parts, data, self.protocol, *where, trainer.strategy.broadcast)
         self._first: list[Tensor] = []
         self._images = 0
         self._sampling_seconds = 0.0
@@ -118,14 +143,15 @@ class Evaluation(Callback):
             self._first.append(images[: self.grid_images].cpu())  # also waits for the device
         self._sampling_seconds += time.perf_counter() - self._batch_started
         self._images += len(images)
-        self.metrics.update_generated(images, batch - data.sample_seed)
-        if self.fad is not None:
-            self.fad.update_generated(images, batch - data.sample_seed)
+        pixels = quantise(data.compared(outputs), self.protocol.quantisation)
+        for part in self.parts:
+            seen = images if isinstance(part, FrechetAutoencoderDistance) else pixels
+            part.update_generated(seen, batch - data.sample_seed)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Computes the metrics, writes record and grid, and prints the result."""
         self.meter.__exit__(None, None, None)
-        metrics = self.metrics.compute() | (self.fad.compute() if self.fad is not None else {})
+        metrics = {key: value for part in self.parts for key, value in part.compute().items()}
         if not trainer.is_global_zero:
             return
         metrics |= self._reconstruction(trainer, cast(Any, pl_module))
@@ -150,7 +176,13 @@ class Evaluation(Callback):
         images = (batch.float() / 127.5 - 1 for batch in data.reference_batches("test"))
         note = f"of the {data.num_reference('test'):,} test images, none generated"
         measured: dict[str, tuple[float, float]] = system.reconstruction_metrics(images)
-        return {key: MetricValue(value, error, 0, note) for key, (value, error) in measured.items()}
+        return {key: MetricValue(*measured[key], 0, note) for key in self.protocol.reconstruction if key in measured}
+
+    def _extractor(self) -> Artefact:
+        """Names the networks behind the metrics: one with its own hash, several with a hash of theirs."""
+        used = {p.extractor.name: p.extractor.sha256 for p in self.parts if isinstance(p, GenerationMetrics)}
+        name = " + ".join(used)
+        return Artefact(name, used[name] if len(used) == 1 else canonical_sha256(used))
 
     def _save_grid(self, path: Path) -> Path:
         images = torch.cat(self._first)
@@ -170,13 +202,13 @@ class Evaluation(Callback):
             variant=self.variant,
             dataset=Dataset(data.name, data.fingerprint, data.source),
             protocol=ProtocolEntry(self.protocol.name, description, canonical_sha256(description)),
-            draft=self.protocol.is_draft(num_images) or not data.is_native,
+            draft=self.draft,
             config=self.config,
             config_sha256=canonical_sha256(self.config),
             code=code_version(),
             seeds={"training": self.config.get("seed_everything") or 0, "sampling": data.sample_seed},
-            checkpoint=Artefact(checkpoint.name, _sha256(checkpoint)) if checkpoint else None,
-            extractor=Artefact(self.metrics.extractor.name, self.metrics.extractor.sha256),
+            checkpoint=Artefact(checkpoint.name, file_sha256(checkpoint)) if checkpoint else None,
+            extractor=self._extractor(),
             hardware=hardware(device),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             wall_time_seconds=time.perf_counter() - self._started,
@@ -186,6 +218,14 @@ class Evaluation(Callback):
             num_steps=system.num_steps,
             cost=self.meter.result(self._images, system.nfe, rate, peak),
         )
+
+
+def quantise(images: Tensor, how: str) -> Tensor:
+    """Brings generated images in [-1, 1] to the scale of bytes, as `Protocol.quantisation` says."""
+    if how == "round":
+        return to_bytes(images)
+    pixels = images.float().add(1).mul(127.5)
+    return pixels.clamp(0, 255).to(torch.uint8) if how == "truncate" else pixels
 
 
 def code_version() -> Code:
@@ -209,8 +249,3 @@ def hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

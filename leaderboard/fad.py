@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torchmetrics import SumMetric
+from torchmetrics import Metric, SumMetric
 
 from datamodules.images import resize, to_array
 from leaderboard.distances import FrechetDistance
@@ -104,13 +104,21 @@ class FrechetAutoencoderDistance(nn.Module):
         folder: Folder with `stat_checkpoints/` and `stats/` as distributed.
         num_groups: Groups of generated images behind the jackknife error; image `k` belongs to group `k % num_groups`.
         is_first_process: Whether this process adds the published statistics; exactly one of several must.
+        keys: Which of both are measured.
 
     Raises:
         FileNotFoundError: If a file is missing.
         ValueError: If the dataset has no published autoencoder, or a file is not what it should be.
     """
 
-    def __init__(self, dataset: str, folder: str | Path, num_groups: int, is_first_process: bool = True) -> None:
+    def __init__(
+        self,
+        dataset: str,
+        folder: str | Path,
+        num_groups: int,
+        is_first_process: bool = True,
+        keys: tuple[str, ...] = ("fad_published", "fad_eval"),
+    ) -> None:
         super().__init__()
         if dataset not in AUTOENCODERS:
             raise ValueError(
@@ -120,8 +128,8 @@ class FrechetAutoencoderDistance(nn.Module):
         name = f"{AUTOENCODERS[dataset]}_{LATENT}.pth"
         path = Path(folder) / "stat_checkpoints" / name
         self.encoder = load_encoder(path)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
-        self.note = f"autoencoder {name} ({digest})"
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.identity, self.note, self.keys = f"fad {digest}", f"autoencoder {name} ({digest[:8]})", keys
         width = self.encoder.latent_layer.out_features
         self.published, self.own = FrechetDistance(width, num_groups), FrechetDistance(width, num_groups)
         statistics = Path(folder) / "stats" / f"{AUTOENCODERS[dataset]}_test_{width}.npz"
@@ -131,22 +139,27 @@ class FrechetAutoencoderDistance(nn.Module):
         self.generated_count = SumMetric()
         self._waiting: list[tuple[Tensor, Tensor]] = []
 
-    def update_reference(self, images: Tensor) -> None:
-        """Adds real images, uint8 `(B, C, H, W)`, to those that `fad_eval` compares with."""
-        features = self.features(to_encoder_input(images), train=False)
-        self.own.update(features, torch.arange(len(images)), real=True)
+    def reference_metrics(self) -> dict[str, Metric]:
+        """Returns what `fad_eval` holds of the real images."""
+        return {"own": self.own} if "fad_eval" in self.keys else {}
+
+    def update_reference(self, images: Tensor, indices: Tensor) -> None:
+        """Adds real images, uint8 `(B, C, H, W)`, with their places `(B,)`, to those that `fad_eval` compares with."""
+        self.own.update(self.features(to_encoder_input(images), train=False), indices, real=True)
 
     def update_generated(self, images: Tensor, indices: Tensor) -> None:
         """Adds generated images, uint8 `(B, C, H, W)`, with their indices `(B,)`."""
         self.generated_count.update(len(images))
         x = to_encoder_input(images)
-        self.own.update(self.features(x, train=False), indices, real=False)
-        self._waiting.extend(zip(x, indices, strict=True))
+        if "fad_eval" in self.keys:
+            self.own.update(self.features(x, train=False), indices, real=False)
+        if "fad_published" in self.keys:
+            self._waiting.extend(zip(x, indices, strict=True))
         while len(self._waiting) >= BATCH:
             self._finish_batch()
 
     def compute(self) -> dict[str, MetricValue]:
-        """Returns `fad_published` and `fad_eval` with their jackknife errors."""
+        """Returns the distances with their jackknife errors."""
         if self._waiting:
             self._finish_batch()
         used = int(self.generated_count.compute())
@@ -155,7 +168,9 @@ class FrechetAutoencoderDistance(nn.Module):
             ("fad_published", self.published, f"batch statistics of {BATCH} images, distributed test statistics"),
             ("fad_eval", self.own, "evaluation mode"),
         ):
-            value, error = (float(number) for number in distance.compute())
+            if key not in self.keys:
+                continue
+            value, error = distance.compute()[0].tolist()
             width = distance.num_features
             singular = f"; singular covariance: only {used} generated images for {width} features" * (used <= width)
             values[key] = MetricValue(value, error, used, f"{key}: {self.note}, {how}{singular}")

@@ -26,8 +26,6 @@ EXTRACTORS = Path(__file__).parent / "extractors"
 METADATA_KEY = "extractor"
 """Key of the JSON object in such a file that says how it was made: dataset, sizes, test accuracy and command."""
 
-_INCEPTION_HASH = Path(URL_INCEPTION_V3).stem.split("-")[-1]  # the file's name ends with the start of its SHA-256
-
 
 class Extractor(nn.Module, ABC):
     """A fixed network from uint8 images to features and class logits, the same in any training precision.
@@ -39,6 +37,9 @@ class Extractor(nn.Module, ABC):
         sha256: SHA-256 of the file of weights.
     """
 
+    dtypes: tuple[torch.dtype, ...] = (torch.uint8,)
+    """Types of images that it takes; floats are on the scale of the bytes."""
+
     def __init__(self, name: str, num_features: int, num_classes: int, sha256: str) -> None:
         super().__init__()
         self.name, self.num_features, self.num_classes, self.sha256 = name, num_features, num_classes, sha256
@@ -49,7 +50,7 @@ class Extractor(nn.Module, ABC):
         Raises:
             ValueError: If the images are not uint8 `(B, C, H, W)`.
         """
-        if images.dtype != torch.uint8 or images.dim() != 4:
+        if images.dtype not in self.dtypes or images.dim() != 4:
             raise ValueError(
                 f"extractor {self.name!r} got {images.dtype} images of shape {tuple(images.shape)}; it takes uint8 "
                 "(B, C, H, W), so quantise the samples first"
@@ -76,18 +77,7 @@ class InceptionExtractor(Extractor):
     """
 
     def __init__(self, weights_path: str | None = None) -> None:
-        path = Path(weights_path) if weights_path is not None else _download_inception()
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"inception_weights={weights_path} is not a file; give the path of a copy of {URL_INCEPTION_V3}"
-            )
-        sha256 = _file_sha256(path)
-        if not sha256.startswith(_INCEPTION_HASH):
-            warnings.warn(
-                f"{path} is not the published Inception file (SHA-256 {sha256[:8]}, expected {_INCEPTION_HASH}): "
-                "its distances compare with no other FID",
-                stacklevel=2,
-            )
+        path, sha256 = published_weights(weights_path, URL_INCEPTION_V3, "inception_weights")
         super().__init__(INCEPTION, num_features=2048, num_classes=1008, sha256=sha256)
         self.network = FeatureExtractorInceptionV3(
             INCEPTION, ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
@@ -155,9 +145,7 @@ class SmallExtractor(Extractor):
             raise ValueError(
                 f"{path} is no extractor of the suite ({error}); give a file made by: {training_command('<dataset>')}"
             ) from error
-        super().__init__(
-            dataset, SmallNetwork.num_features, num_classes=sizes["num_classes"], sha256=_file_sha256(path)
-        )
+        super().__init__(dataset, SmallNetwork.num_features, num_classes=sizes["num_classes"], sha256=file_sha256(path))
         self.in_channels: int = sizes["in_channels"]
         self.network = SmallNetwork(**sizes)
         self.network.load_state_dict(state)
@@ -221,21 +209,50 @@ def full_precision(device_type: str) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = allowed
 
 
-def _download_inception() -> Path:
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
+def published_weights(given: str | None, url: str, option: str) -> tuple[Path, str]:
+    """Returns a file of published weights and its SHA-256; one that is not the published file brings a warning.
+
+    Args:
+        given: Local copy; downloaded once into torch's hub folder if there is none.
+        url: Where it is published; the file's name ends with the start of its SHA-256.
+        option: Option of the evaluation that names a local copy.
+
+    Raises:
+        FileNotFoundError: If there is no such local copy.
+        RuntimeError: If the download fails.
+    """
+    path = Path(given) if given is not None else _download(url, option)
+    if not path.is_file():
+        raise FileNotFoundError(f"{option}={given} is not a file; give the path of a copy of {url}")
+    sha256, expected = file_sha256(path), _url_hash(url)
+    if not sha256.startswith(expected):
+        warnings.warn(
+            f"{path} is not the published Inception file (SHA-256 {sha256[:8]}, expected {expected}): its distances "
+            "compare with no others",
+            stacklevel=3,
+        )
+    return path, sha256
+
+
+def _url_hash(url: str) -> str:
+    return Path(url).stem.split("-")[-1]
+
+
+def _download(url: str, option: str) -> Path:
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=_INCEPTION_HASH, progress=False)
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=_url_hash(url), progress=False)
         except (URLError, OSError, RuntimeError) as error:
             raise RuntimeError(
-                f"cannot download the Inception weights ({error}). Fetch {URL_INCEPTION_V3} elsewhere and give its "
-                "path with --evaluation.inception_weights PATH, or evaluate with the suite's own extractor under the "
-                "protocol offline-v1"
+                f"cannot download the Inception weights ({error}). Fetch {url} elsewhere and give its path with "
+                f"--evaluation.{option} PATH, or evaluate with the suite's own extractor under the protocol offline-v1"
             ) from error
     return path
 
 
-def _file_sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

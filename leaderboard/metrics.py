@@ -1,94 +1,106 @@
-"""Metrics of an evaluation: each batch of images passes the extractor once and leaves only running sums behind.
+"""Metrics of one view: each batch of images passes the extractor once and leaves only running sums behind.
 
-State size depends on the extractor alone: about 1 GB on the device with Inception's 2,048 features. Under distributed
+State size depends on the extractor alone: about 0.6 GB on the device with Inception's 2,048 features. Under distributed
 evaluation each process must see images of its own: a sampler that repeats some to fill up would count these twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import cast
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, SumMetric
 
-from leaderboard.distances import FrechetDistance, KernelDistance, StreamingInceptionScore
+from leaderboard.distances import FeatureTable, FrechetDistance, StreamingInceptionScore
 from leaderboard.features import Extractor
-from leaderboard.protocols import INCEPTION, Protocol
+from leaderboard.neighbourhoods import kernel_distance, precision_recall
+from leaderboard.protocols import INCEPTION, TORCHVISION
 from leaderboard.records import MetricValue
+
+FRECHET = {"fid": "exact", "fd": "exact", "fid_newton_schulz": "newton_schulz", "fid_svd": "svd"}
+"""Root of each Fréchet distance."""
+
+FAMILIES = {
+    INCEPTION: ("fid", "fid_newton_schulz", "kid", "is", "precision_recall"),
+    TORCHVISION: ("fid_svd", "is"),
+}
+"""What can be measured with an extractor, if not the families of the suite's own."""
+
+OWN_FAMILIES = ("fd", "kd", "precision_recall")
+
+MINIMUM = 20
+"""Fewest images, generated and real, that give a value at all."""
 
 
 class GenerationMetrics(nn.Module):
-    """All metrics of one evaluation, fed batch by batch with real and generated images.
+    """All metrics of one view, fed batch by batch with real and generated images.
 
-    Keys are `fid`, `kid_mean` and `is_mean` with Inception. With any other extractor the Fréchet and the kernel
-    distance are `fd_<extractor>` and `kd_<extractor>`, since only Inception's are called FID and KID.
+    Keys are `fid`, `kid_mean`, `is_mean`, `precision` and `recall` with Inception, whose Fréchet and kernel distances
+    alone are called FID and KID. With another extractor they carry its name: `fd_<extractor>`, `kd_<extractor>`,
+    `is_<extractor>`, `precision_<extractor>`, `recall_<extractor>`. A Fréchet distance by a formula of its own is
+    called so: `fid_svd`, `fid_newton_schulz`.
 
     Args:
         extractor: Network run once on each batch.
-        metrics: Families to compute, such as `protocol.metrics_for(dataset)`: any of `"fid"`, `"kid"`, `"is"` with
-            Inception, of `"fd"`, `"kd"` with another extractor.
-        protocol: Gives groups, splits and subsets.
+        metrics: Families to compute with their parameters, such as `view.metrics_for(dataset)`.
+        num_reference: Real images there are.
+        num_groups: Groups of generated images behind the jackknife errors.
+        kept_images: Images whose features are kept for kernel distance, precision and recall.
 
     Raises:
         ValueError: If a metric does not exist with this extractor.
     """
 
-    minimum = 20
-    """Fewest images, generated and real, that give a value at all."""
-
-    def __init__(self, extractor: Extractor, metrics: Sequence[str], protocol: Protocol) -> None:
+    def __init__(
+        self,
+        extractor: Extractor,
+        metrics: Mapping[str, Mapping[str, Any]],
+        num_reference: int,
+        num_groups: int = 10,
+        kept_images: int = 10_000,
+    ) -> None:
         super().__init__()
-        is_inception = extractor.name == INCEPTION
-        known = ("fid", "kid", "is") if is_inception else ("fd", "kd")
-        if not metrics or not set(metrics) <= set(known):
+        known = FAMILIES.get(extractor.name, OWN_FAMILIES)
+        if not set(metrics) <= set(known):
             raise ValueError(
                 f"metrics={list(metrics)} cannot be computed with the extractor {extractor.name!r}; "
                 f"choose from: {', '.join(known)}"
             )
-        frechet, kernel = known[:2]
+        self.extractor, self.options, self.num_groups, self.kept_images = extractor, metrics, num_groups, kept_images
         width = extractor.num_features
+        roots = tuple(FRECHET[family] for family in metrics if family in FRECHET)
         built: dict[str, Metric] = {}
-        if frechet in metrics:
-            key = "fid" if is_inception else f"fd_{extractor.name}"
-            built[key] = FrechetDistance(width, protocol.jackknife_groups)
-        if kernel in metrics:
-            key = "kid_mean" if is_inception else f"kd_{extractor.name}"
-            size = protocol.kernel_subset_size
-            built[key] = KernelDistance(width, protocol.kernel_images, protocol.kernel_subsets, size)
+        if roots:
+            built["frechet"] = FrechetDistance(width, num_groups, roots)
+        if {"kid", "kd", "precision_recall"} & set(metrics):
+            built["table"] = FeatureTable(width, kept_images, num_reference)
         if "is" in metrics:
-            built["is_mean"] = StreamingInceptionScore(extractor.num_classes, protocol.score_splits)
-        self.extractor = extractor
+            built["score"] = StreamingInceptionScore(extractor.num_classes, **metrics["is"])
         self.metrics = nn.ModuleDict(built)
-        self.reference_count, self.generated_count = SumMetric(), SumMetric()
-        self._seen = 0
+        self.generated_count = SumMetric()
+        self.num_reference = num_reference
+        self.identity = f"{extractor.name} {extractor.sha256}"
 
-    def update_reference(self, images: Tensor, indices: Tensor | None = None) -> None:
+    def update_reference(self, images: Tensor, indices: Tensor) -> None:
         """Adds real images.
 
         Args:
             images: uint8 images `(B, C, H, W)`.
-            indices: Their places `(B,)` in the reference split; may be left out by a single process that sees the split
-                in order.
+            indices: Their places `(B,)` among the real images.
 
         Raises:
-            ValueError: If there is not one index per image, or none although several processes evaluate together.
+            ValueError: If there is not one index per image.
         """
-        if indices is None:
-            if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-                raise ValueError(
-                    "reference images came without indices to one of several processes; give their indices"
-                )
-            indices = torch.arange(self._seen, self._seen + len(images))
-            self._seen += len(images)
         self._update(images, indices, real=True)
 
     def update_generated(self, images: Tensor, indices: Tensor) -> None:
         """Adds generated images.
 
         Args:
-            images: uint8 images `(B, C, H, W)`.
+            images: Images `(B, C, H, W)`, uint8, or floats on the same scale where the protocol does not quantise.
             indices: Their indices `(B,)`, image `k` being the one sampled from the `k`-th noise.
 
         Raises:
@@ -102,12 +114,17 @@ class GenerationMetrics(nn.Module):
                 f"{len(images)} images came with indices of shape {tuple(indices.shape)}; give one index per image"
             )
         features, logits = self.extractor(images)
-        (self.reference_count if real else self.generated_count).update(len(images))
-        for _, metric in self._built():
+        if not real:
+            self.generated_count.update(len(images))
+        for metric in cast(Iterable[Metric], self.metrics.values()):
             if not isinstance(metric, StreamingInceptionScore):
                 metric.update(features, indices, real)
             elif not real:
                 metric.update(logits, indices)
+
+    def reference_metrics(self) -> dict[str, Metric]:
+        """Returns the metrics that hold something of the real images, by name."""
+        return {name: cast(Metric, metric) for name, metric in self.metrics.items() if name != "score"}
 
     def compute(self) -> dict[str, MetricValue]:
         """Returns every metric; the uncertainty is the jackknife error, or the spread over subsets or splits.
@@ -115,27 +132,57 @@ class GenerationMetrics(nn.Module):
         Raises:
             ValueError: If there are too few images for any value.
         """
-        counts = {"reference": int(self.reference_count.compute()), "generated": int(self.generated_count.compute())}
+        counts = {"reference": self.num_reference, "generated": int(self.generated_count.compute())}
         for kind, count in counts.items():
-            if count < self.minimum:
+            if count < MINIMUM:
                 raise ValueError(
-                    f"{count} {kind} images are too few to compare; give at least {self.minimum}, and as many as the "
+                    f"{count} {kind} images are too few to compare; give at least {MINIMUM}, and as many as the "
                     "protocol asks for"
                 )
-        values: dict[str, MetricValue] = {}
-        for key, metric in self._built():
-            value, uncertainty = (float(number) for number in metric.compute())
-            used = counts["generated"]
-            if isinstance(metric, KernelDistance):
-                used = min(used, metric.num_images)
-            note = self._note(counts) if isinstance(metric, FrechetDistance) else ""
-            values[key] = MetricValue(value, uncertainty, used, note)
+        values = self._frechet(counts) if "frechet" in self.metrics else {}
+        if "table" in self.metrics:
+            values |= self._kept()
+        if "score" in self.metrics:
+            value, error = self._of("score")
+            key = "is_mean" if self._is_inception else f"is_{self.extractor.name}"
+            values[key] = MetricValue(float(value), float(error), counts["generated"])
         return values
 
-    def _note(self, counts: dict[str, int]) -> str:
-        width = self.extractor.num_features
+    def _frechet(self, counts: Mapping[str, int]) -> dict[str, MetricValue]:
+        width, used = self.extractor.num_features, counts["generated"]
         few = [f"{count} {kind}" for kind, count in counts.items() if count <= width]
-        return f"singular covariance: only {' and '.join(few)} images for {width} features" if few else ""
+        note = f"singular covariance: only {' and '.join(few)} images for {width} features" if few else ""
+        families = [family for family in self.options if family in FRECHET]
+        values: dict[str, MetricValue] = {}
+        for family, (value, error) in zip(families, self._of("frechet").tolist(), strict=True):
+            if family == "fid_newton_schulz" and not (math.isfinite(value) and math.isfinite(error)):
+                warnings.warn(
+                    f"{family} is left out: its iterations diverge on these covariances, {note or 'as they may'}",
+                    stacklevel=2,
+                )
+            else:
+                key = f"fd_{self.extractor.name}" if family == "fd" else family
+                values[key] = MetricValue(value, error, used, note)
+        return values
 
-    def _built(self) -> Iterable[tuple[str, Metric]]:
-        return cast(Iterable[tuple[str, Metric]], self.metrics.items())
+    def _kept(self) -> dict[str, MetricValue]:
+        reference, generated, indices = self._of("table")
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+        for family, options in self.options.items():
+            if family in ("kid", "kd"):
+                found["kid_mean" if self._is_inception else "kd"] = kernel_distance(reference, generated, **options)
+            elif family == "precision_recall":
+                groups = indices % self.num_groups
+                found["precision"], found["recall"] = precision_recall(reference, generated, groups, **options)
+        suffix = "" if self._is_inception else f"_{self.extractor.name}"
+        return {
+            f"{key}{suffix}": MetricValue(float(value), float(error), len(generated))
+            for key, (value, error) in found.items()
+        }
+
+    def _of(self, name: str) -> Any:
+        return cast(Metric, self.metrics[name]).compute()
+
+    @property
+    def _is_inception(self) -> bool:
+        return self.extractor.name == INCEPTION

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from leaderboard.protocols import canonical_sha256
+from leaderboard.protocols import LOCKED, canonical_sha256
 from leaderboard.schema import SchemaError, from_json
 
 SCHEMA_VERSION: Final = 1
@@ -117,7 +117,7 @@ class Record:
         variant: What tells this entry from others of the method; may be empty.
         dataset: Reference data.
         protocol: How it was measured.
-        draft: Whether there were fewer samples than the protocol asks for; drafts are shown last and never ranked.
+        draft: Whether the protocol was not kept to the letter (`--draft`); drafts are shown last and never ranked.
         config: Resolved configuration of the run.
         config_sha256: `canonical_sha256(config)`.
         code: Versions of everything that ran.
@@ -201,12 +201,12 @@ def find_records(folders: Iterable[str | Path]) -> list[Path]:
     return sorted(found)
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Writes a text file so that a reader sees all of it or nothing."""
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Writes a file so that a reader sees all of it or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -222,6 +222,7 @@ def _check(data: Any, where: str) -> datetime:
         ):
             if value != expected:
                 raise SchemaError(f"{field}: {value} is not the hash of the content, {expected}; the record was edited")
+        _check_protocol(record.protocol)
         try:
             created = datetime.fromisoformat(record.created)
         except ValueError:
@@ -231,6 +232,17 @@ def _check(data: Any, where: str) -> datetime:
     except SchemaError as error:
         raise RecordError(f"{where}: field {error}") from error
     return created.astimezone(UTC)
+
+
+def _check_protocol(protocol: ProtocolEntry) -> None:
+    """Refuses what was not measured under a published protocol."""
+    if protocol.name not in LOCKED:
+        raise SchemaError(f"protocol.name: {protocol.name!r} is unknown; the protocols are: {', '.join(LOCKED)}")
+    if protocol.sha256 != LOCKED[protocol.name]:
+        raise SchemaError(
+            f"protocol.sha256: {protocol.sha256[:8]} is not {protocol.name!r} as published, "
+            f"{LOCKED[protocol.name][:8]}; evaluate again under the protocol"
+        )
 
 
 def _slug(text: str) -> str:

@@ -18,8 +18,8 @@ def from_json(kind: type[Data], value: Any, field: str = "") -> Data:
     """Builds a dataclass from a JSON object.
 
     Args:
-        kind: Dataclass whose fields are bool, int, float, str, `Literal`, `None` unions, `dict[str, ...]`, nested
-            dataclasses, or `Any` for free JSON.
+        kind: Dataclass whose fields are bool, int, float, str, `Literal`, `None` unions, `dict[str, ...]`,
+            `tuple[..., ...]` for lists, nested dataclasses, or `Any` for free JSON.
         value: JSON object to convert.
         field: Path of the object in its file, for messages.
 
@@ -54,6 +54,10 @@ def _convert(kind: Any, value: Any, field: str) -> Any:
         if not isinstance(value, dict):
             raise SchemaError(f"{field}: expected an object, found {_shown(value)}")
         return {key: _convert(get_args(kind)[1], item, _join(field, key)) for key, item in value.items()}
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise SchemaError(f"{field}: expected a list, found {_shown(value)}")
+        return tuple(_convert(get_args(kind)[0], item, _join(field, str(i))) for i, item in enumerate(value))
     if dataclasses.is_dataclass(kind):
         return from_json(kind, value, field)  # type: ignore[arg-type]
     return _scalar(kind, value, field)

@@ -139,7 +139,7 @@ def _cells(entry: Entry, keys: list[str]) -> dict[str, str]:
     return {
         "Method": record.method,
         "Variant": record.variant,
-        **{_HEADERS.get(key, key): _metric(record.metrics.get(key), _SCALE.get(key, 1)) for key in keys},
+        **{_header(key): _metric(record.metrics.get(key), _SCALE.get(key, 1)) for key in keys},
         "T": "-" if cost.firing_rate is None else str(record.num_steps),
         "Rate": _number(cost.firing_rate),
         "Solver": record.solver,
@@ -152,6 +152,14 @@ def _cells(entry: Entry, keys: list[str]) -> dict[str, str]:
     }
 
 
+def _header(key: str) -> str:
+    """Name of a metric's column; precision and recall go without the extractor, which all entries of a table share."""
+    for start, name in (("precision", "Prec."), ("recall", "Recall")):
+        if key.startswith(start):
+            return name
+    return _HEADERS.get(key, key)
+
+
 def headline(record: Record) -> tuple[str, MetricValue]:
     """Returns the metric that ranks a record, with its key: the Fréchet distance where it was measured."""
     key = min(record.metrics, key=lambda key: (_kind(key), key))
@@ -160,7 +168,7 @@ def headline(record: Record) -> tuple[str, MetricValue]:
 
 def _kind(key: str) -> int:
     """Order of the metrics: Fréchet, kernel, Inception score, others."""
-    patterns = ("fid|fd_.*", "kid_mean|kd_.*", "is_mean", ".*")
+    patterns = ("fid|fid_.*|fd_.*", "kid_mean|kd_.*", "is_.*", ".*")
     return next(i for i, pattern in enumerate(patterns) if re.fullmatch(pattern, key))
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -47,6 +47,9 @@ COLLAPSED = 0.1
 
 Not their perplexity: one code stands for an empty background, so that a healthy codebook of MNIST has one of about 5.
 """
+
+SSIM_WINDOW = 11
+"""Side length in pixels of the window of structural similarity."""
 
 SHOWN_IMAGES = 8
 """Images in the figure of reconstructions."""
@@ -370,18 +373,23 @@ class SpikingDiffusion(DiffusionSystem):
                 trained on larger images.
 
         Returns:
-            `reconstruction_mse` and `reconstruction_ssim` (11x11 Gaussian window of torchmetrics), of pixels in [0, 1].
+            `reconstruction_mse` and `reconstruction_ssim` (11x11 Gaussian window of torchmetrics), of pixels in [0, 1];
+            and as released, of outputs before clipping, `reconstruction_mse_released` and
+            `reconstruction_dssim_released`: 1 - SSIM of images in [-0.5, 0.5], padded with zeros.
         """
-        values: dict[str, list[Tensor]] = {"reconstruction_mse": [], "reconstruction_ssim": []}
+        values: dict[str, list[Tensor]] = defaultdict(list)
         side = self._image_shape[-1]
         for batch in batches:
             images, pad = batch.to(self.device), (side - batch.shape[-1]) // 2
-            found = self._reconstruct(F.pad(images, [pad] * 4, value=-1))
-            found = found[..., pad : side - pad, pad : side - pad]
-            ours, theirs = (found + 1) / 2, (images + 1) / 2
-            values["reconstruction_mse"].append((ours - theirs).square().flatten(1).mean(1))
-            similarity = structural_similarity_index_measure(ours, theirs, data_range=1.0, reduction="none")
-            values["reconstruction_ssim"].append(cast(Tensor, similarity).reshape(len(batch)))
+            raw = self._reconstruct(F.pad(images, [pad] * 4, value=-1), clip=False)
+            raw = raw[..., pad : side - pad, pad : side - pad]
+            ours, theirs = (raw.clamp(-1, 1) + 1) / 2, (images + 1) / 2
+            values["reconstruction_mse"].append(_mean_square(ours - theirs))
+            values["reconstruction_ssim"].append(_similarity(ours, theirs))
+            values["reconstruction_mse_released"].append(_mean_square((raw - images) / 2))
+            edge = [SSIM_WINDOW // 2] * 4  # torchmetrics would mirror the border
+            centred = (F.pad(x / 2, edge) for x in (raw, images))
+            values["reconstruction_dssim_released"].append(1 - _similarity(*centred))
         joined = {key: torch.cat(parts).double() for key, parts in values.items()}
         return {key: (float(v.mean()), float(v.std() / len(v) ** 0.5)) for key, v in joined.items()}
 
@@ -395,10 +403,11 @@ class SpikingDiffusion(DiffusionSystem):
         return figures
 
     @torch.no_grad()
-    def _reconstruct(self, images: Tensor) -> Tensor:
-        """Returns what the autoencoder makes of images, both `(B, C, H, W)` in [-1, 1], in evaluation mode."""
+    def _reconstruct(self, images: Tensor, clip: bool = True) -> Tensor:
+        """Returns what the autoencoder makes of images `(B, C, H, W)` in [-1, 1], in evaluation mode."""
         with _evaluating(self.autoencoder):
-            return (2 * self.autoencoder(images / 2).images).clamp(-1, 1)
+            found: Tensor = 2 * self.autoencoder(images / 2).images
+        return found.clamp(-1, 1) if clip else found
 
     @property
     def process(self) -> dict[str, int]:
@@ -421,6 +430,17 @@ class SpikingDiffusion(DiffusionSystem):
                 f"the checkpoint was trained with {', '.join(different)}; give --model the values of training"
             )
         self._in_stage_two = checkpoint.get("in_stage_two", True)
+
+
+def _mean_square(errors: Tensor) -> Tensor:
+    """Mean square of each image's errors `(B, C, H, W)`."""
+    return errors.square().flatten(1).mean(1)
+
+
+def _similarity(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Structural similarity of each pair of images `(B, C, H, W)`, on a range of 1."""
+    found = structural_similarity_index_measure(ours, theirs, kernel_size=SSIM_WINDOW, data_range=1.0, reduction="none")
+    return cast(Tensor, found).reshape(len(ours))
 
 
 @contextmanager

@@ -24,7 +24,7 @@ VARIANTS = ["full", "no reconstruction", "softmax attention", "spiking embedding
 
 
 def ablate(folder: Path, *options: str) -> None:
-    main(["ablate-sdit", f"--output={folder}", *options, *TINY])
+    main(["ablate-sdit", "--draft", f"--output={folder}", *options, *TINY])
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_variant_leaves_a_record(folder: Path) -> None:
     records = [read_record(path) for path in find_records([folder])]
+    assert all(record.draft for record in records)
     assert sorted(r.variant for r in records) == sorted(f"{name}, seed 5" for name in VARIANTS)
     for record in records:
         name = record.variant.removesuffix(", seed 5")
@@ -65,6 +66,12 @@ def test_finished_runs_are_skipped_and_missing_ones_made(folder: Path, capsys: p
 def test_other_options_are_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"made with other options .* or another --output"):
         ablate(folder, "--seeds", "5", "--model.depth=1")
+
+
+def test_test_that_is_not_its_protocol_is_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"takes 2,000 generated images, not 24\. .* add --draft"):
+        main(["ablate-sdit", f"--output={tmp_path / 'new'}", *TINY])
+    assert not (tmp_path / "new").exists()
 
 
 def test_spread_over_seeds() -> None:

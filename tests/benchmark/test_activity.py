@@ -120,8 +120,8 @@ def test_record_has_both_autoencoder_distances(folder: Path) -> None:
     ]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the fused sampler transmits")
-        main(["test", *options, "--model.fused=true"])
-        main(["test", *options])
+        main(["test", "--draft", *options, "--model.fused=true"])
+        main(["test", "--draft", *options])
     fused, plain = sorted(map(read_record, (run / "records").glob("*.json")), key=lambda r: r.solver, reverse=True)
     assert (fused.method, fused.solver, plain.solver) == ("fsddim", "DDIM in currents, fused", "DDIM in currents")
     for key in ("fd_mnist", "fad_published", "fad_eval"):

@@ -11,6 +11,7 @@ from PIL import Image
 from benchmark import __version__
 from benchmark.cli import COMMANDS, STAGES, main
 from benchmark.runs import find_checkpoint, newest_run
+from leaderboard.protocols import PROTOCOLS
 from leaderboard.records import read_record
 from systems.checkpoints import CheckpointMismatchError
 
@@ -104,7 +105,7 @@ def test_tensorboard_shows_the_training(runs: Path) -> None:
 
 
 def test_test_takes_the_newest_run_and_writes_a_record(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["test", f"--trainer.default_root_dir={runs}"])
+    main(["test", "--draft", f"--trainer.default_root_dir={runs}"])
     run = newest_run(runs)
     record = read_record(records_of(run)[-1])
     assert record.draft
@@ -122,9 +123,17 @@ def test_test_takes_the_newest_run_and_writes_a_record(runs: Path, capsys: pytes
 def test_what_is_typed_wins_over_the_checkpoint(runs: Path) -> None:
     run = newest_run(runs)
     checkpoint = find_checkpoint(run)
-    main(["test", f"--config={run / 'config.yaml'}", f"--ckpt_path={checkpoint}", "--model.num_inference_steps=2"])
+    main(
+        [
+            "test",
+            "--draft",
+            f"--config={run / 'config.yaml'}",
+            f"--ckpt_path={checkpoint}",
+            "--model.num_inference_steps=2",
+        ]
+    )
     assert read_record(records_of(run)[-1]).nfe == 2
-    main(["test", f"--ckpt_path={checkpoint}", "--model.scheduler=DDPMScheduler", "--model.threshold=0.9"])
+    main(["test", "--draft", f"--ckpt_path={checkpoint}", "--model.scheduler=DDPMScheduler", "--model.threshold=0.9"])
     record = read_record(records_of(run)[-1])
     assert record.solver == "DDPM"
     assert record.config["model"]["init_args"]["threshold"] == 0.9
@@ -133,13 +142,13 @@ def test_what_is_typed_wins_over_the_checkpoint(runs: Path) -> None:
 def test_the_same_test_gives_the_same_metrics(runs: Path) -> None:
     values = []
     for chunk in (60, 17):
-        main(["test", f"--trainer.default_root_dir={runs}", f"--data.sample_batch_size={chunk}"])
+        main(["test", "--draft", f"--trainer.default_root_dir={runs}", f"--data.sample_batch_size={chunk}"])
         values.append(read_record(records_of(newest_run(runs))[-1]).metrics["fd_digits"].value)
     assert values[0] == pytest.approx(values[1], rel=1e-2)  # a rounding error may flip a spike
 
 
 def test_best_checkpoint_can_be_tested(runs: Path) -> None:
-    main(["test", f"--trainer.default_root_dir={runs}", "--ckpt_path=best"])
+    main(["test", "--draft", f"--trainer.default_root_dir={runs}", "--ckpt_path=best"])
     checkpoint = read_record(records_of(newest_run(runs))[-1]).checkpoint
     assert checkpoint is not None
     assert checkpoint.name.startswith("best-")
@@ -155,7 +164,7 @@ def test_validate_and_predict(runs: Path) -> None:
 
 
 def test_leaderboard_shows_the_records(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["test", f"--trainer.default_root_dir={runs}"])
+    main(["test", "--draft", f"--trainer.default_root_dir={runs}"])
     main(["leaderboard", f"--records=[{runs}]", f"--output={tmp_path / 'board.md'}"])
     shown = capsys.readouterr().out
     assert "digits, offline-v1" in shown
@@ -188,35 +197,63 @@ def test_averaged_weights_are_what_is_tested(runs: Path, tmp_path: Path) -> None
     assert averaged["state_dict"].keys() == plain["state_dict"].keys()
     weight = "network.downblocks.0.conv1.weight"
     assert not torch.equal(averaged["state_dict"][weight], plain["state_dict"][weight])
-    main(["test", f"--trainer.default_root_dir={tmp_path}"])
+    main(["test", "--draft", f"--trainer.default_root_dir={tmp_path}"])
     assert records_of(newest_run(tmp_path))
 
 
-def test_resized_comparison_is_a_draft(runs: Path) -> None:
-    options = ["--data.num_samples=2000", "--model.num_inference_steps=1", "--data.sample_batch_size=1000"]
-    drafts = []
-    for more in ([], ["--data.image_size=16", "--data.fit=resize"]):
-        main(["test", f"--trainer.default_root_dir={runs}", *options, *more])
-        drafts.append(read_record(records_of(newest_run(runs))[-1]).draft)
-    assert drafts == [False, True]
+def test_what_departs_from_the_protocol_is_refused_at_once_without_draft(runs: Path) -> None:
+    full = ["test", f"--trainer.default_root_dir={runs}", "--data.num_samples=null"]
+    before = records_of(newest_run(runs))
+    for option, message in (
+        ("--data.num_samples=60", "'offline-v1': it takes 2,000 generated images, not 60"),
+        ("--data.fit=resize", r"compares digits at 8x8 pixels, not 16x16 \(leave out --data.fit resize\)"),
+        ("--data.sample_seed=1", "its first image has the seed 0, not 1"),
+    ):
+        size = ["--data.image_size=16"] if "fit" in option else []
+        with pytest.raises(ValueError, match=f"{message}.* add --draft for a draft, which never ranks"):
+            main(
+                [*full, option, *size, "--data.cache_dir=/dev/null/x"]
+            )  # a cache that is asked for anything would fail
+    assert records_of(newest_run(runs)) == before
+
+
+def test_number_of_images_is_the_protocols_where_none_is_given(runs: Path) -> None:
+    full = ["test", f"--trainer.default_root_dir={runs}", "--data.num_samples=null", "--model.num_inference_steps=1"]
+    main([*full, "--data.sample_batch_size=1000"])
+    record = read_record(records_of(newest_run(runs))[-1])
+    assert not record.draft
+    assert {value.num_samples for value in record.metrics.values()} == {2000}
+
+
+def test_draft_is_of_test_alone() -> None:
+    with pytest.raises(ValueError, match="--draft is an option of `test`"):
+        main(["fit", "--config=configs/quickstart.yaml", "--draft"])
+
+
+def test_unknown_protocol_lists_the_known(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config=configs/quickstart.yaml", "--evaluation.protocol=standard-v2"])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert all(name in message for name in PROTOCOLS)
 
 
 def test_errors_name_the_way_out(runs: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no run with a checkpoint under"):
-        main(["test", f"--trainer.default_root_dir={tmp_path}"])
+        main(["test", "--draft", f"--trainer.default_root_dir={tmp_path}"])
     with pytest.raises(ValueError, match="needs a checkpoint"):
-        main(["test", "--config=configs/quickstart.yaml"])
+        main(["test", "--draft", "--config=configs/quickstart.yaml"])
     with pytest.raises(FileNotFoundError, match="is not a file"):
-        main(["test", "--config=configs/quickstart.yaml", "--ckpt_path=nowhere.ckpt"])
+        main(["test", "--draft", "--config=configs/quickstart.yaml", "--ckpt_path=nowhere.ckpt"])
     last = find_checkpoint(newest_run(runs))
     with pytest.raises(CheckpointMismatchError, match="does not fit the configured network"):
-        main(["test", f"--ckpt_path={last}", "--model.base_channels=16"])
+        main(["test", "--draft", f"--ckpt_path={last}", "--model.base_channels=16"])
     with pytest.raises(ValueError, match="at most 10000"):
-        main(["test", f"--ckpt_path={last}", "--data.num_samples=20000"])
+        main(["test", "--draft", f"--ckpt_path={last}", "--data.num_samples=20000"])
 
 
 def test_record_is_plain_json(runs: Path) -> None:
-    main(["test", f"--trainer.default_root_dir={runs}"])
+    main(["test", "--draft", f"--trainer.default_root_dir={runs}"])
     content = json.loads(records_of(newest_run(runs))[-1].read_text())
     assert content["source"] == "measured"
     assert set(content["code"]["versions"]) >= {"torch", "snntorch", "diffusers", "lightning"}

@@ -50,7 +50,7 @@ def scalars(run: Path) -> set[str]:
 
 def evaluate(run: Path, *options: str) -> Record:
     before = set(run.glob("records/*.json"))
-    main(["test", f"--ckpt_path={find_checkpoint(run)}", *options])
+    main(["test", "--draft", f"--ckpt_path={find_checkpoint(run)}", *options])
     (path,) = set(run.glob("records/*.json")) - before
     return read_record(path)
 
@@ -63,7 +63,7 @@ def test_ann_converted_and_tuned_stand_side_by_side(runs: Path, capsys: pytest.C
     assert re.fullmatch(r"digits-annsnn-\d{8}-\d{6}", run.name)
     shown = capsys.readouterr().out
     assert f"test --ckpt_path {find_checkpoint(run)}" in shown
-    main(["test", f"--trainer.default_root_dir={runs}"])  # the newest run is the conversion
+    main(["test", "--draft", f"--trainer.default_root_dir={runs}"])  # the newest run is the conversion
     (path,) = run.glob("records/*.json")
     converted = read_record(path)
     before = torch.load(find_checkpoint(run), weights_only=True)["state_dict"]

@@ -47,7 +47,7 @@ def test_imported_checkpoint_is_tested_and_predicted(tmp_path: Path) -> None:
         "--model.num_inference_steps=2",
         "--data.num_samples=20",
     ]
-    main(["test", *options])
+    main(["test", "--draft", *options])
     main(["predict", *options])
     assert list(tmp_path.glob("runs/*/records/*.json"))
     assert list(tmp_path.glob("runs/*/samples/000019.png"))
@@ -115,7 +115,7 @@ def test_imported_ann_and_its_conversion_are_tested(method: str, tmp_path: Path)
         "--data.num_samples=20",
         "--evaluation.protocol=offline-v1",
     ]
-    main(["test", *options])
+    main(["test", "--draft", *options])
     (record,) = map(read_record, tmp_path.glob("runs/*/records/*.json"))
     assert record.method == method.replace("_", "-")
     assert record.num_steps == (1 if method == "ddpm" else 3)
@@ -134,6 +134,7 @@ def test_imported_pair_is_tested(
     main(
         [
             "test",
+            "--draft",
             "--config=configs/spiking_diffusion_mnist.yaml",
             f"--ckpt_path={output}",
             f"--trainer.default_root_dir={tmp_path / 'runs'}",

@@ -56,10 +56,10 @@ def test_analytic_sampler_asks_for_its_statistic(runs: Path) -> None:
     plain = checkpoint.with_name("plain.ckpt")
     torch.save(content, plain)
     with pytest.raises(ValueError, match="python -m benchmark estimate-gamma"):
-        main(["test", f"--ckpt_path={plain}", "--model.scheduler=AnalyticDPMScheduler", *FEW])
+        main(["test", "--draft", f"--ckpt_path={plain}", "--model.scheduler=AnalyticDPMScheduler", *FEW])
     before = len(records(runs))
     with pytest.raises(ValueError, match="holds no statistic for Analytic-DPM"):
-        main(["sweep-solvers", f"--ckpt_path={plain}", *FEW])
+        main(["sweep-solvers", "--draft", f"--ckpt_path={plain}", *FEW])
     assert len(records(runs)) == before
     plain.unlink()
 
@@ -75,7 +75,7 @@ def test_statistic_is_kept_in_the_checkpoint(with_gamma: Path) -> None:
 def test_another_threshold_than_the_statistics_warns(with_gamma: Path) -> None:
     options = ["--model.scheduler=AnalyticDPMScheduler", "--model.num_inference_steps=2", "--model.threshold=0.9"]
     with pytest.warns(UserWarning, match=r"estimated at threshold=1\.0, this is threshold=0\.9"):
-        main(["test", f"--trainer.default_root_dir={with_gamma}", *options, *FEW])
+        main(["test", "--draft", f"--trainer.default_root_dir={with_gamma}", *options, *FEW])
 
 
 def test_more_images_than_there_are_is_refused(runs: Path) -> None:
@@ -89,7 +89,7 @@ def test_solvers_are_compared_at_equal_evaluations(
     before = len(records(with_gamma))
     plot = tmp_path / "solvers.png"
     options = [f"--trainer.default_root_dir={with_gamma}", f"--output={plot}", *FEW]
-    main(["sweep-solvers", "--nfe", "3", "7", *options])
+    main(["sweep-solvers", "--draft", "--nfe", "3", "7", *options])
     measured = records(with_gamma)[before:]
     assert len(measured) == 2 * len(SOLVERS)
     assert [record.nfe for record in measured] == [3, 7] * len(SOLVERS)
@@ -104,7 +104,7 @@ def test_thresholds_change_the_firing_rate(runs: Path, tmp_path: Path, capsys: p
     before = len(records(runs))
     plot = tmp_path / "new" / "threshold.png"
     options = [f"--trainer.default_root_dir={runs}", f"--output={plot}", "--model.num_inference_steps=3", *FEW]
-    main(["sweep-threshold", "--thresholds", "0.5", "1.0", "1.5", *options])
+    main(["sweep-threshold", "--draft", "--thresholds", "0.5", "1.0", "1.5", *options])
     measured = records(runs)[before:]
     rates = [record.cost.firing_rate for record in measured]
     assert rates == sorted(rates, reverse=True)
@@ -135,7 +135,7 @@ def test_wrong_options_end_with_code_2(
 
 def test_solver_with_infinite_defaults_leaves_a_plain_record(runs: Path) -> None:
     options = ["--model.scheduler=DPMSolverMultistepScheduler", "--model.num_inference_steps=3"]
-    main(["test", f"--trainer.default_root_dir={runs}", *options, *FEW])
+    main(["test", "--draft", f"--trainer.default_root_dir={runs}", *options, *FEW])
     paths = (newest_run(runs) / "records").glob("*.json")
     newest = max(paths, key=lambda path: path.stat().st_mtime_ns)
     config = json.loads(newest.read_text())["config"]
@@ -144,4 +144,6 @@ def test_solver_with_infinite_defaults_leaves_a_plain_record(runs: Path) -> None
 
 def test_another_process_than_in_training_is_refused(runs: Path) -> None:
     with pytest.raises(CheckpointMismatchError, match="trained with prediction_type=sample but --model"):
-        main(["test", f"--trainer.default_root_dir={runs}", "--model.scheduler.prediction_type=epsilon", *FEW])
+        main(
+            ["test", "--draft", f"--trainer.default_root_dir={runs}", "--model.scheduler.prediction_type=epsilon", *FEW]
+        )

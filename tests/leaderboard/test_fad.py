@@ -44,7 +44,7 @@ def between(metric: FrechetDistance, features: Iterator[Tensor]) -> float:
     for part in features:
         metric.update(part, torch.arange(start, start + len(part)), real=False)
         start += len(part)
-    return float(metric._distance(torch.ones(metric.num_groups, dtype=torch.bool)))
+    return float(metric.compute()[0, 0])
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
@@ -94,7 +94,7 @@ def test_streamed_images_give_both_distances(recorded: dict[str, Tensor], publis
     fad = FrechetAutoencoderDistance("fmnist", published, num_groups=10)
     for start in range(0, 10_000, 700):  # batches that are no multiple of those that batch norm sees
         images = real_images[start : start + 700]
-        fad.update_reference(images)
+        fad.update_reference(images, torch.arange(start, start + len(images)))
         fad.update_generated(images, torch.arange(start, start + len(images)))
     assert len(fad._waiting) == 0
     values = fad.compute()
@@ -121,7 +121,7 @@ def test_batches_of_the_sampler_do_not_matter(tmp_path: Path) -> None:
 
     def values(size: int) -> dict:
         fad = FrechetAutoencoderDistance("mnist", folder, num_groups=10)
-        fad.update_reference(images)
+        fad.update_reference(images, torch.arange(520))
         for index in torch.arange(520).split(size):
             fad.update_generated(images[index], index)
         return fad.compute()
@@ -144,9 +144,19 @@ def test_statistics_stand_for_images() -> None:
 def test_few_images_are_noted(tmp_path: Path) -> None:
     fad = FrechetAutoencoderDistance("mnist", folder_of(tmp_path), num_groups=2)
     images = torch.randint(256, (30, 1, 32, 32), dtype=torch.uint8)
-    fad.update_reference(images)
+    fad.update_reference(images, torch.arange(30))
     fad.update_generated(images, torch.arange(30))
     assert "singular covariance: only 30 generated images for 64 features" in fad.compute()["fad_eval"].note
+
+
+@pytest.mark.parametrize("key", ["fad_published", "fad_eval"])
+def test_only_what_the_protocol_names_is_measured(tmp_path: Path, key: str) -> None:
+    fad = FrechetAutoencoderDistance("mnist", folder_of(tmp_path), num_groups=2, keys=(key,))
+    images = torch.randint(256, (30, 1, 32, 32), dtype=torch.uint8)
+    assert (fad.reference_metrics() == {}) == (key == "fad_published")
+    fad.update_reference(images, torch.arange(30))
+    fad.update_generated(images, torch.arange(30))
+    assert set(fad.compute()) == {key}
 
 
 class Malicious:

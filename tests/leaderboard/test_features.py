@@ -25,19 +25,10 @@ def weights_file(path: Path, in_channels: int = 1) -> Path:
 
 
 @pytest.fixture(scope="module")
-def inception(tmp_path_factory: pytest.TempPathFactory) -> InceptionExtractor:
+def inception(random_weights: dict[str, Path]) -> InceptionExtractor:
     """Inception with random weights, read from a file as the published ones are."""
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "inception.pth"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "load", lambda *args, **kwargs: {})
-        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
-        random = FeatureExtractorInceptionV3("random", ["2048"], feature_extractor_weights_path="none")
-    torch.save(random.state_dict(), path)
     with pytest.warns(UserWarning, match="is not the published Inception file"):
-        return InceptionExtractor(str(path))
+        return InceptionExtractor(str(random_weights["inception"]))
 
 
 def test_inception_shapes_and_grey_images(inception: InceptionExtractor) -> None:

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import json
+import multiprocessing
 import warnings
-from dataclasses import replace
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,14 +13,17 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from leaderboard.distances import FrechetDistance, KernelDistance, StreamingInceptionScore
+from leaderboard.distances import FeatureTable, FrechetDistance, StreamingInceptionScore
 from leaderboard.features import Extractor
 from leaderboard.metrics import GenerationMetrics
-from leaderboard.protocols import INCEPTION, OFFLINE_V1, STANDARD_V1
+from leaderboard.protocols import INCEPTION
 from leaderboard.records import MetricValue
 
 WIDTH = 6
-SMALL = replace(OFFLINE_V1, kernel_images=150, kernel_subset_size=40, kernel_subsets=10)
+KEPT = 150
+KERNEL = {"subsets": 10, "subset_size": 40, "seed": 0}
+OWN = {"fd": {}, "kd": KERNEL, "precision_recall": {"neighbours": 3}}
+OF_INCEPTION = {"fid": {}, "kid": KERNEL, "is": {"splits": 10}, "precision_recall": {"neighbours": 3}}
 
 
 class Projection(Extractor):
@@ -61,7 +67,10 @@ def evaluate(
 
 
 def toy(name: str = "toy") -> GenerationMetrics:
-    return GenerationMetrics(Projection(name), ("fid", "kid", "is") if name == INCEPTION else ("fd", "kd"), SMALL)
+    return GenerationMetrics(Projection(name), OF_INCEPTION if name == INCEPTION else OWN, len(REAL), kept_images=KEPT)
+
+
+SPREAD = torch.arange(KEPT) * len(REAL) // KEPT  # the real images whose features are kept
 
 
 def test_values_are_those_of_torchmetrics() -> None:
@@ -75,8 +84,8 @@ def test_values_are_those_of_torchmetrics() -> None:
     with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.simplefilter("ignore")
         kid = KernelInceptionDistance(feature=Identity(), subsets=10, subset_size=40)
-        kid.update(real[:150].float().double(), real=True)
-        kid.update(fake[:150].float().double(), real=False)
+        kid.update(real[SPREAD].float().double(), real=True)
+        kid.update(fake[:KEPT].float().double(), real=False)
         torch.manual_seed(0)
         mean, std = kid.compute()
     assert values["kid_mean"].value == pytest.approx(float(mean), rel=1e-9)
@@ -111,7 +120,7 @@ def test_jackknife_is_the_textbook_formula() -> None:
     metric = FrechetDistance(WIDTH)
     metric.update(real, torch.arange(100), real=True)
     metric.update(fake, torch.arange(100), real=False)
-    _, error = metric.compute()
+    _, error = metric.compute()[0]
     left_out = []
     for group in range(10):
         fid = FrechetInceptionDistance(feature=Identity())
@@ -130,7 +139,7 @@ def test_jackknife_error_is_about_the_spread_over_repetitions() -> None:
         metric = FrechetDistance(2)
         metric.update(real, torch.arange(4000), real=True)
         metric.update(torch.randn(400, 2, generator=generator, dtype=torch.float64) + 1, torch.arange(400), real=False)
-        value, error = metric.compute()
+        value, error = metric.compute()[0]
         values.append(value)
         errors.append(error)
     assert 0.5 < float(torch.stack(errors).mean() / torch.stack(values).std()) < 2
@@ -153,12 +162,14 @@ def test_the_same_images_are_at_distance_zero() -> None:
 
 
 def test_only_inception_gives_fid() -> None:
-    assert set(evaluate(toy(INCEPTION))) == {"fid", "kid_mean", "is_mean"}
-    assert set(evaluate(toy())) == {"fd_toy", "kd_toy"}
+    assert set(evaluate(toy(INCEPTION))) == {"fid", "kid_mean", "is_mean", "precision", "recall"}
+    assert set(evaluate(toy())) == {"fd_toy", "kd_toy", "precision_toy", "recall_toy"}
     with pytest.raises(ValueError, match=r"metrics=\['fid'\] cannot be .* extractor 'toy'; choose from: fd, kd"):
-        GenerationMetrics(Projection(), ("fid",), SMALL)
-    with pytest.raises(ValueError, match="choose from: fid, kid, is"):
-        GenerationMetrics(Projection(INCEPTION), ("fd",), STANDARD_V1)
+        GenerationMetrics(Projection(), {"fid": {}}, 100)
+    with pytest.raises(ValueError, match="choose from: fid, fid_newton_schulz, kid, is"):
+        GenerationMetrics(Projection(INCEPTION), {"fd": {}}, 100)
+    with pytest.raises(ValueError, match="choose from: fid_svd, is"):
+        GenerationMetrics(Projection("torchvision"), {"fid": {}}, 100)
 
 
 def test_random_state_is_neither_read_nor_changed() -> None:
@@ -195,7 +206,6 @@ def test_states_of_several_processes_merge_by_sums(parts: int) -> None:
     for other in others:
         for mine, theirs in zip(first.metrics.values(), other.metrics.values(), strict=True):
             mine.merge_state(theirs)
-        first.reference_count.merge_state(other.reference_count)
         first.generated_count.merge_state(other.generated_count)
     for key, value in first.compute().items():
         assert value.value == pytest.approx(expected[key].value, rel=1e-6)
@@ -204,7 +214,7 @@ def test_states_of_several_processes_merge_by_sums(parts: int) -> None:
 
 
 def test_every_state_is_summed_over_processes() -> None:
-    for metric in (FrechetDistance(3), KernelDistance(3), StreamingInceptionScore(3)):
+    for metric in (FrechetDistance(3), FeatureTable(3, 10, 20), StreamingInceptionScore(3)):
         assert {f.__name__ for f in metric._reductions.values()} == {"dim_zero_sum"}
 
 
@@ -222,19 +232,14 @@ def test_works_in_inference_mode() -> None:
     assert inside == evaluate(toy())
 
 
-def test_reference_in_order_needs_no_indices() -> None:
-    metrics = toy()
-    for images in REAL.split(64):
-        metrics.update_reference(images)
-    metrics.update_generated(FAKE, torch.arange(len(FAKE)))
-    assert metrics.compute()["kd_toy"].value == pytest.approx(evaluate(toy())["kd_toy"].value, rel=1e-9)
-
-
-def test_several_processes_must_give_reference_indices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(ValueError, match="one of several processes; give their indices"):
-        toy().update_reference(REAL)
+@pytest.mark.parametrize("total", [10, 15, 150, 151, 230, 1500, 4096])
+def test_kept_real_images_are_spread_over_their_split(total: int) -> None:
+    table = FeatureTable(1, 15, total)
+    for index in torch.arange(total).split(7):
+        table.update(index[:, None], index, real=True)
+    table.update(torch.zeros(1, 1), torch.tensor([0]), real=False)
+    rows = min(15, total)
+    assert table.compute()[0].flatten().tolist() == [r * total // rows for r in range(rows)]
 
 
 def test_singular_covariance_is_noted() -> None:
@@ -242,16 +247,71 @@ def test_singular_covariance_is_noted() -> None:
     wide.num_features = 40
     wide.matrix = torch.randn(16, 45, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     wide.extract = lambda images: ((images.flatten(1) / 255.0).double() @ wide.matrix[:, :40], None)
-    values = evaluate(GenerationMetrics(wide, ("fd",), SMALL), fake=FAKE[:30])
+    values = evaluate(GenerationMetrics(wide, {"fd": {}}, len(REAL)), fake=FAKE[:30])
     assert values["fd_toy"].note == "singular covariance: only 30 generated images for 40 features"
     assert evaluate(toy())["fd_toy"].note == ""
 
 
 def test_too_few_images_and_wrong_indices_are_refused() -> None:
     metrics = toy()
-    metrics.update_reference(REAL)
+    metrics.update_reference(REAL, torch.arange(len(REAL)))
     metrics.update_generated(FAKE[:19], torch.arange(19))
     with pytest.raises(ValueError, match="19 generated images are too few to compare; give at least 20"):
         metrics.compute()
     with pytest.raises(ValueError, match=r"19 images came with indices of shape \(3,\); give one index per image"):
         metrics.update_generated(FAKE[:19], torch.arange(3))
+
+
+def test_roots_of_their_own_have_names_of_their_own() -> None:
+    values = evaluate(GenerationMetrics(Projection(INCEPTION), {"fid": {}, "fid_newton_schulz": {}}, len(REAL)))
+    assert values["fid_newton_schulz"].value == pytest.approx(values["fid"].value, rel=1e-3)
+    svd = evaluate(GenerationMetrics(Projection("torchvision"), {"fid_svd": {}}, len(REAL)))
+    assert set(svd) == {"fid_svd"}
+    assert svd["fid_svd"].value > values["fid"].value
+
+
+def test_diverging_iterations_are_left_out() -> None:
+    metrics = GenerationMetrics(Projection(INCEPTION), {"fid": {}, "fid_newton_schulz": {}}, len(REAL))
+    same = torch.full_like(FAKE, 7)
+    with pytest.warns(UserWarning, match="fid_newton_schulz is left out: its iterations diverge"):
+        assert set(evaluate(metrics, fake=same)) == {"fid"}
+
+
+def test_score_alone_needs_no_real_images() -> None:
+    metrics = GenerationMetrics(Projection("torchvision"), {"is": {"splits": 4}}, len(REAL))
+    assert metrics.reference_metrics() == {}
+    metrics.update_generated(FAKE, torch.arange(len(FAKE)))
+    assert set(metrics.compute()) == {"is_torchvision"}
+
+
+def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
+    """Under gloo, each process with every other image; forked, since importing everything again takes longest."""
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=one_of_two, args=(tmp_path, rank)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    expected = evaluate(toy(INCEPTION))
+    for rank in range(2):
+        found = json.loads((tmp_path / f"found-{rank}.json").read_text())
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            assert found[key]["value"] == pytest.approx(value.value, rel=1e-6), key
+            assert found[key]["uncertainty"] == pytest.approx(value.uncertainty, rel=1e-6), key
+            assert found[key]["num_samples"] == value.num_samples
+
+
+def one_of_two(folder: Path, rank: int) -> None:
+    """What each process of the test above runs."""
+    torch.set_num_threads(1)  # threads do not survive a fork
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    metrics = toy(INCEPTION)
+    real, fake = torch.arange(rank, len(REAL), 2), torch.arange(rank, len(FAKE), 2)
+    metrics.update_reference(REAL[real], real)
+    metrics.update_generated(FAKE[fake], fake)
+    values = metrics.compute()
+    (folder / f"found-{rank}.json").write_text(json.dumps({key: asdict(value) for key, value in values.items()}))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

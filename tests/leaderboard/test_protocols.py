@@ -1,10 +1,24 @@
 from __future__ import annotations
 
 from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from leaderboard.protocols import OFFLINE_V1, STANDARD_V1, Protocol, canonical_sha256
+from leaderboard.protocols import (
+    FOLDER,
+    LOCKED,
+    OFFLINE_V1,
+    PROTOCOLS,
+    STANDARD_V1,
+    Protocol,
+    ProtocolName,
+    canonical_sha256,
+    read_protocol,
+)
+
+MNIST = {"dataset": "mnist", "native": 28, "sample_seed": 0}
 
 
 def test_hash_ignores_key_order_and_sees_every_value() -> None:
@@ -13,18 +27,58 @@ def test_hash_ignores_key_order_and_sees_every_value() -> None:
 
 
 @pytest.mark.parametrize(
-    ("protocol", "sha256"),
+    ("name", "sha256"),
     [
-        (STANDARD_V1, "093006c67fcf82f8b2d8497cef0b3286a9efb1b880e57177bea0fa39692c64e0"),
-        (OFFLINE_V1, "e337bdc2ba1a03de9c26cac4d9cd5388b742d2ec4b4ef38c2d4e9754013d5fd1"),
+        ("standard-v1", "cacaebcc69762dffc24738177336c2db0aa4ab12db84de78b230aefbcf6a1dae"),
+        ("offline-v1", "68fd6d47f684ae06fa60835ed0c93b6d0534880f55053def046ce9dfeaa5645f"),
+        ("paper-sddpm", "2967d1b73a0f13a52ddcf71e0bffae46cc069a63a5ab3a3739f34acfca8f1e13"),
+        ("paper-fsddim", "4df4ffb5a116320111eae6efb407f5314bc5a2d76393ac431326b031a5454df4"),
+        ("paper-spiking-diffusion", "a3e21a41cf665cf672c7afe10281107527c87e26f7a1a77a9e88e5a8484fb489"),
     ],
-    ids=lambda value: getattr(value, "name", ""),
 )
-def test_published_protocols_never_change(protocol: Protocol, sha256: str) -> None:
-    """A changed protocol needs a new name, since records carry this hash."""
-    assert protocol.sha256 == sha256
-    assert canonical_sha256(protocol.description()) == sha256
-    assert replace(protocol, sample_seed=1).sha256 != sha256
+def test_published_protocols_never_change(name: str, sha256: str) -> None:
+    """A changed protocol needs a new name, since records carry this hash; so do its lock and this test."""
+    assert PROTOCOLS[name].sha256 == LOCKED[name] == sha256
+    assert canonical_sha256(PROTOCOLS[name].description()) == sha256
+    assert replace(PROTOCOLS[name], sample_seed=1).sha256 != sha256
+
+
+def test_every_file_is_locked_and_every_name_can_be_chosen() -> None:
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == set(LOCKED) == set(get_args(ProtocolName))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("num_samples: 50000", "num_samples: 40000", "was changed: .* Protocols are immutable: .* under a new name"),
+        ("neighbours: 3", "neighbours: 5", "was changed"),
+        ("never mirrored", "not mirrored", "was changed"),
+        ("name: standard-v1", "name: standard-v2", "was changed"),
+        ("quantisation: round", "quantisation: floor", r"is not a protocol \(quantisation: expected 'round' or"),
+        ("sample_seed: 0\n", "", r"is not a protocol \(sample_seed: the field is missing\)"),
+        ("fad: [fad_eval]", "fad: fad_eval", r"is not a protocol \(fad: expected a list, found 'fad_eval'"),
+        ("fad: [fad_eval]", "fad: [3]", r"is not a protocol \(fad\.0: expected str, found 3"),
+        ("size: {}", "size: {", "is not a protocol"),
+    ],
+)
+def test_edited_file_is_refused(tmp_path: Path, old: str, new: str, message: str) -> None:
+    text = (FOLDER / "standard-v1.yaml").read_text()
+    path = tmp_path / "standard-v1.yaml"
+    path.write_text(text.replace("# ", "#  "))
+    assert read_protocol(path) == STANDARD_V1
+    assert text.count(old) >= 1
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(ValueError, match=rf"standard-v1\.yaml {message}"):
+        read_protocol(path)
+
+
+def test_new_file_without_a_lock_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "standard-v2.yaml"
+    path.write_text((FOLDER / "standard-v1.yaml").read_text().replace("standard-v1", "standard-v2"))
+    with pytest.raises(ValueError, match="expected None"):
+        read_protocol(path)
+    with pytest.raises(ValueError, match=r"gone\.yaml is not a protocol"):
+        read_protocol(tmp_path / "gone.yaml")
 
 
 def test_protocols_are_immutable() -> None:
@@ -32,15 +86,42 @@ def test_protocols_are_immutable() -> None:
         STANDARD_V1.num_samples = 1  # type: ignore[misc]
 
 
-def test_fewer_samples_make_a_draft_and_more_are_refused() -> None:
-    assert STANDARD_V1.is_draft(49_999)
-    assert not STANDARD_V1.is_draft(50_000)
-    assert not OFFLINE_V1.is_draft(10_000)
+def test_what_departs_from_a_protocol_is_named() -> None:
+    assert STANDARD_V1.departures(**MNIST, size=28, num_samples=50_000) == []
+    assert OFFLINE_V1.departures(**MNIST, size=28, num_samples=10_000) == []
+    assert STANDARD_V1.departures("faces", 64, 64, 50_000, 0) == []  # of any dataset that the suite comes to have
+    found = STANDARD_V1.departures("mnist", 28, 32, 49_999, 7)
+    assert found == [
+        "it takes 50,000 generated images, not 49,999",
+        "it compares mnist at 28x28 pixels, not 32x32 (leave out --data.fit resize)",
+        "its first image has the seed 0, not 7",
+    ]
     with pytest.raises(ValueError, match=r"10001 generated .* 'offline-v1', which takes 2000 to 10000"):
-        OFFLINE_V1.is_draft(10_001)
+        OFFLINE_V1.departures(**MNIST, size=28, num_samples=10_001)
+
+
+@pytest.mark.parametrize("name", ["paper-sddpm", "paper-fsddim"])
+def test_papers_compare_resized_images(name: str) -> None:
+    protocol = PROTOCOLS[name]
+    assert protocol.departures(**MNIST, size=32, num_samples=protocol.num_samples) == []
+    (found,) = protocol.departures(**MNIST, size=28, num_samples=protocol.num_samples)
+    assert found == "it compares mnist at 32x32 pixels, not 28x28 (--data.image_size 32 --data.fit resize)"
+    (found,) = protocol.departures("kmnist", 28, 28, protocol.num_samples, 0)
+    assert found == "it is defined for mnist, fmnist, cifar10, celeba, not for kmnist"
+
+
+def test_reference_splits() -> None:
+    def splits(protocol: Protocol) -> list[str]:
+        return [protocol.reference_split(dataset) for dataset in ("mnist", "celeba")]
+
+    assert splits(STANDARD_V1) == ["train", "train"]
+    assert splits(PROTOCOLS["paper-fsddim"]) == ["test", "valid"]
+    assert splits(PROTOCOLS["paper-spiking-diffusion"])[0] == "test"
 
 
 def test_inception_score_only_where_it_means_something() -> None:
-    assert STANDARD_V1.metrics_for("cifar10") == ("fid", "kid", "is")
-    assert STANDARD_V1.metrics_for("mnist") == ("fid", "kid")
-    assert OFFLINE_V1.metrics_for("digits") == ("fd", "kd")
+    (view,) = STANDARD_V1.views
+    assert set(view.metrics_for("cifar10")) == {"fid", "kid", "is", "precision_recall"}
+    assert set(view.metrics_for("mnist")) == {"fid", "kid", "precision_recall"}
+    assert view.metrics_for("cifar10")["is"] == {"splits": 10}
+    assert set(OFFLINE_V1.views[0].metrics_for("digits")) == {"fd", "kd", "precision_recall"}

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from leaderboard.protocols import PROTOCOLS, Protocol, canonical_sha256
 from leaderboard.records import Code, MetricValue, Record, RecordError, find_records, read_record, write_record
 
 Make = Callable[..., Record]
@@ -83,6 +84,30 @@ def test_broken_field_is_named_with_its_file(
     file.write_text(json.dumps(data))
     with pytest.raises(RecordError, match=f"{file.name}: {message}"):
         read_record(file)
+
+
+def test_edited_protocol_with_a_fitting_hash_is_refused(make_record: Make, tmp_path: Path) -> None:
+    file = write_record(make_record(), tmp_path)
+    data = json.loads(file.read_text())
+    data["protocol"]["description"]["num_samples"] = 8
+    data["protocol"]["sha256"] = canonical_sha256(data["protocol"]["description"])
+    file.write_text(json.dumps(data))
+    with pytest.raises(
+        RecordError, match=r"field protocol\.sha256: .* is not 'offline-v1' as published, .* evaluate again"
+    ):
+        read_record(file)
+    _set(data, "protocol.name", "my-own")
+    file.write_text(json.dumps(data))
+    with pytest.raises(
+        RecordError, match=r"protocol\.name: 'my-own' is unknown; the protocols are: standard-v1, offline-v1"
+    ):
+        read_record(file)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=lambda protocol: protocol.name)
+def test_every_protocol_survives_in_a_record(make_record: Make, tmp_path: Path, protocol: Protocol) -> None:
+    record = make_record(protocol=protocol)
+    assert read_record(write_record(record, tmp_path)) == record
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "\x00"])

@@ -101,6 +101,8 @@ def test_terminal_fits_100_columns_and_names_the_files(
         "fid": MetricValue(19.736, 0.21, 50_000),
         "kid_mean": MetricValue(0.01321, 0.00045, 10_000),
         "is_mean": MetricValue(8.123, 0.11, 50_000),
+        "precision": MetricValue(0.6123, 0.0045, 10_000),
+        "recall": MetricValue(0.4321, 0.0065, 10_000),
     }
     path = write_record(make_record(protocol=STANDARD_V1, metrics=metrics, method="SpikingDiffusion"), tmp_path)
     write_record(make_record(method="Short[red]", variant="[bold]"), tmp_path / "a" / "records")
@@ -108,7 +110,20 @@ def test_terminal_fits_100_columns_and_names_the_files(
     out = capsys.readouterr().out
     tables = [line for line in out.splitlines() if not line.startswith(("Reference", "[1] "))]
     assert max(map(len, tables)) <= 100
-    for part in ("19.74", "±0.21", "FID", "SpikingDiffusion", "Short[red]", "[bold]", "fd", "_digits", path.name):
+    for part in (
+        "19.74",
+        "±0.21",
+        "FID",
+        "Prec.",
+        "0.6123",
+        "Recall",
+        "SpikingDiffusion",
+        "Short[red]",
+        "[bold]",
+        "fd",
+        "_digits",
+        path.name,
+    ):
         assert part in out
 
 

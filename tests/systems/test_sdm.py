@@ -132,7 +132,7 @@ def test_fine_tuning_starts_from_the_sddpm(sddpm_run: Path, tmp_path: Path) -> N
     assert (run / "plots" / "temporal_factors.png").stat().st_size > 10_000
     source.rename(tmp_path / "moved.ckpt")  # needed neither to test nor to go on
     try:
-        main(["test", f"--trainer.default_root_dir={tmp_path}"])
+        main(["test", "--draft", f"--trainer.default_root_dir={tmp_path}"])
         main(["fit", f"--config={run / 'config.yaml'}", f"--ckpt_path={find_checkpoint(run)}", "--trainer.max_steps=3"])
     finally:
         (tmp_path / "moved.ckpt").rename(source)
@@ -166,7 +166,7 @@ def test_another_method_is_refused(sddpm_run: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointMismatchError, match="python -m benchmark import"):
         main(["fit", *given, f"--model.init_from={tmp_path / 'official.pt'}"])
     with pytest.raises(CheckpointMismatchError, match="is of method 'sddpm', expected one of 'sdm'"):
-        main(["test", *given, f"--ckpt_path={find_checkpoint(sddpm_run)}"])
+        main(["test", "--draft", *given, f"--ckpt_path={find_checkpoint(sddpm_run)}"])
 
 
 def test_threshold_must_be_positive() -> None:

@@ -270,7 +270,7 @@ def test_one_command_trains_both_stages(run: Path) -> None:
 
 def test_record_holds_reconstruction_beside_generation(run: Path) -> None:
     checkpoint = find_checkpoint(run)
-    main(["test", f"--ckpt_path={checkpoint}", "--model.temperature=0.5", "--model.num_inference_steps=3"])
+    main(["test", "--draft", f"--ckpt_path={checkpoint}", "--model.temperature=0.5", "--model.num_inference_steps=3"])
     record = read_record(sorted((run / "records").glob("*.json"))[-1])
     assert (record.method, record.num_steps, record.nfe) == ("spiking-diffusion", 2, 3)
     assert record.solver == "absorbing(temperature=0.5)"
@@ -318,7 +318,7 @@ def test_stage_one_alone_then_stage_two_from_it(tmp_path: Path) -> None:
     assert (first / "plots" / "reconstructions.png").is_file()  # though nothing is held out
     assert torch.load(find_checkpoint(first), weights_only=True)["global_step"] == 6
     with pytest.warns(UserWarning, match="this checkpoint is of stage one"):
-        main(["test", f"--ckpt_path={find_checkpoint(first)}"])
+        main(["test", "--draft", f"--ckpt_path={find_checkpoint(first)}"])
     second = fit(tmp_path / "two", f"--model.init_from={find_checkpoint(first)}", "--model.denoiser_epochs=1")
     assert torch.load(find_checkpoint(second), weights_only=True)["global_step"] == 3
     assert same("autoencoder", weights(first), weights(second))
@@ -347,7 +347,7 @@ def test_stage_two_needs_stage_one(run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("option", ["--model.num_train_timesteps=3", "--model.mask_id=0"])
 def test_another_process_is_refused(option: str, run: Path) -> None:
     with pytest.raises(CheckpointMismatchError, match="was trained with"):
-        main(["test", f"--ckpt_path={find_checkpoint(run)}", option])
+        main(["test", "--draft", f"--ckpt_path={find_checkpoint(run)}", option])
 
 
 def test_collapse_is_told_once_with_its_figure() -> None:

@@ -1,0 +1,141 @@
+"""The Inception networks as the papers' programs feed them, for the papers' own protocols.
+
+`leaderboard.features.InceptionExtractor` is the one of `standard-v1`. Here are the same 2015 weights behind other
+resizes, and torchvision's network, which was trained otherwise.
+"""
+
+from __future__ import annotations
+
+import pickle
+from typing import cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models import Inception_V3_Weights, inception_v3
+
+from leaderboard.features import Extractor, InceptionExtractor, load_extractor, published_weights
+from leaderboard.protocols import SUITE, TORCHVISION, View
+
+URL_TORCHVISION = str(Inception_V3_Weights.IMAGENET1K_V1.url)
+SIZE = 299
+"""Side length in pixels of the networks' images."""
+
+
+def view_extractor(
+    view: View,
+    dataset: str,
+    inception_weights: str | None = None,
+    torchvision_weights: str | None = None,
+    extractor: str | None = None,
+) -> Extractor:
+    """Returns the network of a view.
+
+    Args:
+        view: View of a protocol.
+        dataset: Dataset whose shipped extractor the suite's own means.
+        inception_weights: Local file of the 2015 weights; downloaded if not given.
+        torchvision_weights: Local file of torchvision's weights; downloaded if not given.
+        extractor: File of another small extractor, in place of the shipped one.
+
+    Raises:
+        FileNotFoundError: If weights are not there; the message says how to get them.
+        RuntimeError: If weights cannot be downloaded.
+    """
+    if view.extractor == SUITE:
+        return load_extractor(extractor or SUITE, dataset)
+    if view.extractor == TORCHVISION:
+        return TorchvisionInception(torchvision_weights, view.input)
+    if view.input == "torch-fidelity":
+        return load_extractor(view.extractor, dataset, inception_weights)
+    return ResizedInception(inception_weights, view.input)
+
+
+class ResizedInception(InceptionExtractor):
+    """The 2015 Inception network behind another program's resize.
+
+    Args:
+        weights_path: Local file of weights; downloaded if not given.
+        resize: `"bilinear"`, or `"clean"` for clean-fid's.
+    """
+
+    dtypes = (torch.uint8, torch.float32)
+
+    def __init__(self, weights_path: str | None, resize: str) -> None:
+        super().__init__(weights_path)
+        self.resize = {"bilinear": _bilinear, "clean": _clean}[resize]
+        *trunk, self.classifier = self.network.children()  # in the order in which they run
+        self.trunk = nn.Sequential(*trunk)
+
+    def extract(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Computes pooled features and unbiased logits."""
+        features = self.trunk(self.resize(_three_channels(images))).flatten(1)
+        return features, features @ cast(nn.Linear, self.classifier).weight.T
+
+
+class TorchvisionInception(Extractor):
+    """torchvision's Inception network as Spiking-Diffusion's program feeds it.
+
+    Args:
+        weights_path: Local file of weights; downloaded if not given.
+        scaling: `"twice"`: images in [-1, 1] pass the network's own transform, which expects [0, 1]. `"unit"`: images
+            in [0, 1] pass none.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        RuntimeError: If the download fails.
+        ValueError: If the file holds no such network.
+    """
+
+    def __init__(self, weights_path: str | None, scaling: str) -> None:
+        path, sha256 = published_weights(weights_path, URL_TORCHVISION, "torchvision_weights")
+        super().__init__(TORCHVISION, num_features=2048, num_classes=1000, sha256=sha256)
+        self.twice = scaling == "twice"
+        self.network = inception_v3(weights=None, transform_input=self.twice, init_weights=False)
+        try:
+            self.network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path} holds no weights of torchvision's inception_v3 ({str(error).splitlines()[0]}); give a copy of "
+                f"{URL_TORCHVISION}"
+            ) from None
+        self.classifier = self.network.fc
+        self.network.fc = nn.Identity()  # so that the network ends with the pooled features
+        self.requires_grad_(False)
+        self.eval()
+
+    def extract(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Computes pooled features and logits."""
+        x = _interpolate(_three_channels(images) / 255)
+        features = self.network(2 * x - 1 if self.twice else x)
+        return features, self.classifier(features)
+
+
+def _three_channels(images: Tensor) -> Tensor:
+    """Returns images of 1 or 3 channels as floats of 3."""
+    if images.shape[1] not in (1, 3):
+        raise ValueError(f"Inception takes images of 1 or 3 channels, found shape {tuple(images.shape)}")
+    return images.float().expand(-1, 3, -1, -1)
+
+
+def _interpolate(images: Tensor) -> Tensor:
+    return F.interpolate(images, (SIZE, SIZE), mode="bilinear", align_corners=False, antialias=False)
+
+
+def _bilinear(images: Tensor) -> Tensor:
+    """Resizes bilinearly on half-pixel centres without antialiasing, 0..255 to [-1, 1]."""
+    return 2 * _interpolate(images / 255) - 1
+
+
+def _clean(images: Tensor) -> Tensor:
+    """Resizes each channel by PIL's bicubic filter on floats, clipped and not rounded; 0..255 to [-1, 1)."""
+    grey = bool((images[:, :1] == images).all())
+    channels = (images[:, :1] if grey else images).cpu().numpy()
+    resized = [
+        np.asarray(Image.fromarray(channel).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+        for channel in channels.reshape(-1, *channels.shape[2:])
+    ]
+    found = torch.from_numpy(np.stack(resized)).view(len(images), -1, SIZE, SIZE).to(images.device)
+    return (found.clamp(0, 255).expand(-1, 3, -1, -1) - 128) / 128
