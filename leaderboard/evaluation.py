@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import subprocess
 import time
@@ -18,13 +17,23 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
+from leaderboard.chunks import Chunks, Share, generation_key
 from leaderboard.cost import CostMeter
 from leaderboard.fad import FrechetAutoencoderDistance
 from leaderboard.features import load_extractor
 from leaderboard.metrics import GenerationMetrics
 from leaderboard.pictures import enlargement, grid, save_png
 from leaderboard.protocols import OFFLINE_V1, STANDARD_V1, canonical_sha256
-from leaderboard.records import Artefact, Code, Dataset, MetricValue, ProtocolEntry, Record, write_record
+from leaderboard.records import (
+    Artefact,
+    Code,
+    Dataset,
+    MetricValue,
+    ProtocolEntry,
+    Record,
+    file_sha256,
+    write_record,
+)
 from leaderboard.table import show_records
 
 PROTOCOLS = {protocol.name: protocol for protocol in (STANDARD_V1, OFFLINE_V1)}
@@ -45,6 +54,8 @@ class Evaluation(Callback):
         grid_images: Generated images in the saved grid.
         fad_dir: Folder of the published autoencoders (`stat_checkpoints/`, `stats/`): adds both Fréchet autoencoder
             distances, for MNIST and Fashion-MNIST.
+        keep_samples: Keeps the generated images under `evaluation/` in the run folder, so that a test of the same
+            model under another protocol does not generate them again; else they go when the record is written.
     """
 
     def __init__(
@@ -55,6 +66,7 @@ class Evaluation(Callback):
         variant: str = "default",
         grid_images: int = 64,
         fad_dir: str | None = None,
+        keep_samples: bool = False,
     ) -> None:
         self.protocol = PROTOCOLS[protocol]
         self.inception_weights = inception_weights
@@ -62,6 +74,7 @@ class Evaluation(Callback):
         self.variant = variant
         self.grid_images = grid_images
         self.fad_dir = fad_dir
+        self.keep_samples = keep_samples
         self.fad: FrechetAutoencoderDistance | None = None
         self.config: dict[str, Any] = {}
         """Resolved configuration of the command, for the record."""
@@ -92,14 +105,19 @@ class Evaluation(Callback):
             start += len(batch)
         assert start == total, f"the reference split has {total} images but yielded {start}"
         self._first: list[Tensor] = []
-        self._images = 0
-        self._sampling_seconds = 0.0
-        if pl_module.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(pl_module.device)
+        self._total = Share()
+        self._chunks = self._open_chunks(trainer, pl_module)
         self.meter = CostMeter(cast(nn.Module, pl_module.network)).__enter__()
 
-    def on_test_batch_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        """Starts the clock of a batch."""
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Tensor, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Looks for the images of an interrupted test, and starts the clock of a batch."""
+        first = int(batch[0]) - trainer.datamodule.sample_seed  # type: ignore[attr-defined]
+        self._found = None if self._chunks is None else self._chunks.read(first, len(batch))
+        cast(Any, pl_module).is_generated = self._found is not None
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
         self._batch_started = time.perf_counter()
 
     def on_test_batch_end(
@@ -113,18 +131,21 @@ class Evaluation(Callback):
     ) -> None:
         """Measures one batch of generated images."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        images = data.to_uint8(outputs)
+        indices = batch - data.sample_seed
+        images, share = self._found or self._finish(data.to_uint8(outputs), int(indices[0]))
         if batch_idx == 0:
-            self._first.append(images[: self.grid_images].cpu())  # also waits for the device
-        self._sampling_seconds += time.perf_counter() - self._batch_started
-        self._images += len(images)
-        self.metrics.update_generated(images, batch - data.sample_seed)
+            self._first.append(images[: self.grid_images])
+        self._total += share
+        images = images.to(pl_module.device)
+        self.metrics.update_generated(images, indices)
         if self.fad is not None:
-            self.fad.update_generated(images, batch - data.sample_seed)
+            self.fad.update_generated(images, indices)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Computes the metrics, writes record and grid, and prints the result."""
         self.meter.__exit__(None, None, None)
+        cast(Any, pl_module).is_generated = False
+        self._total = self._total.over_processes()
         metrics = self.metrics.compute() | (self.fad.compute() if self.fad is not None else {})
         if not trainer.is_global_zero:
             return
@@ -133,6 +154,8 @@ class Evaluation(Callback):
         self.record = record = self._record(trainer, pl_module, metrics)
         path = write_record(record, folder / "records")
         grid_path = self._save_grid(folder / "samples" / f"{path.stem}.png")
+        if self._chunks is not None and not self.keep_samples:
+            self._chunks.clear()
         if isinstance(trainer.logger, TensorBoardLogger):
             trainer.logger.log_metrics({f"test/{k}": v.value for k, v in metrics.items()}, trainer.global_step)
         console = Console()
@@ -143,6 +166,38 @@ class Evaluation(Callback):
             f"tensorboard: tensorboard --logdir {folder}",
         ):
             console.print(line, soft_wrap=True, highlight=False)
+
+    def _open_chunks(self, trainer: Trainer, system: LightningModule) -> Chunks | None:
+        """Returns what an interrupted test of the same left; nothing for a model that no file and options describe."""
+        self._checkpoint = None
+        if not trainer.ckpt_path:
+            return None
+        path = Path(trainer.ckpt_path)
+        self._checkpoint = Artefact(path.name, file_sha256(path))
+        if not self.config:
+            return None
+        environment = {
+            "versions": code_version().versions,
+            "hardware": hardware(system.device),
+            "precision": [trainer.precision, torch.get_float32_matmul_precision()],
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+        }
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        key = generation_key(system, data, self._checkpoint.sha256, self.config.get("model"), environment)
+        chunks = Chunks(Path(trainer.log_dir or ".") / "evaluation" / trainer.strategy.broadcast(key))
+        if chunks.count and trainer.is_global_zero:
+            print(f"the test goes on from {chunks.count} finished batches in {chunks.folder}")
+        return chunks
+
+    def _finish(self, images: Tensor, first: int) -> tuple[Tensor, Share]:
+        """Waits for the images of a batch, and keeps them with what they took."""
+        device, images = images.device, images.cpu()
+        seconds = time.perf_counter() - self._batch_started
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+        share = Share(len(images), seconds, peak, self.meter.take())
+        if self._chunks is not None:
+            self._chunks.write(first, images, share)
+        return images, share
 
     def _reconstruction(self, trainer: Trainer, system: Any) -> dict[str, MetricValue]:
         """Measures a method's autoencoder on the test split, after the meter of generation is closed."""
@@ -159,32 +214,30 @@ class Evaluation(Callback):
 
     def _record(self, trainer: Trainer, system: Any, metrics: Any) -> Record:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        num_images = data.num_samples
-        device = system.device
-        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-        rate = num_images / self._sampling_seconds
+        total = self._total
         description = self.protocol.description()
-        checkpoint = Path(trainer.ckpt_path) if trainer.ckpt_path else None
         return Record(
             method=system.method,
             variant=self.variant,
             dataset=Dataset(data.name, data.fingerprint, data.source),
             protocol=ProtocolEntry(self.protocol.name, description, canonical_sha256(description)),
-            draft=self.protocol.is_draft(num_images) or not data.is_native,
+            draft=self.protocol.is_draft(total.images) or not data.is_native,
             config=self.config,
             config_sha256=canonical_sha256(self.config),
             code=code_version(),
             seeds={"training": self.config.get("seed_everything") or 0, "sampling": data.sample_seed},
-            checkpoint=Artefact(checkpoint.name, _sha256(checkpoint)) if checkpoint else None,
+            checkpoint=self._checkpoint,
             extractor=Artefact(self.metrics.extractor.name, self.metrics.extractor.sha256),
-            hardware=hardware(device),
+            hardware=hardware(system.device),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             wall_time_seconds=time.perf_counter() - self._started,
             metrics=metrics,
             solver=system.solver,
             nfe=system.nfe,
             num_steps=system.num_steps,
-            cost=self.meter.result(self._images, system.nfe, rate, peak),
+            cost=total.counts.cost(
+                system.network, total.images, system.nfe, total.images / total.seconds, total.peak_memory_bytes
+            ),
         )
 
 
@@ -209,8 +262,3 @@ def hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -55,8 +55,8 @@ class Cost:
         energy_strict_mj: Millijoules at 45 nm, layers fed by real values counted as MACs.
         energy_paper_mj: Millijoules by SDDPM's formula, all but the first convolution as ACs, of an ANN all as MACs;
             `None` if there are neurons but no layer is fed by spikes.
-        images_per_second: Measured throughput.
-        peak_memory_bytes: Measured peak memory.
+        images_per_second: Measured throughput of one device.
+        peak_memory_bytes: Measured peak memory of the device while it generates.
     """
 
     parameters: int
@@ -201,15 +201,21 @@ def find_records(folders: Iterable[str | Path]) -> list[Path]:
     return sorted(found)
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Writes a text file so that a reader sees all of it or nothing."""
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Writes a file, text in UTF-8, so that a reader sees all of it or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def file_sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check(data: Any, where: str) -> datetime:

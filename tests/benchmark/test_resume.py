@@ -1,0 +1,175 @@
+"""Evaluations that are killed, in processes of their own, and go on."""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmark.cli import main
+from benchmark.runs import newest_run
+from leaderboard.evaluation import Evaluation
+from leaderboard.records import Record, read_record
+
+TINY = [
+    "--config=configs/quickstart.yaml",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+    "--trainer.max_steps=6",
+    "--model.base_channels=8",
+    "--model.num_inference_steps=3",
+    "--data.batch_size=256",
+    "--data.num_samples=60",
+    "--data.sample_batch_size=8",
+    "--monitor.every_n_epochs=0",
+]
+BATCHES = 8  # the last of 4 images
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one run of six steps."""
+    folder = tmp_path_factory.mktemp("runs")
+    main(["fit", *TINY, f"--trainer.default_root_dir={folder}"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(runs: Path) -> tuple[Record, bytes]:
+    """Record and grid of a test that nobody disturbs."""
+    main(["test", f"--trainer.default_root_dir={runs}"])
+    assert not (newest_run(runs) / "evaluation").exists()
+    return newest(runs)
+
+
+def newest(runs: Path) -> tuple[Record, bytes]:
+    run = newest_run(runs)
+    path = max((run / "records").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+    return read_record(path), (run / "samples" / f"{path.stem}.png").read_bytes()
+
+
+def chunks(runs: Path) -> list[Path]:
+    return sorted(newest_run(runs).glob("evaluation/*/chunk-*.npz"))
+
+
+def assert_same(found: tuple[Record, bytes], expected: tuple[Record, bytes]) -> None:
+    (record, grid), (whole, whole_grid) = found, expected
+    assert grid == whole_grid
+    for name in (*Record.__dataclass_fields__,):
+        if name not in ("created", "wall_time_seconds", "cost", "config", "config_sha256", "variant"):
+            assert getattr(record, name) == getattr(whole, name), name
+    assert without_speed(record) == without_speed(whole)
+    assert record.cost.images_per_second
+    assert record.cost.images_per_second > 0
+
+
+def without_speed(record: Record) -> dict[str, Any]:
+    return vars(record.cost) | {"images_per_second": None}
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.005)
+
+
+def test_killed_command_goes_on(runs: Path, expected: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [sys.executable, "-m", "benchmark", "test", f"--trainer.default_root_dir={runs}"]
+    with subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.DEVNULL) as process:
+        wait_for(lambda: len(chunks(runs)) >= 2)
+        process.kill()
+    done = chunks(runs)
+    assert 2 <= len(done) <= BATCHES
+    written = [path.stat().st_mtime_ns for path in done]
+    main(["test", f"--trainer.default_root_dir={runs}", "--evaluation.keep_samples=true"])
+    assert f"goes on from {len(done)} finished batches" in capsys.readouterr().out
+    assert [path.stat().st_mtime_ns for path in done] == written  # nothing was generated twice
+    assert len(chunks(runs)) == BATCHES
+    assert_same(newest(runs), expected)
+
+
+def test_killed_at_random_moments(runs: Path, expected: Any) -> None:
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["benchmark.stages"])
+    dice = random.Random(0)
+    before = len(list(newest_run(runs).glob("records/*.json")))
+    for path in chunks(runs):
+        path.unlink()
+    for batches in (1, 2, 4, 7, BATCHES):
+        process = processes.Process(target=main, args=(["test", f"--trainer.default_root_dir={runs}"],))
+        process.start()
+        wait_for(lambda batches=batches: len(chunks(runs)) >= batches)  # type: ignore[misc]
+        time.sleep(dice.random() * 0.03)
+        process.kill()
+        process.join()
+        assert len(list(newest_run(runs).glob("records/*.json"))) == before
+    main(["test", f"--trainer.default_root_dir={runs}"])
+    assert_same(newest(runs), expected)
+    assert not (newest_run(runs) / "evaluation").exists()
+
+
+def test_damaged_batch_is_generated_again(runs: Path, expected: Any) -> None:
+    main(["test", f"--trainer.default_root_dir={runs}", "--evaluation.keep_samples=true"])
+    damaged = chunks(runs)[3]
+    damaged.write_bytes(damaged.read_bytes()[:-50])
+    with pytest.warns(UserWarning, match=f"{damaged.name} is damaged"):
+        main(["test", f"--trainer.default_root_dir={runs}"])
+    assert_same(newest(runs), expected)
+
+
+def test_options_that_change_images_take_up_nothing(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    test = ["test", f"--trainer.default_root_dir={runs}"]
+    main([*test, "--evaluation.keep_samples=true"])
+    main([*test, "--model.num_inference_steps=2"])
+    assert "goes on" not in capsys.readouterr().out
+    assert newest(runs)[0].nfe == 2
+    main([*test, "--evaluation.variant=kept", "--data.num_samples=70"])  # all but the last batch, and one more
+    assert f"goes on from {BATCHES} finished batches" in capsys.readouterr().out
+    assert newest(runs)[0].metrics["fd_digits"].num_samples == 70
+    assert chunks(runs) == []
+
+
+def test_checkpoint_from_elsewhere_goes_on_in_the_same_folder(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = newest_run(runs)
+    checkpoint = tmp_path / "imported.ckpt"
+    checkpoint.write_bytes((run / "checkpoints" / "last.ckpt").read_bytes())
+    test = ["test", f"--config={run / 'config.yaml'}", f"--ckpt_path={checkpoint}"]
+    test += [f"--trainer.default_root_dir={tmp_path / 'runs'}", "--evaluation.keep_samples=true"]
+    for _ in range(2):
+        main(test)
+    assert f"goes on from {BATCHES} finished batches" in capsys.readouterr().out
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert len(list(folder.glob("records/*.json"))) == 2
+
+
+def test_fewer_batches_than_asked_for_are_a_draft(runs: Path) -> None:
+    options = ["--data.num_samples=2000", "--data.sample_batch_size=500", "--model.num_inference_steps=1"]
+    main(["test", f"--trainer.default_root_dir={runs}", *options, "--trainer.limit_test_batches=1"])
+    record, _ = newest(runs)
+    assert record.draft
+    assert record.metrics["fd_digits"].num_samples == 500
+
+
+def test_model_without_a_file_leaves_no_batches(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmark.stages import run_stage
+
+    cli = run_stage(["test", f"--config={newest_run(runs) / 'config.yaml'}", f"--ckpt_path={last(runs)}"])
+    monkeypatch.setattr("leaderboard.chunks.Chunks.write", None)
+    cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
+    (evaluation,) = (c for c in cli.trainer.callbacks if isinstance(c, Evaluation))  # type: ignore[attr-defined]
+    assert evaluation.record is not None
+    assert evaluation.record.checkpoint is None
+
+
+def last(runs: Path) -> Path:
+    return newest_run(runs) / "checkpoints" / "last.ckpt"
