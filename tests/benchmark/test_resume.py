@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from benchmark.cli import main
-from benchmark.runs import newest_run
+from benchmark.runs import new_run, newest_run
 from leaderboard.evaluation import Evaluation
 from leaderboard.records import Record, read_record
 
@@ -62,7 +62,7 @@ def chunks(runs: Path) -> list[Path]:
 def assert_same(found: tuple[Record, bytes], expected: tuple[Record, bytes]) -> None:
     (record, grid), (whole, whole_grid) = found, expected
     assert grid == whole_grid
-    for name in (*Record.__dataclass_fields__,):
+    for name in Record.__dataclass_fields__:
         if name not in ("created", "wall_time_seconds", "cost", "config", "config_sha256", "variant"):
             assert getattr(record, name) == getattr(whole, name), name
     assert without_speed(record) == without_speed(whole)
@@ -92,8 +92,15 @@ def test_killed_command_goes_on(runs: Path, expected: Any, capsys: pytest.Captur
     main(["test", f"--trainer.default_root_dir={runs}", "--evaluation.keep_samples=true"])
     assert f"goes on from {len(done)} finished batches" in capsys.readouterr().out
     assert [path.stat().st_mtime_ns for path in done] == written  # nothing was generated twice
-    assert len(chunks(runs)) == BATCHES
     assert_same(newest(runs), expected)
+
+    kept = chunks(runs)
+    assert len(kept) == BATCHES
+    kept[3].write_bytes(kept[3].read_bytes()[:-50])
+    with pytest.warns(UserWarning, match=f"{kept[3].name} is damaged"):
+        main(["test", f"--trainer.default_root_dir={runs}"])
+    assert_same(newest(runs), expected)
+    assert chunks(runs) == []
 
 
 def test_killed_at_random_moments(runs: Path, expected: Any) -> None:
@@ -101,9 +108,7 @@ def test_killed_at_random_moments(runs: Path, expected: Any) -> None:
     processes.set_forkserver_preload(["benchmark.stages"])
     dice = random.Random(0)
     before = len(list(newest_run(runs).glob("records/*.json")))
-    for path in chunks(runs):
-        path.unlink()
-    for batches in (1, 2, 4, 7, BATCHES):
+    for batches in (1, 4, BATCHES):
         process = processes.Process(target=main, args=(["test", f"--trainer.default_root_dir={runs}"],))
         process.start()
         wait_for(lambda batches=batches: len(chunks(runs)) >= batches)  # type: ignore[misc]
@@ -116,54 +121,25 @@ def test_killed_at_random_moments(runs: Path, expected: Any) -> None:
     assert not (newest_run(runs) / "evaluation").exists()
 
 
-def test_damaged_batch_is_generated_again(runs: Path, expected: Any) -> None:
-    main(["test", f"--trainer.default_root_dir={runs}", "--evaluation.keep_samples=true"])
-    damaged = chunks(runs)[3]
-    damaged.write_bytes(damaged.read_bytes()[:-50])
-    with pytest.warns(UserWarning, match=f"{damaged.name} is damaged"):
-        main(["test", f"--trainer.default_root_dir={runs}"])
-    assert_same(newest(runs), expected)
-
-
 def test_options_that_change_images_take_up_nothing(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    test = ["test", f"--trainer.default_root_dir={runs}"]
-    main([*test, "--evaluation.keep_samples=true"])
-    main([*test, "--model.num_inference_steps=2"])
+    test = ["test", f"--trainer.default_root_dir={runs}", "--evaluation.keep_samples=true"]
+    main([*test, "--data.num_samples=2000", "--data.sample_batch_size=30", "--trainer.limit_test_batches=1"])
+    record, _ = newest(runs)
+    assert record.draft  # fewer than asked for
+    assert record.metrics["fd_digits"].num_samples == 30
+    main([*test, "--data.num_samples=30", "--data.sample_batch_size=30", "--model.num_inference_steps=2"])
     assert "goes on" not in capsys.readouterr().out
     assert newest(runs)[0].nfe == 2
-    main([*test, "--evaluation.variant=kept", "--data.num_samples=70"])  # all but the last batch, and one more
-    assert f"goes on from {BATCHES} finished batches" in capsys.readouterr().out
-    assert newest(runs)[0].metrics["fd_digits"].num_samples == 70
-    assert chunks(runs) == []
-
-
-def test_checkpoint_from_elsewhere_goes_on_in_the_same_folder(
-    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = newest_run(runs)
-    checkpoint = tmp_path / "imported.ckpt"
-    checkpoint.write_bytes((run / "checkpoints" / "last.ckpt").read_bytes())
-    test = ["test", f"--config={run / 'config.yaml'}", f"--ckpt_path={checkpoint}"]
-    test += [f"--trainer.default_root_dir={tmp_path / 'runs'}", "--evaluation.keep_samples=true"]
-    for _ in range(2):
-        main(test)
-    assert f"goes on from {BATCHES} finished batches" in capsys.readouterr().out
-    (folder,) = (tmp_path / "runs").iterdir()
-    assert len(list(folder.glob("records/*.json"))) == 2
-
-
-def test_fewer_batches_than_asked_for_are_a_draft(runs: Path) -> None:
-    options = ["--data.num_samples=2000", "--data.sample_batch_size=500", "--model.num_inference_steps=1"]
-    main(["test", f"--trainer.default_root_dir={runs}", *options, "--trainer.limit_test_batches=1"])
-    record, _ = newest(runs)
-    assert record.draft
-    assert record.metrics["fd_digits"].num_samples == 500
+    main([*test, "--data.num_samples=40", "--data.sample_batch_size=30", "--evaluation.variant=kept"])
+    assert "goes on from 1 finished batches" in capsys.readouterr().out
+    assert newest(runs)[0].metrics["fd_digits"].num_samples == 40
 
 
 def test_model_without_a_file_leaves_no_batches(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmark.stages import run_stage
 
-    cli = run_stage(["test", f"--config={newest_run(runs) / 'config.yaml'}", f"--ckpt_path={last(runs)}"])
+    run = newest_run(runs)
+    cli = run_stage(["test", f"--config={run / 'config.yaml'}", f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}"])
     monkeypatch.setattr("leaderboard.chunks.Chunks.write", None)
     cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
     (evaluation,) = (c for c in cli.trainer.callbacks if isinstance(c, Evaluation))  # type: ignore[attr-defined]
@@ -171,5 +147,10 @@ def test_model_without_a_file_leaves_no_batches(runs: Path, monkeypatch: pytest.
     assert evaluation.record.checkpoint is None
 
 
-def last(runs: Path) -> Path:
-    return newest_run(runs) / "checkpoints" / "last.ckpt"
+def test_checkpoint_from_elsewhere_always_has_the_same_folder(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "imported.ckpt"
+    checkpoint.write_bytes(b"1")
+    first = new_run(tmp_path, "digits", "sddpm", checkpoint)
+    assert first == new_run(tmp_path, "digits", "sddpm", checkpoint) == tmp_path / "digits-sddpm-6b86b273"
+    checkpoint.write_bytes(b"2")
+    assert new_run(tmp_path, "digits", "sddpm", checkpoint) != first

@@ -53,13 +53,13 @@ def test_no_flipped_byte_changes_what_is_read(tmp_path: Path) -> None:
     (file,) = tmp_path.iterdir()
     content = file.read_bytes()
     refused = 0
-    for place in range(0, len(content), 3):
+    for place in range(0, len(content), 7):
         file.write_bytes(content[:place] + bytes([content[place] ^ 0x55]) + content[place + 1 :])
         with warnings.catch_warnings(action="ignore"):
             found = chunks.read(0, 3)
         assert found is None or (torch.equal(found[0], IMAGES) and found[1] == SHARE), place
         refused += found is None
-    assert refused > len(content) / 6  # the others are dates and the like in the archive's headers
+    assert refused > len(content) / 14  # the others are dates and the like in the archive's headers
 
 
 def test_only_what_is_finished_goes(tmp_path: Path) -> None:
@@ -86,7 +86,9 @@ DATA = SimpleNamespace(
 )
 
 
-def key(system: Any = SDDPM, data: Any = DATA, checkpoint: str = "a" * 64, model: Any = None, **environment: str) -> str:
+def key(
+    system: Any = SDDPM, data: Any = DATA, checkpoint: str = "a" * 64, model: Any = None, **environment: str
+) -> str:
     model = {"init_args": {"num_steps": 4}} if model is None else model
     return generation_key(object.__new__(system), data, checkpoint, model, {"precision": "32-true"} | environment)
 
