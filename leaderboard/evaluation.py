@@ -31,6 +31,7 @@ from leaderboard.records import (
     MetricValue,
     ProtocolEntry,
     Record,
+    check_name,
     file_sha256,
     write_record,
 )
@@ -68,6 +69,7 @@ class Evaluation(Callback):
         fad_dir: str | None = None,
         keep_samples: bool = False,
     ) -> None:
+        check_name("variant", variant, required=False)
         self.protocol = PROTOCOLS[protocol]
         self.inception_weights = inception_weights
         self.extractor = extractor
@@ -106,6 +108,7 @@ class Evaluation(Callback):
         assert start == total, f"the reference split has {total} images but yielded {start}"
         self._first: list[Tensor] = []
         self._total = Share()
+        self._folder = Path(trainer.log_dir or ".")  # asks all processes
         self._chunks = self._open_chunks(trainer, pl_module)
         self.meter = CostMeter(cast(nn.Module, pl_module.network)).__enter__()
 
@@ -150,7 +153,7 @@ class Evaluation(Callback):
         if not trainer.is_global_zero:
             return
         metrics |= self._reconstruction(trainer, cast(Any, pl_module))
-        folder = Path(trainer.log_dir or ".")
+        folder = self._folder
         self.record = record = self._record(trainer, pl_module, metrics)
         path = write_record(record, folder / "records")
         grid_path = self._save_grid(folder / "samples" / f"{path.stem}.png")
@@ -184,7 +187,7 @@ class Evaluation(Callback):
         }
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         key = generation_key(system, data, self._checkpoint.sha256, self.config.get("model"), environment)
-        chunks = Chunks(Path(trainer.log_dir or ".") / "evaluation" / trainer.strategy.broadcast(key))
+        chunks = Chunks(self._folder / "evaluation" / trainer.strategy.broadcast(key))
         if chunks.count and trainer.is_global_zero:
             print(f"the test goes on from {chunks.count} finished batches in {chunks.folder}")
         return chunks

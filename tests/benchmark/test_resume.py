@@ -121,6 +121,22 @@ def test_killed_at_random_moments(runs: Path, expected: Any) -> None:
     assert not (newest_run(runs) / "evaluation").exists()
 
 
+def test_two_processes_go_on_from_one(runs: Path, expected: tuple[Record, bytes]) -> None:
+    main(["test", f"--trainer.default_root_dir={runs}", "--evaluation.keep_samples=true"])
+    chunks(runs)[2].unlink()
+    command = [sys.executable, "-m", "benchmark", "test", f"--trainer.default_root_dir={runs}"]
+    processes = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    with subprocess.Popen([*command, *processes], cwd=Path(__file__).parents[2], stdout=subprocess.DEVNULL) as process:
+        wait_for(lambda: process.poll() is not None)
+    assert chunks(runs) == []
+    (record, grid), (whole, whole_grid) = newest(runs), expected
+    assert grid == whole_grid
+    assert without_speed(record) == pytest.approx(without_speed(whole), rel=1e-12)  # sums in another order
+    for key, metric in record.metrics.items():
+        assert metric.value == pytest.approx(whole.metrics[key].value, rel=1e-9)
+        assert metric.num_samples == whole.metrics[key].num_samples
+
+
 def test_options_that_change_images_take_up_nothing(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     test = ["test", f"--trainer.default_root_dir={runs}", "--evaluation.keep_samples=true"]
     main([*test, "--data.num_samples=2000", "--data.sample_batch_size=30", "--trainer.limit_test_batches=1"])
