@@ -222,11 +222,11 @@ def find_records(folders: Iterable[str | Path]) -> list[Path]:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Writes a file, text in UTF-8, so that a reader sees all of it or nothing."""
+    """Writes a file so that a reader sees all of it or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -71,14 +71,14 @@ def _convert(kind: Any, value: Any, field: str) -> Any:
 
 
 def _scalar(kind: type, value: Any, field: str) -> Any:
-    value = _plain_json(value, field)
+    _plain_json(value, field)
     if kind is float and type(value) is int:
         value = float(value)  # JSON does not tell 1 from 1.0
     if type(value) is not kind:
         raise SchemaError(f"{field}: expected {kind.__name__}, found {_shown(value)}")
-    if kind is float and abs(value) > LARGEST_NUMBER:
+    if isinstance(value, float) and abs(value) > LARGEST_NUMBER:
         raise SchemaError(f"{field}: expected a number up to {LARGEST_NUMBER:g}, found {value:g}")
-    return _plain_text(value, field) if kind is str else value
+    return _plain_text(value, field) if isinstance(value, str) else value
 
 
 def _plain_text(text: str, field: str) -> str:
