@@ -7,12 +7,12 @@ repetition is equal to the last digit.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
+import yaml
 from rich.console import Console
 from rich.text import Text
 
@@ -116,19 +116,30 @@ def _settings(record: Record, root: str | None, accelerator: str | None, files: 
         ValueError: If the record's configuration is not that of a test.
     """
     parts = {name: record.config.get(name) for name in ("model", "data", "evaluation", "trainer")}
-    if not all(isinstance(part, dict) for part in parts.values()):
+    settings = cast(dict[str, Any], _with_infinities(parts))
+    data = settings["data"]
+    options = data.setdefault("init_args", {}) if isinstance(data, dict) else None
+    if not all(isinstance(part, dict) for part in (*settings.values(), options)):
         raise ValueError(f"its configuration lacks one of {', '.join(parts)}: it was not measured by `benchmark test`")
-    settings = cast(dict[str, Any], json.loads(json.dumps(parts)))
+    assert options is not None
     settings["seed_everything"] = record.config.get("seed_everything", 0)
     settings["trainer"] = {name: settings["trainer"].get(name) for name in _TRAINER} | {"devices": 1}
     if accelerator is not None:
         settings["trainer"]["accelerator"] = accelerator
     settings["evaluation"] |= files | {"keep_samples": False}
-    options = settings["data"].setdefault("init_args", {})
     options.pop("cache_dir", None)
     if root is not None:
         options["root"] = root
     return settings
+
+
+def _with_infinities(value: Any) -> Any:
+    """Copies a JSON value, and turns the text that stands for an infinite number in a record back into it."""
+    if isinstance(value, dict):
+        return {name: _with_infinities(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_with_infinities(item) for item in value]
+    return float(value) if value in ("Infinity", "-Infinity", "NaN") else value
 
 
 def _repeat(settings: dict[str, Any], checkpoint: Path, folder: Path) -> Record:
@@ -143,8 +154,8 @@ def _repeat(settings: dict[str, Any], checkpoint: Path, folder: Path) -> Record:
     logger = {"save_dir": str(folder.parent), "name": "", "version": folder.name}
     settings["trainer"]["logger"] = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": logger}
     settings["trainer"]["default_root_dir"] = str(folder)
-    config = folder / "config.json"
-    write_atomic(config, json.dumps(settings, indent=2) + "\n")
+    config = folder / "config.yaml"
+    write_atomic(config, yaml.safe_dump(settings, sort_keys=False))
     try:
         cli = run_stage(["test", "--config", str(config), "--ckpt_path", str(checkpoint)])
     except SystemExit:
@@ -170,7 +181,8 @@ def _compare(console: Console, recorded: Record, repeated: Record) -> bool:
 def _metrics(recorded: Record, repeated: Record) -> Iterator[tuple[str, ...]]:
     for key in sorted(recorded.metrics.keys() | repeated.metrics.keys()):
         a, b = recorded.metrics.get(key), repeated.metrics.get(key)
-        shown = [f"{m.value:.8g} ±{m.uncertainty:.2g} of {m.num_samples:,}" if m else "-" for m in (a, b)]
+        counts = " of {:,}" * (a is not None and b is not None and a.num_samples != b.num_samples)
+        shown = [f"{m.value:.8g} ±{m.uncertainty:.2g}{counts.format(m.num_samples)}" if m else "-" for m in (a, b)]
         yield key, *shown, f"{b.value - a.value:.3g}" if a and b else "-", "yes" if agree(a, b) else "no"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -18,27 +19,13 @@ from benchmark.runs import new_run, newest_run
 from leaderboard.evaluation import Evaluation
 from leaderboard.records import Record, read_record
 
-TINY = [
-    "--config=configs/quickstart.yaml",
-    "--trainer.enable_progress_bar=false",
-    "--trainer.enable_model_summary=false",
-    "--trainer.max_steps=6",
-    "--model.base_channels=8",
-    "--model.num_inference_steps=3",
-    "--data.batch_size=256",
-    "--data.num_samples=60",
-    "--data.sample_batch_size=8",
-    "--monitor.every_n_epochs=0",
-]
 BATCHES = 8  # the last of 4 images
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one run of six steps."""
-    folder = tmp_path_factory.mktemp("runs")
-    main(["fit", *TINY, f"--trainer.default_root_dir={folder}"])
-    return folder
+    return shutil.copytree(trained, tmp_path_factory.mktemp("runs") / "runs")
 
 
 @pytest.fixture(scope="module")
