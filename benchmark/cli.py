@@ -20,6 +20,9 @@ COMMANDS = {
     "convert": ("benchmark.convert:convert", "turn a quantised DDPM into a spiking network"),
     "leaderboard": ("leaderboard.table:leaderboard", "show the records as tables"),
     "reference": ("leaderboard.reference:reference", "measure the real images of a dataset, once for all tests"),
+    "leaderboard verify": ("benchmark.verify:verify", "repeat the evaluation of a record and compare"),
+    "leaderboard compare": ("leaderboard.compare:compare", "show what differs between two records"),
+    "leaderboard add": ("leaderboard.add:add", "check a record and take it into the leaderboard"),
     "train-extractor": ("leaderboard.train_extractor:train_extractor", "train the suite's own feature extractor"),
     "activity": ("benchmark.activity:activity", "draw spikes per layer and diffusion step, and a denoising strip"),
     "loader-speed": ("benchmark.loader_speed:loader_speed", "measure the train loader, in images/s"),
@@ -49,7 +52,7 @@ def print_help() -> None:
     )
     print("commands:")
     for name, line in rows.items():
-        print(f"  {name:<16} {line}")
+        print(f"  {name:<19} {line}")
     print(f"\nto begin:\n{EXAMPLES}")
 
 

@@ -5,12 +5,22 @@ from __future__ import annotations
 from datetime import datetime
 from pathlib import Path
 
+from leaderboard.records import file_sha256
+
 RUNS = Path("runs")
 
 
-def new_run(folder: Path, dataset: str, method: str) -> Path:
-    """Returns the path of a new run folder; it is not made yet."""
-    return folder / f"{dataset}-{method}-{datetime.now():%Y%m%d-%H%M%S}"
+def new_run(folder: Path, dataset: str, method: str, checkpoint: Path | None = None) -> Path:
+    """Returns the path of a new run folder, that of a checkpoint from elsewhere always the same; it is not made yet.
+
+    Args:
+        folder: Folder of the runs.
+        dataset: Name of the dataset.
+        method: Name of the method.
+        checkpoint: File to be tested, whose test shall go on in the same folder after an interruption.
+    """
+    name = file_sha256(checkpoint)[:8] if checkpoint and checkpoint.is_file() else f"{datetime.now():%Y%m%d-%H%M%S}"
+    return folder / f"{dataset}-{method}-{name}"
 
 
 def run_of(checkpoint: Path) -> Path | None:

@@ -105,9 +105,10 @@ class BenchmarkCLI(LightningCLI):
         """Chooses the run folder: that of the checkpoint, or a new one."""
         config = self.config[self.subcommand]
         folder = Path(config.trainer.default_root_dir or RUNS)
-        checkpoint = config.get("ckpt_path")
-        self.run_folder = (run_of(Path(checkpoint)) if checkpoint else None) or new_run(
-            folder, _short(config.data.class_path), _short(config.model.class_path)
+        checkpoint = Path(config.ckpt_path) if config.get("ckpt_path") else None
+        elsewhere = None if self.subcommand == "fit" else checkpoint
+        self.run_folder = (run_of(checkpoint) if checkpoint else None) or new_run(
+            folder, _short(config.data.class_path), _short(config.model.class_path), elsewhere
         )
         if self.subcommand == "predict":
             config.return_predictions = False  # written to disk as they come

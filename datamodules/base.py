@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from datamodules.cache import Entry, Sample, build_entry, open_entry
 from datamodules.errors import DatasetError, DatasetNotFoundError
 from datamodules.images import decode, resize
-from datamodules.loading import Seeds, TrainingImages, to_bytes, unrepeated_shard, whole_batches, world_size
+from datamodules.loading import Seeds, TrainingImages, WholeBatches, to_bytes, whole_batches, world_size
 from datamodules.sources import Reader, Record, Source, find_image_folder, find_parquet, hub
 
 CACHE_VERSION = 1
@@ -186,7 +186,7 @@ class ImageDataModule(L.LightningDataModule):
         return self._loader(images) if len(images) else []
 
     def test_dataloader(self) -> DataLoader[Tensor]:
-        """Seeds of the images to generate, each on one device only.
+        """Seeds of the images to generate, each on one device only, in the same batches for any number of devices.
 
         Raises:
             ValueError: If their number was not given.
@@ -194,7 +194,8 @@ class ImageDataModule(L.LightningDataModule):
         if self.num_samples is None:
             raise ValueError("num_samples is not given; say how many images to generate: --data.num_samples 64")
         seeds = Seeds(self.sample_seed, self.num_samples)
-        return whole_batches(seeds, self.sample_batch_size, sampler=unrepeated_shard(seeds, self.num_samples))
+        shard = WholeBatches(self.num_samples, self.sample_batch_size) if world_size() > 1 else None
+        return whole_batches(seeds, self.sample_batch_size, sampler=shard)
 
     def predict_dataloader(self) -> DataLoader[Tensor]:
         """Seeds of the images to generate, as for testing."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 
 class TrainingImages(Dataset[Tensor]):
@@ -75,19 +76,38 @@ def whole_batches(dataset: Dataset[Tensor], batch_size: int, **options: Any) -> 
     return DataLoader(dataset, batch_size=batch_size, collate_fn=_as_is, **options)
 
 
-def unrepeated_shard(dataset: Dataset[Tensor], count: int) -> Sampler | None:
-    """A sampler of this process's share of `count` items, each served by one process only; none for a single process.
+class WholeBatches(UnrepeatedDistributedSampler):
+    """This process's share of the batches that a single process would make: they never depend on their number.
 
     Lightning leaves it in place, where its own would repeat items until all shares are equal.
 
+    Args:
+        count: Items of all processes.
+        batch_size: Items of a batch.
+
     Raises:
-        ValueError: If there are fewer items than processes.
+        ValueError: If there are fewer batches than processes.
     """
-    if (world := world_size()) == 1:
-        return None
-    if count < world:
-        raise ValueError(f"num_samples={count} cannot be shared by {world} processes; give at least {world}")
-    return UnrepeatedDistributedSampler(dataset, shuffle=False)
+
+    def __init__(self, count: int, batch_size: int) -> None:
+        starts = range(0, count, batch_size)
+        if len(starts) < world_size():
+            raise ValueError(
+                f"num_samples={count} in batches of {batch_size} cannot be shared by {world_size()} processes; give "
+                f"{world_size()} batches or more, by a smaller --data.sample_batch_size or more --data.num_samples"
+            )
+        super().__init__(range(count), shuffle=False)
+        self.indices = [
+            index
+            for start in starts[self.rank :: self.num_replicas]
+            for index in range(start, min(start + batch_size, count))
+        ]
+
+    def __iter__(self) -> Iterator[int]:  # type: ignore[override]
+        return iter(self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
 
 
 def world_size() -> int:

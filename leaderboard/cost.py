@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
@@ -85,10 +85,111 @@ class _Neurons:
         self.steps += spikes.shape[0] * spikes.shape[1]  # (T, B, ...)
 
 
+@dataclass(frozen=True)
+class Counts:
+    """What a `CostMeter` counted: plain numbers that go into a file, and add up over batches and processes.
+
+    Args:
+        connections: `[dense if spikes, SOPs, MACs, ACs, dense]` of each convolution or linear layer.
+        neurons: `[spikes, elements, steps]` of each neuron layer.
+        first_convolution: Name of the convolution that ran first.
+    """
+
+    connections: dict[str, list[float]] = field(default_factory=dict)
+    neurons: dict[str, list[float]] = field(default_factory=dict)
+    first_convolution: str | None = None
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(
+            _add_by_name(self.connections, other.connections),
+            _add_by_name(self.neurons, other.neurons),
+            self.first_convolution or other.first_convolution,
+        )
+
+    def cost(
+        self,
+        network: nn.Module,
+        num_images: int,
+        nfe: int,
+        images_per_second: float | None = None,
+        peak_memory_bytes: int | None = None,
+    ) -> Cost:
+        """Returns the cost of one generated image over its whole denoising chain.
+
+        Args:
+            network: The network that ran, for its parameters.
+            num_images: Images behind the counts.
+            nfe: Network evaluations of each image's chain, kept beside the counts.
+            images_per_second: Measured throughput of one device, if timed by the caller.
+            peak_memory_bytes: Measured peak memory of the device, if read by the caller.
+
+        Raises:
+            ValueError: If `num_images` is not positive, or no counted layer ran.
+        """
+        if num_images < 1:
+            raise ValueError(f"num_images={num_images}; give the number of images generated while the meter was open")
+        if not self.connections:
+            raise ValueError("no convolution or linear layer ran while the meter was open; sample inside its `with`")
+        spike_fed, sops, macs, acs, _ = (sum(column) for column in zip(*self.connections.values(), strict=True))
+        rates, mean_rate = self._firing_rates()
+        return Cost(
+            parameters=sum(p.numel() for p in network.parameters()),
+            trainable_parameters=sum(p.numel() for p in network.parameters() if p.requires_grad),
+            nfe=nfe,
+            firing_rate=mean_rate,
+            firing_rates=rates,
+            sops=sops / num_images,
+            macs=macs / num_images,
+            acs=acs / num_images,
+            energy_strict_mj=strict_energy_mj(macs, acs) / num_images,
+            energy_paper_mj=self._paper_energy(spike_fed, sops, macs, num_images),
+            images_per_second=images_per_second,
+            peak_memory_bytes=peak_memory_bytes,
+        )
+
+    def _firing_rates(self) -> tuple[dict[str, float], float | None]:
+        """Rate of each layer over all calls, and their mean weighted by neurons (`None` without neurons)."""
+        rates = {name: spikes / elements for name, (spikes, elements, _) in self.neurons.items()}
+        neurons = {name: elements / steps for name, (_, elements, steps) in self.neurons.items()}
+        if not rates:
+            return {}, None
+        return rates, sum(rates[name] * neurons[name] for name in rates) / sum(neurons.values())
+
+    def _paper_energy(self, spike_fed: float, sops: float, macs: float, num_images: int) -> float | None:
+        """SDDPM's formula (arXiv 2306.17046): every layer but the first convolution is taken as fed by spikes.
+
+        Layers that in truth see real values get the mean input rate of the spike-fed ones, weighted by connections.
+        An ANN has MACs alone (arXiv 2408.16467, Table 4).
+        """
+        if not spike_fed:
+            # neurons, but no layer fed by spikes: no rate to assume
+            return None if self.neurons else PICOJOULES_PER_MAC * macs * _MILLIJOULES / num_images
+        rate = sops / spike_fed
+        energy = 0.0
+        for name, (_, layer_sops, layer_macs, _, dense) in self.connections.items():
+            if name == self.first_convolution:
+                energy += PICOJOULES_PER_MAC * dense
+            else:
+                energy += PICOJOULES_PER_AC * (layer_sops + rate * layer_macs)
+        return energy * _MILLIJOULES / num_images
+
+
+def strict_energy_mj(macs: float, acs: float) -> float:
+    """Energy at 45 nm in millijoules."""
+    return (PICOJOULES_PER_MAC * macs + PICOJOULES_PER_AC * acs) * _MILLIJOULES
+
+
+def _add_by_name(first: dict[str, list[float]], second: dict[str, list[float]]) -> dict[str, list[float]]:
+    total = dict(first)
+    for name, numbers in second.items():
+        total[name] = [a + b for a, b in zip(total[name], numbers, strict=True)] if name in total else numbers
+    return total
+
+
 class CostMeter:
     """Counts spikes, operations and energy of every forward pass made while it is open.
 
-    Counts stay on the device, with no synchronisation and no activation kept; only `result` waits for them.
+    Counts stay on the device, with no synchronisation and no activation kept; only `take` waits for them.
 
     Args:
         network: Network to watch; its convolutions, linear layers and `SpikingNeuron` layers are counted.
@@ -96,7 +197,7 @@ class CostMeter:
     Example:
         >>> with CostMeter(network) as meter:
         ...     images = sample(network, num_images=64)
-        >>> meter.result(num_images=64, nfe=50).energy_strict_mj
+        >>> meter.take().cost(network, num_images=64, nfe=50).energy_strict_mj
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -142,74 +243,20 @@ class CostMeter:
 
         return hook
 
-    def result(
-        self,
-        num_images: int,
-        nfe: int,
-        images_per_second: float | None = None,
-        peak_memory_bytes: int | None = None,
-    ) -> Cost:
-        """Returns the cost of one generated image over its whole denoising chain.
-
-        Args:
-            num_images: Images generated while the meter was open.
-            nfe: Network evaluations of each image's chain, kept beside the counts.
-            images_per_second: Measured throughput, if timed by the caller.
-            peak_memory_bytes: Measured peak memory of the device, if read by the caller.
-
-        Raises:
-            ValueError: If `num_images` is not positive, or no counted layer ran.
-        """
-        if num_images < 1:
-            raise ValueError(f"num_images={num_images}; give the number of images generated while the meter was open")
-        if not self._connections:
-            raise ValueError("no convolution or linear layer ran while the meter was open; sample inside its `with`")
-        per_layer = {
-            name: layer.counts.tolist() for name, layer in self._connections.items() if layer.counts is not None
-        }
-        spike_fed, sops, macs, acs = (sum(column) for column in zip(*per_layer.values(), strict=True))
-        rates, mean_rate = self._firing_rates()
-        return Cost(
-            parameters=sum(p.numel() for p in self.network.parameters()),
-            trainable_parameters=sum(p.numel() for p in self.network.parameters() if p.requires_grad),
-            nfe=nfe,
-            firing_rate=mean_rate,
-            firing_rates=rates,
-            sops=sops / num_images,
-            macs=macs / num_images,
-            acs=acs / num_images,
-            energy_strict_mj=(PICOJOULES_PER_MAC * macs + PICOJOULES_PER_AC * acs) * _MILLIJOULES / num_images,
-            energy_paper_mj=self._paper_energy(per_layer, spike_fed, sops, num_images),
-            images_per_second=images_per_second,
-            peak_memory_bytes=peak_memory_bytes,
+    def take(self) -> Counts:
+        """Returns what was counted since the meter was opened or last asked, and counts from zero again."""
+        counts = Counts(
+            {
+                name: [*layer.counts.tolist(), layer.dense]
+                for name, layer in self._connections.items()
+                if layer.counts is not None
+            },
+            {
+                name: [float(layer.spikes), layer.elements, layer.steps]
+                for name, layer in self._neurons.items()
+                if layer.spikes is not None
+            },
+            self._first_convolution,
         )
-
-    def _firing_rates(self) -> tuple[dict[str, float], float | None]:
-        """Rate of each layer over all calls, and their mean weighted by neurons (`None` without neurons)."""
-        spikes = {name: float(layer.spikes) for name, layer in self._neurons.items() if layer.spikes is not None}
-        rates = {name: count / self._neurons[name].elements for name, count in spikes.items()}
-        neurons = {name: self._neurons[name].elements / self._neurons[name].steps for name in rates}
-        if not rates:
-            return {}, None
-        return rates, sum(rates[name] * neurons[name] for name in rates) / sum(neurons.values())
-
-    def _paper_energy(
-        self, per_layer: dict[str, list[float]], spike_fed: float, sops: float, num_images: int
-    ) -> float | None:
-        """SDDPM's formula (arXiv 2306.17046): every layer but the first convolution is taken as fed by spikes.
-
-        Layers that in truth see real values get the mean input rate of the spike-fed ones, weighted by connections.
-        An ANN has MACs alone (arXiv 2408.16467, Table 4).
-        """
-        if not spike_fed:
-            macs = sum(layer_macs for _, _, layer_macs, _ in per_layer.values())
-            # neurons, but no layer fed by spikes: no rate to assume
-            return None if self._neurons else PICOJOULES_PER_MAC * macs * _MILLIJOULES / num_images
-        rate = sops / spike_fed
-        energy = 0.0
-        for name, (_, layer_sops, layer_macs, _) in per_layer.items():
-            if name == self._first_convolution:
-                energy += PICOJOULES_PER_MAC * self._connections[name].dense
-            else:
-                energy += PICOJOULES_PER_AC * (layer_sops + rate * layer_macs)
-        return energy * _MILLIJOULES / num_images
+        self._connections, self._neurons = {}, {}
+        return counts

@@ -17,13 +17,23 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from datamodules.loading import to_bytes
+from leaderboard.chunks import Chunks, Share, generation_key
 from leaderboard.cost import CostMeter
 from leaderboard.fad import FrechetAutoencoderDistance
-from leaderboard.features import file_sha256
 from leaderboard.metrics import GenerationMetrics
 from leaderboard.pictures import enlargement, grid, save_png
 from leaderboard.protocols import INCEPTION, PROTOCOLS, SUITE, TORCHVISION, ProtocolName, canonical_sha256
-from leaderboard.records import Artefact, Code, Dataset, MetricValue, ProtocolEntry, Record, write_record
+from leaderboard.records import (
+    Artefact,
+    Code,
+    Dataset,
+    MetricValue,
+    ProtocolEntry,
+    Record,
+    check_name,
+    file_sha256,
+    write_record,
+)
 from leaderboard.reference import build_parts, prepare_reference
 from leaderboard.table import show_records
 
@@ -46,6 +56,8 @@ class Evaluation(Callback):
         grid_images: Generated images in the saved grid.
         fad_dir: Folder of the published autoencoders (`stat_checkpoints/`, `stats/`): adds the protocol's Fréchet
             autoencoder distance, for MNIST and Fashion-MNIST.
+        keep_samples: Keeps the generated images under `evaluation/` in the run folder, so that a test of the same
+            model under another protocol does not generate them again; else they go when the record is written.
     """
 
     def __init__(
@@ -58,7 +70,9 @@ class Evaluation(Callback):
         variant: str = "default",
         grid_images: int = 64,
         fad_dir: str | None = None,
+        keep_samples: bool = False,
     ) -> None:
+        check_name("variant", variant, required=False)
         self.protocol = PROTOCOLS[protocol]
         self.draft = draft
         self.inception_weights = inception_weights
@@ -67,6 +81,7 @@ class Evaluation(Callback):
         self.variant = variant
         self.grid_images = grid_images
         self.fad_dir = fad_dir
+        self.keep_samples = keep_samples
         self.config: dict[str, Any] = {}
         """Resolved configuration of the command, for the record."""
         self.record: Record | None = None
@@ -117,14 +132,20 @@ class Evaluation(Callback):
         where = (pl_module.device, trainer.global_rank, trainer.world_size)
         prepare_reference(self.parts, data, self.protocol, *where, trainer.strategy.broadcast)
         self._first: list[Tensor] = []
-        self._images = 0
-        self._sampling_seconds = 0.0
-        if pl_module.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(pl_module.device)
+        self._total = Share()
+        self._folder = Path(trainer.log_dir or ".")  # asks all processes
+        self._chunks = self._open_chunks(trainer, pl_module)
         self.meter = CostMeter(cast(nn.Module, pl_module.network)).__enter__()
 
-    def on_test_batch_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        """Starts the clock of a batch."""
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Tensor, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Looks for the images of an interrupted test, and starts the clock of a batch."""
+        first = int(batch[0]) - trainer.datamodule.sample_seed  # type: ignore[attr-defined]
+        self._found = None if self._chunks is None else self._chunks.read(first, len(batch))
+        cast(Any, pl_module).is_generated = self._found is not None
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
         self._batch_started = time.perf_counter()
 
     def on_test_batch_end(
@@ -138,27 +159,30 @@ class Evaluation(Callback):
     ) -> None:
         """Measures one batch of generated images."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        images = data.to_uint8(outputs)
+        indices = batch - data.sample_seed
+        images, pixels, share = self._found or self._finish(data.compared(outputs), int(indices[0]))
         if batch_idx == 0:
-            self._first.append(images[: self.grid_images].cpu())  # also waits for the device
-        self._sampling_seconds += time.perf_counter() - self._batch_started
-        self._images += len(images)
-        pixels = quantise(data.compared(outputs), self.protocol.quantisation)
+            self._first.append(images[: self.grid_images])
+        self._total += share
         for part in self.parts:
             seen = images if isinstance(part, FrechetAutoencoderDistance) else pixels
-            part.update_generated(seen, batch - data.sample_seed)
+            part.update_generated(seen.to(pl_module.device), indices)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Computes the metrics, writes record and grid, and prints the result."""
         self.meter.__exit__(None, None, None)
+        cast(Any, pl_module).is_generated = False
+        self._total = self._total.over_processes()
         metrics = {key: value for part in self.parts for key, value in part.compute().items()}
         if not trainer.is_global_zero:
             return
         metrics |= self._reconstruction(trainer, cast(Any, pl_module))
-        folder = Path(trainer.log_dir or ".")
+        folder = self._folder
         self.record = record = self._record(trainer, pl_module, metrics)
         path = write_record(record, folder / "records")
         grid_path = self._save_grid(folder / "samples" / f"{path.stem}.png")
+        if self._chunks is not None and not self.keep_samples:
+            self._chunks.clear()
         if isinstance(trainer.logger, TensorBoardLogger):
             trainer.logger.log_metrics({f"test/{k}": v.value for k, v in metrics.items()}, trainer.global_step)
         console = Console()
@@ -169,6 +193,41 @@ class Evaluation(Callback):
             f"tensorboard: tensorboard --logdir {folder}",
         ):
             console.print(line, soft_wrap=True, highlight=False)
+
+    def _open_chunks(self, trainer: Trainer, system: LightningModule) -> Chunks | None:
+        """Returns what an interrupted test of the same left; nothing for a model that no file and options describe."""
+        self._checkpoint = None
+        if not trainer.ckpt_path:
+            return None
+        path = Path(trainer.ckpt_path)
+        self._checkpoint = Artefact(path.name, file_sha256(path))
+        if not self.config:
+            return None
+        environment = {
+            "versions": code_version().versions,
+            "hardware": hardware(system.device),
+            "precision": [trainer.precision, torch.get_float32_matmul_precision()],
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+            "quantisation": self.protocol.quantisation,
+        }
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        key = generation_key(system, data, self._checkpoint.sha256, self.config.get("model"), environment)
+        chunks = Chunks(self._folder / "evaluation" / trainer.strategy.broadcast(key))
+        if chunks.count and trainer.is_global_zero:
+            print(f"the test goes on from {chunks.count} finished batches in {chunks.folder}")
+        return chunks
+
+    def _finish(self, outputs: Tensor, first: int) -> tuple[Tensor, Tensor, Share]:
+        """Waits for the images of a batch, and keeps them, as pictures and as compared, with what they took."""
+        device, outputs = outputs.device, outputs.cpu()
+        seconds = time.perf_counter() - self._batch_started
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+        share = Share(len(outputs), seconds, peak, self.meter.take())
+        images = to_bytes(outputs)
+        pixels = images if self.protocol.quantisation == "round" else quantise(outputs, self.protocol.quantisation)
+        if self._chunks is not None:
+            self._chunks.write(first, images, pixels, share)
+        return images, pixels, share
 
     def _reconstruction(self, trainer: Trainer, system: Any) -> dict[str, MetricValue]:
         """Measures a method's autoencoder on the test split, after the meter of generation is closed."""
@@ -191,12 +250,8 @@ class Evaluation(Callback):
 
     def _record(self, trainer: Trainer, system: Any, metrics: Any) -> Record:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        num_images = data.num_samples
-        device = system.device
-        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-        rate = num_images / self._sampling_seconds
+        total = self._total
         description = self.protocol.description()
-        checkpoint = Path(trainer.ckpt_path) if trainer.ckpt_path else None
         return Record(
             method=system.method,
             variant=self.variant,
@@ -207,16 +262,18 @@ class Evaluation(Callback):
             config_sha256=canonical_sha256(self.config),
             code=code_version(),
             seeds={"training": self.config.get("seed_everything") or 0, "sampling": data.sample_seed},
-            checkpoint=Artefact(checkpoint.name, file_sha256(checkpoint)) if checkpoint else None,
+            checkpoint=self._checkpoint,
             extractor=self._extractor(),
-            hardware=hardware(device),
+            hardware=hardware(system.device),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             wall_time_seconds=time.perf_counter() - self._started,
             metrics=metrics,
             solver=system.solver,
             nfe=system.nfe,
             num_steps=system.num_steps,
-            cost=self.meter.result(self._images, system.nfe, rate, peak),
+            cost=total.counts.cost(
+                system.network, total.images, system.nfe, total.images / total.seconds, total.peak_memory_bytes
+            ),
         )
 
 

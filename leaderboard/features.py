@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from abc import ABC, abstractmethod
@@ -19,6 +18,7 @@ from torch.nn import functional as F
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
 from leaderboard.protocols import INCEPTION, SUITE
+from leaderboard.records import file_sha256
 
 EXTRACTORS = Path(__file__).parent / "extractors"
 """Folder of the shipped weights, `<dataset>.safetensors`."""
@@ -250,9 +250,3 @@ def _download(url: str, option: str) -> Path:
                 f"--evaluation.{option} PATH, or evaluate with the suite's own extractor under the protocol offline-v1"
             ) from error
     return path
-
-
-def file_sha256(path: Path) -> str:
-    """Returns the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -35,6 +35,15 @@ MINIMUM = 20
 """Fewest images, generated and real, that give a value at all."""
 
 
+def metric_keys(family: str, extractor: str) -> tuple[str, ...]:
+    """Returns the keys of a family of metrics measured with an extractor of that name."""
+    if family in FRECHET and family != "fd":
+        return (family,)
+    if extractor == INCEPTION:
+        return {"kid": ("kid_mean",), "is": ("is_mean",), "precision_recall": ("precision", "recall")}[family]
+    return tuple(f"{key}_{extractor}" for key in (family.split("_") if family == "precision_recall" else (family,)))
+
+
 class GenerationMetrics(nn.Module):
     """All metrics of one view, fed batch by batch with real and generated images.
 
@@ -144,7 +153,7 @@ class GenerationMetrics(nn.Module):
             values |= self._kept()
         if "score" in self.metrics:
             value, error = self._of("score")
-            key = "is_mean" if self._is_inception else f"is_{self.extractor.name}"
+            (key,) = metric_keys("is", self.extractor.name)
             values[key] = MetricValue(float(value), float(error), counts["generated"])
         return values
 
@@ -161,7 +170,7 @@ class GenerationMetrics(nn.Module):
                     stacklevel=2,
                 )
             else:
-                key = f"fd_{self.extractor.name}" if family == "fd" else family
+                (key,) = metric_keys(family, self.extractor.name)
                 values[key] = MetricValue(value, error, used, note)
         return values
 
@@ -169,16 +178,13 @@ class GenerationMetrics(nn.Module):
         reference, generated, indices = self._of("table")
         found: dict[str, tuple[Tensor, Tensor]] = {}
         for family, options in self.options.items():
+            keys = metric_keys(family, self.extractor.name)
             if family in ("kid", "kd"):
-                found["kid_mean" if self._is_inception else "kd"] = kernel_distance(reference, generated, **options)
+                found[keys[0]] = kernel_distance(reference, generated, **options)
             elif family == "precision_recall":
                 groups = indices % self.num_groups
-                found["precision"], found["recall"] = precision_recall(reference, generated, groups, **options)
-        suffix = "" if self._is_inception else f"_{self.extractor.name}"
-        return {
-            f"{key}{suffix}": MetricValue(float(value), float(error), len(generated))
-            for key, (value, error) in found.items()
-        }
+                found |= zip(keys, precision_recall(reference, generated, groups, **options), strict=True)
+        return {key: MetricValue(float(value), float(error), len(generated)) for key, (value, error) in found.items()}
 
     def _of(self, name: str) -> Any:
         return cast(Metric, self.metrics[name]).compute()

@@ -16,6 +16,9 @@ from leaderboard.protocols import LOCKED, canonical_sha256
 from leaderboard.schema import SchemaError, from_json
 
 SCHEMA_VERSION: Final = 1
+LARGEST_FILE = 4 * 2**20
+"""Bytes of a record file; usual ones take some thousands."""
+_NAME = re.compile(r"(?!.*\.\.)[\w .,:;=+()%-]*")
 
 
 class RecordError(ValueError):
@@ -55,8 +58,8 @@ class Cost:
         energy_strict_mj: Millijoules at 45 nm, layers fed by real values counted as MACs.
         energy_paper_mj: Millijoules by SDDPM's formula, all but the first convolution as ACs, of an ANN all as MACs;
             `None` if there are neurons but no layer is fed by spikes.
-        images_per_second: Measured throughput.
-        peak_memory_bytes: Measured peak memory.
+        images_per_second: Measured throughput of one device.
+        peak_memory_bytes: Measured peak memory of the device while it generates.
     """
 
     parameters: int
@@ -186,11 +189,28 @@ def read_record(path: str | Path) -> Record:
     """
     path = Path(path)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        if (size := path.stat().st_size) > LARGEST_FILE:
+            raise ValueError(f"{size:,} bytes, a record has at most {LARGEST_FILE:,}")
+        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
+    except SchemaError as error:
+        raise RecordError(f"{path}: field {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
         raise RecordError(f"{path}: not a readable JSON file ({error})") from error
     _check(data, str(path))
     return from_json(Record, data)
+
+
+def check_name(field: str, name: str, required: bool = True) -> None:
+    """Checks a name that tables, files and pages will show: no markup, no path, no control character.
+
+    Raises:
+        SchemaError: If it could do harm, is longer than 100 characters, or empty although required.
+    """
+    if not _NAME.fullmatch(name) or not required <= len(name) <= 100:
+        raise SchemaError(
+            f"{field}: expected a name of {int(required)} to 100 letters, digits, spaces or any of . , : ; = + - _ ( ) "
+            f"%, without '..', found {name[:100]!a}"
+        )
 
 
 def find_records(folders: Iterable[str | Path]) -> list[Path]:
@@ -212,10 +232,32 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def file_sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Builds a JSON object; of a name met twice, one value would else be lost without a word."""
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise SchemaError(f"{twice[:100]!a}: the field is there twice")
+    return dict(pairs)
+
+
 def _check(data: Any, where: str) -> datetime:
     """Checks the JSON form of a record and returns its time of creation."""
     try:
         record = from_json(Record, data)
+        check_name("method", record.method)
+        check_name("variant", record.variant, required=False)
+        check_name("dataset.name", record.dataset.name)
+        check_name("protocol.name", record.protocol.name)
+        check_name("extractor.name", record.extractor.name)
+        for key in record.metrics:
+            check_name("metrics", key)
         for field, value, expected in (
             ("protocol.sha256", record.protocol.sha256, canonical_sha256(record.protocol.description)),
             ("config_sha256", record.config_sha256, canonical_sha256(record.config)),
@@ -223,15 +265,20 @@ def _check(data: Any, where: str) -> datetime:
             if value != expected:
                 raise SchemaError(f"{field}: {value} is not the hash of the content, {expected}; the record was edited")
         _check_protocol(record.protocol)
-        try:
-            created = datetime.fromisoformat(record.created)
-        except ValueError:
-            raise SchemaError(f"created: expected an ISO 8601 time, found {record.created!r}") from None
-        if created.tzinfo is None:
-            raise SchemaError(f"created: expected a time with its zone (UTC), found {record.created!r}")
+        return _time(record.created)
     except SchemaError as error:
         raise RecordError(f"{where}: field {error}") from error
-    return created.astimezone(UTC)
+
+
+def _time(text: str) -> datetime:
+    try:
+        time = datetime.fromisoformat(text)
+        utc = time.astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise SchemaError(f"created: expected an ISO 8601 time, found {text[:60]!r}") from None
+    if time.tzinfo is None:
+        raise SchemaError(f"created: expected a time with its zone (UTC), found {text[:60]!r}")
+    return utc
 
 
 def _check_protocol(protocol: ProtocolEntry) -> None:

@@ -5,9 +5,18 @@ from __future__ import annotations
 import dataclasses
 import math
 import types
+import unicodedata
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 Data = TypeVar("Data")
+
+LARGEST_INTEGER = 2**63 - 1
+LARGEST_NUMBER = 1e30
+"""Far beyond any measurement, and far from overflowing in one."""
+LONGEST_TEXT = 4096
+DEEPEST = 32
+"""Levels of free JSON."""
+_UNSAFE = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, invisible, half of a pair, line breaks: they can fool a terminal
 
 
 class SchemaError(ValueError):
@@ -19,12 +28,13 @@ def from_json(kind: type[Data], value: Any, field: str = "") -> Data:
 
     Args:
         kind: Dataclass whose fields are bool, int, float, str, `Literal`, `None` unions, `dict[str, ...]`,
-            `tuple[..., ...]` for lists, nested dataclasses, or `Any` for free JSON.
+            `tuple[..., ...]` for lists, nested dataclasses, or `Any` for free JSON. Text and keys, but those of free
+            JSON, hold no control characters.
         value: JSON object to convert.
         field: Path of the object in its file, for messages.
 
     Raises:
-        SchemaError: If a field is unknown, missing, of another type, or not a finite number.
+        SchemaError: If a field is unknown, missing, of another type, too large, or not a finite number.
     """
     if not isinstance(value, dict):
         raise SchemaError(f"{field or 'the top level'}: expected an object, found {_shown(value)}")
@@ -40,7 +50,7 @@ def from_json(kind: type[Data], value: Any, field: str = "") -> Data:
 def _convert(kind: Any, value: Any, field: str) -> Any:
     origin = get_origin(kind)
     if kind is Any:
-        return _finite_json(value, field)
+        return _plain_json(value, field)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in get_args(kind):
             return None
@@ -53,7 +63,9 @@ def _convert(kind: Any, value: Any, field: str) -> Any:
     if origin is dict:
         if not isinstance(value, dict):
             raise SchemaError(f"{field}: expected an object, found {_shown(value)}")
-        return {key: _convert(get_args(kind)[1], item, _join(field, key)) for key, item in value.items()}
+        return {
+            _plain_text(key, field): _convert(get_args(kind)[1], item, _join(field, key)) for key, item in value.items()
+        }
     if origin is tuple:
         if not isinstance(value, list):
             raise SchemaError(f"{field}: expected a list, found {_shown(value)}")
@@ -64,30 +76,47 @@ def _convert(kind: Any, value: Any, field: str) -> Any:
 
 
 def _scalar(kind: type, value: Any, field: str) -> Any:
+    _plain_json(value, field)
     if kind is float and type(value) is int:
         value = float(value)  # JSON does not tell 1 from 1.0
     if type(value) is not kind:
         raise SchemaError(f"{field}: expected {kind.__name__}, found {_shown(value)}")
-    return _finite_json(value, field)
+    if isinstance(value, float) and abs(value) > LARGEST_NUMBER:
+        raise SchemaError(f"{field}: expected a number up to {LARGEST_NUMBER:g}, found {value:g}")
+    return _plain_text(value, field) if isinstance(value, str) else value
 
 
-def _finite_json(value: Any, field: str) -> Any:
+def _plain_text(text: str, field: str) -> str:
+    if len(text) > LONGEST_TEXT:
+        raise SchemaError(f"{field}: expected at most {LONGEST_TEXT} characters, found {len(text)}")
+    if any(unicodedata.category(character) in _UNSAFE for character in text):
+        raise SchemaError(f"{field}: expected text without control characters, found {_shown(text)}")
+    return text
+
+
+def _plain_json(value: Any, field: str, level: int = 0) -> Any:
+    if level > DEEPEST:
+        raise SchemaError(f"{field[:200]}...: expected at most {DEEPEST} levels, found more")
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
                 raise SchemaError(f"{field}: expected text keys, found {_shown(key)}")
-            _finite_json(item, _join(field, key))
+            _plain_json(item, _join(field, key), level + 1)
     elif isinstance(value, list):
         for i, item in enumerate(value):
-            _finite_json(item, _join(field, str(i)))
+            _plain_json(item, _join(field, str(i)), level + 1)
     elif isinstance(value, float) and not math.isfinite(value):
         raise SchemaError(f"{field}: expected a finite number, found {value}")
+    elif isinstance(value, int) and abs(value) > LARGEST_INTEGER:
+        raise SchemaError(f"{field}: expected an integer of 64 bits, found one of {value.bit_length()} bits")
     elif value is not None and not isinstance(value, bool | int | float | str):
         raise SchemaError(f"{field}: expected a JSON value, found {_shown(value)}")
     return value
 
 
 def _join(parent: str, name: str) -> str:
+    """Path of a field, in a form that is safe to print."""
+    name = name if name.isprintable() and len(name) <= 60 else _shown(name)
     return f"{parent}.{name}" if parent else name
 
 

@@ -22,6 +22,8 @@ _HEADERS = {
     "reconstruction_mse": "Rec. MSE",
     "reconstruction_ssim": "Rec. SSIM",
 }
+RECORDS = "leaderboard/records"
+"""Folder of the records that belong to the project, those of others among them."""
 _SCALE = {"kid_mean": 1000.0}
 _STACKS = (("T", "Rate"), ("Solver", "NFE"), ("G SOPs", "mJ"), ("M params", "Images/s"), ("Samples", "File"))
 
@@ -45,7 +47,7 @@ class Entry:
         return (r.dataset.name, r.protocol.name, r.protocol.sha256, r.dataset.fingerprint, r.extractor.sha256)
 
 
-def leaderboard(records: list[str] = ["runs"], output: str | None = None) -> None:  # noqa: B006 (never changed)
+def leaderboard(records: list[str] = ["runs", RECORDS], output: str | None = None) -> None:  # noqa: B006 (never changed)
     """Shows every record as tables, one per dataset and protocol, best Fréchet distance first and drafts last.
 
     Args:

@@ -39,6 +39,8 @@ class DiffusionSystem(L.LightningModule):
     """Diffusion steps of the sampler."""
     threshold: float | None = None
     """Firing threshold of all neurons, where the method has one."""
+    is_generated = False
+    """Whether the images of the batch to test exist already, from a test that was interrupted."""
 
     def __init__(self, optimizer: OptimizerFactory, lr_scheduler: LRSchedulerFactory | None = None) -> None:
         super().__init__()
@@ -101,11 +103,13 @@ class DiffusionSystem(L.LightningModule):
         generator = torch.Generator(batch.device).manual_seed(batch_idx)
         self.log("val/loss", self.loss(batch, generator), prog_bar=True, sync_dist=True, batch_size=len(batch))
 
-    def test_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+    def test_step(self, batch: Tensor, batch_idx: int) -> Tensor | None:
+        """Returns the images `(B, C, H, W)` of a batch of seeds `(B,)`, nothing if they exist already."""
+        return None if self.is_generated else self.predict_step(batch, batch_idx)
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Returns the images `(B, C, H, W)` of a batch of seeds `(B,)`."""
         return self.sample(batch, self._image_shape)
-
-    predict_step = test_step
 
     @property
     def _image_shape(self) -> tuple[int, int, int]:

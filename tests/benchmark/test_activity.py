@@ -32,7 +32,7 @@ def test_spikes_are_those_of_the_cost_meter(method: type[FSDDIM] | type[SDDPM]) 
     counts = measure_spikes(system, seeds, (1, 8, 8))
     with CostMeter(system.network) as meter:
         system.sample(seeds, (1, 8, 8))
-    expected = meter.result(2, 3).firing_rates
+    expected = meter.take().cost(system.network, 2, 3).firing_rates
     rates = counts.rates()
     assert rates.shape == (len(expected), 3)
     for name, row in zip(counts.spikes, rates, strict=True):

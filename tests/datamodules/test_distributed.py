@@ -50,8 +50,8 @@ def test_two_processes_share_images_and_seeds(tmp_path: Path) -> None:
     seen = {name: numbers(tmp_path / name) for name in ("train-0", "train-1", "test-0", "test-1")}
     assert len(seen["train-0"]) == len(seen["train-1"]) == 20
     assert sorted(seen["train-0"] + seen["train-1"]) == list(range(40))
-    assert seen["test-0"] == [0, 2, 4, 6, 8, 10]
-    assert seen["test-1"] == [1, 3, 5, 7, 9]
+    assert seen["test-0"] == [0, 1, 2, 6, 7, 8]  # the batches of a single process, in turn
+    assert seen["test-1"] == [3, 4, 5, 9, 10]
 
 
 def main(folder: Path) -> None:
@@ -87,15 +87,16 @@ def four_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("four_processes")
 def test_the_last_of_four_processes_gets_its_share(tmp_path: Path) -> None:
-    data = MNIST(num_samples=10, sample_batch_size=8, sample_seed=50)
-    (batch,) = data.test_dataloader()
-    assert batch.tolist() == [53, 57]
+    data = MNIST(num_samples=31, sample_batch_size=4, sample_seed=50)
+    first, second = data.test_dataloader()
+    assert first.tolist() == [62, 63, 64, 65]
+    assert second.tolist() == [78, 79, 80]
 
 
 @pytest.mark.usefixtures("four_processes")
-def test_fewer_images_than_processes() -> None:
-    with pytest.raises(ValueError, match=r"num_samples=3 cannot be shared by 4 processes; give at least 4"):
-        MNIST(num_samples=3).test_dataloader()
+def test_fewer_batches_than_processes() -> None:
+    with pytest.raises(ValueError, match=r"num_samples=12 in batches of 4 cannot be shared by 4 processes; give 4"):
+        MNIST(num_samples=12, sample_batch_size=4).test_dataloader()
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from leaderboard.cost import CostMeter
+from leaderboard.cost import CostMeter, Counts
 from systems.neurons import ConvertedNeuron, SpikingNeuron
 from systems.spiking_transformer import ShiftedLinear
 
@@ -19,7 +20,7 @@ def measure(network: nn.Module, *inputs: Tensor, num_images: int = 1):  # noqa: 
     with CostMeter(network) as meter:
         for x in inputs:
             network(x)
-    return meter.result(num_images=num_images, nfe=1)
+    return meter.take().cost(network, num_images=num_images, nfe=1)
 
 
 def test_batch_of_two_counted_by_hand() -> None:
@@ -170,7 +171,7 @@ def test_levels_of_a_quantised_activation_are_real_values() -> None:
         for x in levels:
             network[0](x)
         neuron(torch.zeros(3, 1))
-    cost = meter.result(1, 1)
+    cost = meter.take().cost(meter.network, 1, 1)
     assert (cost.macs, cost.sops) == (2 * 12, 12 * 2 / 4)
 
 
@@ -191,7 +192,7 @@ def test_parameters_and_what_the_caller_measured() -> None:
     network.bias.requires_grad_(False)
     with CostMeter(network) as meter:
         network(input=spikes(2, 3))
-    cost = meter.result(2, nfe=50, images_per_second=3.5, peak_memory_bytes=7)
+    cost = meter.take().cost(network, 2, nfe=50, images_per_second=3.5, peak_memory_bytes=7)
     assert (cost.parameters, cost.trainable_parameters) == (20, 15)
     assert (cost.nfe, cost.images_per_second, cost.peak_memory_bytes) == (50, 3.5, 7)
 
@@ -201,20 +202,20 @@ def test_hooks_are_gone_and_nothing_large_is_kept() -> None:
     with CostMeter(network) as meter:
         network(torch.randn(2, 1, 64, 64))
     assert not any(module._forward_hooks for module in network.modules())
-    before = meter.result(2, 1)
-    network(torch.randn(2, 1, 64, 64))
-    assert meter.result(2, 1) == before
     assert all(layer.counts.numel() == 4 for layer in meter._connections.values())
     assert all(layer.spikes.numel() == 1 for layer in meter._neurons.values())
+    assert meter.take().neurons
+    network(torch.randn(2, 1, 64, 64))
+    assert not meter.take().neurons
 
 
 def test_errors_say_what_to_do() -> None:
     with CostMeter(nn.Linear(2, 2)) as meter:
         pass
     with pytest.raises(ValueError, match=r"no convolution or linear layer ran .* sample inside its `with`"):
-        meter.result(1, 1)
+        meter.take().cost(meter.network, 1, 1)
     with pytest.raises(ValueError, match="num_images=0; give the number of images"):
-        meter.result(0, 1)
+        meter.take().cost(meter.network, 0, 1)
 
 
 @pytest.mark.parametrize(("second", "macs"), [(spikes(1, 2, 4, 4), 0), (torch.full((1, 2, 4, 4), 0.5), 2 * 3 * 16)])
@@ -237,3 +238,19 @@ def test_concatenated_inputs_are_judged_one_by_one(second: Tensor, macs: int) ->
     assert cost.sops == pytest.approx(float(spiking) * 3)
     assert cost.acs == pytest.approx(float(spiking) * 3 + 3 * 16)  # the bias once
     assert cost.macs == macs
+
+
+def test_counts_of_batches_add_up_and_survive_a_file() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), SpikingNeuron(threshold=0.3))
+    x = torch.randn(6, 2, 1, 9, 9, generator=torch.Generator().manual_seed(0))
+    total = Counts()
+    with CostMeter(network) as meter:
+        for batch in x:
+            network(batch)
+            total += Counts(**json.loads(json.dumps(asdict(meter.take()))))
+        for batch in x:
+            network(batch)
+    at_once = meter.take()
+    assert total.first_convolution == at_once.first_convolution == "0"
+    assert total.cost(network, 12, 1) == at_once.cost(network, 12, 1)  # whole numbers here, so exactly
+    assert (total + Counts()).cost(network, 12, 1) == (Counts() + total).cost(network, 12, 1)

@@ -105,7 +105,7 @@ def test_terminal_fits_100_columns_and_names_the_files(
         "recall": MetricValue(0.4321, 0.0065, 10_000),
     }
     path = write_record(make_record(protocol=STANDARD_V1, metrics=metrics, method="SpikingDiffusion"), tmp_path)
-    write_record(make_record(method="Short[red]", variant="[bold]"), tmp_path / "a" / "records")
+    write_record(make_record(method="Short", solver="[red]"), tmp_path / "a" / "records")
     leaderboard([str(tmp_path)])
     out = capsys.readouterr().out
     tables = [line for line in out.splitlines() if not line.startswith(("Reference", "[1] "))]
@@ -118,8 +118,8 @@ def test_terminal_fits_100_columns_and_names_the_files(
         "0.6123",
         "Recall",
         "SpikingDiffusion",
-        "Short[red]",
-        "[bold]",
+        "Short",
+        "[red]",
         "fd",
         "_digits",
         path.name,

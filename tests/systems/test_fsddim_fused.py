@@ -67,7 +67,7 @@ def test_weights_of_now_are_merged() -> None:
 def cost(system: FSDDIM) -> Cost:
     with CostMeter(system.network) as meter:
         system.sample(torch.arange(2), SHAPE)
-    return meter.result(2, system.nfe)
+    return meter.take().cost(system.network, 2, system.nfe)
 
 
 @pytest.mark.parametrize("activate", [False, True])

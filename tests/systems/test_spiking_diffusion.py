@@ -134,7 +134,7 @@ def test_sampling_counts_the_denoiser_and_one_decoding() -> None:
     system = small()
     with CostMeter(system.network) as meter:
         system.sample(torch.arange(2), SHAPE)
-    cost = meter.result(2, system.nfe)
+    cost = meter.take().cost(system.network, 2, system.nfe)
     assert cost.parameters == sum(p.numel() for p in system.parameters())
     assert set(cost.firing_rates) == {
         *(f"denoiser.layers.{i}.2" for i in range(5)),

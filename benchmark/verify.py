@@ -1,0 +1,210 @@
+"""`python -m benchmark leaderboard verify`: repeats the evaluation behind a record and compares.
+
+A metric agrees if it differs from the recorded one by no more than the recorded uncertainty, and a count of the cost if
+by no more than 1 %, since rounding on another device may flip single spikes. On the same device and versions a
+repetition is equal to the last digit.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from rich.console import Console
+from rich.text import Text
+
+from benchmark.runs import RUNS
+from leaderboard.compare import differences, provenance, show
+from leaderboard.records import MetricValue, Record, file_sha256, read_record, write_atomic
+
+ROUNDING = 1e-6
+"""Relative difference of equal metrics; for those whose uncertainty is 0."""
+COUNTED = ("parameters", "nfe", "firing_rate", "sops", "macs", "acs", "energy_strict_mj", "energy_paper_mj")
+"""Costs that a repetition has to find again; speed and memory belong to the device."""
+COST_TOLERANCE = 0.01
+_TRAINER = ("accelerator", "precision", "deterministic", "benchmark", "inference_mode", "limit_test_batches")
+
+
+def verify(
+    record: str,
+    checkpoint: str | None = None,
+    root: str | None = None,
+    accelerator: str | None = None,
+    inception_weights: str | None = None,
+    torchvision_weights: str | None = None,
+    extractor: str | None = None,
+    fad_dir: str | None = None,
+    output: str = "verifications",
+) -> None:
+    """Repeats the evaluation behind a record, from its own configuration and checkpoint, and compares.
+
+    The repetition runs on one device and goes on where it was interrupted. It leaves a record of its own under
+    `output`; record and run folder stay as they are.
+
+    Args:
+        record: Record file.
+        checkpoint: Its checkpoint; looked for by its hash in the run folder of the record and under runs/ if not given.
+        root: Folder of the dataset, if it lies elsewhere than in the record.
+        accelerator: Device to run on, if not that of the record: cpu, gpu.
+        inception_weights: Local file of the 2015 Inception weights, if it lies elsewhere.
+        torchvision_weights: Local file of torchvision's Inception weights, if it lies elsewhere.
+        extractor: File of another small extractor, if it lies elsewhere.
+        fad_dir: Folder of the published autoencoders, if it lies elsewhere.
+        output: Folder for what the repetition leaves.
+
+    Raises:
+        SystemExit: With code 1 if the repetition does not agree, with code 2 if there could be none.
+    """
+    console = Console()
+    try:
+        recorded = read_record(record)
+        found = _find_checkpoint(recorded, Path(record), checkpoint)
+        if recorded.checkpoint and file_sha256(found) != recorded.checkpoint.sha256:
+            rows = [("checkpoint sha256", recorded.checkpoint.sha256, file_sha256(found))]
+            show(console, "not repeated, since this is not what was measured", ("", "record", "given"), rows)
+            _finish(console, False, f"{found} is another checkpoint than that of {record}")
+        files = {
+            "inception_weights": inception_weights,
+            "torchvision_weights": torchvision_weights,
+            "extractor": extractor,
+            "fad_dir": fad_dir,
+        }
+        settings = _settings(recorded, root, accelerator, {k: v for k, v in files.items() if v is not None})
+        repeated = _repeat(settings, found, Path(output) / Path(record).stem)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"cannot verify {ascii(record)[1:-1]}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    agrees = _compare(console, recorded, repeated)
+    _finish(console, agrees, f"{record} {'agrees' if agrees else 'does not agree'} with its repetition")
+
+
+def _finish(console: Console, agrees: bool, message: str) -> None:
+    console.print(
+        Text(f"{'verified' if agrees else 'failed'}: {message}", style="green" if agrees else "red"), soft_wrap=True
+    )
+    if not agrees:
+        raise SystemExit(1)
+
+
+def _find_checkpoint(record: Record, path: Path, given: str | None) -> Path:
+    """Returns the checkpoint given, or the file with the recorded hash.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If the record names none.
+    """
+    if given is not None:
+        if not Path(given).is_file():
+            raise FileNotFoundError(f"--checkpoint {given} is not a file")
+        return Path(given)
+    if record.checkpoint is None:
+        raise ValueError("it was measured right after training and names no checkpoint; give it: --checkpoint PATH")
+    named = record.config.get("ckpt_path")
+    places = [Path(named)] if isinstance(named, str) and "\0" not in named else []
+    places += sorted((path.parent.parent / "checkpoints").glob("*.ckpt"))
+    places += sorted(RUNS.glob("*/checkpoints/*.ckpt"))
+    for place in places:
+        if place.is_file() and file_sha256(place) == record.checkpoint.sha256:
+            return place
+    raise FileNotFoundError(
+        f"its checkpoint {record.checkpoint.name!r} with the SHA-256 {record.checkpoint.sha256} is neither in its run "
+        f"folder nor under {RUNS}/; give it: --checkpoint PATH"
+    )
+
+
+def _settings(record: Record, root: str | None, accelerator: str | None, files: dict[str, str]) -> dict[str, Any]:
+    """Returns the configuration of the repetition: what a result depends on, and no file or callback besides.
+
+    Raises:
+        ValueError: If the record's configuration is not that of a test.
+    """
+    parts = {name: record.config.get(name) for name in ("model", "data", "evaluation", "trainer")}
+    settings = cast(dict[str, Any], _with_infinities(parts))
+    data = settings["data"]
+    options = data.setdefault("init_args", {}) if isinstance(data, dict) else None
+    if not all(isinstance(part, dict) for part in (*settings.values(), options)):
+        raise ValueError(f"its configuration lacks one of {', '.join(parts)}: it was not measured by `benchmark test`")
+    assert options is not None
+    settings["seed_everything"] = record.config.get("seed_everything", 0)
+    settings["trainer"] = {name: settings["trainer"].get(name) for name in _TRAINER} | {"devices": 1}
+    if accelerator is not None:
+        settings["trainer"]["accelerator"] = accelerator
+    settings["evaluation"] |= files | {"keep_samples": False}
+    options.pop("cache_dir", None)
+    if root is not None:
+        options["root"] = root
+    return settings
+
+
+def _with_infinities(value: Any) -> Any:
+    """Copies a JSON value, and turns the text that stands for an infinite number in a record back into it."""
+    if isinstance(value, dict):
+        return {name: _with_infinities(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_with_infinities(item) for item in value]
+    return float(value) if value in ("Infinity", "-Infinity", "NaN") else value
+
+
+def _repeat(settings: dict[str, Any], checkpoint: Path, folder: Path) -> Record:
+    """Runs the evaluation in a folder of its own and returns the new record.
+
+    Raises:
+        ValueError: If this version of the suite does not take the configuration.
+    """
+    from benchmark.stages import run_stage  # Lightning takes seconds to import
+    from leaderboard.evaluation import Evaluation
+
+    logger = {"save_dir": str(folder.parent), "name": "", "version": folder.name}
+    settings["trainer"]["logger"] = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": logger}
+    settings["trainer"]["default_root_dir"] = str(folder)
+    config = folder / "config.yaml"
+    write_atomic(config, yaml.safe_dump(settings, sort_keys=False))
+    try:
+        cli = run_stage(["test", "--config", str(config), "--ckpt_path", str(checkpoint)])
+    except SystemExit:
+        raise ValueError(f"this version of the suite does not take its configuration, {config}") from None
+    callbacks: Iterable[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]
+    (record,) = (callback.record for callback in callbacks if isinstance(callback, Evaluation))
+    assert record is not None, "a test without a record"
+    return record
+
+
+def _compare(console: Console, recorded: Record, repeated: Record) -> bool:
+    """Shows both records side by side and returns whether they agree."""
+    metrics, costs = list(_metrics(recorded, repeated)), list(_costs(recorded, repeated))
+    header = ("", "record", "repetition", "difference", "agrees")
+    show(console, "metrics, to agree within the recorded uncertainty", header, metrics)
+    show(console, "cost of an image, to agree within 1 %", header, costs)
+    differ = differences(provenance(recorded), provenance(repeated))
+    show(console, "code, data and weights", ("", "record", "repetition"), differ)
+    must = [row for row in differ if row[0] in ("dataset", "protocol sha256", "solver", "NFE", "SNN time steps")]
+    return not must and all(row[-1] == "yes" for row in (*metrics, *costs))
+
+
+def _metrics(recorded: Record, repeated: Record) -> Iterator[tuple[str, ...]]:
+    for key in sorted(recorded.metrics.keys() | repeated.metrics.keys()):
+        a, b = recorded.metrics.get(key), repeated.metrics.get(key)
+        counts = " of {:,}" * (a is not None and b is not None and a.num_samples != b.num_samples)
+        shown = [f"{m.value:.8g} ±{m.uncertainty:.2g}{counts.format(m.num_samples)}" if m else "-" for m in (a, b)]
+        yield key, *shown, f"{b.value - a.value:.3g}" if a and b else "-", "yes" if agree(a, b) else "no"
+
+
+def agree(recorded: MetricValue | None, repeated: MetricValue | None) -> bool:
+    """Whether a repetition found a metric again: from as many images, within the recorded uncertainty."""
+    if recorded is None or repeated is None or recorded.num_samples != repeated.num_samples:
+        return False
+    tolerance = max(recorded.uncertainty, ROUNDING * abs(recorded.value))
+    return abs(repeated.value - recorded.value) <= tolerance
+
+
+def _costs(recorded: Record, repeated: Record) -> Iterator[tuple[str, ...]]:
+    for name in COUNTED:
+        a, b = getattr(recorded.cost, name), getattr(repeated.cost, name)
+        if a is None or b is None:
+            if a is not b:
+                yield name, str(a), str(b), "-", "no"
+            continue
+        yield name, f"{a:.8g}", f"{b:.8g}", f"{b - a:.3g}", "yes" if abs(b - a) <= COST_TOLERANCE * abs(a) else "no"

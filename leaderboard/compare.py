@@ -1,0 +1,144 @@
+"""`python -m benchmark leaderboard compare`: what differs between two records."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from leaderboard.records import MetricValue, Record, read_record
+
+_HIGHER_IS_BETTER = re.compile(r"(is|precision|recall)(_.*)?|reconstruction_ssim")
+_SHARED = ("dataset", "protocol", "protocol sha256", "data fingerprint", "extractor sha256")
+"""What records of one table share (`leaderboard.table.Entry.table_key`)."""
+Row = tuple[str, str, str]
+
+
+def compare(first: str, second: str) -> None:
+    """Shows what differs between two records: configuration, code and data, cost, metrics.
+
+    Args:
+        first: Record file.
+        second: Another one.
+    """
+    a, b = read_record(first), read_record(second)
+    console = Console()
+    for letter, path, record in (("A", first, a), ("B", second, b)):
+        line = f"{letter}: {record.method} {record.variant}, {record.dataset.name}, {record.protocol.name}: {path}"
+        console.print(Text(line), soft_wrap=True)
+    for problem in incomparable(a, b):
+        console.print(Text(f"warning: the metrics cannot be compared: {problem}", style="red"), soft_wrap=True)
+    for title, rows in (
+        ("configuration", differences(_flat(a.config), _flat(b.config))),
+        ("code, data and weights", differences(provenance(a), provenance(b))),
+        ("cost of an image", _cost(a, b)),
+    ):
+        show(console, title, ("", "A", "B"), rows)
+    show(console, "metrics", ("", "A", "B", "difference B - A", "better", "beyond 2 sigma"), _metrics(a, b))
+
+
+def incomparable(a: Record, b: Record) -> list[str]:
+    """Returns why the metrics of two records say nothing about each other; nothing if they can be compared."""
+    first, second = provenance(a), provenance(b)
+    problems = [f"{name} {x} against {y}" for name, x, y in differences(first, second) if name in _SHARED]
+    counts = [max((m.num_samples for m in record.metrics.values()), default=0) for record in (a, b)]
+    if counts[0] != counts[1]:
+        problems.append(f"{counts[0]:,} generated images against {counts[1]:,}")
+    return problems
+
+
+def provenance(record: Record) -> dict[str, str]:
+    """Returns all that a result may depend on besides the configuration, by name."""
+    checkpoint = record.checkpoint
+    return {
+        "method": record.method,
+        "dataset": record.dataset.name,
+        "data fingerprint": record.dataset.fingerprint,
+        "data source": record.dataset.source,
+        "protocol": record.protocol.name,
+        "protocol sha256": record.protocol.sha256,
+        "draft": str(record.draft),
+        "extractor": record.extractor.name,
+        "extractor sha256": record.extractor.sha256,
+        "checkpoint sha256": checkpoint.sha256 if checkpoint else "none",
+        "solver": record.solver,
+        "NFE": str(record.nfe),
+        "SNN time steps": str(record.num_steps),
+        "code commit": f"{record.code.git_commit or 'unknown'}{' and changes' * bool(record.code.git_dirty)}",
+        "device": record.hardware,
+        **{f"version of {name}": number for name, number in record.code.versions.items()},
+        **{f"seed of {name}": str(seed) for name, seed in record.seeds.items()},
+    }
+
+
+def differences(a: dict[str, str], b: dict[str, str]) -> list[Row]:
+    """Returns the names whose values differ, with both; what one lacks is a dash."""
+    names = dict.fromkeys([*a, *b])
+    return [(name, a.get(name, "-"), b.get(name, "-")) for name in names if a.get(name) != b.get(name)]
+
+
+def show(console: Console, title: str, header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    """Prints a table, or that there is nothing to print."""
+    rows = list(rows)
+    if not rows:
+        console.print(Text(f"{title}: the same"))
+        return
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in header:
+        table.add_column(Text(name), overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)
+
+
+def _flat(value: Any, name: str = "") -> dict[str, str]:
+    return dict(_leaves(value, name))
+
+
+def _leaves(value: Any, name: str) -> Iterator[tuple[str, str]]:
+    """Yields the leaves of a JSON value under dotted names, both as text that no terminal obeys."""
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            key = key if key.isprintable() else json.dumps(key)
+            yield from _leaves(item, f"{name}.{key}" if name else key)
+    else:
+        yield name, json.dumps(value)
+
+
+def _cost(a: Record, b: Record) -> Iterator[Row]:
+    """Yields the costs that differ, those of single layers left out."""
+    first, second = asdict(a.cost), asdict(b.cost)
+    for name, x in first.items():
+        if name != "firing_rates" and x != (y := second[name]):
+            ratio = f" ({y / x:.3g} of A)" if x and y is not None else ""
+            yield name, _number(x), f"{_number(y)}{ratio}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
+
+
+def _metrics(a: Record, b: Record) -> Iterator[tuple[str, ...]]:
+    for key in sorted(a.metrics.keys() | b.metrics.keys()):
+        x, y = a.metrics.get(key), b.metrics.get(key)
+        shown = [f"{m.value:.6g} ±{m.uncertainty:.2g}" if m else "-" for m in (x, y)]
+        yield key, *shown, *(_verdict(key, x, y) if x and y else ("-", "-", "-"))
+
+
+def _verdict(key: str, a: MetricValue, b: MetricValue) -> tuple[str, str, str]:
+    """Returns the difference with its uncertainty, the better one, and whether that is more than chance."""
+    difference, uncertainty = b.value - a.value, math.hypot(a.uncertainty, b.uncertainty)
+    if difference == 0:
+        return "0", "equal", "no"
+    better = "B" if (difference > 0) == bool(_HIGHER_IS_BETTER.fullmatch(key)) else "A"
+    sigmas = f" ({abs(difference) / uncertainty:.1f})" if uncertainty > 0 else ""
+    beyond = "yes" if abs(difference) > 2 * uncertainty else "no"
+    return f"{difference:+.4g} ±{uncertainty:.2g}", better, f"{beyond}{sigmas}"

@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmark.cli import main
+from leaderboard.add import add, find_problems
+from leaderboard.cost import strict_energy_mj
+from leaderboard.protocols import OFFLINE_V1, STANDARD_V1, canonical_sha256
+from leaderboard.records import Artefact, MetricValue, Record, read_record, write_record
+
+Make = Callable[..., Record]
+
+
+@pytest.fixture
+def sound(make_record: Make) -> Record:
+    """A record without fault."""
+    record = make_record()
+    energy = strict_energy_mj(record.cost.macs, record.cost.acs)
+    return replace(record, cost=replace(record.cost, energy_strict_mj=energy))
+
+
+def with_metric(record: Record, key: str = "fd_digits", **fields: Any) -> Record:
+    return replace(record, metrics=record.metrics | {key: replace(record.metrics["fd_digits"], **fields)})
+
+
+def with_samples(record: Record, count: int) -> Record:
+    return replace(record, metrics={k: replace(m, num_samples=count) for k, m in record.metrics.items()})
+
+
+def with_config(record: Record, config: dict[str, Any]) -> Record:
+    return replace(record, config=config, config_sha256=canonical_sha256(config))
+
+
+def test_sound_record_is_added_under_its_own_name(
+    sound: Record, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    canonical = write_record(sound, tmp_path / "run")
+    theirs = tmp_path / "theirs.json"
+    theirs.write_text(json.dumps(json.loads(canonical.read_text())))  # on one line
+    main(["leaderboard", "add", str(theirs), f"--to={tmp_path / 'board'}"])
+    (added,) = (tmp_path / "board").iterdir()
+    assert added.name == canonical.name
+    assert added.read_bytes() == canonical.read_bytes()
+    assert capsys.readouterr().out == f"added {added}\n"
+
+
+def test_draft_is_added(sound: Record, tmp_path: Path) -> None:
+    add(str(write_record(with_samples(replace(sound, draft=True), 300), tmp_path)), str(tmp_path / "board"))
+    (added,) = (tmp_path / "board").iterdir()
+    assert read_record(added).draft
+
+
+def test_metrics_of_inception_and_those_added_belong(sound: Record) -> None:
+    keys = ("fid", "kid_mean", "fad_published", "fad_eval")
+    metrics = {key: MetricValue(2.0, 0.1, 50_000) for key in keys} | {"kid_mean": MetricValue(0.1, 0.01, 10_000)}
+    metrics["reconstruction_mse"] = MetricValue(0.1, 0.01, 0)
+    protocol = replace(sound.protocol, name=STANDARD_V1.name, sha256=STANDARD_V1.sha256)
+    record = replace(sound, protocol=protocol, metrics=metrics, extractor=Artefact("inception-v3-compat", "b" * 64))
+    assert find_problems(record) == []
+    cifar10 = replace(record, dataset=replace(record.dataset, name="cifar10"))
+    assert find_problems(cifar10) == ["metrics: is_mean of standard-v1 are missing"]
+
+
+FUTURE = (datetime.now(UTC) + timedelta(hours=1)).isoformat(timespec="seconds")
+Change = Callable[[Record], Record]
+
+
+def costing(**fields: Any) -> Change:
+    return lambda record: replace(record, cost=replace(record.cost, **fields))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda r: replace(r, protocol=replace(r.protocol, name="mine-v1")),
+            "protocol.name: 'mine-v1' is unknown; the",
+        ),
+        (lambda r: replace(r, protocol=replace(r.protocol, sha256="0" * 64)), "protocol.sha256: 00000000 is not 'offl"),
+        (lambda r: with_samples(r, 1999), "draft: 1999 generated images of 2000 make a draft, but it is not marked"),
+        (lambda r: with_samples(r, 10_001), "metrics: 10001 generated images are more than the 10000 of offline-v1"),
+        (lambda r: with_metric(r, "fd_digits", num_samples=5000), "metrics.kd_digits.num_samples: 2000 of the 5000"),
+        (lambda r: with_metric(r, "fad_eval", num_samples=5), "metrics.fad_eval.num_samples: 5 of the 2000"),
+        (lambda r: with_metric(r, "reconstruction_mse"), "a reconstruction takes none"),
+        (lambda r: with_metric(r, uncertainty=-0.1), "metrics.fd_digits.uncertainty: -0.1 is below 0"),
+        (lambda r: with_metric(r, "fid"), "metrics: fid do not belong to offline-v1 with the extractor digits"),
+        (lambda r: with_metric(r, "fd_mnist"), "metrics: fd_mnist do not belong"),
+        (lambda r: replace(r, metrics={}), "metrics: fd_digits, kd_digits of offline-v1 are missing"),
+        (
+            lambda r: replace(r, extractor=Artefact("inception-v3-compat", "b" * 64)),
+            "extractor.name: 'inception-v3-compat' is not the extractor of offline-v1, suite",
+        ),
+        (
+            lambda r: with_config(r, {"data": {"init_args": {"num_samples": 9000}}}),
+            "metrics: 2000 generated images, but the configuration asks for 9000",
+        ),
+        (costing(energy_strict_mj=0.1), "cost.energy_strict_mj: 0.1 mJ, but the MACs and ACs take 8.49 mJ"),
+        (costing(acs=1.0, energy_strict_mj=strict_energy_mj(1.2e9, 1.0)), "cost.acs: 1 accumulates are fewer than the"),
+        (
+            costing(firing_rates={"neuron": 1.5}, firing_rate=1.5),
+            "cost.firing_rates.neuron: 1.5 is no rate from 0 to 1",
+        ),
+        (costing(firing_rate=0.5), "cost.firing_rate: 0.5 lies outside the rates of the layers"),
+        (costing(firing_rate=None), "cost.firing_rate: a mean and the rates of the layers go together"),
+        (costing(images_per_second=-1.0), "cost.images_per_second: -1 is below 0"),
+        (costing(trainable_parameters=10**9), "cost.trainable_parameters: 1000000000 of 63470000 parameters"),
+        (costing(nfe=1), "cost.nfe: 1, but nfe: 50"),
+        (lambda r: replace(r, num_steps=0), "num_steps: 0 is below 1"),
+        (lambda r: replace(r, wall_time_seconds=-1.0), "wall_time_seconds: -1 is below 0"),
+        (lambda r: replace(r, created=FUTURE), "lies in the future"),
+        (lambda r: replace(r, checkpoint=None), "checkpoint: none is named, so that nobody can repeat the evaluation"),
+        (lambda r: replace(r, checkpoint=Artefact("x", "short")), "checkpoint.sha256: expected a SHA-256 in 64 hexa"),
+    ],
+)
+def test_what_cannot_be_is_one_problem(sound: Record, change: Change, message: str) -> None:
+    assert find_problems(sound) == []
+    (problem,) = find_problems(change(sound))
+    assert message in problem
+
+
+def refusal(file: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    with pytest.raises(SystemExit) as stop:
+        add(str(file), str(folder))
+    assert stop.value.code == 1
+    return capsys.readouterr().err.splitlines()
+
+
+def test_refusals_are_one_line_each_and_add_nothing(
+    sound: Record, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_record(replace(with_samples(sound, 10), checkpoint=None), tmp_path)
+    lines = refusal(file, tmp_path / "board", capsys)
+    assert len(lines) == 2
+    assert all(line.startswith(f"refused: {file}: ") for line in lines)
+    assert not (tmp_path / "board").exists()
+
+
+def test_broken_and_missing_files_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = tmp_path / "broken.json"
+    broken.write_text('{"method": NaN}')
+    (line,) = refusal(broken, tmp_path / "board", capsys)
+    assert line == f"refused: {broken}: field checkpoint: the field is missing"
+    (line,) = refusal(tmp_path / "nowhere.json", tmp_path / "board", capsys)
+    assert "not a readable JSON file" in line
+
+
+@pytest.mark.parametrize("name", ["a b.json", "\x1b[31m.json", ".hidden.json", "a..json", "record.txt", "-rf.json"])
+def test_unsafe_file_name_is_refused(
+    sound: Record, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    file = write_record(sound, tmp_path).rename(tmp_path / name)
+    (line,) = refusal(file, tmp_path / "board", capsys)
+    assert "the file's name is not safe" in line
+    assert line.isprintable()
+
+
+def test_same_record_under_another_name_is_refused(
+    sound: Record, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_record(sound, tmp_path)
+    board = tmp_path / "board"
+    add(str(file), str(board))
+    (there,) = board.iterdir()
+    (board / "broken.json").write_text("{}")  # no business of this record
+    (line,) = refusal(file, board, capsys)
+    assert f"the same record is there already: {there}" in line
+    other = there.rename(board / "other.json")
+    (line,) = refusal(file, board, capsys)
+    assert f"the same record is there already: {other}" in line
+    assert len(list(board.iterdir())) == 2
+
+
+def test_added_records_are_shown_by_default(
+    sound: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    add(str(write_record(sound, tmp_path / "elsewhere")))
+    main(["leaderboard"])
+    assert "leaderboard/records/20250102T030405Z-SDDPM-digits-" in capsys.readouterr().out
+    assert OFFLINE_V1.name in sound.protocol.name
