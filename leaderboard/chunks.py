@@ -86,7 +86,7 @@ class Chunks:
         try:
             with np.load(path, allow_pickle=False) as file:
                 images, share = torch.from_numpy(file["images"]), json.loads(str(file["share"]))
-                pixels = torch.from_numpy(file["pixels"]) if "pixels" in file else images
+                pixels = images if share.pop("same") else torch.from_numpy(file["pixels"])
             found = images, pixels, Share(**share | {"counts": Counts(**share["counts"])})
         except FileNotFoundError:
             return None
@@ -104,9 +104,9 @@ class Chunks:
             pixels: The same as they are compared; `images` itself where these are bytes, too.
             share: What they took.
         """
-        arrays: dict[str, Any] = {"images": images.numpy(), "share": np.array(json.dumps(asdict(share)))}
-        if pixels is not images:
-            arrays["pixels"] = pixels.numpy()
+        same = pixels is images
+        arrays: dict[str, Any] = {"images": images.numpy()} | ({} if same else {"pixels": pixels.numpy()})
+        arrays["share"] = np.array(json.dumps(asdict(share) | {"same": same}))
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)  # with checksums
         write_atomic(self._path(first), buffer.getvalue())

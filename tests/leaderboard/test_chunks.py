@@ -20,36 +20,47 @@ SHARE = Share(3, 1.5, 1000, Counts({"conv": [9, 0.1, 2.0, 3.0, 9]}, {"neuron": [
 def test_batch_survives_exactly(tmp_path: Path) -> None:
     chunks = Chunks(tmp_path / "new")
     assert chunks.read(250, 3) is None
-    chunks.write(250, IMAGES, SHARE)
+    chunks.write(250, IMAGES, IMAGES, SHARE)
     found = chunks.read(250, 3)
     assert found is not None
     assert torch.equal(found[0], IMAGES)
-    assert found[1] == SHARE
+    assert found[1] is found[0]
+    assert found[2] == SHARE
     assert chunks.count == 1
     assert chunks.read(0, 3) is None
 
 
+def test_floats_survive_exactly(tmp_path: Path) -> None:
+    pixels = torch.randn(IMAGES.shape)
+    Chunks(tmp_path).write(0, IMAGES, pixels, SHARE)
+    found = Chunks(tmp_path).read(0, 3)
+    assert found is not None
+    assert torch.equal(found[0], IMAGES)
+    assert torch.equal(found[1], pixels)
+
+
 def test_batch_of_another_length_is_generated_again(tmp_path: Path) -> None:
     chunks = Chunks(tmp_path)
-    chunks.write(0, IMAGES, SHARE)
+    chunks.write(0, IMAGES, IMAGES, SHARE)
     assert chunks.read(0, 4) is None
 
 
 @pytest.mark.parametrize("kept", [0, 1, 100, -300, -1])
 def test_truncated_file_is_told_and_replaced(tmp_path: Path, kept: int) -> None:
     chunks = Chunks(tmp_path)
-    chunks.write(0, IMAGES, SHARE)
+    chunks.write(0, IMAGES, IMAGES, SHARE)
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:kept])
     with pytest.warns(UserWarning, match=r"chunk-00000000\.npz is damaged .* its images are generated again"):
         assert chunks.read(0, 3) is None
-    chunks.write(0, IMAGES, SHARE)
+    chunks.write(0, IMAGES, IMAGES, SHARE)
     assert chunks.read(0, 3) is not None
 
 
 def test_no_flipped_byte_changes_what_is_read(tmp_path: Path) -> None:
     chunks = Chunks(tmp_path)
-    chunks.write(0, IMAGES, SHARE)
+    pixels = IMAGES / 2
+    chunks.write(0, IMAGES, pixels, SHARE)
     (file,) = tmp_path.iterdir()
     content = file.read_bytes()
     refused = 0
@@ -57,7 +68,9 @@ def test_no_flipped_byte_changes_what_is_read(tmp_path: Path) -> None:
         file.write_bytes(content[:place] + bytes([content[place] ^ 0x55]) + content[place + 1 :])
         with warnings.catch_warnings(action="ignore"):
             found = chunks.read(0, 3)
-        assert found is None or (torch.equal(found[0], IMAGES) and found[1] == SHARE), place
+        assert found is None or (
+            torch.equal(found[0], IMAGES) and torch.equal(found[1], pixels) and found[2] == SHARE
+        ), place
         refused += found is None
     assert refused > len(content) / 14  # the others are dates and the like in the archive's headers
 
@@ -65,7 +78,7 @@ def test_no_flipped_byte_changes_what_is_read(tmp_path: Path) -> None:
 def test_only_what_is_finished_goes(tmp_path: Path) -> None:
     mine, other = Chunks(tmp_path / "evaluation" / "a"), Chunks(tmp_path / "evaluation" / "b")
     for chunks in (mine, other):
-        chunks.write(0, IMAGES, SHARE)
+        chunks.write(0, IMAGES, IMAGES, SHARE)
     mine.clear()
     assert (mine.count, other.count) == (0, 1)
     other.clear()

@@ -29,8 +29,8 @@ def test_hash_ignores_key_order_and_sees_every_value() -> None:
 @pytest.mark.parametrize(
     ("name", "sha256"),
     [
-        ("standard-v1", "cacaebcc69762dffc24738177336c2db0aa4ab12db84de78b230aefbcf6a1dae"),
-        ("offline-v1", "68fd6d47f684ae06fa60835ed0c93b6d0534880f55053def046ce9dfeaa5645f"),
+        ("standard-v1", "34f9e30f29a01c2bbb8ec5ee8c8e3709a653f1f397163d69a14d33b78d30ea59"),
+        ("offline-v1", "1ce16feafdec348dc58aedecb87633f841c7186b32850a3cfb5dd245dc344e87"),
         ("paper-sddpm", "2967d1b73a0f13a52ddcf71e0bffae46cc069a63a5ab3a3739f34acfca8f1e13"),
         ("paper-fsddim", "4df4ffb5a116320111eae6efb407f5314bc5a2d76393ac431326b031a5454df4"),
         ("paper-spiking-diffusion", "a3e21a41cf665cf672c7afe10281107527c87e26f7a1a77a9e88e5a8484fb489"),
@@ -56,8 +56,12 @@ def test_every_file_is_locked_and_every_name_can_be_chosen() -> None:
         ("name: standard-v1", "name: standard-v2", "was changed"),
         ("quantisation: round", "quantisation: floor", r"is not a protocol \(quantisation: expected 'round' or"),
         ("sample_seed: 0\n", "", r"is not a protocol \(sample_seed: the field is missing\)"),
-        ("fad: [fad_eval]", "fad: fad_eval", r"is not a protocol \(fad: expected a list, found 'fad_eval'"),
-        ("fad: [fad_eval]", "fad: [3]", r"is not a protocol \(fad\.0: expected str, found 3"),
+        (
+            "fad: [fad_eval, fad_published]",
+            "fad: fad_eval",
+            r"is not a protocol \(fad: expected a list, found 'fad_eval'",
+        ),
+        ("fad: [fad_eval, fad_published]", "fad: [3]", r"is not a protocol \(fad\.0: expected str, found 3"),
         ("size: {}", "size: {", "is not a protocol"),
     ],
 )
