@@ -19,6 +19,7 @@ COMMANDS = {
     "import": ("benchmark.import_checkpoint:import_checkpoint", "turn an authors' checkpoint into one of the suite"),
     "convert": ("benchmark.convert:convert", "turn a quantised DDPM into a spiking network"),
     "leaderboard": ("leaderboard.table:leaderboard", "show the records as tables"),
+    "leaderboard render": ("leaderboard.render:render", "write records and published numbers as a web page and files"),
     "train-extractor": ("leaderboard.train_extractor:train_extractor", "train the suite's own feature extractor"),
     "activity": ("benchmark.activity:activity", "draw spikes per layer and diffusion step, and a denoising strip"),
     "loader-speed": ("benchmark.loader_speed:loader_speed", "measure the train loader, in images/s"),
@@ -48,7 +49,7 @@ def print_help() -> None:
     )
     print("commands:")
     for name, line in rows.items():
-        print(f"  {name:<16} {line}")
+        print(f"  {name:<18} {line}")
     print(f"\nto begin:\n{EXAMPLES}")
 
 
