@@ -18,13 +18,11 @@ from PIL import Image
 from leaderboard import pareto
 from leaderboard.protocols import canonical_sha256
 from leaderboard.published import Published, PublishedResult
-from leaderboard.records import MetricValue, Record
+from leaderboard.records import Record
 from leaderboard.table import (
     Cell,
     Entry,
-    metric_cell,
     metric_name,
-    number_cell,
     order_metrics,
     table_provenance,
     table_rows,
@@ -129,13 +127,18 @@ class Board:
         return f"table-{_digest([row.anchor for row in self.rows])}"
 
     @property
+    def lead_columns(self) -> int:
+        """Number of columns that say which result a row is, before those that say how it did."""
+        return sum(column.name in ("#", "Method", "Variant") for column in self.columns)
+
+    @property
     def has_pictures(self) -> bool:
         """Whether any row shows samples."""
         return any(row.picture for row in self.rows)
 
     def marks(self, row: Row) -> list[int]:
         """Numbers of the footnotes of a row."""
-        return [self.footnotes.index(caveat) + 1 for caveat in row.caveats]
+        return sorted(self.footnotes.index(caveat) + 1 for caveat in row.caveats)
 
     def mark(self, cell: Cell) -> int:
         """Number of the footnote of a cell."""
@@ -259,8 +262,7 @@ def _label(result: PublishedResult, row: Row) -> str:
 
 def _published_row(result: PublishedResult, keys: Sequence[str], published: Published) -> Row:
     source = published.sources[result.source]
-    values = {key: metric_cell(key, MetricValue(v, 0.0, 0)) for key, v in result.metrics.items()}
-    values = {key: cell._replace(text=f"{cell.value:.12g}", uncertainty=UNKNOWN) for key, cell in values.items()}
+    values = {key: _printed(number)._replace(uncertainty=UNKNOWN) for key, number in result.metrics.items()}
     data = {k: v for k, v in asdict(result).items() if v not in (None, "", [])} | {
         "source": asdict(source),
         "protocol": published.protocols[result.protocol],
@@ -285,8 +287,8 @@ def _published_row(result: PublishedResult, keys: Sequence[str], published: Publ
             "T": _whole(result.num_steps),
             "Solver": Cell(result.solver or "-"),
             "Steps": _whole(result.sampling_steps),
-            "mJ, published": number_cell(result.energy_mj),
-            "M params": number_cell(result.parameters_m),
+            "mJ, published": _printed(result.energy_mj),
+            "M params": _printed(result.parameters_m),
             "Pixels": _whole(result.resolution),
             "Source": Cell(f"{source.name}, {result.table}"),
         },
@@ -296,6 +298,13 @@ def _published_row(result: PublishedResult, keys: Sequence[str], published: Publ
         link=None if source.url is None else ("Source", source.url),
         caveats=data["caveats"],
     )
+
+
+def _printed(value: float | None) -> Cell:
+    """Shows every digit of a published number, and at least two decimals."""
+    if value is None:
+        return Cell("-")
+    return Cell(f"{value:.2f}" if round(value, 2) == value else f"{value:.12g}", value)
 
 
 def _whole(value: int | None) -> Cell:

@@ -11,7 +11,7 @@ import jinja2
 from markupsafe import Markup
 
 from leaderboard import pareto
-from leaderboard.boards import MEANINGS, UNKNOWN, measured_boards, published_boards
+from leaderboard.boards import MEANINGS, UNKNOWN, Board, measured_boards, published_boards
 from leaderboard.published import Published
 from leaderboard.records import Record
 
@@ -20,6 +20,7 @@ def render_page(records: Iterable[tuple[Path, Record]], published: Published) ->
     """Returns the page: the same bytes for the same records, pictures and published numbers."""
     boards = measured_boards(records) + published_boards(published)
     rows = [row for board in boards for row in board.rows]
+    names = sorted({b.dataset for b in boards}, key=lambda name: (not _is_measured(name, boards), name))
     methods = {row.method_key: row.method for row in rows}  # names as published win over those of records
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -30,7 +31,7 @@ def render_page(records: Iterable[tuple[Path, Record]], published: Published) ->
     )
     style, script = (Path(__file__).with_name(f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     return environment.get_template("page.html.jinja").render(
-        datasets={name: [b for b in boards if b.dataset == name] for name in sorted({b.dataset for b in boards})},
+        datasets={name: [b for b in boards if b.dataset == name] for name in names},
         rows=rows,
         methods=sorted(methods.items(), key=lambda item: item[1].casefold()),
         meanings=MEANINGS,
@@ -41,6 +42,10 @@ def render_page(records: Iterable[tuple[Path, Record]], published: Published) ->
         policy=f"default-src 'none'; img-src data:; style-src {_allow(style)}; script-src {_allow(script)}; "
         "base-uri 'none'; form-action 'none'",
     )
+
+
+def _is_measured(dataset: str, boards: Iterable[Board]) -> bool:
+    return any(board.dataset == dataset and board.source == "measured" for board in boards)
 
 
 def _allow(text: str) -> str:

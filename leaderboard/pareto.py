@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-WIDTH, HEIGHT = 560, 340
-LEFT, RIGHT, TOP, BOTTOM = 58, 548, 12, 292
+WIDTH, HEIGHT = 440, 312
+LEFT, RIGHT, TOP, BOTTOM = 56, 432, 10, 266
 SHAPES = (
     "M-4.5 0A4.5 4.5 0 1 1 4.5 0A4.5 4.5 0 1 1 -4.5 0Z",
     "M-4 -4H4V4H-4Z",
@@ -25,8 +25,19 @@ SHAPES = (
 )
 """Outlines of the marks around the origin; methods beyond the last start again."""
 
-_CHARACTER, _LINE = 6.3, 13.0
+_CHARACTER, _LINE = 6.6, 13.0
 """Room that a character and a line of a label take."""
+_PLACES = (
+    (9, 4, "start"),
+    (-9, 4, "end"),
+    (7, 16, "start"),
+    (-7, 16, "end"),
+    (0, 19, "middle"),
+    (7, -8, "start"),
+    (-7, -8, "end"),
+    (0, -10, "middle"),
+)
+"""Where a label may stand beside its mark, best first."""
 
 
 @dataclass(frozen=True)
@@ -109,11 +120,11 @@ class _Axis:
         return round(self.start + (value - low) / (high - low) * (self.stop - self.start), 2)
 
     def ticks(self) -> list[Tick]:
-        decades = math.log10(self.high / self.low) if self.log else 0
-        subs = (1.0,) if decades > 3 else (1.0, 3.0) if decades > 1.5 else (1.0, 2.0, 5.0) if decades > 0.7 else None
+        decades = math.log10(self.high / self.low) if self.log else 0.0
+        subs = (1.0,) if decades > 3 else (1.0, 3.0) if decades > 1.5 else (1.0, 2.0, 3.0, 5.0)
         values = (
             LogLocator(subs=subs, numticks=20).tick_values(self.low, self.high)
-            if self.log and subs
+            if decades > 0.5
             else MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(self.low, self.high)
         )
         return [Tick(self(v), f"{v:g}") for v in map(float, values) if self.low <= v <= self.high]
@@ -148,9 +159,10 @@ def plot(points: Sequence[Point], quality_name: str, energy_name: str) -> Plot |
         )
         for p in points
     ]
-    path = _staircase([(m.x, m.y) for p in front for m in marks if m.point is p])
+    corners = _staircase([(m.x, m.y) for p in front for m in marks if m.point is p])
+    path = "M" + "L".join(f"{x} {y}" for x, y in corners) if corners else ""
     legend = [(method, i) for i, method in enumerate(methods)]
-    return Plot(quality_name, energy_name, marks, _labels(marks), x.ticks(), y.ticks(), path, legend)
+    return Plot(quality_name, energy_name, marks, _labels(marks, corners), x.ticks(), y.ticks(), path, legend)
 
 
 def _energy_axis(points: Sequence[Point]) -> _Axis:
@@ -169,29 +181,29 @@ def _quality_axis(points: Sequence[Point]) -> _Axis:
     return _Axis(low - pad if low - pad > 0 else min(0.0, low), high + pad, BOTTOM, TOP, log=False)
 
 
-def _staircase(front: Sequence[tuple[float, float]]) -> str:
-    """Path along the front: what lies above and to the right of it is beaten."""
+def _staircase(front: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Corners of the line along the front: what lies above and to the right of it is beaten."""
     if not front:
-        return ""
-    steps = [f"M{front[0][0]} {TOP}V{front[0][1]}"]
-    steps += [f"H{x}V{y}" for _, (x, y) in pairwise(front)]
-    return "".join([*steps, f"H{RIGHT}"])
+        return []
+    corners = [(front[0][0], float(TOP)), front[0]]
+    for (_, y), point in pairwise(front):
+        corners += [(point[0], y), point]
+    return [*corners, (float(RIGHT), front[-1][1])]
 
 
-def _labels(marks: Sequence[Mark]) -> list[Label]:
+def _labels(marks: Sequence[Mark], corners: Sequence[tuple[float, float]]) -> list[Label]:
     """Places labels around their marks, those of the front first; one that finds no room is left to the tooltip."""
     taken = [(m.x - 6, m.y - 6, m.x + 6, m.y + 6) for m in marks]
+    taken += [(m.x - 1, m.high, m.x + 1, m.low) for m in marks]
+    taken += [(min(a, c), min(b, d), max(a, c), max(b, d)) for (a, b), (c, d) in pairwise(corners)]
     labels = []
     for mark in sorted(marks, key=lambda m: (not m.on_front, not m.point.ranked)):
         text = mark.point.label if len(mark.point.label) <= 28 else mark.point.label[:27] + "…"
         width = _CHARACTER * len(text)
-        for x, y, anchor, left in (
-            (mark.x + 9, mark.y + 4, "start", mark.x + 9),
-            (mark.x - 9, mark.y + 4, "end", mark.x - 9 - width),
-            (mark.x, mark.y - 10, "middle", mark.x - width / 2),
-            (mark.x, mark.y + 19, "middle", mark.x - width / 2),
-        ):
-            box = (left, y - _LINE + 3, left + width, y + 3)
+        starts = {"start": 0.0, "end": -width, "middle": -width / 2}
+        for dx, dy, anchor in _PLACES:
+            x, y = mark.x + dx, mark.y + dy
+            box = (x + starts[anchor], y - _LINE + 3, x + starts[anchor] + width, y + 3)
             inside = box[0] >= LEFT + 2 and box[2] <= RIGHT and box[1] >= TOP and box[3] <= BOTTOM
             if inside and not any(_overlap(box, other) for other in taken):
                 taken.append(box)
