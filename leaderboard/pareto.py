@@ -193,8 +193,7 @@ def _staircase(front: Sequence[tuple[float, float]]) -> list[tuple[float, float]
 
 def _labels(marks: Sequence[Mark], corners: Sequence[tuple[float, float]]) -> list[Label]:
     """Places labels around their marks, those of the front first; one that finds no room is left to the tooltip."""
-    taken = [(m.x - 6, m.y - 6, m.x + 6, m.y + 6) for m in marks]
-    taken += [(m.x - 1, m.high, m.x + 1, m.low) for m in marks]
+    taken = [(m.x - 1, m.high, m.x + 1, m.low) for m in marks]
     taken += [(min(a, c), min(b, d), max(a, c), max(b, d)) for (a, b), (c, d) in pairwise(corners)]
     labels = []
     for mark in sorted(marks, key=lambda m: (not m.on_front, not m.point.ranked)):
@@ -205,7 +204,8 @@ def _labels(marks: Sequence[Mark], corners: Sequence[tuple[float, float]]) -> li
             x, y = mark.x + dx, mark.y + dy
             box = (x + starts[anchor], y - _LINE + 3, x + starts[anchor] + width, y + 3)
             inside = box[0] >= LEFT + 2 and box[2] <= RIGHT and box[1] >= TOP and box[3] <= BOTTOM
-            if inside and not any(_overlap(box, other) for other in taken):
+            others = [(m.x - 11, m.y - 11, m.x + 11, m.y + 11) for m in marks if m is not mark]  # else it seems theirs
+            if inside and not any(_overlap(box, other) for other in taken + others):
                 taken.append(box)
                 labels.append(Label(text, round(x, 2), round(y, 2), anchor))
                 break
