@@ -40,7 +40,7 @@ class PublishedResult:
         method: Name of the method.
         kind: Spiking network, artificial one, or a mixture.
         dataset: Name of the data, as the suite's datamodule calls it where there is one.
-        metrics: Printed values by the suite's metric keys; no source gives their uncertainty.
+        metrics: Printed values by the suite's metric keys; their uncertainty is not known.
         source: Key in `Published.sources`.
         table: Where in the source.
         protocol: Key in `Published.protocols`; results under different protocols never share a table.

@@ -92,7 +92,7 @@ def render(records: list[str] = ["runs", "leaderboard/records"], output: str = "
 def published_markdown(published: Published) -> str:
     """Returns the published numbers as Markdown, a table for each dataset and protocol, never ranked."""
     lines = ["# Published numbers", "", "As printed by their sources, each under its own protocol; never ranked among "]
-    lines[-1] += f"measured results. No source gives an uncertainty (±{UNKNOWN})."
+    lines[-1] += f"measured results. Their uncertainty is not known (±{UNKNOWN})."
     for board in published_boards(published):
         lines += ["", f"## {escape(board.title)} (published)", "", escape(board.lead), ""]
         lines += [markdown_line(board.rows[0].cells), markdown_line("---" for _ in board.rows[0].cells)]
