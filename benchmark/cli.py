@@ -19,6 +19,7 @@ COMMANDS = {
     "import": ("benchmark.import_checkpoint:import_checkpoint", "turn an authors' checkpoint into one of the suite"),
     "convert": ("benchmark.convert:convert", "turn a quantised DDPM into a spiking network"),
     "leaderboard": ("leaderboard.table:leaderboard", "show the records as tables"),
+    "leaderboard render": ("leaderboard.render:render", "write records and published numbers as a web page and files"),
     "reference": ("leaderboard.reference:reference", "measure the real images of a dataset, once for all tests"),
     "leaderboard verify": ("benchmark.verify:verify", "repeat the evaluation of a record and compare"),
     "leaderboard compare": ("leaderboard.compare:compare", "show what differs between two records"),

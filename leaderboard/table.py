@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from leaderboard.protocols import canonical_sha256
 from leaderboard.records import MetricValue, Record, RecordError, find_records, read_record, write_atomic
 
 _HEADERS = {
@@ -26,6 +28,25 @@ RECORDS = "leaderboard/records"
 """Folder of the records that belong to the project, those of others among them."""
 _SCALE = {"kid_mean": 1000.0}
 _STACKS = (("T", "Rate"), ("Solver", "NFE"), ("G SOPs", "mJ"), ("M params", "Images/s"), ("Samples", "File"))
+
+
+class Cell(NamedTuple):
+    """What a table shows in one place.
+
+    Args:
+        text: The value as text.
+        value: The value as a number, if it is one; absent values have none.
+        uncertainty: The uncertainty as text, if the value has one.
+        note: What a reader should know about the value.
+    """
+
+    text: str
+    value: float | None = None
+    uncertainty: str = ""
+    note: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.text}{'*' if self.note else ''}{f' ±{self.uncertainty}' if self.uncertainty else ''}"
 
 
 @dataclass(frozen=True)
@@ -46,6 +67,11 @@ class Entry:
         r = self.record
         return (r.dataset.name, r.protocol.name, r.protocol.sha256, r.dataset.fingerprint, r.extractor.sha256)
 
+    @property
+    def samples(self) -> Path:
+        """File of the grid of samples, which is there if the record still lies in its run."""
+        return self.path.parent.parent / "samples" / f"{self.path.stem}.png"
+
 
 def leaderboard(records: list[str] = ["runs", RECORDS], output: str | None = None) -> None:  # noqa: B006 (never changed)
     """Shows every record as tables, one per dataset and protocol, best Fréchet distance first and drafts last.
@@ -58,7 +84,7 @@ def leaderboard(records: list[str] = ["runs", RECORDS], output: str | None = Non
         SystemExit: If a record is broken; the others are shown all the same.
     """
     console = Console()
-    entries, broken = _read(records)
+    entries, broken = read_records(records)
     for message in broken:
         console.print(Text(f"skipped: {message}", style="red"), soft_wrap=True)
     if not entries:
@@ -70,7 +96,7 @@ def leaderboard(records: list[str] = ["runs", RECORDS], output: str | None = Non
         )
     else:
         show_records(entries, console)
-        _show_run(max(entries, key=lambda entry: entry[1].created)[0], console)
+        _show_run(Entry(*max(entries, key=lambda entry: entry[1].created)), console)
         if output is not None:
             write_atomic(Path(output), markdown(entries))
             console.print(f"wrote {output}", markup=False, soft_wrap=True)
@@ -78,44 +104,53 @@ def leaderboard(records: list[str] = ["runs", RECORDS], output: str | None = Non
         raise SystemExit(1)
 
 
-def _show_run(record: Path, console: Console) -> None:
+def _show_run(entry: Entry, console: Console) -> None:
     """Says where the samples and the TensorBoard log of the run behind a record lie, if it lies in one."""
-    run = record.parent.parent
-    samples = run / "samples" / f"{record.stem}.png"
-    if samples.is_file():
-        console.print(f"newest run:\n  samples:     {samples}", markup=False, soft_wrap=True, highlight=False)
+    if entry.samples.is_file():
+        run = entry.path.parent.parent
+        console.print(f"newest run:\n  samples:     {entry.samples}", markup=False, soft_wrap=True, highlight=False)
         console.print(f"  tensorboard: tensorboard --logdir {run}", markup=False, soft_wrap=True, highlight=False)
 
 
 def show_records(records: Iterable[tuple[Path, Record]], console: Console) -> None:
     """Prints the tables of records, each given with its file."""
-    for group in _tables(records):
+    for group in tables(records):
         _print(console, group)
 
 
 def markdown(records: Iterable[tuple[Path, Record]]) -> str:
     """Returns the tables of records, each given with its file, as Markdown: the same text for the same records."""
     lines = ["# Leaderboard", "", "Measured results, rendered from records. Drafts have too few samples to rank."]
-    for group in _tables(records):
-        rows = _rows(group)
-        lines += ["", f"## {_escape(_title(group[0]))}", "", _escape(_provenance(group[0])), ""]
-        lines += [_line(rows[0].keys()), _line("---" for _ in rows[0])]
-        lines += [_line(row.values()) for row in rows]
-        lines += [part for note in _notes(group) for part in ("", _escape(note))]
+    for group in tables(records):
+        rows = table_rows(group)
+        lines += ["", f"## {escape(table_title(group[0]))}", "", escape(table_provenance(group[0])), ""]
+        lines += [markdown_line(rows[0].keys()), markdown_line("---" for _ in rows[0])]
+        lines += [markdown_line(map(str, row.values())) for row in rows]
+        lines += [part for note in _notes(group) for part in ("", escape(note))]
     return "\n".join(lines) + "\n"
 
 
-def _read(folders: list[str]) -> tuple[list[tuple[Path, Record]], list[str]]:
-    entries, broken = [], []
+def read_records(folders: Iterable[str | Path]) -> tuple[list[tuple[Path, Record]], list[str]]:
+    """Reads the records of folders, a copy of one only once, preferably where its samples lie.
+
+    Returns:
+        The records, each with its file, and a message for each that is broken.
+    """
+    entries: dict[str, Entry] = {}
+    broken = []
     for path in find_records(folders):
         try:
-            entries.append((path, read_record(path)))
+            entry = Entry(path, read_record(path))
         except RecordError as error:
             broken.append(str(error))
-    return entries, broken
+            continue
+        content = canonical_sha256(asdict(entry.record))
+        if content not in entries or (entry.samples.is_file() and not entries[content].samples.is_file()):
+            entries[content] = entry
+    return [(entry.path, entry.record) for entry in entries.values()], broken
 
 
-def _tables(records: Iterable[tuple[Path, Record]]) -> list[list[Entry]]:
+def tables(records: Iterable[tuple[Path, Record]]) -> list[list[Entry]]:
     """Groups comparable entries, each group in the order of its table."""
     groups: dict[tuple[str, ...], list[Entry]] = {}
     entries = [Entry(path, record) for path, record in records]
@@ -124,42 +159,50 @@ def _tables(records: Iterable[tuple[Path, Record]]) -> list[list[Entry]]:
     return [groups[key] for key in sorted(groups)]
 
 
-def _rows(group: list[Entry]) -> list[dict[str, str]]:
-    """Returns the cells of each entry by column; all entries have the same columns."""
-    keys = sorted({key for entry in group for key in entry.record.metrics}, key=lambda key: (_kind(key), key))
-    return [{"#": _rank(i, entry), **_cells(entry, keys), "Record": entry.path.name} for i, entry in enumerate(group)]
+def table_rows(group: list[Entry]) -> list[dict[str, Cell]]:
+    """Returns the cells of each entry by column; all entries of a table have the same columns."""
+    keys = order_metrics(key for entry in group for key in entry.record.metrics)
+    return [
+        {"#": _rank(i, entry), **_cells(entry, keys), "Record": Cell(entry.path.name)} for i, entry in enumerate(group)
+    ]
 
 
-def _rank(position: int, entry: Entry) -> str:
-    if entry.record.draft:
-        return "draft"
-    return str(position + 1) if math.isfinite(entry.frechet) else "-"
+def order_metrics(keys: Iterable[str]) -> list[str]:
+    """Returns metric keys in the order of columns: the Fréchet distance first."""
+    return sorted(set(keys), key=lambda key: (_kind(key), key))
 
 
-def _cells(entry: Entry, keys: list[str]) -> dict[str, str]:
-    record, cost = entry.record, entry.record.cost
-    return {
-        "Method": record.method,
-        "Variant": record.variant,
-        **{_header(key): _metric(record.metrics.get(key), _SCALE.get(key, 1)) for key in keys},
-        "T": "-" if cost.firing_rate is None else str(record.num_steps),
-        "Rate": _number(cost.firing_rate),
-        "Solver": record.solver,
-        "NFE": str(record.nfe),
-        "G SOPs": _number(cost.sops / 1e9),
-        "mJ": _number(cost.energy_strict_mj),
-        "M params": _number(cost.parameters / 1e6),
-        "Images/s": _number(cost.images_per_second),
-        "Samples": f"{max((v.num_samples for v in record.metrics.values()), default=0):,}",
-    }
-
-
-def _header(key: str) -> str:
-    """Name of a metric's column; precision and recall go without the extractor, which all entries of a table share."""
+def metric_name(key: str) -> str:
+    """Returns the column header of a metric; precision and recall go without the extractor, which a table shares."""
     for start, name in (("precision", "Prec."), ("recall", "Recall")):
         if key.startswith(start):
             return name
     return _HEADERS.get(key, key)
+
+
+def _rank(position: int, entry: Entry) -> Cell:
+    if entry.record.draft:
+        return Cell("draft")
+    return Cell(str(position + 1), position + 1) if math.isfinite(entry.frechet) else Cell("-")
+
+
+def _cells(entry: Entry, keys: list[str]) -> dict[str, Cell]:
+    record, cost = entry.record, entry.record.cost
+    samples = max((v.num_samples for v in record.metrics.values()), default=0)
+    return {
+        "Method": Cell(record.method),
+        "Variant": Cell(record.variant),
+        **{metric_name(key): metric_cell(key, record.metrics.get(key)) for key in keys},
+        "T": Cell("-") if cost.firing_rate is None else Cell(str(record.num_steps), record.num_steps),
+        "Rate": number_cell(cost.firing_rate),
+        "Solver": Cell(record.solver),
+        "NFE": Cell(str(record.nfe), record.nfe),
+        "G SOPs": number_cell(cost.sops / 1e9),
+        "mJ": number_cell(cost.energy_strict_mj),
+        "M params": number_cell(cost.parameters / 1e6),
+        "Images/s": number_cell(cost.images_per_second),
+        "Samples": Cell(f"{samples:,}", samples),
+    }
 
 
 def headline(record: Record) -> tuple[str, MetricValue]:
@@ -174,25 +217,29 @@ def _kind(key: str) -> int:
     return next(i for i, pattern in enumerate(patterns) if re.fullmatch(pattern, key))
 
 
-def _metric(metric: MetricValue | None, scale: float) -> str:
+def metric_cell(key: str, metric: MetricValue | None) -> Cell:
+    """Shows a metric with as many decimals as its uncertainty asks for."""
     if metric is None:
-        return "-"
-    value, uncertainty = metric.value * scale, metric.uncertainty * scale
+        return Cell("-")
+    value, uncertainty = metric.value * _SCALE.get(key, 1), metric.uncertainty * _SCALE.get(key, 1)
     decimals = min(6, max(0, 1 - math.floor(math.log10(uncertainty)))) if uncertainty > 0 else 3
-    return f"{value:.{decimals}f}{'*' if metric.note else ''} ±{uncertainty:.{decimals}f}"
+    return Cell(f"{value:.{decimals}f}", value, f"{uncertainty:.{decimals}f}", metric.note)
 
 
-def _number(value: float | None) -> str:
+def number_cell(value: float | None) -> Cell:
+    """Shows a number with three digits, or whole if large."""
     if value is None:
-        return "-"
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+        return Cell("-")
+    return Cell(f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}", value)
 
 
-def _title(entry: Entry) -> str:
+def table_title(entry: Entry) -> str:
+    """Names the table that an entry stands in."""
     return f"{entry.record.dataset.name}, {entry.record.protocol.name}"
 
 
-def _provenance(entry: Entry) -> str:
+def table_provenance(entry: Entry) -> str:
+    """Says what the entries of a table were compared with."""
     r = entry.record
     return (
         f"Reference: {r.dataset.fingerprint[:12]} from {r.dataset.source}. Extractor: {r.extractor.name} "
@@ -207,28 +254,34 @@ def _notes(group: list[Entry]) -> list[str]:
 
 def _print(console: Console, group: list[Entry]) -> None:
     """Prints a table for 100 columns: related cells stand above each other, files in a list below."""
-    rows = _rows(group)
+    rows = table_rows(group)
     metrics = list(rows[0])[3 : list(rows[0]).index("T")]
     table = Table(
-        title=Text(_title(group[0])), box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, collapse_padding=True
+        title=Text(table_title(group[0])),
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        pad_edge=False,
+        collapse_padding=True,
     )
     stacks = [("#",), ("Method", "Variant"), *((m,) for m in metrics), *_STACKS]
     for stack in stacks:
         header = re.sub("_(?=[^_]+$)", "\n_", stack[0]) if len(stack) == 1 else "\n".join(stack)
         table.add_column(header, justify="left" if stack[0] in ("#", "Method") else "right", overflow="fold")
     for number, row in enumerate(rows, 1):
-        row = row | {"File": f"[{number}]"}
-        cells = ["\n".join(row[name] for name in stack).replace(" ±", "\n±") for stack in stacks]
+        row = row | {"File": Cell(f"[{number}]")}
+        cells = ["\n".join(str(row[name]) for name in stack).replace(" ±", "\n±") for stack in stacks]
         table.add_row(*map(Text, cells))
     console.print(table)
-    for line in (_provenance(group[0]), *_notes(group), *(f"[{n}] {e.path}" for n, e in enumerate(group, 1))):
+    for line in (table_provenance(group[0]), *_notes(group), *(f"[{n}] {e.path}" for n, e in enumerate(group, 1))):
         console.print(Text(line, style="dim"), soft_wrap=True)
     console.print()
 
 
-def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(map(_escape, cells)) + " |"
+def markdown_line(cells: Iterable[str]) -> str:
+    """Returns a line of a Markdown table."""
+    return "| " + " | ".join(map(escape, cells)) + " |"
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
+    """Escapes text for Markdown."""
     return re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", " ".join(text.split()))

@@ -174,6 +174,17 @@ def test_leaderboard_shows_the_records(runs: Path, tmp_path: Path, capsys: pytes
     assert "sddpm" in (tmp_path / "board.md").read_text()
 
 
+def test_leaderboard_renders_the_records(runs: Path, tmp_path: Path) -> None:
+    main(["test", f"--trainer.default_root_dir={runs}"])
+    main(["leaderboard", "render", f"--records=[{runs}]", f"--output={tmp_path}"])
+    record = records_of(newest_run(runs))[-1]
+    page = (tmp_path / "index.html").read_text()
+    assert record.name in page
+    assert 'class="thumbnail"' in page
+    assert json.loads((tmp_path / "leaderboard.json").read_text())["measured"][0]["dataset"] == "digits"
+    assert "SDDPM" in (tmp_path / "leaderboard.md").read_text()
+
+
 def test_resume_goes_on_where_training_stopped(tmp_path: Path) -> None:
     straight, parts = tmp_path / "straight", tmp_path / "parts"
     calm = ["--monitor.every_n_epochs=0", "--trainer.check_val_every_n_epoch=3"]

@@ -10,7 +10,7 @@ from leaderboard.protocols import OFFLINE_V1, Protocol, canonical_sha256
 from leaderboard.records import Artefact, Code, Cost, Dataset, MetricValue, ProtocolEntry, Record
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_record() -> Callable[..., Record]:
     """Makes a complete record; keyword arguments replace fields, `protocol` and `fd` are given in short."""
 

@@ -1,0 +1,353 @@
+"""The tables of the leaderboard page: what each row shows and what is behind it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from PIL import Image
+
+from leaderboard import pareto
+from leaderboard.protocols import canonical_sha256
+from leaderboard.published import Published, PublishedResult
+from leaderboard.records import Record
+from leaderboard.table import (
+    Cell,
+    Entry,
+    metric_name,
+    order_metrics,
+    table_provenance,
+    table_rows,
+    table_title,
+    tables,
+)
+
+UNKNOWN = "?"
+"""Stands for the uncertainty of a published value."""
+
+MEANINGS = {
+    "#": "rank by Fréchet distance",
+    "Kind": "spiking (SNN) or artificial (ANN) network",
+    "T": "SNN time steps",
+    "Rate": "firing rate: spikes / (neurons x T)",
+    "Solver": "sampler of the denoising chain",
+    "NFE": "network evaluations per image",
+    "Steps": "diffusion steps of the chain",
+    "G SOPs": "10^9 synaptic operations per image: accumulates caused by spikes",
+    "mJ": "energy per image at 45 nm in millijoules, strict count: 4.6 pJ per MAC, 0.9 pJ per accumulate",
+    "mJ, published": "energy in millijoules as the paper counts it; see the footnotes",
+    "M params": "parameters in millions",
+    "Images/s": "measured throughput",
+    "Samples": "generated images",
+    "Pixels": "side of the compared images",
+    "FID": "Fréchet Inception distance",
+    "1000 KID": "kernel Inception distance times 1000",
+    "IS": "Inception score",
+}
+"""Columns in words."""
+_LOWER = r"FID|1000 KID|(fd|kd|fad)_.*|Rec\. MSE"
+_HIGHER = r"IS|Rec\. SSIM|precision|recall"
+_THUMBNAIL_COLUMNS = 4
+"""Of the eight in a grid."""
+_LARGEST_PICTURE = 300_000
+"""Bytes of a PNG above which the page holds it as WebP."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """Header of a column."""
+
+    name: str
+    numeric: bool
+    meaning: str = ""
+    better: Literal["lower", "higher", ""] = ""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A grid of samples and a strip cut from it, as data URIs."""
+
+    thumbnail: str
+    whole: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One result, and what is behind it."""
+
+    anchor: str
+    source: Literal["measured", "draft", "published"]
+    method: str
+    cells: dict[str, Cell]
+    facts: dict[str, str]
+    file: str
+    json: str
+    config: str = ""
+    picture: Picture | None = None
+    link: tuple[str, str] | None = None
+    caveats: list[str] = field(default_factory=list)
+
+    @property
+    def method_key(self) -> str:
+        """Name of the method without what writers differ in, such as case."""
+        return re.sub(r"[^a-z0-9]", "", self.method.casefold()) or self.method
+
+    @property
+    def name(self) -> str:
+        """Method and variant in one line."""
+        variant = self.cells["Variant"].text if "Variant" in self.cells else ""
+        return f"{self.method}, {variant}" if variant and variant != "default" else self.method
+
+
+@dataclass(frozen=True)
+class Board:
+    """One table with its plot."""
+
+    dataset: str
+    title: str
+    source: Literal["measured", "published"]
+    lead: str
+    protocol: str
+    columns: list[Column]
+    rows: list[Row]
+    footnotes: list[str]
+    plot: pareto.Plot | None
+
+    @property
+    def anchor(self) -> str:
+        """Identifier in the page, the same as long as the table has these rows."""
+        return f"table-{_digest([row.anchor for row in self.rows])}"
+
+    @property
+    def lead_columns(self) -> int:
+        """Number of columns that say which result a row is, before those that say how it did."""
+        return sum(column.name in ("#", "Method", "Variant") for column in self.columns)
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether any row shows samples."""
+        return any(row.picture for row in self.rows)
+
+    def marks(self, row: Row) -> list[int]:
+        """Numbers of the footnotes of a row."""
+        return sorted(self.footnotes.index(caveat) + 1 for caveat in row.caveats)
+
+    def mark(self, cell: Cell) -> int:
+        """Number of the footnote of a cell."""
+        return self.footnotes.index(cell.note) + 1
+
+
+def measured_boards(records: Iterable[tuple[Path, Record]]) -> list[Board]:
+    """Returns a table for each group of comparable records, given with their files."""
+    return [_measured(group) for group in tables(records)]
+
+
+def _measured(group: list[Entry]) -> Board:
+    rows = [_measured_row(entry, cells) for entry, cells in zip(group, table_rows(group), strict=True)]
+    cells = [cell for row in rows for cell in row.cells.values()]
+    record = group[0].record
+    points = [
+        pareto.Point(
+            e.record.cost.energy_strict_mj,
+            e.frechet,
+            _uncertainty(e),
+            row.method,
+            row.name,
+            row.anchor,
+            not e.record.draft,
+        )
+        for e, row in zip(group, rows, strict=True)
+    ]
+    return Board(
+        dataset=record.dataset.name,
+        title=table_title(group[0]),
+        source="measured",
+        lead=table_provenance(group[0]),
+        protocol=_pretty(record.protocol.description),
+        columns=_columns(rows),
+        rows=rows,
+        footnotes=sorted({cell.note for cell in cells if cell.note}),
+        plot=pareto.plot(points, "Fréchet distance", "energy per image, strict count (mJ)"),
+    )
+
+
+def _uncertainty(entry: Entry) -> float:
+    found = [v.uncertainty for v in entry.record.metrics.values() if v.value == entry.frechet]
+    return found[0] if found else 0.0
+
+
+def _measured_row(entry: Entry, cells: dict[str, Cell]) -> Row:
+    record = entry.record
+    data = asdict(record)
+    return Row(
+        anchor=f"record-{_digest(data)}",
+        source="draft" if record.draft else "measured",
+        method=record.method,
+        cells={name: cell for name, cell in cells.items() if name != "Record"},
+        facts=_facts(record),
+        file=entry.path.name,
+        json=_pretty(data),
+        config=yaml.safe_dump(record.config, allow_unicode=True),
+        picture=picture(entry.samples),
+    )
+
+
+def _facts(record: Record) -> dict[str, str]:
+    """What a reader wants to know of a record before reading all of it."""
+    cost, code = record.cost, record.code
+    paper = "not defined" if cost.energy_paper_mj is None else f"{cost.energy_paper_mj:.4g} mJ"
+    state = {True: ", with changes not committed", False: "", None: ""}[code.git_dirty]
+    facts = {
+        "Created": f"{record.created}, {record.wall_time_seconds:,.0f} s on {record.hardware}",
+        "Code": f"{code.git_commit or 'not a git checkout'}{state}",
+        "Versions": ", ".join(f"{name} {version}" for name, version in sorted(code.versions.items())),
+        "Seeds": ", ".join(f"{name} {seed}" for name, seed in sorted(record.seeds.items())),
+        "Checkpoint": f"{record.checkpoint.name}, sha256 {record.checkpoint.sha256}" if record.checkpoint else "none",
+        "Extractor": f"{record.extractor.name}, sha256 {record.extractor.sha256}",
+        "Dataset": f"{record.dataset.name} from {record.dataset.source}, fingerprint {record.dataset.fingerprint}",
+        "Protocol": f"{record.protocol.name}, sha256 {record.protocol.sha256}",
+        "Configuration": f"sha256 {record.config_sha256}",
+        "Per image": f"{cost.sops:.4g} SOPs, {cost.macs:.4g} MACs, {cost.acs:.4g} ACs",
+        "Energy": f"{cost.energy_strict_mj:.4g} mJ by strict count, {paper} by the formula of SDDPM's paper",
+        "Parameters": f"{cost.parameters:,}, of which {cost.trainable_parameters:,} trainable",
+    }
+    if cost.peak_memory_bytes is not None:
+        facts["Peak memory"] = f"{cost.peak_memory_bytes / 2**20:,.0f} MiB"
+    notes = sorted({f"{metric_name(key)}: {value.note}" for key, value in record.metrics.items() if value.note})
+    return facts | ({"Notes": "; ".join(notes)} if notes else {})
+
+
+def published_boards(published: Published) -> list[Board]:
+    """Returns a table for each dataset and protocol of published numbers, in the order of their file."""
+    groups: dict[tuple[str, str], list[PublishedResult]] = {}
+    for result in published.results:
+        groups.setdefault((result.dataset, result.protocol), []).append(result)
+    return [_published(dataset, protocol, group, published) for (dataset, protocol), group in groups.items()]
+
+
+def _published(dataset: str, protocol: str, group: Sequence[PublishedResult], published: Published) -> Board:
+    keys = order_metrics(key for result in group for key in result.metrics)
+    rows = [_published_row(result, keys, published) for result in group]
+    kept = [name for name in rows[0].cells if any(row.cells[name].text not in ("-", "") for row in rows)]
+    rows = [Row(**{**vars(row), "cells": {name: row.cells[name] for name in kept}}) for row in rows]
+    points = [
+        pareto.Point(result.energy_mj, result.metrics["fid"], 0.0, row.method, _label(result, row), row.anchor)
+        for result, row in zip(group, rows, strict=True)
+        if result.energy_mj is not None and "fid" in result.metrics
+    ]
+    return Board(
+        dataset=dataset,
+        title=f"{dataset}, {protocol}",
+        source="published",
+        lead=published.protocols[protocol],
+        protocol="",
+        columns=_columns(rows),
+        rows=rows,
+        footnotes=list(dict.fromkeys(caveat for row in rows for caveat in row.caveats)),
+        plot=pareto.plot(points, "FID", "energy as published (mJ)"),
+    )
+
+
+def _label(result: PublishedResult, row: Row) -> str:
+    return row.name if result.num_steps is None else f"{row.name}, T = {result.num_steps}"
+
+
+def _published_row(result: PublishedResult, keys: Sequence[str], published: Published) -> Row:
+    source = published.sources[result.source]
+    values = {key: _printed(number)._replace(uncertainty=UNKNOWN) for key, number in result.metrics.items()}
+    data = {k: v for k, v in asdict(result).items() if v not in (None, "", [])} | {
+        "source": asdict(source),
+        "protocol": published.protocols[result.protocol],
+        "caveats": [published.caveats[name] for name in result.caveats],
+    }
+    facts = {
+        "Source": f"{source.citation}; {result.table}",
+        "Also in": result.also_in,
+        "Protocol": f"{result.protocol}: {data['protocol']}",
+        "Note": result.note,
+    }
+    anchor = f"published-{_digest(data)}"
+    return Row(
+        anchor=anchor,
+        source="published",
+        method=result.method,
+        cells={
+            "Method": Cell(result.method),
+            "Variant": Cell(result.variant),
+            "Kind": Cell(result.kind),
+            **{metric_name(key): values.get(key, Cell("-")) for key in keys},
+            "T": _whole(result.num_steps),
+            "Solver": Cell(result.solver or "-"),
+            "Steps": _whole(result.sampling_steps),
+            "mJ, published": _printed(result.energy_mj),
+            "M params": _printed(result.parameters_m),
+            "Pixels": _whole(result.resolution),
+            "Source": Cell(f"{source.name}, {result.table}"),
+        },
+        facts={name: text for name, text in facts.items() if text},
+        file=f"{anchor}.json",
+        json=_pretty(data),
+        link=None if source.url is None else ("Source", source.url),
+        caveats=data["caveats"],
+    )
+
+
+def _printed(value: float | None) -> Cell:
+    """Shows every digit of a published number, and at least two decimals."""
+    if value is None:
+        return Cell("-")
+    return Cell(f"{value:.2f}" if round(value, 2) == value else f"{value:.12g}", value)
+
+
+def _whole(value: int | None) -> Cell:
+    return Cell("-") if value is None else Cell(f"{value:,}", value)
+
+
+def _columns(rows: Sequence[Row]) -> list[Column]:
+    columns = []
+    for name in rows[0].cells:
+        numeric = name == "#" or any(row.cells[name].value is not None for row in rows)
+        better: Literal["lower", "higher", ""] = (
+            "lower" if re.fullmatch(_LOWER, name) else "higher" if re.fullmatch(_HIGHER, name, re.IGNORECASE) else ""
+        )
+        columns.append(Column(name, numeric, MEANINGS.get(name, ""), better))
+    return columns
+
+
+def picture(path: Path) -> Picture | None:
+    """Reads a grid of eight columns of samples; nothing if there is none, or none that can be read."""
+    if not path.is_file():
+        return None
+    try:
+        with Image.open(path, formats=["PNG"]) as file:
+            image = file.convert("RGB")
+    except (OSError, SyntaxError, Image.DecompressionBombError):
+        return None
+    side = image.width / 8
+    strip = image.crop((0, 0, math.ceil(side * _THUMBNAIL_COLUMNS), math.ceil(min(side, image.height))))
+    content = path.read_bytes()
+    if len(content) <= _LARGEST_PICTURE:
+        return Picture(_uri(strip, "png"), f"data:image/png;base64,{base64.b64encode(content).decode()}")
+    return Picture(_uri(strip, "png"), _uri(image, "webp", quality=85))
+
+
+def _uri(image: Image.Image, kind: str, **options: Any) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _pretty(data: Any) -> str:
+    return json.dumps(data, indent=2, sort_keys=True) + "\n"
+
+
+def _digest(data: Any) -> str:
+    return canonical_sha256(data)[:10]

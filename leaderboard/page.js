@@ -1,0 +1,135 @@
+// Sorting, filtering and opening of rows. Without it the page is a static one with all its content.
+(() => {
+  "use strict";
+  const all = (selector, root = document) => [...root.querySelectorAll(selector)];
+  const entries = all("tbody.entry");
+  const words = new Intl.Collator("en", { numeric: true, sensitivity: "base" });
+  document.documentElement.classList.add("js");
+
+  // Sorting: numbers as numbers, what is missing and drafts last, a third press brings the first order back.
+  function sort(header, direction) {
+    const table = header.closest("table");
+    const column = header.cellIndex;
+    const sign = direction === "descending" ? -1 : 1;
+    const isNumber = header.dataset.sort === "number";
+    const key = (entry) => {
+      const cell = entry.rows[0].cells[column];
+      if (isNumber) return "value" in cell.dataset ? Number(cell.dataset.value) : null;
+      const text = (cell.querySelector(".name") ?? cell).textContent.trim();
+      return text === "" || text === "-" ? null : text;
+    };
+    const order = (a, b) => {
+      const drafts = a.classList.contains("draft") - b.classList.contains("draft");
+      if (drafts || direction === "none") return drafts || a.dataset.order - b.dataset.order;
+      const [x, y] = [key(a), key(b)];
+      if (x === null || y === null) return (x === null) - (y === null) || a.dataset.order - b.dataset.order;
+      return sign * (isNumber ? x - y : words.compare(x, y)) || a.dataset.order - b.dataset.order;
+    };
+    for (const other of all("th[aria-sort]", table)) other.setAttribute("aria-sort", "none");
+    header.setAttribute("aria-sort", direction);
+    table.append(...[...table.tBodies].sort(order));
+  }
+
+  for (const header of all("th[data-sort]")) {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.className = "sort";
+    button.append(...header.childNodes);
+    header.append(button);
+    const next = { none: "ascending", ascending: "descending", descending: "none" };
+    button.addEventListener("click", () => sort(header, next[header.getAttribute("aria-sort")]));
+  }
+
+  // Rows open below themselves.
+  function open(entry, isOpen) {
+    const button = entry.querySelector(".open");
+    const detail = entry.querySelector(".detail");
+    button.setAttribute("aria-expanded", String(isOpen));
+    detail.hidden = !isOpen;
+    detail.querySelector("details").open = isOpen;
+  }
+
+  entries.forEach((entry, place) => {
+    entry.dataset.order = place;
+    const name = entry.querySelector(".name");
+    const button = document.createElement("button");
+    button.type = "button";
+    button.className = "open";
+    button.title = "Show what is behind this row";
+    name.replaceWith(button);
+    button.append(name);
+    const detail = entry.querySelector(".detail");
+    detail.id = `${entry.id}-detail`;
+    button.setAttribute("aria-controls", detail.id);
+    button.addEventListener("click", () => open(entry, detail.hidden));
+    open(entry, false);
+  });
+
+  for (const pre of all("pre.json")) {
+    const actions = document.createElement("div");
+    actions.className = "actions";
+    const act = (label, run) => {
+      const button = document.createElement("button");
+      button.type = "button";
+      button.textContent = label;
+      button.addEventListener("click", () => run(button));
+      actions.append(button);
+    };
+    act("Copy", (button) => {
+      const done = () => { button.textContent = "Copied"; };
+      const select = () => {
+        getSelection().selectAllChildren(pre);
+        button.textContent = "Selected: press Ctrl+C";
+      };
+      navigator.clipboard ? navigator.clipboard.writeText(pre.textContent).then(done, select) : select();
+    });
+    act("Download", () => {
+      const link = document.createElement("a");
+      link.href = URL.createObjectURL(new Blob([pre.textContent], { type: "application/json" }));
+      link.download = pre.dataset.file;
+      link.click();
+      setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+    });
+    pre.before(actions);
+  }
+
+  // Filtering: every word must be in the row, its table's title, or its dataset.
+  const form = document.querySelector(".controls");
+  const haystacks = entries.map((entry) =>
+    [entry.rows[0], entry.closest("article").querySelector("h3"), entry.closest("section").querySelector("h2")]
+      .map((element) => element.textContent).join(" ").toLowerCase());
+
+  function filter() {
+    const wanted = form.querySelector("#text").value.toLowerCase().split(/\s+/);
+    const method = form.querySelector("#method").value;
+    const source = new FormData(form).get("source");
+    let shown = 0;
+    entries.forEach((entry, i) => {
+      const fits = (!method || entry.dataset.method === method) && (!source || entry.dataset.source === source)
+        && wanted.every((word) => haystacks[i].includes(word));
+      entry.hidden = !fits;
+      shown += fits;
+    });
+    for (const part of all("article, section")) part.hidden = !part.querySelector("tbody.entry:not([hidden])");
+    for (const link of all("nav a")) link.parentElement.hidden = document.querySelector(link.hash).hidden;
+    form.querySelector("#status").textContent =
+      shown ? `${shown} of ${entries.length} results` : "No result matches: clear the search or show all.";
+  }
+
+  form.addEventListener("input", filter);
+  form.addEventListener("submit", (event) => event.preventDefault());
+  form.hidden = false;
+  form.reset();
+  filter();
+
+  // A link to a row, from the plot or from elsewhere, opens it.
+  function follow() {
+    const entry = location.hash && document.getElementById(decodeURIComponent(location.hash.slice(1)));
+    if (!entry || !entry.matches("tbody.entry")) return;
+    if (entry.hidden) { form.reset(); filter(); }
+    open(entry, true);
+    entry.scrollIntoView({ block: "nearest" });
+  }
+  addEventListener("hashchange", follow);
+  follow();
+})();

@@ -1,0 +1,53 @@
+"""The leaderboard as one self-contained HTML page: no request to anywhere, readable without JavaScript."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup
+
+from leaderboard import pareto
+from leaderboard.boards import MEANINGS, UNKNOWN, Board, measured_boards, published_boards
+from leaderboard.published import Published
+from leaderboard.records import Record
+
+
+def render_page(records: Iterable[tuple[Path, Record]], published: Published) -> str:
+    """Returns the page: the same bytes for the same records, pictures and published numbers."""
+    boards = measured_boards(records) + published_boards(published)
+    rows = [row for board in boards for row in board.rows]
+    names = sorted({b.dataset for b in boards}, key=lambda name: (not _is_measured(name, boards), name))
+    methods = {row.method_key: row.method for row in rows}  # names as published win over those of records
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    style, script = (Path(__file__).with_name(f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    return environment.get_template("page.html.jinja").render(
+        datasets={name: [b for b in boards if b.dataset == name] for name in names},
+        rows=rows,
+        methods=sorted(methods.items(), key=lambda item: item[1].casefold()),
+        meanings=MEANINGS,
+        unknown=UNKNOWN,
+        pareto=pareto,
+        style=Markup(style),
+        script=Markup(script),
+        policy=f"default-src 'none'; img-src data:; style-src {_allow(style)}; script-src {_allow(script)}; "
+        "base-uri 'none'; form-action 'none'",
+    )
+
+
+def _is_measured(dataset: str, boards: Iterable[Board]) -> bool:
+    return any(board.dataset == dataset and board.source == "measured" for board in boards)
+
+
+def _allow(text: str) -> str:
+    """Names an inline style or script to the content policy, so that nothing else applies or runs."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

@@ -1,0 +1,216 @@
+"""Geometry of a plot of quality against energy: scales, ticks, Pareto front and labels that do not collide.
+
+The page draws it as SVG, so that its colours follow the page and its points lead to their rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+from matplotlib.ticker import LogLocator, MaxNLocator
+
+WIDTH, HEIGHT = 440, 312
+LEFT, RIGHT, TOP, BOTTOM = 56, 432, 10, 266
+SHAPES = (
+    "M-4.5 0A4.5 4.5 0 1 1 4.5 0A4.5 4.5 0 1 1 -4.5 0Z",
+    "M-4 -4H4V4H-4Z",
+    "M0 -5.6L5 3.6H-5Z",
+    "M0 -5.8L5.8 0L0 5.8L-5.8 0Z",
+    "M0 5.6L5 -3.6H-5Z",
+    "M-1.7 -5H1.7V-1.7H5V1.7H1.7V5H-1.7V1.7H-5V-1.7H-1.7Z",
+)
+"""Outlines of the marks around the origin; methods beyond the last start again."""
+
+_CHARACTER, _LINE = 6.6, 13.0
+"""Room that a character and a line of a label take."""
+_PLACES = (
+    (9, 4, "start"),
+    (-9, 4, "end"),
+    (7, 16, "start"),
+    (-7, 16, "end"),
+    (0, 19, "middle"),
+    (7, -8, "start"),
+    (-7, -8, "end"),
+    (0, -10, "middle"),
+)
+"""Where a label may stand beside its mark, best first."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One result in the plot.
+
+    Args:
+        energy: Millijoules, above 0.
+        quality: A distance, lower is better.
+        uncertainty: Of the quality; 0 if not known.
+        method: Method, which gives the mark its shape and colour.
+        label: What the point is called.
+        anchor: Identifier of its row in the page.
+        ranked: Whether it may be part of the front; drafts may not.
+    """
+
+    energy: float
+    quality: float
+    uncertainty: float
+    method: str
+    label: str
+    anchor: str
+    ranked: bool = True
+
+
+class Mark(NamedTuple):
+    """A point in place, with the ends of its error bar."""
+
+    point: Point
+    x: float
+    y: float
+    low: float
+    high: float
+    style: int
+    on_front: bool
+
+
+class Label(NamedTuple):
+    """A label in place; `anchor` is SVG's `text-anchor`."""
+
+    text: str
+    x: float
+    y: float
+    anchor: str
+
+
+class Tick(NamedTuple):
+    """A labelled place on an axis."""
+
+    position: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Everything that the page draws, in the units of a view box of `WIDTH` by `HEIGHT`."""
+
+    quality_name: str
+    energy_name: str
+    marks: list[Mark]
+    labels: list[Label]
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+    front: str
+    legend: list[tuple[str, int]]
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """A scale from values to places."""
+
+    low: float
+    high: float
+    start: float
+    stop: float
+    log: bool
+
+    def __call__(self, value: float) -> float:
+        low, high, value = (math.log10(v) if self.log else v for v in (self.low, self.high, value))
+        return round(self.start + (value - low) / (high - low) * (self.stop - self.start), 2)
+
+    def ticks(self) -> list[Tick]:
+        decades = math.log10(self.high / self.low) if self.log else 0.0
+        subs = (1.0,) if decades > 3 else (1.0, 3.0) if decades > 1.5 else (1.0, 2.0, 3.0, 5.0)
+        values = (
+            LogLocator(subs=subs, numticks=20).tick_values(self.low, self.high)
+            if decades > 0.5
+            else MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(self.low, self.high)
+        )
+        return [Tick(self(v), f"{v:g}") for v in map(float, values) if self.low <= v <= self.high]
+
+
+def pareto_front(points: Sequence[Point]) -> list[Point]:
+    """Returns the ranked points that no other beats in both energy and quality, by rising energy."""
+    front: list[Point] = []
+    for point in sorted((p for p in points if p.ranked), key=lambda p: (p.energy, p.quality, p.anchor)):
+        if not front or point.quality < front[-1].quality:
+            front.append(point)
+    return front
+
+
+def plot(points: Sequence[Point], quality_name: str, energy_name: str) -> Plot | None:
+    """Lays out a plot, or returns nothing if there are not two points to compare."""
+    points = [p for p in points if p.energy > 0 and math.isfinite(p.quality)]
+    if len(points) < 2:
+        return None
+    methods = sorted({p.method for p in points})
+    front = pareto_front(points)
+    x, y = _energy_axis(points), _quality_axis(points)
+    marks = [
+        Mark(
+            p,
+            x(p.energy),
+            y(p.quality),
+            y(max(p.quality - p.uncertainty, y.low)),
+            y(min(p.quality + p.uncertainty, y.high)),
+            methods.index(p.method),
+            p in front,
+        )
+        for p in points
+    ]
+    corners = _staircase([(m.x, m.y) for p in front for m in marks if m.point is p])
+    path = "M" + "L".join(f"{x} {y}" for x, y in corners) if corners else ""
+    legend = [(method, i) for i, method in enumerate(methods)]
+    return Plot(quality_name, energy_name, marks, _labels(marks, corners), x.ticks(), y.ticks(), path, legend)
+
+
+def _energy_axis(points: Sequence[Point]) -> _Axis:
+    low, high = min(p.energy for p in points), max(p.energy for p in points)
+    pad = max(0.08 * math.log10(high / low), 0.15)
+    return _Axis(low / 10**pad, high * 10**pad, LEFT, RIGHT, log=True)
+
+
+def _quality_axis(points: Sequence[Point]) -> _Axis:
+    low = min(p.quality - p.uncertainty for p in points)
+    high = max(p.quality + p.uncertainty for p in points)
+    if low > 0 and high / low > 10:
+        pad = 10 ** (0.08 * math.log10(high / low))
+        return _Axis(low / pad, high * pad, BOTTOM, TOP, log=True)
+    pad = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
+    return _Axis(low - pad if low - pad > 0 else min(0.0, low), high + pad, BOTTOM, TOP, log=False)
+
+
+def _staircase(front: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Corners of the line along the front: what lies above and to the right of it is beaten."""
+    if not front:
+        return []
+    corners = [(front[0][0], float(TOP)), front[0]]
+    for (_, y), point in pairwise(front):
+        corners += [(point[0], y), point]
+    return [*corners, (float(RIGHT), front[-1][1])]
+
+
+def _labels(marks: Sequence[Mark], corners: Sequence[tuple[float, float]]) -> list[Label]:
+    """Places labels around their marks, those of the front first; one that finds no room is left to the tooltip."""
+    taken = [(m.x - 1, m.high, m.x + 1, m.low) for m in marks]
+    taken += [(min(a, c), min(b, d), max(a, c), max(b, d)) for (a, b), (c, d) in pairwise(corners)]
+    labels = []
+    for mark in sorted(marks, key=lambda m: (not m.on_front, not m.point.ranked)):
+        text = mark.point.label if len(mark.point.label) <= 28 else mark.point.label[:27] + "…"
+        width = _CHARACTER * len(text)
+        starts = {"start": 0.0, "end": -width, "middle": -width / 2}
+        for dx, dy, anchor in _PLACES:
+            x, y = mark.x + dx, mark.y + dy
+            box = (x + starts[anchor], y - _LINE + 3, x + starts[anchor] + width, y + 3)
+            inside = box[0] >= LEFT + 2 and box[2] <= RIGHT and box[1] >= TOP and box[3] <= BOTTOM
+            others = [(m.x - 11, m.y - 11, m.x + 11, m.y + 11) for m in marks if m is not mark]  # else it seems theirs
+            if inside and not any(_overlap(box, other) for other in taken + others):
+                taken.append(box)
+                labels.append(Label(text, round(x, 2), round(y, 2), anchor))
+                break
+    return labels
+
+
+def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]

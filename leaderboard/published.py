@@ -1,0 +1,157 @@
+"""Published numbers: what papers printed, where, how it was measured, any doubt; kept apart from measured records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import yaml
+
+from leaderboard.schema import SchemaError, from_json
+
+PUBLISHED: Final = Path(__file__).parent / "published.yaml"
+
+
+class PublishedError(ValueError):
+    """A file of published numbers that breaks the schema; the message names the file and the field."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where numbers were printed.
+
+    Args:
+        name: Short name.
+        citation: Authors, title, place and year.
+        url: Address; `None` if it has none.
+    """
+
+    name: str
+    citation: str
+    url: str | None = None
+
+
+@dataclass(frozen=True)
+class PublishedResult:
+    """One printed result; `None` stands for what the source does not state.
+
+    Args:
+        method: Name of the method.
+        kind: Spiking network, artificial one, or a mixture.
+        dataset: Name of the data, as the suite's datamodule calls it where there is one.
+        metrics: Printed values by the suite's metric keys; their uncertainty is not known.
+        source: Key in `Published.sources`.
+        table: Where in the source.
+        protocol: Key in `Published.protocols`; results under different protocols never share a table.
+        variant: What tells this row from others of the method.
+        resolution: Side of the compared images in pixels.
+        num_steps: SNN time steps `T`.
+        solver: Sampler of the denoising chain.
+        sampling_steps: Diffusion steps of the chain, each a network evaluation; released samplers may add a last one.
+        parameters_m: Parameters in "M", in whatever unit was printed.
+        energy_mj: Printed energy in millijoules; of what, a caveat says.
+        also_in: Other places that print the same numbers; empty if none.
+        note: What else was printed about this row; empty if nothing.
+        caveats: Keys in `Published.caveats`.
+    """
+
+    method: str
+    kind: Literal["SNN", "ANN", "mixed"]
+    dataset: str
+    metrics: dict[str, float]
+    source: str
+    table: str
+    protocol: str
+    variant: str = ""
+    resolution: int | None = None
+    num_steps: int | None = None
+    solver: str | None = None
+    sampling_steps: int | None = None
+    parameters_m: float | None = None
+    energy_mj: float | None = None
+    also_in: str = ""
+    note: str = ""
+    caveats: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Published:
+    """All published numbers, in the order of their sources' tables.
+
+    Args:
+        sources: Papers and other sources by key.
+        protocols: How results were measured, in words, by name.
+        caveats: Doubts about results, by key.
+        results: The results.
+    """
+
+    sources: dict[str, Source]
+    protocols: dict[str, str]
+    caveats: dict[str, str]
+    results: tuple[PublishedResult, ...]
+
+
+def read_published(path: str | Path = PUBLISHED) -> Published:
+    """Reads and checks a file of published numbers.
+
+    Raises:
+        PublishedError: If the file is no YAML, breaks the schema, names a source, protocol or caveat that it does not
+            define, defines one that no result names, or has a result twice.
+    """
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise PublishedError(f"{path}: not a readable YAML file ({error})") from error
+    try:
+        if isinstance(data, dict) and "groups" in data:
+            data["results"] = _results(data.pop("groups"))
+        published = from_json(Published, data)
+        _check(published)
+    except SchemaError as error:
+        raise PublishedError(f"{path}: field {error}") from error
+    return published
+
+
+def _results(groups: Any) -> list[dict[str, Any]]:
+    """Gives each result of each group the fields that its group shares."""
+    results = []
+    for i, group in enumerate(groups if isinstance(groups, list) else [groups]):
+        if not isinstance(group, dict) or not isinstance(group.get("results"), list):
+            raise SchemaError(f"groups.{i}: expected an object with a list of results")
+        shared = {key: value for key, value in group.items() if key != "results"}
+        for j, result in enumerate(group["results"]):
+            if not isinstance(result, dict):
+                raise SchemaError(f"groups.{i}.results.{j}: expected an object, found {result!r}")
+            both = shared | result
+            lists = [part["caveats"] for part in (shared, result) if isinstance(part.get("caveats"), list)]
+            if len(lists) == 2:
+                both["caveats"] = [*lists[0], *lists[1]]
+            results.append(both)
+    return results
+
+
+def _check(published: Published) -> None:
+    """Checks what the types do not say."""
+    for key, source in published.sources.items():
+        if source.url is not None and not source.url.startswith("https://"):
+            raise SchemaError(f"sources.{key}.url: expected an https:// address, found {source.url!r}")
+    used: dict[str, set[str]] = {"sources": set(), "protocols": set(), "caveats": set()}
+    seen: list[PublishedResult] = []
+    for i, result in enumerate(published.results):
+        where = f"results.{i} ({result.method}, {result.dataset}, {result.table})"
+        named = {"sources": [result.source], "protocols": [result.protocol], "caveats": result.caveats}
+        for kind, names in named.items():
+            for name in names:
+                if name not in getattr(published, kind):
+                    raise SchemaError(f"{where}: {name!r} is not among the {kind}; define it there or correct it")
+            used[kind].update(names)
+        if not result.metrics:
+            raise SchemaError(f"{where}: expected at least one metric")
+        if result in seen:
+            raise SchemaError(f"{where}: the same result stands here twice")
+        seen.append(result)
+    for kind, found in used.items():
+        if unused := sorted(getattr(published, kind).keys() - found):
+            raise SchemaError(f"{kind}.{unused[0]}: no result names it; remove it or correct the spelling")

@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from leaderboard.boards import Row, measured_boards, picture, published_boards
+from leaderboard.pictures import grid, save_png
+from leaderboard.protocols import STANDARD_V1
+from leaderboard.published import Published, read_published
+from leaderboard.records import MetricValue, Record, write_record
+
+Make = Callable[..., Record]
+
+
+@pytest.fixture(scope="module")
+def published() -> Published:
+    return read_published()
+
+
+def test_what_cannot_be_compared_has_a_board_of_its_own(make_record: Make) -> None:
+    records = [make_record(), make_record(fd=1.0, variant="best"), make_record(protocol=STANDARD_V1)]
+    boards = measured_boards((Path(f"{i}.json"), r) for i, r in enumerate(records))
+    assert [[row.name for row in board.rows] for board in boards] == [["SDDPM, best", "SDDPM"], ["SDDPM"]]
+    assert [board.title for board in boards] == ["digits, offline-v1", "digits, standard-v1"]
+
+
+def test_drafts_come_last_and_are_not_ranked(make_record: Make) -> None:
+    records = [make_record(fd=0.1, draft=True), make_record(fd=9.0)]
+    (board,) = measured_boards((Path(f"{i}.json"), r) for i, r in enumerate(records))
+    assert [(row.source, row.cells["#"].value) for row in board.rows] == [("measured", 1), ("draft", None)]
+    assert board.plot is not None
+    assert [m.on_front for m in board.plot.marks] == [True, False]
+
+
+def test_row_holds_the_record_as_it_was_written(make_record: Make, tmp_path: Path) -> None:
+    path = write_record(make_record(), tmp_path)
+    ((row,),) = (board.rows for board in measured_boards([(path, make_record())]))
+    assert row.json == path.read_text()
+    assert row.file == path.name
+    facts = " ".join(row.facts.values())
+    for part in ("a" * 64, "b" * 64, "f" * 64, "torch 2.8", "0" * 40, "sampling 0", "63,470,000"):
+        assert part in facts
+    assert row.config == "model:\n  num_steps: 4\n"
+
+
+def test_columns_say_what_is_better_and_notes_become_footnotes(make_record: Make) -> None:
+    metrics = {
+        "fid": MetricValue(19.7, 0.2, 50_000, "singular covariance"),
+        "is_mean": MetricValue(8.1, 0.1, 50_000, "another note"),
+    }
+    (board,) = measured_boards([(Path("a.json"), make_record(metrics=metrics))])
+    columns = {column.name: column for column in board.columns}
+    assert (columns["FID"].better, columns["IS"].better, columns["Solver"].better) == ("lower", "higher", "")
+    assert (columns["FID"].numeric, columns["Variant"].numeric) == (True, False)
+    assert board.footnotes == ["another note", "singular covariance"]
+    assert board.mark(board.rows[0].cells["FID"]) == 2
+    assert "FID: singular covariance" in board.rows[0].facts["Notes"]
+
+
+def test_published_boards_part_protocols_and_keep_every_result(published: Published) -> None:
+    boards = published_boards(published)
+    assert len({(board.title) for board in boards}) == len(boards)
+    rows = [row for board in boards for row in board.rows]
+    assert len(rows) == len(published.results)
+    assert len({row.anchor for row in rows}) == len(rows)
+    assert all(row.source == "published" for row in rows)
+    assert all("#" not in row.cells for row in rows)
+    uncertain = [
+        c for row in rows for name, c in row.cells.items() if name in ("FID", "IS", "fad_published") if c.value
+    ]
+    assert {cell.uncertainty for cell in uncertain} == {"?"}
+
+
+def test_published_numbers_are_shown_as_printed_with_their_caveats(published: Published) -> None:
+    (board,) = (board for board in published_boards(published) if board.title == "cifar10, paper-sddpm")
+    row = next(row for row in board.rows if row.cells["FID"].value == 19.73)
+    shown = {name: cell.text for name, cell in row.cells.items()}
+    assert (shown["FID"], shown["M params"], shown["T"], shown["Steps"]) == ("19.73", "63.61", "4", "1,000")
+    assert row.link == ("Source", "https://arxiv.org/abs/2408.16467")
+    marked = [board.footnotes[n - 1] for n in board.marks(row)]
+    assert any("46.21" in note for note in marked)
+    assert json.loads(row.json)["caveats"] == row.caveats
+    assert board.plot is not None
+    assert len(board.plot.marks) == 3
+
+
+def test_methods_are_the_same_whatever_the_spelling(make_record: Make, published: Published) -> None:
+    (board,) = measured_boards([(Path("a.json"), make_record(method="spiking_diffusion"))])
+    keys = {row.method: row.method_key for b in published_boards(published) for row in b.rows}
+    assert board.rows[0].method_key == keys["Spiking-Diffusion"]
+    (board,) = measured_boards([(Path("a.json"), make_record(method="<->"))])
+    assert board.rows[0].method_key == "<->"
+
+
+def decoded(uri: str) -> Image.Image:
+    head, content = uri.split(",", 1)
+    assert head.startswith("data:image/")
+    return Image.open(io.BytesIO(base64.b64decode(content)))
+
+
+def test_picture_is_the_grid_and_a_strip_of_four(tmp_path: Path) -> None:
+    images = torch.arange(16, dtype=torch.uint8).mul(16).view(16, 1, 1, 1).expand(16, 1, 4, 4)
+    page = grid(images, columns=8, scale=2)
+    save_png(page, tmp_path / "grid.png")
+    found = picture(tmp_path / "grid.png")
+    assert found is not None
+    assert np.array_equal(np.asarray(decoded(found.whole).convert("L")), page[0].numpy())
+    strip = np.asarray(decoded(found.thumbnail).convert("L"))
+    assert set(np.unique(strip)) == {0, 16, 32, 48, 255}
+
+
+def test_large_picture_is_kept_small(tmp_path: Path) -> None:
+    noise = torch.randint(256, (3, 400, 400), generator=torch.Generator().manual_seed(0)).byte()
+    save_png(noise, tmp_path / "grid.png")
+    found = picture(tmp_path / "grid.png")
+    assert found is not None
+    assert decoded(found.whole).size == (400, 400)
+    assert len(found.whole) < (tmp_path / "grid.png").stat().st_size
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n", b"<svg onload='alert(1)'/>"])
+def test_file_that_is_no_picture_is_left_out(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "grid.png").write_bytes(content)
+    assert picture(tmp_path / "grid.png") is None
+    assert picture(tmp_path / "nowhere.png") is None
+
+
+def test_name_leaves_out_what_says_nothing(make_record: Make) -> None:
+    def name(**fields: str) -> str:
+        (board,) = measured_boards([(Path("a.json"), make_record(**fields))])
+        row: Row = board.rows[0]
+        return row.name
+
+    assert (name(), name(variant=""), name(variant="T = 8")) == ("SDDPM", "SDDPM", "SDDPM, T = 8")
+
+
+def test_record_without_neurons_or_checkpoint(make_record: Make) -> None:
+    record = make_record(checkpoint=None)
+    cost = replace(record.cost, firing_rate=None, firing_rates={}, energy_paper_mj=None, images_per_second=None)
+    (board,) = measured_boards([(Path("a.json"), replace(record, cost=cost))])
+    (row,) = board.rows
+    assert [row.cells[name].value for name in ("T", "Rate", "Images/s")] == [None, None, None]
+    assert row.facts["Checkpoint"] == "none"
+    assert "not defined" in row.facts["Energy"]

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import combinations
+
+import pytest
+
+from leaderboard.pareto import BOTTOM, LEFT, RIGHT, TOP, Label, Point, pareto_front, plot
+
+
+def point(energy: float, quality: float, label: str = "a", **fields: bool) -> Point:
+    return Point(energy, quality, 0.1, "SDDPM", label, f"record-{label}", **fields)
+
+
+def box(label: Label) -> tuple[float, float, float]:
+    """Left and right end, and base line, of a label of 6 units a character."""
+    width = 6 * len(label.text)
+    left = label.x - {"start": 0.0, "end": width, "middle": width / 2}[label.anchor]
+    return left, left + width, label.y
+
+
+def test_front_holds_what_nothing_beats() -> None:
+    points = [point(1, 9, "a"), point(2, 5, "b"), point(3, 6, "beaten"), point(9, 1, "c"), point(9, 2, "dearer")]
+    assert [p.label for p in pareto_front(points)] == ["a", "b", "c"]
+
+
+def test_drafts_are_not_part_of_the_front() -> None:
+    points = [point(1, 1, "draft", ranked=False), point(2, 5, "b")]
+    assert [p.label for p in pareto_front(points)] == ["b"]
+    drawn = plot(points, "FD", "mJ")
+    assert drawn is not None
+    assert {m.point.label: m.on_front for m in drawn.marks} == {"draft": False, "b": True}
+
+
+def test_equal_energy_and_quality_count_once() -> None:
+    assert [p.label for p in pareto_front([point(1, 2, "b"), point(1, 2, "a"), point(1, 3, "c")])] == ["a"]
+
+
+def test_energy_is_on_a_logarithmic_scale() -> None:
+    drawn = plot([point(1, 3, "a"), point(10, 2, "b"), point(100, 1, "c")], "FD", "mJ")
+    assert drawn is not None
+    a, b, c = (m.x for m in drawn.marks)
+    assert b - a == pytest.approx(c - b, abs=0.02)
+    assert {"1", "10", "100"} <= {t.text for t in drawn.x_ticks}
+    assert [m.y for m in drawn.marks] == sorted(m.y for m in drawn.marks)  # SVG's y grows downwards
+
+
+def test_nothing_is_drawn_without_two_points() -> None:
+    assert plot([], "FD", "mJ") is None
+    assert plot([point(1, 3)], "FD", "mJ") is None
+    assert plot([point(1, 3), point(0, 2), point(2, math.inf)], "FD", "mJ") is None
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        [point(5, 2, "a"), point(5, 2, "b")],
+        [point(1e-4, 1e3, "a"), point(1e6, 1e-3, "b"), point(1, 1, "c")],
+        [point(1 + i / 97, 5 + (i * 31 % 17) / 9, f"variant number {i} with a long name") for i in range(60)],
+    ],
+    ids=["equal", "far apart", "crowded"],
+)
+def test_everything_lies_inside_and_labels_do_not_collide(points: list[Point]) -> None:
+    drawn = plot(points, "FD", "mJ")
+    assert drawn is not None
+    for mark in drawn.marks:
+        assert LEFT <= mark.x <= RIGHT
+        assert TOP <= mark.high <= mark.y <= mark.low <= BOTTOM
+    assert drawn.x_ticks
+    assert drawn.y_ticks
+    assert all(LEFT <= t.position <= RIGHT for t in drawn.x_ticks)
+    assert all(TOP <= t.position <= BOTTOM for t in drawn.y_ticks)
+    assert all(len(label.text) <= 28 for label in drawn.labels)
+    boxes = [box(label) for label in drawn.labels]
+    assert not [(a, b) for a, b in combinations(boxes, 2) if a[0] < b[1] and b[0] < a[1] and abs(a[2] - b[2]) < 12]
+    marks = [(m.x - 4, m.x + 4, m.y + 4) for m in drawn.marks]
+    assert not [(a, b) for a in boxes for b in marks if a[0] < b[1] and b[0] < a[1] and abs(a[2] - b[2]) < 7]
+
+
+def test_methods_share_a_style_and_layout_does_not_depend_on_order() -> None:
+    points = [point(1, 3, "a"), replace(point(2, 2, "b"), method="FSDDIM"), point(3, 1, "c")]
+    first, second = plot(points, "FD", "mJ"), plot(points[::-1], "FD", "mJ")
+    assert first is not None
+    assert second is not None
+    assert first.legend == second.legend == [("FSDDIM", 0), ("SDDPM", 1)]
+    assert first.marks == second.marks[::-1]
+    assert first.front == second.front
