@@ -11,6 +11,7 @@ from PIL import Image
 from benchmark import __version__
 from benchmark.cli import COMMANDS, STAGES, main
 from benchmark.runs import find_checkpoint, newest_run
+from leaderboard.features import Extractor
 from leaderboard.protocols import PROTOCOLS
 from leaderboard.records import read_record
 from systems.checkpoints import CheckpointMismatchError
@@ -82,7 +83,7 @@ def test_mistyped_class_lists_the_known(option: str, known: str, capsys: pytest.
 
 
 def test_fit_leaves_a_complete_run(runs: Path) -> None:
-    (run,) = runs.iterdir()
+    (run,) = runs.glob("digits-*")
     assert re.fullmatch(r"digits-sddpm-\d{8}-\d{6}", run.name)
     assert (run / "config.yaml").is_file()
     assert (run / "checkpoints" / "last.ckpt").is_file()
@@ -123,15 +124,8 @@ def test_test_takes_the_newest_run_and_writes_a_record(runs: Path, capsys: pytes
 def test_what_is_typed_wins_over_the_checkpoint(runs: Path) -> None:
     run = newest_run(runs)
     checkpoint = find_checkpoint(run)
-    main(
-        [
-            "test",
-            "--draft",
-            f"--config={run / 'config.yaml'}",
-            f"--ckpt_path={checkpoint}",
-            "--model.num_inference_steps=2",
-        ]
-    )
+    given = [f"--config={run / 'config.yaml'}", f"--ckpt_path={checkpoint}"]
+    main(["test", "--draft", *given, "--model.num_inference_steps=2"])
     assert read_record(records_of(run)[-1]).nfe == 2
     main(["test", "--draft", f"--ckpt_path={checkpoint}", "--model.scheduler=DDPMScheduler", "--model.threshold=0.9"])
     record = read_record(records_of(run)[-1])
@@ -234,6 +228,24 @@ def test_number_of_images_is_the_protocols_where_none_is_given(runs: Path) -> No
     record = read_record(records_of(newest_run(runs))[-1])
     assert not record.draft
     assert {value.num_samples for value in record.metrics.values()} == {2000}
+
+
+def test_second_test_does_not_look_at_real_images_again(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    forward = Extractor.forward
+
+    def counting(self: Extractor, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append(len(images))
+        return forward(self, images)
+
+    monkeypatch.setattr(Extractor, "forward", counting)
+    cache = f"--data.cache_dir={runs / 'cache'}"
+    values = []
+    for variant in ("first", "second"):
+        main(["test", "--draft", f"--trainer.default_root_dir={runs}", cache, f"--evaluation.variant={variant}"])
+        values.append(read_record(records_of(newest_run(runs))[-1]).metrics)
+    assert seen == [*[100] * 15, 25, 25, 10, 25, 25, 10]  # 1,500 real ones once, 60 generated ones twice
+    assert values[0] == values[1]
 
 
 def test_draft_is_of_test_alone() -> None:

@@ -23,6 +23,12 @@ def test_celeba_follows_the_official_partition(tmp_path: Path) -> None:
     assert torch.equal(next(data.reference_batches())[0], first)  # as the papers' torchvision pipelines do
 
 
+def test_validation_split_to_compare_with(tmp_path: Path) -> None:
+    write_celeba(tmp_path / "celeba")
+    data = CelebA(root=str(tmp_path), cache_dir=str(tmp_path / "cache"))
+    assert data.num_reference("valid") == sum(map(len, data.reference_batches("valid"))) == 6
+
+
 def test_celeba_without_crop(tmp_path: Path) -> None:
     write_celeba(tmp_path, size=(64, 64))
     cache = str(tmp_path / "cache")

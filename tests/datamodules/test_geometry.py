@@ -10,7 +10,7 @@ import torch
 from dataset_layouts import random_splits, write_idx
 from PIL import Image
 
-from datamodules import CIFAR10, MNIST, CelebA, Digits, Letters
+from datamodules import CIFAR10, MNIST, CelebA, DatasetError, Digits, Letters
 
 SPLITS = random_splits()
 
@@ -162,3 +162,23 @@ def test_batch_larger_than_the_dataset(root: str, cache: str) -> None:
         ValueError, match=r"batch_size=50 exceeds the 40 training images .* --data.batch_size 40 or less"
     ):
         MNIST(root, batch_size=50, cache_dir=cache).train_dataloader()
+
+
+def test_split_that_the_source_lacks(root: str, cache: str) -> None:
+    data = MNIST(root, cache_dir=cache)
+    with pytest.raises(
+        DatasetError, match=r"MNIST from .* has no valid split \(it has: test, train\), .* give a source"
+    ):
+        data.num_reference("valid")
+
+
+def test_number_of_images_to_generate_may_be_left_open(root: str, cache: str) -> None:
+    with pytest.raises(ValueError, match=r"num_samples is not given; .* --data\.num_samples 64"):
+        MNIST(root, cache_dir=cache).test_dataloader()
+
+
+def test_comparison_leaves_floats_alone(root: str, cache: str) -> None:
+    data = MNIST(root, image_size=32, cache_dir=cache)
+    x = torch.linspace(-2, 2, 32 * 32).view(1, 1, 32, 32)
+    assert torch.equal(data.compared(x), x[..., 2:-2, 2:-2])
+    assert (data.compared_size, data.geometry) == (28, {"size": 28})

@@ -281,6 +281,31 @@ def test_record_holds_reconstruction_beside_generation(run: Path) -> None:
     assert not any("encoder.encoder" in name for name in record.cost.firing_rates)
 
 
+def test_released_measures_of_reconstruction(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the formula of the release: outputs unclipped, images in [-0.5, 0.5], a window that meets zeros outside."""
+    monkeypatch.setattr(SpikingDiffusion, "_image_shape", (1, 28, 28))
+    system = small().eval()
+    images = torch.rand(4, 1, 28, 28, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    x = images / 2
+    with torch.no_grad():
+        y = system.autoencoder(x).images
+    places = torch.arange(11.0) - 5
+    line = torch.exp(-places.square() / (2 * 1.5**2))
+    window = torch.outer(line, line)[None, None] / line.sum() ** 2
+
+    def mean(values: Tensor) -> Tensor:
+        return F.conv2d(values, window, padding=5)
+
+    variances = mean(x * x) - mean(x) ** 2 + mean(y * y) - mean(y) ** 2
+    covariance = mean(x * y) - mean(x) * mean(y)
+    similar = (2 * mean(x) * mean(y) + 1e-4) * (2 * covariance + 9e-4)
+    similar /= (mean(x) ** 2 + mean(y) ** 2 + 1e-4) * (variances + 9e-4)
+    found = system.reconstruction_metrics(images.split(3))
+    assert found["reconstruction_mse_released"][0] == pytest.approx(float((x - y).square().mean()), rel=1e-5)
+    assert found["reconstruction_dssim_released"][0] == pytest.approx(float(1 - similar.mean()), rel=1e-4)
+    assert found["reconstruction_ssim"][0] != pytest.approx(1 - found["reconstruction_dssim_released"][0], rel=1e-2)
+
+
 def test_validate_and_predict(run: Path) -> None:
     main(["validate", f"--ckpt_path={find_checkpoint(run)}"])
     main(["predict", f"--ckpt_path={find_checkpoint(run)}", "--data.num_samples=3"])
