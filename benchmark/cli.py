@@ -49,7 +49,7 @@ def print_help() -> None:
     )
     print("commands:")
     for name, line in rows.items():
-        print(f"  {name:<18} {line}")
+        print(f"  {name:<19} {line}")
     print(f"\nto begin:\n{EXAMPLES}")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -72,7 +72,7 @@ class PublishedResult:
     energy_mj: float | None = None
     also_in: str = ""
     note: str = ""
-    caveats: list[str] = field(default_factory=list)
+    caveats: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Published:
     sources: dict[str, Source]
     protocols: dict[str, str]
     caveats: dict[str, str]
-    results: list[PublishedResult]
+    results: tuple[PublishedResult, ...]
 
 
 def read_published(path: str | Path = PUBLISHED) -> Published:
@@ -141,7 +141,7 @@ def _check(published: Published) -> None:
     seen: list[PublishedResult] = []
     for i, result in enumerate(published.results):
         where = f"results.{i} ({result.method}, {result.dataset}, {result.table})"
-        named = {"sources": [result.source], "protocols": [result.protocol], "caveats": result.caveats}
+        named = {"sources": (result.source,), "protocols": (result.protocol,), "caveats": result.caveats}
         for kind, names in named.items():
             for name in names:
                 if name not in getattr(published, kind):

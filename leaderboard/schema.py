@@ -19,7 +19,7 @@ def from_json(kind: type[Data], value: Any, field: str = "") -> Data:
 
     Args:
         kind: Dataclass whose fields are bool, int, float, str, `Literal`, `None` unions, `dict[str, ...]`,
-            `list[...]`, nested dataclasses, or `Any` for free JSON.
+            `tuple[..., ...]` for lists, nested dataclasses, or `Any` for free JSON.
         value: JSON object to convert.
         field: Path of the object in its file, for messages.
 
@@ -29,11 +29,7 @@ def from_json(kind: type[Data], value: Any, field: str = "") -> Data:
     if not isinstance(value, dict):
         raise SchemaError(f"{field or 'the top level'}: expected an object, found {_shown(value)}")
     hints = get_type_hints(kind)
-    required = {
-        f.name
-        for f in dataclasses.fields(kind)  # type: ignore[arg-type]
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    }
+    required = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}  # type: ignore[arg-type]
     if missing := sorted(required - value.keys()):
         raise SchemaError(f"{_join(field, missing[0])}: the field is missing")
     if unknown := sorted(value.keys() - hints.keys()):
@@ -58,10 +54,10 @@ def _convert(kind: Any, value: Any, field: str) -> Any:
         if not isinstance(value, dict):
             raise SchemaError(f"{field}: expected an object, found {_shown(value)}")
         return {key: _convert(get_args(kind)[1], item, _join(field, key)) for key, item in value.items()}
-    if origin is list:
+    if origin is tuple:
         if not isinstance(value, list):
             raise SchemaError(f"{field}: expected a list, found {_shown(value)}")
-        return [_convert(get_args(kind)[0], item, _join(field, str(i))) for i, item in enumerate(value)]
+        return tuple(_convert(get_args(kind)[0], item, _join(field, str(i))) for i, item in enumerate(value))
     if dataclasses.is_dataclass(kind):
         return from_json(kind, value, field)  # type: ignore[arg-type]
     return _scalar(kind, value, field)

@@ -66,8 +66,8 @@ def test_shared_fields_are_given_to_each_result(tmp_path: Path) -> None:
     file = tmp_path / "published.yaml"
     file.write_text(yaml.safe_dump(SMALL))
     a, b = read_published(file).results
-    assert (a.table, a.caveats, a.num_steps, a.metrics) == ("Table 1", ["doubt"], 4, {"fid": 3.0})
-    assert (b.table, b.caveats, b.num_steps, b.dataset) == ("Table 2", ["doubt", "other"], None, "mnist")
+    assert (a.table, a.caveats, a.num_steps, a.metrics) == ("Table 1", ("doubt",), 4, {"fid": 3.0})
+    assert (b.table, b.caveats, b.num_steps, b.dataset) == ("Table 2", ("doubt", "other"), None, "mnist")
 
 
 def _set(data: Any, path: str, value: Any) -> None:
