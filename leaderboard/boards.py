@@ -53,8 +53,8 @@ MEANINGS = {
     "IS": "Inception score",
 }
 """Columns in words."""
-_LOWER = r"FID|1000 KID|(fd|kd|fad)_.*|Rec\. MSE"
-_HIGHER = r"IS|Rec\. SSIM|precision|recall"
+_LOWER = r"FID|1000 KID|(fid|fd|kd|fad)_.*|Rec\. MSE"
+_HIGHER = r"IS|is_.*|Rec\. SSIM|prec.*|recall.*"
 _THUMBNAIL_COLUMNS = 4
 """Of the eight in a grid."""
 _LARGEST_PICTURE = 300_000
@@ -263,7 +263,7 @@ def _label(result: PublishedResult, row: Row) -> str:
 def _published_row(result: PublishedResult, keys: Sequence[str], published: Published) -> Row:
     source = published.sources[result.source]
     values = {key: _printed(number)._replace(uncertainty=UNKNOWN) for key, number in result.metrics.items()}
-    data = {k: v for k, v in asdict(result).items() if v not in (None, "", [])} | {
+    data = {k: v for k, v in asdict(result).items() if v not in (None, "", ())} | {
         "source": asdict(source),
         "protocol": published.protocols[result.protocol],
         "caveats": [published.caveats[name] for name in result.caveats],

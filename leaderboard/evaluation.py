@@ -257,7 +257,7 @@ class Evaluation(Callback):
             variant=self.variant,
             dataset=Dataset(data.name, data.fingerprint, data.source),
             protocol=ProtocolEntry(self.protocol.name, description, canonical_sha256(description)),
-            draft=self.draft,
+            draft=self.draft or total.images < self.protocol.num_samples,
             config=self.config,
             config_sha256=canonical_sha256(self.config),
             code=code_version(),

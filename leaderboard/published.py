@@ -141,7 +141,7 @@ def _check(published: Published) -> None:
     seen: list[PublishedResult] = []
     for i, result in enumerate(published.results):
         where = f"results.{i} ({result.method}, {result.dataset}, {result.table})"
-        named = {"sources": [result.source], "protocols": [result.protocol], "caveats": result.caveats}
+        named = {"sources": (result.source,), "protocols": (result.protocol,), "caveats": result.caveats}
         for kind, names in named.items():
             for name in names:
                 if name not in getattr(published, kind):

@@ -114,7 +114,7 @@ def test_copy_of_a_record_is_shown_once_with_its_samples(make_record: Make, tmp_
 
 
 def test_half_a_surrogate_pair_does_not_stop_the_rendering(make_record: Make, tmp_path: Path) -> None:
-    config = {"note": "\ud800"}
+    config = {"name": "\ud800"}
     write_record(make_record(config=config, config_sha256=canonical_sha256(config)), tmp_path)
     render([str(tmp_path)], str(tmp_path / "out"))
     assert tuple(content(tmp_path / "out")) == FILES
