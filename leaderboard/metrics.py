@@ -1,6 +1,6 @@
 """Metrics of one view: each batch of images passes the extractor once and leaves only running sums behind.
 
-State size depends on the extractor alone: about 0.6 GB on the device with Inception's 2,048 features. Under distributed
+State size depends on the extractor alone: about 1 GB on the device with Inception's 2,048 features. Under distributed
 evaluation each process must see images of its own: a sampler that repeats some to fill up would count these twice.
 """
 

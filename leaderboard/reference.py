@@ -49,7 +49,7 @@ class Part(Interface):
 
 
 def reference(
-    data: str,
+    data: str = "",
     protocol: ProtocolName = "standard-v1",
     root: str | None = None,
     inception_weights: str | None = None,
@@ -62,7 +62,7 @@ def reference(
     """Measures the real images of a dataset once and for all tests under a protocol, which does so itself if need be.
 
     Args:
-        data: Name of the dataset, such as mnist.
+        data: Name of the dataset, such as mnist, without which there is nothing to do.
         protocol: How images are compared.
         root: Folder of the dataset; none reads the Hugging Face hub.
         inception_weights: Local file of the 2015 Inception weights, where they cannot be downloaded.

@@ -436,7 +436,7 @@ def _mean_square(errors: Tensor) -> Tensor:
 
 
 def _similarity(ours: Tensor, theirs: Tensor, zero_edge: bool = False) -> Tensor:
-    """Structural similarity of each pair of images `(B, C, H, W)`, on a range of 1, mirrored or zero at the edge."""
+    """Structural similarity of each pair of images `(B, C, H, W)` on a range of 1, mirrored or zero beyond the edge."""
     edge = SSIM_WINDOW // 2 if zero_edge else 0
     a, b = (F.pad(x, [edge] * 4) for x in (ours, theirs))
     _, places = structural_similarity_index_measure(a, b, data_range=1.0, return_full_image=True)

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from benchmark.cli import main
 from datamodules import MNIST, Digits, ImageDataModule
 from leaderboard.fad import FADEncoder
 from leaderboard.protocols import OFFLINE_V1, PROTOCOLS, Reference
@@ -237,11 +238,12 @@ def one_of_two(data: Digits, rendezvous: Path, rank: int) -> None:
 def test_command_measures_what_a_test_would(
     tmp_path: Path, no_images: Callable[[], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    reference("digits", "offline-v1", cache_dir=str(tmp_path))
+    main(["reference", "--data", "digits", "--protocol", "offline-v1", "--cache_dir", str(tmp_path)])
     assert "(new)" in capsys.readouterr().out
     no_images()
     prepare(Digits(cache_dir=str(tmp_path)))
     with pytest.raises(ValueError, match=r"cannot be prepared: it is defined for mnist, .* not for digits"):
         reference("digits", "paper-sddpm", cache_dir=str(tmp_path))
-    with pytest.raises(ValueError, match="data='sky' is not a dataset of the suite"):
-        reference("sky")
+    for data in ("sky", ""):
+        with pytest.raises(ValueError, match=f"data='{data}' is not a dataset of the suite; choose one of: celeba"):
+            main(["reference", f"--data={data}"])
