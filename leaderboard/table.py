@@ -27,6 +27,8 @@ _HEADERS = {
 RECORDS = "leaderboard/records"
 """Folder of the records that belong to the project, those of others among them."""
 _SCALE = {"kid_mean": 1000.0}
+WIDTH = 100
+"""Columns that a table in the terminal takes."""
 _STACKS = (("T", "Rate"), ("Solver", "NFE"), ("G SOPs", "mJ"), ("M params", "Images/s"), ("Samples", "File"))
 
 
@@ -253,7 +255,7 @@ def _notes(group: list[Entry]) -> list[str]:
 
 
 def _print(console: Console, group: list[Entry]) -> None:
-    """Prints a table for 100 columns: related cells stand above each other, files in a list below."""
+    """Prints a table for `WIDTH` columns: related cells stand above each other, files in a list below."""
     rows = table_rows(group)
     metrics = list(rows[0])[3 : list(rows[0]).index("T")]
     table = Table(
@@ -271,7 +273,8 @@ def _print(console: Console, group: list[Entry]) -> None:
         row = row | {"File": Cell(f"[{number}]")}
         cells = ["\n".join(str(row[name]) for name in stack).replace(" ±", "\n±") for stack in stacks]
         table.add_row(*map(Text, cells))
-    console.print(table)
+    # a log or a pipe has no width of its own; a narrow terminal folds the cells
+    console.print(table, width=console.width if console.is_terminal else max(WIDTH, console.width), crop=False)
     for line in (table_provenance(group[0]), *_notes(group), *(f"[{n}] {e.path}" for n, e in enumerate(group, 1))):
         console.print(Text(line, style="dim"), soft_wrap=True)
     console.print()

@@ -169,7 +169,7 @@ def test_leaderboard_shows_the_records(runs: Path, tmp_path: Path, capsys: pytes
 
 
 def test_leaderboard_renders_the_records(runs: Path, tmp_path: Path) -> None:
-    main(["test", f"--trainer.default_root_dir={runs}"])
+    main(["test", "--draft", f"--trainer.default_root_dir={runs}"])
     main(["leaderboard", "render", f"--records=[{runs}]", f"--output={tmp_path}"])
     record = records_of(newest_run(runs))[-1]
     page = (tmp_path / "index.html").read_text()

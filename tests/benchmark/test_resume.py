@@ -31,7 +31,7 @@ def runs(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def expected(runs: Path) -> tuple[Record, bytes]:
     """Record and grid of a test that nobody disturbs."""
-    main(["test", f"--trainer.default_root_dir={runs}"])
+    main(["test", "--draft", f"--trainer.default_root_dir={runs}"])
     assert not (newest_run(runs) / "evaluation").exists()
     return newest(runs)
 
@@ -69,14 +69,14 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def test_killed_command_goes_on(runs: Path, expected: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    command = [sys.executable, "-m", "benchmark", "test", f"--trainer.default_root_dir={runs}"]
+    command = [sys.executable, "-m", "benchmark", "test", "--draft", f"--trainer.default_root_dir={runs}"]
     with subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.DEVNULL) as process:
         wait_for(lambda: len(chunks(runs)) >= 2)
         process.kill()
     done = chunks(runs)
     assert 2 <= len(done) <= BATCHES
     written = [path.stat().st_mtime_ns for path in done]
-    main(["test", f"--trainer.default_root_dir={runs}", "--evaluation.keep_samples=true"])
+    main(["test", "--draft", f"--trainer.default_root_dir={runs}", "--evaluation.keep_samples=true"])
     assert f"goes on from {len(done)} finished batches" in capsys.readouterr().out
     assert [path.stat().st_mtime_ns for path in done] == written  # nothing was generated twice
     assert_same(newest(runs), expected)
@@ -85,7 +85,7 @@ def test_killed_command_goes_on(runs: Path, expected: Any, capsys: pytest.Captur
     assert len(kept) == BATCHES
     kept[3].write_bytes(kept[3].read_bytes()[:-50])
     with pytest.warns(UserWarning, match=f"{kept[3].name} is damaged"):
-        main(["test", f"--trainer.default_root_dir={runs}"])
+        main(["test", "--draft", f"--trainer.default_root_dir={runs}"])
     assert_same(newest(runs), expected)
     assert chunks(runs) == []
 
@@ -96,22 +96,22 @@ def test_killed_at_random_moments(runs: Path, expected: Any) -> None:
     dice = random.Random(0)
     before = len(list(newest_run(runs).glob("records/*.json")))
     for batches in (1, 4, BATCHES):
-        process = processes.Process(target=main, args=(["test", f"--trainer.default_root_dir={runs}"],))
+        process = processes.Process(target=main, args=(["test", "--draft", f"--trainer.default_root_dir={runs}"],))
         process.start()
         wait_for(lambda batches=batches: len(chunks(runs)) >= batches)  # type: ignore[misc]
         time.sleep(dice.random() * 0.03)
         process.kill()
         process.join()
         assert len(list(newest_run(runs).glob("records/*.json"))) == before
-    main(["test", f"--trainer.default_root_dir={runs}"])
+    main(["test", "--draft", f"--trainer.default_root_dir={runs}"])
     assert_same(newest(runs), expected)
     assert not (newest_run(runs) / "evaluation").exists()
 
 
 def test_two_processes_go_on_from_one(runs: Path, expected: tuple[Record, bytes]) -> None:
-    main(["test", f"--trainer.default_root_dir={runs}", "--evaluation.keep_samples=true"])
+    main(["test", "--draft", f"--trainer.default_root_dir={runs}", "--evaluation.keep_samples=true"])
     chunks(runs)[2].unlink()
-    command = [sys.executable, "-m", "benchmark", "test", f"--trainer.default_root_dir={runs}"]
+    command = [sys.executable, "-m", "benchmark", "test", "--draft", f"--trainer.default_root_dir={runs}"]
     processes = ["--trainer.devices=2", "--trainer.strategy=ddp"]
     with subprocess.Popen([*command, *processes], cwd=Path(__file__).parents[2], stdout=subprocess.DEVNULL) as process:
         wait_for(lambda: process.poll() is not None)
@@ -126,7 +126,7 @@ def test_two_processes_go_on_from_one(runs: Path, expected: tuple[Record, bytes]
 
 
 def test_options_that_change_images_take_up_nothing(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    test = ["test", f"--trainer.default_root_dir={runs}", "--evaluation.keep_samples=true"]
+    test = ["test", "--draft", f"--trainer.default_root_dir={runs}", "--evaluation.keep_samples=true"]
     main([*test, "--data.num_samples=2000", "--data.sample_batch_size=30", "--trainer.limit_test_batches=0.02"])
     record, _ = newest(runs)
     assert record.draft  # fewer than asked for
@@ -143,7 +143,9 @@ def test_model_without_a_file_leaves_no_batches(runs: Path, monkeypatch: pytest.
     from benchmark.stages import run_stage
 
     run = newest_run(runs)
-    cli = run_stage(["test", f"--config={run / 'config.yaml'}", f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}"])
+    cli = run_stage(
+        ["test", "--draft", f"--config={run / 'config.yaml'}", f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}"]
+    )
     monkeypatch.setattr("leaderboard.chunks.Chunks.write", None)
     cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
     (evaluation,) = (c for c in cli.trainer.callbacks if isinstance(c, Evaluation))  # type: ignore[attr-defined]
