@@ -13,7 +13,6 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from rich.console import Console
 from torch import Tensor, nn
 
 from datamodules.loading import to_bytes
@@ -35,7 +34,7 @@ from leaderboard.records import (
     write_record,
 )
 from leaderboard.reference import build_parts, prepare_reference
-from leaderboard.table import show_records
+from leaderboard.table import show_records, terminal
 
 VERSIONS = ("torch", "lightning", "snntorch", "diffusers", "torchmetrics", "torch-fidelity", "datasets", "numpy")
 
@@ -185,7 +184,7 @@ class Evaluation(Callback):
             self._chunks.clear()
         if isinstance(trainer.logger, TensorBoardLogger):
             trainer.logger.log_metrics({f"test/{k}": v.value for k, v in metrics.items()}, trainer.global_step)
-        console = Console()
+        console = terminal()
         show_records([(path, record)], console)
         for line in (
             f"record:      {path}",

@@ -85,7 +85,7 @@ def leaderboard(records: list[str] = ["runs", RECORDS], output: str | None = Non
     Raises:
         SystemExit: If a record is broken; the others are shown all the same.
     """
-    console = Console()
+    console = terminal()
     entries, broken = read_records(records)
     for message in broken:
         console.print(Text(f"skipped: {message}", style="red"), soft_wrap=True)
@@ -112,6 +112,12 @@ def _show_run(entry: Entry, console: Console) -> None:
         run = entry.path.parent.parent
         console.print(f"newest run:\n  samples:     {entry.samples}", markup=False, soft_wrap=True, highlight=False)
         console.print(f"  tensorboard: tensorboard --logdir {run}", markup=False, soft_wrap=True, highlight=False)
+
+
+def terminal() -> Console:
+    """Returns the console for tables; a log or a pipe has no width of its own, and gets theirs."""
+    console = Console()
+    return console if console.is_terminal else Console(width=max(WIDTH, console.width))
 
 
 def show_records(records: Iterable[tuple[Path, Record]], console: Console) -> None:
@@ -273,8 +279,7 @@ def _print(console: Console, group: list[Entry]) -> None:
         row = row | {"File": Cell(f"[{number}]")}
         cells = ["\n".join(str(row[name]) for name in stack).replace(" ±", "\n±") for stack in stacks]
         table.add_row(*map(Text, cells))
-    # a log or a pipe has no width of its own; a narrow terminal folds the cells
-    console.print(table, width=console.width if console.is_terminal else max(WIDTH, console.width), crop=False)
+    console.print(table)
     for line in (table_provenance(group[0]), *_notes(group), *(f"[{n}] {e.path}" for n, e in enumerate(group, 1))):
         console.print(Text(line, style="dim"), soft_wrap=True)
     console.print()
