@@ -284,6 +284,7 @@ def test_score_alone_needs_no_real_images() -> None:
     assert set(metrics.compute()) == {"is_torchvision"}
 
 
+@pytest.mark.filterwarnings("ignore:.*fork.*")
 def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
     """Under gloo, each process with every other image; forked, since importing everything again takes longest."""
     context = multiprocessing.get_context("fork")

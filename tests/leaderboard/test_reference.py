@@ -199,6 +199,7 @@ def test_autoencoders_reference_is_kept_too(
         build_parts(PROTOCOLS["paper-sddpm"], data, NONE, str(folder))
 
 
+@pytest.mark.filterwarnings("ignore:.*fork.*")
 def test_several_processes_keep_what_one_does(digits: Digits, kept: Path) -> None:
     expected = states(prepare(digits))
     kept.unlink()
