@@ -65,6 +65,7 @@ class ANNSNN(QuantisedDiffusion):
     """
 
     method = "ann-snn"
+    trains_in_parts = True
     network: ANNUNet
 
     def __init__(

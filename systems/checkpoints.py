@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,23 +30,40 @@ def load_checkpoint(path: str | Path) -> Any:
         raise FileNotFoundError(f"{path} is not a file; give a checkpoint")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"{path} cannot be read as a checkpoint of tensors (truncated, or holding code): {reason}"
         ) from None
 
 
 def save_checkpoint(content: Any, path: str | Path) -> None:
-    """Writes a file for `load_checkpoint`, so that a reader sees all of it or nothing."""
+    """Writes a file for `load_checkpoint`, so that a reader sees all of it or nothing, also after a power cut.
+
+    Raises:
+        OSError: If it cannot be written; a file that was there before is whole.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.part")  # one that a killed process left is overwritten
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
     try:
-        torch.save(content, part)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
         part.replace(path)
+    except OSError as error:
+        kept = f"the checkpoint that was there before is whole: {path}" if path.is_file() else "there is none yet"
+        size = f"{buffer.getbuffer().nbytes / 2**20:,.1f} MiB"
+        raise OSError(
+            f"the checkpoint {path} ({size}) cannot be written ({error.strerror}); {kept}; make room or let the folder "
+            "be written to, then go on with `python -m benchmark fit --ckpt_path last`"
+        ) from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def read_trained(path: str | Path, method: str) -> dict[str, Any]:

@@ -57,8 +57,7 @@ class SpikingDiffusion(DiffusionSystem):
 
     One `fit` trains both stages and ends by itself; a checkpoint resumes in the stage where it was written. An epoch is
     one pass over the training images in both stages. The codes of stage two are computed once: with `--data.flip` an
-    image is mirrored for good or never. Several devices need
-    `--trainer.strategy ddp_find_unused_parameters_true`, since one stage has gradients at a time.
+    image is mirrored for good or never.
 
     Args:
         in_channels: Image channels.
@@ -88,6 +87,7 @@ class SpikingDiffusion(DiffusionSystem):
     """
 
     method = "spiking-diffusion"
+    trains_in_parts = True
 
     def __init__(
         self,
@@ -223,6 +223,10 @@ class SpikingDiffusion(DiffusionSystem):
             self.autoencoder.load_state_dict(state)
         if not 0 <= (-1 if self.trainer.max_epochs is None else self.trainer.max_epochs) <= epochs:
             self.trainer.fit_loop.max_epochs = epochs
+
+    def on_train_start(self) -> None:
+        """Enters the stage that is due; a training resumed within an epoch does not start that epoch again."""
+        self.on_train_epoch_start()
 
     def on_train_epoch_start(self) -> None:
         """Enters the stage that is due, and shuffles the codes of stage two."""
