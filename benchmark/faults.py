@@ -12,7 +12,6 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from systems.checkpoints import load_checkpoint, save_checkpoint
@@ -92,11 +91,14 @@ class LastCheckpoint(Checkpoint):
             trainer.save_checkpoint(self.path, weights_only=False)
             self._saved_step = trainer.global_step
         if number:
-            rank_zero_info(
+            if not trainer.is_global_zero:
+                raise SystemExit(0)  # the launcher kills the first process if another fails
+            print(
                 f"stopped by {signal.Signals(number).name} after step {trainer.global_step}; go on with "
-                f"`python -m benchmark fit --ckpt_path {self.path}`"
+                f"`python -m benchmark fit --ckpt_path {self.path}`",
+                flush=True,
             )
-            raise SystemExit(128 + number if trainer.is_global_zero else 0)  # Lightning kills the first if others fail
+            raise SystemExit(128 + number)
 
     def _agreed_signal(self, trainer: Trainer) -> int:
         """The signal that any process got, or 0: all must stop after the same step."""

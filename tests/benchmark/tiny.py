@@ -27,15 +27,15 @@ SDDPM = [
     "--config=configs/quickstart.yaml",
     *CALM,
     "--trainer.max_steps=-1",
-    "--trainer.max_epochs=3",
+    "--trainer.max_epochs=2",
     "--trainer.check_val_every_n_epoch=1",
-    "--trainer.log_every_n_steps=4",
+    "--trainer.log_every_n_steps=2",
     "--model.base_channels=4",
     "--model.channel_mult=[1]",
-    "--data.batch_size=128",
+    "--data.batch_size=256",
     "--data.num_samples=20",
 ]
-"""Three epochs of ten steps."""
+"""Two epochs of five steps."""
 SPIKING_DIFFUSION = [
     "--config=configs/spiking_diffusion_mnist.yaml",
     *CALM,
@@ -51,10 +51,10 @@ SPIKING_DIFFUSION = [
     "--model.denoiser_epochs=2",
     "--data=Digits",
     "--data.image_size=8",
-    "--data.batch_size=128",
+    "--data.batch_size=256",
     "--data.val_size=100",
 ]
-"""Two epochs of ten steps in each stage."""
+"""Two epochs of five steps in each stage."""
 
 
 def fit(folder: Path, *options: str) -> Path:
