@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
-from systems.checkpoints import load_checkpoint, save_checkpoint
+from systems.checkpoints import read_suite, save_checkpoint
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -28,8 +28,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
         save_checkpoint(checkpoint, path)
 
     def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> Any:
-        """Reads tensors and plain values, always to the CPU first."""
-        return load_checkpoint(path)
+        """Reads tensors and plain values of the suite, always to the CPU first."""
+        return read_suite(path, "pytorch-lightning_version")
 
 
 class DivergenceError(RuntimeError):
@@ -87,7 +87,7 @@ class LastCheckpoint(Checkpoint):
 
     def _save(self, trainer: Trainer, due: bool) -> None:
         number = self._agreed_signal(trainer)
-        if (due or number) and trainer.global_step != self._saved_step and not trainer.fast_dev_run:
+        if (due or number) and trainer.global_step != self._saved_step and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             trainer.save_checkpoint(self.path, weights_only=False)
             self._saved_step = trainer.global_step
         if number:
@@ -105,7 +105,7 @@ class LastCheckpoint(Checkpoint):
         if trainer.world_size == 1:
             return self._signal or 0
         number = torch.tensor(self._signal or 0, device=trainer.strategy.root_device)
-        return int(trainer.strategy.reduce(number, reduce_op="max"))  # type: ignore[arg-type]
+        return int(trainer.strategy.reduce(number, reduce_op="max"))
 
 
 class DivergenceGuard(Callback):

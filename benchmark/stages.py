@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,6 +28,7 @@ import datamodules
 import systems
 from benchmark.estimate import BenchmarkTrainer
 from benchmark.faults import DivergenceGuard, LastCheckpoint, WholeCheckpointIO
+from benchmark.messages import plain
 from benchmark.monitor import ImageProgressBar, TrainingMonitor
 from benchmark.png import PNGWriter
 from benchmark.runs import RUNS, find_checkpoint, new_run, newest_run, run_of
@@ -51,17 +53,21 @@ diffusers.utils.logging.set_verbosity_error()  # orders that a solver lowers at 
 
 
 class Parser(LightningArgumentParser):
-    """Lightning's parser, whose message on a mistyped class names the known ones."""
+    """Lightning's parser, whose message is one line, and on a mistyped class names the known ones."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Ends with exit code 2."""
+        message = plain(message)
         if "import path string" in message:
             known = {"model": systems.__all__, "data": datamodules.__all__}
             for key, names in known.items():
                 if f'Parser key "{key}"' in message:
                     classes = [n for n in names if n != "ImageDataModule" and not n.endswith("Error")]
                     message += f"\nknown classes of --{key}: {', '.join(classes)}"
-        super().error(message, ex)
+        if not self.exit_on_error:
+            super().error(message, ex)
+        print(f"error: {message}\ntip: `python -m benchmark COMMAND --help` lists every option", file=sys.stderr)
+        sys.exit(2)  # without the usage, which is pages long
 
 
 class BestCheckpoint(ModelCheckpoint):

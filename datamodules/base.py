@@ -166,7 +166,8 @@ class ImageDataModule(L.LightningDataModule):
         epoch = done = 0
         if self.trainer is not None:
             epoch = self.trainer.current_epoch
-            done = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed % (share // self.batch_size)
+            progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+            done = progress.processed % (share // self.batch_size)
         return self._loader(images, sampler=TrainingOrder(images, done * self.batch_size, epoch), drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Tensor] | list[DataLoader[Tensor]]:
@@ -272,8 +273,8 @@ class ImageDataModule(L.LightningDataModule):
 
     def _decode(self, record: Record) -> Sample:
         """Decodes and checks one image."""
+        self._check_size(record.image, record.where)  # before its pixels are unpacked, which may be a great many
         image = decode(record.image, "L" if self.num_channels == 1 else "RGB", record.where)
-        self._check_size(image, record.where)
         if record.label < -1 or (self.num_classes is not None and record.label >= self.num_classes):
             raise DatasetError(
                 f"{record.where} has the label {record.label}, expected 0 to {(self.num_classes or 0) - 1}; "

@@ -68,7 +68,7 @@ class Seeds(Dataset[Tensor]):
         return torch.tensor(indices, dtype=torch.int64) + self.first
 
 
-class TrainingOrder(DistributedSampler[Tensor]):
+class TrainingOrder(DistributedSampler[Any]):
     """Shuffled images of this process; the order depends on `seed_everything` and the epoch alone.
 
     The images of step `k` of all processes together are the same for any number of processes, if they are as many.
@@ -85,12 +85,12 @@ class TrainingOrder(DistributedSampler[Tensor]):
         self.skip = skip
         self.set_epoch(epoch)
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[Any]:
         skip, self.skip = self.skip, 0
         return islice(super().__iter__(), skip, None)
 
 
-class WholeBatches(DistributedSampler[Tensor]):
+class WholeBatches(DistributedSampler[Any]):
     """Images in order, of which the processes take whole batches in turn, so that batches are those of one process.
 
     Where the batches do not go round, the first one fills up.
@@ -108,7 +108,7 @@ class WholeBatches(DistributedSampler[Tensor]):
         self.indices = torch.cat([indices[i if i < len(indices) else 0] for i in mine]).tolist()
         self.num_samples = len(self.indices)
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[Any]:
         return iter(self.indices)
 
 
