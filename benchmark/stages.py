@@ -234,6 +234,7 @@ def run_stage(args: list[str]) -> BenchmarkCLI:
         subclass_mode_model=True,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,  # else a copy of a model (EMA) holds this and the processes it started
         args=complete([args[0].replace("-", "_"), *args[1:]]),
         parser_class=Parser,
         seed_everything_default=42,

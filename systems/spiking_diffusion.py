@@ -270,7 +270,7 @@ class SpikingDiffusion(DiffusionSystem):
         self.manual_backward(loss)
         cast(list[Any], self.optimizers())[int(self._in_stage_two)].step()
         stage = 2.0 if self._in_stage_two else 1.0
-        self.log_dict({"train/loss": loss, "train/stage": stage}, prog_bar=True, batch_size=len(batch))
+        self.log_dict({"train/loss": loss, "train/stage": stage}, prog_bar=True, sync_dist=True, batch_size=len(batch))
         return loss
 
     def on_train_epoch_end(self) -> None:
