@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from pathlib import Path
 from types import FrameType
@@ -15,6 +16,9 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
 from systems.checkpoints import read_suite, save_checkpoint
+
+LOST = re.compile("gloo|nccl|peer|heartbeat", re.IGNORECASE)
+"""What torch.distributed says when another process is gone."""
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -84,6 +88,16 @@ class LastCheckpoint(Checkpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves after every epoch."""
         self._save(trainer, due=True)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Says what a broken connection means: a process that dies ends all."""
+        if trainer.world_size > 1 and isinstance(exception, RuntimeError) and LOST.search(str(exception)):
+            go_on = f"; go on with `python -m benchmark fit --ckpt_path {self.path}`" if self.path.is_file() else ""
+            print(
+                f"process {trainer.global_rank} of {trainer.world_size} lost another one, whose own message or exit "
+                f"code says why; the training ends{go_on}",
+                flush=True,
+            )
 
     def _save(self, trainer: Trainer, due: bool) -> None:
         number = self._agreed_signal(trainer)

@@ -21,9 +21,6 @@ from benchmark.cli import main
 from systems.base import DiffusionSystem
 from systems.gaussian import GaussianDiffusion
 
-DIES = int(os.environ.get("DIES", -1))
-"""Number of the process that is killed before its third step."""
-
 
 def loss(system: GaussianDiffusion, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """The loss of a noise predictor, whose draws the image decides."""
@@ -33,20 +30,13 @@ def loss(system: GaussianDiffusion, images: Tensor, generator: torch.Generator |
     return F.mse_loss(system.network(system.scheduler.add_noise(images, noise, t), t), noise)
 
 
-GaussianDiffusion.loss = loss  # type: ignore[method-assign]
-training_step = DiffusionSystem.training_step
-
-
-def mortal(system: DiffusionSystem, batch: Tensor, batch_idx: int) -> Tensor:
-    if system.global_rank == DIES and system.global_step == 2:
+def die(system: DiffusionSystem, batch: Tensor, batch_idx: int) -> None:
+    """Ends the process that DIES names before its third step."""
+    if system.global_rank == int(os.environ.get("DIES", -1)) and system.global_step == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-    return training_step(system, batch, batch_idx)
 
-
-DiffusionSystem.training_step = mortal  # type: ignore[method-assign]
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
+    GaussianDiffusion.loss = loss  # type: ignore[method-assign]
+    DiffusionSystem.on_train_batch_start = die  # type: ignore[method-assign]
+    main()
