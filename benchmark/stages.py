@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import diffusers
 import torch
+import yaml
 from diffusers import (  # noqa: F401 (short class names)
     DDIMScheduler,
     DDPMScheduler,
@@ -50,6 +51,10 @@ for message in (
 ):
     warnings.filterwarnings("ignore", message)
 diffusers.utils.logging.set_verbosity_error()  # orders that a solver lowers at the end of a chain
+
+
+MOST_ALIASES = 20
+"""Aliases of a YAML file that are unfolded: nested, 20 can stand for some thousand values, 100 for more than fit."""
 
 
 class Parser(LightningArgumentParser):
@@ -176,6 +181,10 @@ def complete(args: list[str]) -> list[str]:
         FileNotFoundError: If there is no run, or the checkpoint does not exist.
     """
     stage, rest = args[0], args[1:]
+    for option, value in zip(rest, [*rest[1:], ""], strict=True):
+        key, _, given = option.partition("=")
+        if key in ("--config", "-c"):
+            _check_config(Path(given or value))
     if any(a in ("-h", "--help") or a.startswith(("--help=", "--print_config")) for a in rest):
         return args
     typed = {}
@@ -215,6 +224,23 @@ def complete(args: list[str]) -> list[str]:
     ]
     print(f"{stage} of {path}")
     return [stage, "--config", str(run / "config.yaml"), *rest, "--ckpt_path", str(path)]
+
+
+def _check_config(path: Path) -> None:
+    """Looks at what the parser would choke on; what is wrong otherwise, it says itself.
+
+    Raises:
+        ValueError: If a configuration is no text, or has aliases that may unfold to any size.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        aliases = sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text))
+    except UnicodeDecodeError:
+        raise ValueError(f"--config {path} is no text in UTF-8; give a YAML file") from None
+    except (OSError, ValueError, yaml.YAMLError):
+        return
+    if aliases > MOST_ALIASES:
+        raise ValueError(f"--config {path} has {aliases} aliases; write out what they stand for")
 
 
 def run_stage(args: list[str]) -> BenchmarkCLI:

@@ -419,7 +419,7 @@ class SpikingDiffusion(DiffusionSystem):
         """Refuses a checkpoint of another method, network or diffusion process; takes its stage."""
         super().on_load_checkpoint(checkpoint)
         trained = checkpoint.get("process", self.process)
-        different = [f"{k}={trained[k]} instead of {v}" for k, v in self.process.items() if trained[k] != v]
+        different = [f"{k}={trained.get(k)} instead of {v}" for k, v in self.process.items() if trained.get(k) != v]
         if different:
             raise CheckpointMismatchError(
                 f"the checkpoint was trained with {', '.join(different)}; give --model the values of training"
