@@ -4,8 +4,21 @@ import sys
 
 from benchmark.cli import main
 
+FAULTS = ("MisconfigurationException", "YAMLError")
+"""Errors of libraries that are slow to import, by name."""
+
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, RuntimeError) as error:  # what was given cannot work: one message, no stack
-        sys.exit(f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except SystemExit as stop:
+        sys.exit(143 if type(stop).__name__ == "SIGTERMException" else stop.code)  # Lightning gives it none
+    except Exception as error:
+        known = isinstance(error, ValueError | OSError | RuntimeError)
+        if not known and not any(base.__name__ in FAULTS for base in type(error).__mro__):
+            raise  # a bug, which keeps its stack
+        from benchmark.messages import plain
+
+        print(f"error: {plain(str(error)) or type(error).__name__}", file=sys.stderr)
+        sys.exit(1)

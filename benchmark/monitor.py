@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,9 @@ class ImageProgressBar(TQDMProgressBar):
 class TrainingMonitor(Callback):
     """Logs gradient norm, images/s and firing rates; every few epochs generated images, a denoising strip, plots.
 
+    A layer that is silent (rate 0) or saturated (rate 1) in a step that is logged is watched until the next one, and
+    named in a warning if no step between was another.
+
     Args:
         every_n_epochs: Epochs between pictures; 0 makes none.
         num_images: Images in the grid.
@@ -67,6 +71,9 @@ class TrainingMonitor(Callback):
         self.num_inference_steps = num_inference_steps
         self._hooks: list[RemovableHandle] = []
         self._rates: dict[str, Tensor] = {}
+        self._stuck: dict[str, Tensor] = {}  # whether a suspect has only seen the rate it is suspected of
+        self._suspects: dict[str, float] = {}  # layers of rate 0 or 1 in the last step logged
+        self._told: set[str] = set()
         self._due = False
         self._clock = self._seconds = 0.0  # of training alone, without validation and pictures between epochs
         self._images = 0
@@ -80,18 +87,39 @@ class TrainingMonitor(Callback):
         self._clock = time.perf_counter()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Tensor, batch_idx: int) -> None:
-        """Watches the neurons during the steps that are logged."""
+        """Watches the neurons during the steps that are logged, and suspects during all."""
         self._due = self._logs(trainer)
-        if self._due:
+        if self._due or self._suspects:
             for name, module in pl_module.named_modules():
-                if isinstance(module, SpikingNeuron):
+                if isinstance(module, SpikingNeuron) and (self._due or name in self._suspects):
                     self._hooks.append(module.register_forward_hook(self._watch(name)))
 
     def _watch(self, name: str) -> Any:
         def hook(module: SpikingNeuron, inputs: Any, spikes: Tensor) -> None:
-            self._rates[name] = (spikes != 0).mean(dtype=torch.float32)
+            rate = (spikes != 0).mean(dtype=torch.float32)
+            if name in self._suspects:
+                self._stuck[name] = self._stuck.get(name, torch.ones_like(rate, dtype=torch.bool)) & (
+                    rate == self._suspects[name]
+                )
+            self._rates[name] = rate
 
         return hook
+
+    def _judge(self, step: int) -> None:
+        """Names the layers whose rate was 0 or 1 in every step since the last one logged, once."""
+        for name, stuck in self._stuck.items():
+            if bool(stuck) and name not in self._told:
+                self._told.add(name)
+                state, remedy = ("silent", "lower") if self._suspects[name] == 0 else ("saturated", "raise")
+                warnings.warn(
+                    f"layer {name} is {state}: firing rate {self._suspects[name]:g} in every step since the one logged "
+                    f"before step {step}. If it stays so, {remedy} --model.threshold, or change the learning rate; its "
+                    f"rate is firing_rate/{name.removeprefix('network.')} in TensorBoard",
+                    stacklevel=2,
+                )
+        rates = dict(zip(self._rates, torch.stack(list(self._rates.values())).tolist(), strict=True))
+        self._suspects = {name: rate for name, rate in rates.items() if rate in (0, 1) and name not in self._told}
+        self._stuck.clear()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Logs the norm of the gradient before clipping."""
@@ -107,14 +135,16 @@ class TrainingMonitor(Callback):
         self._seconds += now - self._clock
         self._clock = now
         self._images += len(batch) * trainer.world_size
-        if not self._due:
-            return
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        if not self._due:
+            self._rates.clear()
+            return
         values = {f"firing_rate/{name.removeprefix('network.')}": rate for name, rate in self._rates.items()}
         if self._rates:
             values["train/firing_rate"] = torch.stack(list(self._rates.values())).mean()
+            self._judge(trainer.global_step)
         self._rates.clear()
         values["train/images_per_second"] = torch.tensor(self._images / self._seconds)
         self._images, self._seconds = 0, 0.0

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
 import diffusers
 import torch
+import yaml
 from diffusers import (  # noqa: F401 (short class names)
     DDIMScheduler,
     DDPMScheduler,
@@ -21,15 +23,19 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint  # noqa: F401
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
 
 import datamodules
 import systems
 from benchmark.estimate import BenchmarkTrainer
+from benchmark.faults import DivergenceGuard, LastCheckpoint, WholeCheckpointIO
+from benchmark.messages import plain
 from benchmark.monitor import ImageProgressBar, TrainingMonitor
 from benchmark.png import PNGWriter
 from benchmark.runs import RUNS, find_checkpoint, new_run, newest_run, run_of
 from datamodules import ImageDataModule
 from leaderboard.evaluation import Evaluation
+from leaderboard.records import write_atomic
 from systems.analytic_dpm import AnalyticDPMScheduler, StridedDDPMScheduler  # noqa: F401
 from systems.base import DiffusionSystem
 
@@ -40,24 +46,33 @@ for message in (
     ".*Total length of `list` across ranks is zero.*",  # no image is held out
     ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",  # between Lightning and torch
     ".*Checkpoint directory .* exists and is not empty.*",  # resumed runs
+    ".*your dataloader is not resumable.*",  # its sampler is: datamodules.loading.TrainingOrder
     ".*algorithm_type.* is deprecated.*",  # DPM-Solver of noise prediction, which the papers use
 ):
     warnings.filterwarnings("ignore", message)
 diffusers.utils.logging.set_verbosity_error()  # orders that a solver lowers at the end of a chain
 
 
+MOST_ALIASES = 20
+"""Aliases of a YAML file that are unfolded: nested, 20 can stand for some thousand values, 100 for more than fit."""
+
+
 class Parser(LightningArgumentParser):
-    """Lightning's parser, whose message on a mistyped class names the known ones."""
+    """Lightning's parser, whose message is one line, and on a mistyped class names the known ones."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Ends with exit code 2."""
+        message = plain(message)
         if "import path string" in message:
             known = {"model": systems.__all__, "data": datamodules.__all__}
             for key, names in known.items():
                 if f'Parser key "{key}"' in message:
                     classes = [n for n in names if n != "ImageDataModule" and not n.endswith("Error")]
                     message += f"\nknown classes of --{key}: {', '.join(classes)}"
-        super().error(message, ex)
+        if not self.exit_on_error:
+            super().error(message, ex)
+        print(f"error: {message}\ntip: `python -m benchmark COMMAND --help` lists every option", file=sys.stderr)
+        sys.exit(2)  # without the usage, which is pages long
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -74,9 +89,10 @@ class SaveFitConfig(SaveConfigCallback):
     """Keeps the configuration of training in the run folder; later stages leave it as it is."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Saves when training starts."""
-        if stage == "fit":
-            super().setup(trainer, pl_module, stage)
+        """Saves when training starts, whole or not at all."""
+        folder = trainer.log_dir  # asks all processes
+        if stage == "fit" and folder is not None and trainer.is_global_zero:
+            write_atomic(Path(folder) / self.config_filename, self.parser.dump(self.config, skip_none=False))
 
 
 class BenchmarkCLI(LightningCLI):
@@ -88,8 +104,9 @@ class BenchmarkCLI(LightningCLI):
         return {**LightningCLI.subcommands(), "estimate_gamma": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds `checkpoint`, `monitor`, `evaluation` and `png`."""
+        """Adds `checkpoint`, `last`, `monitor`, `evaluation` and `png`."""
         parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(LastCheckpoint, "last")
         parser.add_lightning_class_args(TrainingMonitor, "monitor")
         parser.add_lightning_class_args(Evaluation, "evaluation")
         parser.add_lightning_class_args(PNGWriter, "png")
@@ -100,6 +117,9 @@ class BenchmarkCLI(LightningCLI):
                 "checkpoint.enable_version_counter": False,
             }
         )
+
+    def _parse_ckpt_path(self) -> None:
+        """Takes no options from the checkpoint: a run's are in its config.yaml, and what is typed wins."""
 
     def before_instantiate_classes(self) -> None:
         """Chooses the run folder: that of the checkpoint, or a new one."""
@@ -118,18 +138,25 @@ class BenchmarkCLI(LightningCLI):
             raise ValueError("--draft is an option of `test`, where images are measured; leave it out here")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Adds TensorBoard and the progress bar."""
+        """Adds TensorBoard, the progress bar and what keeps a training from being lost."""
         config = self.config[self.subcommand].trainer
         if config.logger in (None, True):
             kwargs["logger"] = TensorBoardLogger(self.run_folder.parent, name="", version=self.run_folder.name)
-        # not save_last, which without best models is written when training ends, too late for a killed run
-        last = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
-        self.trainer_defaults["callbacks"] = [last]
+        kwargs["plugins"] = [*_listed(self.config_init[self.subcommand].trainer.plugins), WholeCheckpointIO()]
+        self.trainer_defaults["callbacks"] = [DivergenceGuard()]
         if config.logger is not False:
             self.trainer_defaults["callbacks"].append(LearningRateMonitor("step"))
         if config.enable_progress_bar is not False:
             self.trainer_defaults["callbacks"].append(ImageProgressBar())
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        if config.sync_batchnorm and trainer.world_size > 1 and trainer.strategy.root_device.type == "cpu":
+            raise ValueError(
+                "--trainer.sync_batchnorm true needs GPUs: torch synchronises no BatchNorm on the CPU; leave it out "
+                "(each process then normalises by its own images) or give --trainer.accelerator gpu"
+            )
+        if isinstance(trainer.strategy, DDPStrategy) and self.model.trains_in_parts:
+            trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
+        return trainer
 
     def after_instantiate_classes(self) -> None:
         """Hands the configuration to the record, and refuses a test that departs from its protocol at once."""
@@ -149,6 +176,10 @@ class Rehearsal(BenchmarkCLI):
         pass
 
 
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
 def _short(class_path: str) -> str:
     return class_path.rsplit(".", 1)[-1].lower()
 
@@ -156,14 +187,19 @@ def _short(class_path: str) -> str:
 def complete(args: list[str]) -> list[str]:
     """Adds the newest run's config and checkpoint to a command that names neither.
 
-    A checkpoint of `best` or `last` chooses between those of the newest run.
+    A checkpoint of `best` or `last` chooses between those of the newest run. `fit` takes a run's configuration only
+    where it is told to go on, by --ckpt_path without --config.
 
     Raises:
         ValueError: If a config is given without a checkpoint.
         FileNotFoundError: If there is no run, or the checkpoint does not exist.
     """
     stage, rest = args[0], args[1:]
-    if stage == "fit" or any(a in ("-h", "--help") or a.startswith(("--help=", "--print_config")) for a in rest):
+    for option, value in zip(rest, [*rest[1:], ""], strict=True):
+        key, _, given = option.partition("=")
+        if key in ("--config", "-c"):
+            _check_config(Path(given or value))
+    if any(a in ("-h", "--help") or a.startswith(("--help=", "--print_config")) for a in rest):
         return args
     typed = {}
     for name in ("--config", "-c", "--ckpt_path", "--trainer.default_root_dir"):
@@ -173,7 +209,10 @@ def complete(args: list[str]) -> list[str]:
             elif arg.startswith(f"{name}="):
                 typed[name] = arg.split("=", 1)[1]
     checkpoint = typed.get("--ckpt_path")
-    if "--config" in typed or "-c" in typed:
+    has_config = "--config" in typed or "-c" in typed
+    if stage == "fit" and (checkpoint is None or has_config):
+        return args
+    if has_config:
         if checkpoint is None:
             raise ValueError(
                 f"`{stage} --config` needs a checkpoint: add `--ckpt_path CHECKPOINT`, or leave out --config to "
@@ -201,6 +240,23 @@ def complete(args: list[str]) -> list[str]:
     return [stage, "--config", str(run / "config.yaml"), *rest, "--ckpt_path", str(path)]
 
 
+def _check_config(path: Path) -> None:
+    """Looks at what the parser would choke on; what is wrong otherwise, it says itself.
+
+    Raises:
+        ValueError: If a configuration is no text, or has aliases that may unfold to any size.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        aliases = sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text))
+    except UnicodeDecodeError:
+        raise ValueError(f"--config {path} is no text in UTF-8; give a YAML file") from None
+    except (OSError, ValueError, yaml.YAMLError):
+        return
+    if aliases > MOST_ALIASES:
+        raise ValueError(f"--config {path} has {aliases} aliases; write out what they stand for")
+
+
 def run_stage(args: list[str], cli: type[BenchmarkCLI] = BenchmarkCLI) -> BenchmarkCLI:
     """Runs one stage.
 
@@ -221,6 +277,7 @@ def run_stage(args: list[str], cli: type[BenchmarkCLI] = BenchmarkCLI) -> Benchm
         subclass_mode_model=True,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,  # else a copy of a model (EMA) holds this and the processes it started
         args=args if cli is Rehearsal else complete([args[0].replace("-", "_"), *args[1:]]),
         parser_class=Parser,
         seed_everything_default=42,

@@ -19,7 +19,16 @@ from torch.utils.data import DataLoader
 from datamodules.cache import Entry, Sample, build_entry, open_entry
 from datamodules.errors import DatasetError, DatasetNotFoundError
 from datamodules.images import decode, resize
-from datamodules.loading import Seeds, TrainingImages, WholeBatches, to_bytes, whole_batches, world_size
+from datamodules.loading import (
+    FilledBatches,
+    Seeds,
+    TrainingImages,
+    TrainingOrder,
+    WholeBatches,
+    to_bytes,
+    whole_batches,
+    world_size,
+)
 from datamodules.sources import Reader, Record, Source, find_image_folder, find_parquet, hub
 
 CACHE_VERSION = 1
@@ -167,7 +176,7 @@ class ImageDataModule(L.LightningDataModule):
             self._subsets  # noqa: B018
 
     def train_dataloader(self) -> DataLoader[Tensor]:
-        """Shuffled full batches of training images.
+        """Shuffled full batches of training images; a training that was stopped within an epoch gets those left of it.
 
         Raises:
             ValueError: If there are too few images for one batch.
@@ -178,12 +187,17 @@ class ImageDataModule(L.LightningDataModule):
                 f"batch_size={self.batch_size} exceeds the {share} training images of each device; "
                 f"give --data.batch_size {share} or less"
             )
-        return self._loader(images, shuffle=True, drop_last=True)
+        epoch = done = 0
+        if self.trainer is not None:
+            epoch = self.trainer.current_epoch
+            progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+            done = progress.processed % (share // self.batch_size)
+        return self._loader(images, sampler=TrainingOrder(images, done * self.batch_size, epoch), drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Tensor] | list[DataLoader[Tensor]]:
         """Validation images in order; no loader if there are none."""
         _, images = self._subsets
-        return self._loader(images) if len(images) else []
+        return self._loader(images, sampler=FilledBatches(images, self.batch_size)) if len(images) else []
 
     def test_dataloader(self) -> DataLoader[Tensor]:
         """Seeds of the images to generate, each on one device only, in the same batches for any number of devices.
@@ -298,8 +312,8 @@ class ImageDataModule(L.LightningDataModule):
 
     def _decode(self, record: Record) -> Sample:
         """Decodes and checks one image."""
+        self._check_size(record.image, record.where)  # before its pixels are unpacked, which may be a great many
         image = decode(record.image, "L" if self.num_channels == 1 else "RGB", record.where)
-        self._check_size(image, record.where)
         if record.label < -1 or (self.num_classes is not None and record.label >= self.num_classes):
             raise DatasetError(
                 f"{record.where} has the label {record.label}, expected 0 to {(self.num_classes or 0) - 1}; "

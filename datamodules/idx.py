@@ -18,6 +18,9 @@ from datamodules.sources import Reader, Record, Source, one_folder, stat_identit
 TORCHVISION_FOLDERS = frozenset({"MNIST", "FashionMNIST", "KMNIST", "EMNIST"})
 """torchvision keeps files of the same names for all of them, in these folders of one root."""
 
+MOST_BYTES = 2**30
+"""Nearly twice what the largest file of the family, EMNIST ByClass, holds; a gzip of 1 MB may unpack to more."""
+
 
 def find_idx(root: Path, folder: str, train: str = "train", test: str = "t10k") -> Source | None:
     """Finds the four IDX files of a dataset, plain or gzipped, in `root` or below.
@@ -69,13 +72,16 @@ def _read_idx_pair(images_file: Path, labels_file: Path) -> Iterator[Record]:
 
 def _read_idx(file: Path, axes: int) -> NDArray[np.uint8]:
     try:
-        data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as opened:
+            data = opened.read(MOST_BYTES + 1)
     except (EOFError, OSError, zlib.error) as error:
         raise DatasetError(f"{file} is damaged ({error}); fetch it again") from error
     if len(data) < 4 + 4 * axes or data[:4] != bytes((0, 0, 8, axes)):
         raise DatasetError(
             f"{file} begins with {data[:4].hex()}, expected 000008{axes:02x}: not an IDX file of {axes} axes"
         )
+    if len(data) > MOST_BYTES:
+        raise DatasetError(f"{file} holds more than {MOST_BYTES:,} bytes, as no dataset of this family does")
     shape = tuple(int(size) for size in np.frombuffer(data, ">u4", axes, offset=4))
     pixels = np.frombuffer(data, np.uint8, offset=4 + 4 * axes)
     if pixels.size != np.prod(shape, dtype=np.int64):

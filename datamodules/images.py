@@ -19,7 +19,7 @@ def open_image(data: bytes, where: str) -> Image.Image:
     """
     try:
         return Image.open(io.BytesIO(data))
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DatasetError(f"{where} is not a readable image ({error}); fetch the file again") from error
 
 

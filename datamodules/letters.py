@@ -60,7 +60,7 @@ class Letters(ImageDataModule):
         return find_idx(root, "EMNIST", train="emnist-letters-train", test="emnist-letters-test")
 
     def _canonical(self, train: Reader) -> Callable[[Record], Record]:
-        labels, slendernesses = _survey(train)
+        labels, slendernesses = self._survey(train)
         if {0, 26} <= labels:
             raise DatasetError(
                 f"{self._source.description} has labels from 0 to 26, expected 0 to 25 or 1 to 26; "
@@ -78,6 +78,18 @@ class Letters(ImageDataModule):
 
         return canonical
 
+    def _survey(self, train: Reader) -> tuple[set[int], dict[int, list[float]]]:
+        """Returns all labels, and the slenderness of the first images of each label that may be I, J or L."""
+        labels: set[int] = set()
+        seen: dict[int, list[float]] = {letter + first: [] for letter in TALL for first in (0, 1)}
+        for record in train():
+            labels.add(record.label)
+            values = seen.get(record.label)
+            if values is not None and len(values) < LOOKED_AT:
+                self._check_size(record.image, record.where)
+                values.append(_slenderness(decode(record.image, "L", record.where)))
+        return labels, seen
+
     def _is_transposed(self, slenderness: float) -> bool:
         if abs(slenderness) < MARGIN:
             if self.orientation == "auto":
@@ -93,18 +105,6 @@ class Letters(ImageDataModule):
                 f"orientation={self.orientation!r} was given; pass --data.orientation {found} or auto"
             )
         return found == "transposed"
-
-
-def _survey(train: Reader) -> tuple[set[int], dict[int, list[float]]]:
-    """Returns all labels, and the slenderness of the first images of each label that may be I, J or L."""
-    labels: set[int] = set()
-    seen: dict[int, list[float]] = {letter + first: [] for letter in TALL for first in (0, 1)}
-    for record in train():
-        labels.add(record.label)
-        values = seen.get(record.label)
-        if values is not None and len(values) < LOOKED_AT:
-            values.append(_slenderness(decode(record.image, "L", record.where)))
-    return labels, seen
 
 
 def _slenderness(image: Image.Image) -> float:

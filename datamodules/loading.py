@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 
 class TrainingImages(Dataset[Tensor]):
@@ -66,6 +68,50 @@ class Seeds(Dataset[Tensor]):
         return torch.tensor(indices, dtype=torch.int64) + self.first
 
 
+class TrainingOrder(DistributedSampler[Any]):
+    """Shuffled images of this process; the order depends on `seed_everything` and the epoch alone.
+
+    The images of step `k` of all processes together are the same for any number of processes, if they are as many.
+
+    Args:
+        images: Images to train on.
+        skip: Images of this process that the first epoch leaves out, since they came before a training was stopped.
+        epoch: First epoch.
+    """
+
+    def __init__(self, images: Dataset[Tensor], skip: int = 0, epoch: int = 0) -> None:
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        super().__init__(images, world_size(), rank(), shuffle=True, seed=seed, drop_last=True)
+        self.skip = skip
+        self.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Any]:
+        skip, self.skip = self.skip, 0
+        return islice(super().__iter__(), skip, None)
+
+
+class FilledBatches(DistributedSampler[Any]):
+    """Images in order, of which the processes take whole batches in turn, so that batches are those of one process.
+
+    Where the batches do not go round, the first one fills up.
+
+    Args:
+        images: Images to validate on.
+        batch_size: Images per batch.
+    """
+
+    def __init__(self, images: Dataset[Tensor], batch_size: int) -> None:
+        super().__init__(images, world_size(), rank(), shuffle=False)
+        indices = torch.arange(len(images)).split(batch_size)  # type: ignore[arg-type]
+        turns = -(-len(indices) // self.num_replicas)
+        mine = [i * self.num_replicas + self.rank for i in range(turns)]
+        self.indices = torch.cat([indices[i if i < len(indices) else 0] for i in mine]).tolist()
+        self.num_samples = len(self.indices)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.indices)
+
+
 def to_bytes(images: Tensor) -> Tensor:
     """Maps [-1, 1] to the nearest byte, the inverse of the scaling of `TrainingImages`; values outside are clamped."""
     return images.to(torch.float32).clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
@@ -114,6 +160,12 @@ def world_size() -> int:
     """Number of processes of this run."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if distributed else 1
+
+
+def rank() -> int:
+    """Number of this process."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_rank() if distributed else 0
 
 
 def _as_is(batch: Any) -> Any:

@@ -65,6 +65,7 @@ class ANNSNN(QuantisedDiffusion):
     """
 
     method = "ann-snn"
+    trains_in_parts = True
     network: ANNUNet
 
     def __init__(
@@ -170,7 +171,9 @@ class ANNSNN(QuantisedDiffusion):
             t = torch.randint(self.scheduler.config.num_train_timesteps, (len(batch),), device=batch.device)
             x = self.scheduler.add_noise(batch, torch.randn_like(batch), t)
         loss = self.block_loss(self.network.block_names[index], x, t)
-        self.log_dict({"train/loss": loss, "train/block": float(index)}, prog_bar=True, batch_size=len(batch))
+        self.log_dict(
+            {"train/loss": loss, "train/block": float(index)}, prog_bar=True, sync_dist=True, batch_size=len(batch)
+        )
         return loss
 
     def block_loss(self, name: str, x: Tensor, t: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -41,6 +43,8 @@ class DiffusionSystem(L.LightningModule):
     """Firing threshold of all neurons, where the method has one."""
     is_generated = False
     """Whether the images of the batch to test exist already, from a test that was interrupted."""
+    trains_in_parts: bool = False
+    """Whether a step of training leaves parameters without a gradient, of which several processes must know."""
 
     def __init__(self, optimizer: OptimizerFactory, lr_scheduler: LRSchedulerFactory | None = None) -> None:
         super().__init__()
@@ -92,16 +96,31 @@ class DiffusionSystem(L.LightningModule):
         """Plots of what the method has learned, by name; drawn with the pictures of training."""
         return {}
 
+    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+        """Makes all draws of a step depend on seed, epoch, batch and process alone.
+
+        So a training that was stopped and goes on draws what it would have drawn, and a step can be repeated.
+        """
+        if seed := os.environ.get("PL_GLOBAL_SEED"):  # set by `seed_everything`, unless that is off
+            place = f"{seed} {self.current_epoch} {batch_idx} {self.global_rank}"
+            torch.manual_seed(int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "big"))
+
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Returns the loss of a batch of images."""
         loss = self.loss(batch)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(batch))
         return loss
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        """Logs the loss with draws that are the same in every epoch."""
-        generator = torch.Generator(batch.device).manual_seed(batch_idx)
-        self.log("val/loss", self.loss(batch, generator), prog_bar=True, sync_dist=True, batch_size=len(batch))
+        """Logs the loss with draws that are the same in every epoch, for any number of processes.
+
+        Processes take whole batches in turn; what fills up the last turn has no weight.
+        """
+        index = batch_idx * self.trainer.world_size + self.global_rank  # of this batch among those of all processes
+        loader: Any = self.trainer.val_dataloaders
+        weight = len(batch) if index * loader.batch_size < len(loader.dataset) else 0
+        generator = torch.Generator(batch.device).manual_seed(index)
+        self.log("val/loss", self.loss(batch, generator), prog_bar=True, sync_dist=True, batch_size=weight)
 
     def test_step(self, batch: Tensor, batch_idx: int) -> Tensor | None:
         """Returns the images `(B, C, H, W)` of a batch of seeds `(B,)`, nothing if they exist already."""

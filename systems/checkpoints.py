@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+ADVICE = re.compile("Weights only load failed|Please file an issue|Check the documentation")
+"""Lines of torch's refusal to unpickle something."""
+
+CONTENT = {
+    "state_dict": dict,
+    "pytorch-lightning_version": str,
+    "method": str,
+    "process": dict,
+    "loops": dict,
+    "callbacks": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+}
+"""Types of the entries of the suite's checkpoints."""
 
 
 class CheckpointMismatchError(RuntimeError):
@@ -27,38 +46,82 @@ def load_checkpoint(path: str | Path) -> Any:
         raise FileNotFoundError(f"{path} is not a file; give a checkpoint")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
         raise ValueError(
-            f"{path} cannot be read as a checkpoint of tensors (truncated, or holding code): {reason}"
+            f"{path} cannot be read as a checkpoint of tensors (truncated, or holding code): {_reason(error)}"
         ) from None
 
 
+def _reason(error: Exception) -> str:
+    """First sentence of an error; of torch's refusal to run code what it refused, not the advice to run it."""
+    lines = [line for line in str(error).splitlines() if line and not ADVICE.search(line)]
+    return lines[0].split(". ")[0] if lines else type(error).__name__
+
+
 def save_checkpoint(content: Any, path: str | Path) -> None:
-    """Writes a file for `load_checkpoint`, so that a reader sees all of it or nothing."""
+    """Writes a file for `load_checkpoint`, so that a reader sees all of it or nothing, also after a power cut.
+
+    Raises:
+        OSError: If it cannot be written; a file that was there before is whole.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.part")  # one that a killed process left is overwritten
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
     try:
-        torch.save(content, part)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
         part.replace(path)
+    except OSError as error:
+        kept = f"the checkpoint that was there before is whole: {path}" if path.is_file() else "there is none yet"
+        size = f"{buffer.getbuffer().nbytes / 2**20:,.1f} MiB"
+        raise OSError(
+            f"the checkpoint {path} ({size}) cannot be written ({error.strerror}); {kept}; make room or let the folder "
+            "be written to, then go on with `python -m benchmark fit --ckpt_path last`"
+        ) from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def read_suite(path: str | Path, *needed: str) -> dict[str, Any]:
+    """Reads a checkpoint that the suite wrote while training, or imported.
+
+    Args:
+        path: The file.
+        needed: Entries that it must have besides its weights.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it cannot be read.
+        CheckpointMismatchError: If it is not of the suite.
+    """
+    content = load_checkpoint(path)
+    if not isinstance(content, dict) or not {"state_dict", *needed} <= content.keys():
+        raise CheckpointMismatchError(
+            f"{path} is no checkpoint of the suite; for an authors' file use `python -m benchmark import` first"
+        )
+    kinds = {key: kind for key, kind in CONTENT.items() if key in content}
+    wrong = [f"{key} is no {kind.__name__}" for key, kind in kinds.items() if not isinstance(content[key], kind)]
+    if not wrong:
+        wrong = [f"{key} is no tensor" for key, value in content["state_dict"].items() if not isinstance(value, Tensor)]
+    if wrong:
+        raise CheckpointMismatchError(f"{path} was tampered with: {', '.join(wrong[:5])}; train or fetch it again")
+    return content
 
 
 def read_trained(path: str | Path, method: str) -> dict[str, Any]:
-    """Reads a checkpoint that the suite wrote while training, or imported, for one method.
+    """Reads a checkpoint of the suite for one method.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it cannot be read.
         CheckpointMismatchError: If it is not of the suite, or of another method.
     """
-    content = load_checkpoint(path)
-    if not isinstance(content, dict) or "state_dict" not in content:
-        raise CheckpointMismatchError(
-            f"{path} is no checkpoint of the suite; for an authors' file use `python -m benchmark import` first"
-        )
+    content = read_suite(path)
     check_method(content, method, str(path))
     return content
 

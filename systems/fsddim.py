@@ -219,7 +219,7 @@ class FSDDIM(DiffusionSystem):
         """Returns the loss of a batch of images and logs its terms, unweighted."""
         terms = self.loss_terms(batch)
         loss = self._weigh(terms)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(batch))
         self.log_dict({f"train/loss_{name}": term for name, term in terms.items()}, batch_size=len(batch))
         return loss
 

@@ -151,7 +151,8 @@ class GaussianDiffusion(DiffusionSystem):
         Raises:
             CheckpointMismatchError: If noise schedule or prediction type differ; lists what does.
         """
-        trained = checkpoint.get("process", self.process)
+        process = checkpoint.get("process", self.process)
+        trained = {key: process.get(key) for key in self.process}
         different = [
             f"{k}={trained[k]} but --model.scheduler has {v}" for k, v in self.process.items() if trained[k] != v
         ]

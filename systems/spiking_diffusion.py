@@ -60,8 +60,7 @@ class SpikingDiffusion(DiffusionSystem):
 
     One `fit` trains both stages and ends by itself; a checkpoint resumes in the stage where it was written. An epoch is
     one pass over the training images in both stages. The codes of stage two are computed once: with `--data.flip` an
-    image is mirrored for good or never. Several devices need
-    `--trainer.strategy ddp_find_unused_parameters_true`, since one stage has gradients at a time.
+    image is mirrored for good or never.
 
     Args:
         in_channels: Image channels.
@@ -91,6 +90,7 @@ class SpikingDiffusion(DiffusionSystem):
     """
 
     method = "spiking-diffusion"
+    trains_in_parts = True
 
     def __init__(
         self,
@@ -227,6 +227,10 @@ class SpikingDiffusion(DiffusionSystem):
         if not 0 <= (-1 if self.trainer.max_epochs is None else self.trainer.max_epochs) <= epochs:
             self.trainer.fit_loop.max_epochs = epochs
 
+    def on_train_start(self) -> None:
+        """Enters the stage that is due; a training resumed within an epoch does not start that epoch again."""
+        self.on_train_epoch_start()
+
     def on_train_epoch_start(self) -> None:
         """Enters the stage that is due, and shuffles the codes of stage two."""
         self._in_stage_two = self.current_epoch >= self.autoencoder_epochs
@@ -269,7 +273,7 @@ class SpikingDiffusion(DiffusionSystem):
         self.manual_backward(loss)
         cast(list[Any], self.optimizers())[int(self._in_stage_two)].step()
         stage = 2.0 if self._in_stage_two else 1.0
-        self.log_dict({"train/loss": loss, "train/stage": stage}, prog_bar=True, batch_size=len(batch))
+        self.log_dict({"train/loss": loss, "train/stage": stage}, prog_bar=True, sync_dist=True, batch_size=len(batch))
         return loss
 
     def on_train_epoch_end(self) -> None:
@@ -422,7 +426,7 @@ class SpikingDiffusion(DiffusionSystem):
         """Refuses a checkpoint of another method, network or diffusion process; takes its stage."""
         super().on_load_checkpoint(checkpoint)
         trained = checkpoint.get("process", self.process)
-        different = [f"{k}={trained[k]} instead of {v}" for k, v in self.process.items() if trained[k] != v]
+        different = [f"{k}={trained.get(k)} instead of {v}" for k, v in self.process.items() if trained.get(k) != v]
         if different:
             raise CheckpointMismatchError(
                 f"the checkpoint was trained with {', '.join(different)}; give --model the values of training"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 SHARED = Path(__file__).parents[2] / "shared"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds the number of kills that the tests of killed runs try."""
+    parser.addoption("--kills", type=int, default=2, help="kills of each kind in tests/benchmark/test_faults.py")
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +29,14 @@ def reference() -> Callable[[str], dict[str, Tensor]]:
         return load_file(path)
 
     return load
+
+
+@pytest.fixture(scope="module")
+def uncompiled() -> Iterator[None]:
+    """Neurons that start at once: compiling takes longer than the smallest trainings."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("systems.neurons.COMPILE_FROM", 2**62)
+        yield
 
 
 @pytest.fixture(scope="session")

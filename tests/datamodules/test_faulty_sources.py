@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import gzip
 import pickle
+import struct
+import zlib
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 from dataset_layouts import (
+    Splits,
     encode,
+    letter_splits,
     random_splits,
     write_cifar,
     write_folder,
@@ -18,7 +22,7 @@ from dataset_layouts import (
     write_parquet,
 )
 
-from datamodules import CIFAR10, MNIST, DatasetError
+from datamodules import CIFAR10, MNIST, DatasetError, Letters
 
 GREY = random_splits()
 COLOUR = random_splits(32, 3)
@@ -143,6 +147,48 @@ def test_truncated_gzip(tmp_path: Path) -> None:
 def test_more_images_than_labels(tmp_path: Path) -> None:
     write_idx(tmp_path, GREY | {"train": (GREY["train"][0], GREY["train"][1][:-1])})
     fail(mnist(tmp_path), match=r"train-images-idx3-ubyte holds 40 images, but .*train-labels-idx1-ubyte 39 labels")
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that announces its size and holds next to nothing."""
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    rest = b"IDAT" + zlib.compress(b"")
+    parts = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in (chunk, rest)]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.filterwarnings("ignore:.*decompression bomb.*")
+@pytest.mark.parametrize("size", [9_000, 11_000, 60_000])  # below and above what Pillow warns of, and refuses
+@pytest.mark.parametrize(
+    ("make", "splits", "names"), [(MNIST, GREY, "0123456789"), (Letters, letter_splits(), "ABCDEFGHIJKLMNOPQRSTUVWXYZ")]
+)
+def test_an_enormous_image_is_not_unpacked(
+    size: int, make: type[MNIST], splits: Splits, names: str, tmp_path: Path
+) -> None:
+    write_folder(tmp_path, splits, names)
+    (tmp_path / "train" / names[8] / "00008.png").write_bytes(png_header(size, size))
+    data = make(str(tmp_path), cache_dir=str(tmp_path / "cache"))
+    fail(data, match=rf"/00008.png (has {size}x{size} pixels, expected 28x28|is not a readable image .*bomb)")
+
+
+def test_an_idx_file_that_unpacks_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_idx(tmp_path, GREY, zipped=True)
+    monkeypatch.setattr("datamodules.idx.MOST_BYTES", 30_000)
+    fail(mnist(tmp_path), match=r"-ubyte.gz holds more than 30,000 bytes, as no dataset of this family does")
+
+
+def test_an_idx_file_that_announces_billions(tmp_path: Path) -> None:
+    write_idx(tmp_path, GREY)
+    file = tmp_path / "train-images-idx3-ubyte"
+    file.write_bytes(bytes((0, 0, 8, 3)) + b"\xff" * 12 + bytes(100))
+    fail(mnist(tmp_path), match=r"announces 4294967295 x 4294967295 x 4294967295 bytes but holds 100")
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", png_header(28, 28), b"PAR1" + b"\xff" * 2000 + b"PAR1"])
+def test_a_parquet_file_of_something_else(content: bytes, tmp_path: Path) -> None:
+    write_parquet(tmp_path, GREY)
+    (tmp_path / "test.parquet").write_bytes(content)
+    fail(mnist(tmp_path), match=r"test.parquet cannot be read \(.*; fetch it again")
 
 
 class _Harmful:

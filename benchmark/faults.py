@@ -1,0 +1,164 @@
+"""What keeps a training from being lost: whole checkpoint files, stops by signal, and a loss that is no number."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from torch import Tensor
+
+from systems.checkpoints import read_suite, save_checkpoint
+
+LOST = re.compile("gloo|nccl|peer|heartbeat", re.IGNORECASE)
+"""What torch.distributed says when another process is gone."""
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Writes checkpoints whole or not at all, and reads them without running code.
+
+    Lightning moves a file from the system's temporary folder, which on another file system is a copy that a kill cuts.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Writes beside the final place and renames."""
+        save_checkpoint(checkpoint, path)
+
+    def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> Any:
+        """Reads tensors and plain values of the suite, always to the CPU first."""
+        return read_suite(path, "pytorch-lightning_version")
+
+
+class DivergenceError(RuntimeError):
+    """A loss or a weight is no finite number; the message says where, and what to go on from."""
+
+
+class LastCheckpoint(Checkpoint):
+    """Keeps `last.ckpt`: after every epoch, every few steps if wanted, and when a signal ends the training.
+
+    SIGINT (Ctrl+C) and SIGTERM are obeyed after the step that is running, by all processes alike; the exit codes are
+    130 and 143. A second signal ends the process at once.
+
+    Args:
+        every_n_train_steps: Steps between checkpoints within an epoch; none keeps those of whole epochs.
+    """
+
+    def __init__(self, every_n_train_steps: int | None = None) -> None:
+        if every_n_train_steps is not None and every_n_train_steps < 1:
+            raise ValueError(f"--last.every_n_train_steps={every_n_train_steps}; give 1 or more, or null")
+        self.every_n_train_steps = every_n_train_steps
+        self.path = Path()
+        self._signal: int | None = None
+        self._saved_step = 0  # nothing is worth saving before the first
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Takes the run folder of all processes."""
+        self.path = Path(trainer.log_dir or ".") / "checkpoints" / "last.ckpt"
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Obeys signals from here on; Lightning restores their handlers when the training ends."""
+        self._saved_step = trainer.global_step
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                signal.signal(number, self._note)
+            except ValueError:  # not the main thread, which alone may
+                return
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        """Remembers a signal; a second one gets the system's answer."""
+        self._signal = number
+        print(f"\n{signal.Signals(number).name}: saving after this step (once more: stop at once)", flush=True)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        """Saves where it is due; the last step of an epoch is left to the end of the epoch."""
+        if trainer.is_last_batch:
+            return
+        due = bool(self.every_n_train_steps) and trainer.global_step % (self.every_n_train_steps or 1) == 0
+        self._save(trainer, due)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves after every epoch."""
+        self._save(trainer, due=True)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Says what a broken connection means: a process that dies ends all."""
+        if trainer.world_size > 1 and isinstance(exception, RuntimeError) and LOST.search(str(exception)):
+            go_on = f"; go on with `python -m benchmark fit --ckpt_path {self.path}`" if self.path.is_file() else ""
+            print(
+                f"process {trainer.global_rank} of {trainer.world_size} lost another one, whose own message or exit "
+                f"code says why; the training ends{go_on}",
+                flush=True,
+            )
+
+    def _save(self, trainer: Trainer, due: bool) -> None:
+        number = self._agreed_signal(trainer)
+        if (due or number) and trainer.global_step != self._saved_step and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            trainer.save_checkpoint(self.path, weights_only=False)
+            self._saved_step = trainer.global_step
+        if number:
+            if not trainer.is_global_zero:
+                raise SystemExit(0)  # the launcher kills the first process if another fails
+            print(
+                f"stopped by {signal.Signals(number).name} after step {trainer.global_step}; go on with "
+                f"`python -m benchmark fit --ckpt_path {self.path}`",
+                flush=True,
+            )
+            raise SystemExit(128 + number)
+
+    def _agreed_signal(self, trainer: Trainer) -> int:
+        """The signal that any process got, or 0: all must stop after the same step."""
+        if trainer.world_size == 1:
+            return self._signal or 0
+        number = torch.tensor(self._signal or 0, device=trainer.strategy.root_device)
+        return int(trainer.strategy.reduce(number, reduce_op="max"))
+
+
+class DivergenceGuard(Callback):
+    """Ends a training whose loss or weights are no finite numbers, before they reach a checkpoint."""
+
+    def __init__(self) -> None:
+        self._place = ""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Tensor, batch_idx: int) -> None:
+        """Notes what would reproduce this step."""
+        self._place = (
+            f"step {trainer.global_step} (epoch {trainer.current_epoch}, batch {batch_idx}, process "
+            f"{trainer.global_rank} of {trainer.world_size}, seed_everything {os.environ.get('PL_GLOBAL_SEED', 'off')})"
+        )
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Looks at the loss.
+
+        Raises:
+            DivergenceError: If it is NaN or infinite.
+        """
+        if not torch.isfinite(loss).all():
+            raise DivergenceError(f"the loss is {float(loss)} at {self._place}; {self._advice(trainer)}")
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Looks at the weights, which a gradient can spoil while the loss is still finite.
+
+        Raises:
+            DivergenceError: If one is NaN or infinite.
+        """
+        for name, tensor in checkpoint["state_dict"].items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise DivergenceError(f"{name} is not finite after {self._place}; {self._advice(trainer)}")
+
+    @staticmethod
+    def _advice(trainer: Trainer) -> str:
+        last = next((c.path for c in trainer.checkpoint_callbacks if isinstance(c, LastCheckpoint)), None)
+        good = f"the last good checkpoint is {last}" if last and last.is_file() else "there is no checkpoint yet"
+        return (
+            f"{good}. Lower the learning rate, clip gradients (--trainer.gradient_clip_val 1.0) or raise --trainer."
+            "precision; the same step with the same options diverges again"
+        )

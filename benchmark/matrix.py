@@ -1,0 +1,219 @@
+"""`python -m benchmark matrix`: methods times datasets times seeds, each trained and tested in a process of its own."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from subprocess import STDOUT, Popen
+from typing import Any, Literal
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from benchmark.runs import RUNS, newest_run
+from leaderboard.protocols import canonical_sha256
+from leaderboard.records import Record, find_records, read_record
+from leaderboard.table import headline
+
+BENCHMARK = (sys.executable, "-m", "benchmark")
+State = Literal["done before", "done", "failed", "stopped", "not begun"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training and its test.
+
+    Args:
+        config: Configuration file.
+        seed: Seed of training.
+        options: What is typed on top of the configuration.
+        output: Folder of all cells.
+    """
+
+    config: Path
+    seed: int
+    options: tuple[str, ...]
+    output: Path
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the run; named by what the result depends on, so that another configuration gets another one."""
+        content = [yaml.safe_load(self.config.read_text()), self.options, self.seed]
+        return self.output / f"{self.config.stem}-seed{self.seed}-{canonical_sha256(content)[:8]}"
+
+    @property
+    def record(self) -> Record | None:
+        """What was measured, once it was."""
+        found = find_records([self.folder])
+        return read_record(found[-1]) if found else None
+
+    @property
+    def stages(self) -> list[list[str]]:
+        """Commands that are left to do: training from the start or from where it was killed, and the test."""
+        place = f"--trainer.default_root_dir={self.folder}"
+        try:
+            newest_run(self.folder)
+        except FileNotFoundError:
+            fit = [f"--config={self.config}", f"--seed_everything={self.seed}", *self.options]
+        else:
+            fit = ["--ckpt_path=last"]
+        return [["fit", *fit, place], ["test", place]]
+
+
+def matrix(args: Sequence[str]) -> None:
+    """Trains and tests methods on datasets with several seeds, or prints the commands that do.
+
+    Args:
+        args: What follows `matrix`.
+
+    Raises:
+        SystemExit: With code 1 if a run failed, 130 or 143 if a signal ended it.
+        ValueError: If an option is not of its form.
+        FileNotFoundError: If there is no configuration for a pair.
+    """
+    options = _parser().parse_args(args)
+    cells = _cells(options)
+    left = [cell for cell in cells if cell.record is None]
+    if options.print or options.slurm:
+        lines = [_command(cell, options) for cell in left]
+        print(_slurm(lines) if options.slurm else "\n".join(lines))
+        return
+    console = Console()
+    states: dict[Cell, State] = {cell: "not begun" if cell in left else "done before" for cell in cells}
+    stopped = 0
+    for number, cell in enumerate(left, start=1):
+        name = f"{number}/{len(left)} {cell.config.stem}, seed {cell.seed}"
+        console.print(f"{name}: log in {cell.folder / 'log.txt'}", soft_wrap=True, highlight=False)
+        code = _run(cell)
+        states[cell] = "done" if code == 0 else "stopped" if code in (130, 143) else "failed"
+        if states[cell] == "stopped":
+            stopped = code
+            break
+    console.print(_table(states))
+    if stopped or "failed" in states.values():
+        sys.exit(stopped or 1)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m benchmark matrix",
+        description="Trains and tests every method on every dataset with every seed, one after another. What has a "
+        "record is skipped, what was killed goes on from its last checkpoint, and what fails does not stop the rest.",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--methods", nargs="+", required=True, metavar="METHOD", help="first part of a config's name")
+    parser.add_argument("--datasets", nargs="+", required=True, metavar="DATASET", help="second part of it")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42], help="seeds of training")
+    parser.add_argument("--configs", type=Path, default=Path("configs"), help="folder of METHOD_DATASET.yaml")
+    parser.add_argument("--roots", nargs="+", default=[], metavar="DATASET=FOLDER", help="--data.root of datasets")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="options of `fit`, for all runs")
+    parser.add_argument("--output", type=Path, default=RUNS / "matrix", help="folder of the runs")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--print", action="store_true", help="print a command for each run that is left, and run none")
+    what.add_argument("--slurm", action="store_true", help="print a SLURM array script of them, and run none")
+    return parser
+
+
+def _cells(options: argparse.Namespace) -> list[Cell]:
+    roots = _pairs("--roots", options.roots)
+    if unknown := sorted(roots.keys() - set(options.datasets)):
+        raise ValueError(f"--roots names {', '.join(unknown)}, which --datasets does not")
+    typed = tuple(f"--{key}={value}" for key, value in _pairs("--set", options.set).items())
+    cells = []
+    for seed in options.seeds:  # seed by seed, so that a stopped matrix still compares like with like
+        for method in options.methods:
+            for dataset in options.datasets:
+                root = (f"--data.root={roots[dataset]}",) if dataset in roots else ()
+                cells.append(Cell(options.configs / f"{method}_{dataset}.yaml", seed, (*root, *typed), options.output))
+    if missing := sorted({str(cell.config) for cell in cells if not cell.config.is_file()}):
+        known = ", ".join(sorted(path.stem for path in options.configs.glob("*_*.yaml"))) or "none"
+        raise FileNotFoundError(f"no {', '.join(missing)}; {options.configs}/ has: {known}")
+    return list(dict.fromkeys(cells))
+
+
+def _pairs(option: str, typed: Sequence[str]) -> dict[str, str]:
+    if wrong := [text for text in typed if not text.partition("=")[0] or "=" not in text]:
+        raise ValueError(f"{option} {wrong[0]} has no name and value; give NAME=VALUE")
+    return dict(text.split("=", 1) for text in typed)
+
+
+def _run(cell: Cell) -> int:
+    """Runs what is left of a cell; returns 0 or the exit code that ended it."""
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    with (cell.folder / "log.txt").open("ab") as log:
+        for stage in cell.stages:
+            process = Popen([*BENCHMARK, *stage], stdout=log, stderr=STDOUT)
+            if code := _wait(process):
+                return code
+    return 0 if cell.record is not None else 1
+
+
+def _wait(process: Popen[bytes]) -> int:
+    """Waits for a process and hands on what would end this one, so that it can save and leave."""
+    passed_on: list[int] = []
+
+    def pass_on(number: int, frame: Any) -> None:
+        passed_on.append(number)
+        process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 128 + passed_on[0] if passed_on else code
+
+
+def _table(states: Mapping[Cell, State]) -> Table:
+    table = Table(title="matrix", title_justify="left")
+    for column in ("run", "seed", "state", "result", "why"):
+        table.add_column(column, justify="right" if column == "seed" else "left", no_wrap=column in ("run", "state"))
+    for cell, state in states.items():
+        result = why = ""
+        if state in ("done", "done before") and (record := cell.record) is not None:
+            key, value = headline(record)
+            result = f"{key} {value.value:.2f} ±{value.uncertainty:.2f}{' (draft)' if record.draft else ''}"
+        if state == "failed":
+            why = _last_error(cell.folder / "log.txt")
+        table.add_row(cell.config.stem, str(cell.seed), state, result, why)
+    return table
+
+
+def _last_error(log: Path) -> str:
+    lines = log.read_text(errors="replace").splitlines()
+    errors = [line for line in lines if "error:" in line.lower()] or [line for line in lines if line.strip()]
+    return errors[-1].removeprefix("error: ") if errors else "killed; see its log"
+
+
+def _command(cell: Cell, options: argparse.Namespace) -> str:
+    """A matrix of this cell alone, which skips and goes on by itself."""
+    method, _, dataset = cell.config.stem.rpartition("_")
+    words = ["python", "-m", "benchmark", "matrix", "--methods", method, "--datasets", dataset]
+    words += ["--seeds", str(cell.seed), "--configs", str(options.configs), "--output", str(options.output)]
+    roots = [root for root in options.roots if root.startswith(f"{dataset}=")]
+    words += ["--roots", *roots] if roots else []
+    words += ["--set", *options.set] if options.set else []
+    return shlex.join(words)
+
+
+def _slurm(lines: Sequence[str]) -> str:
+    quoted = "\n".join(f"  {shlex.quote(line)}" for line in lines)
+    return f"""#!/bin/bash
+#SBATCH --job-name=spiking-diffusion
+#SBATCH --array=0-{max(len(lines) - 1, 0)}
+#SBATCH --gres=gpu:1
+#SBATCH --requeue
+#SBATCH --signal=TERM@120
+# Two minutes before the time limit a run saves and leaves; submitted again, each goes on where it was.
+commands=(
+{quoted}
+)
+srun --ntasks=1 bash -c "exec ${{commands[$SLURM_ARRAY_TASK_ID]}}\""""

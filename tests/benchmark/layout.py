@@ -1,0 +1,42 @@
+"""The command line for tests of several processes: draws that depend on the image alone, and a process that dies.
+
+A network without BatchNorm must then be trained alike by any number of processes.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import zlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmark.cli import main
+from systems.base import DiffusionSystem
+from systems.gaussian import GaussianDiffusion
+
+
+def loss(system: GaussianDiffusion, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """The loss of a noise predictor, whose draws the image decides."""
+    generators = [torch.Generator().manual_seed(zlib.crc32(image.numpy().tobytes())) for image in images]
+    noise = torch.stack([torch.randn(image.shape, generator=g) for image, g in zip(images, generators, strict=True)])
+    t = torch.cat([torch.randint(1000, (1,), generator=g) for g in generators])
+    return F.mse_loss(system.network(system.scheduler.add_noise(images, noise, t), t), noise)
+
+
+def die(system: DiffusionSystem, batch: Tensor, batch_idx: int) -> None:
+    """Ends the process that DIES names before its third step."""
+    if system.global_rank == int(os.environ.get("DIES", -1)) and system.global_step == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    GaussianDiffusion.loss = loss  # type: ignore[method-assign]
+    DiffusionSystem.on_train_batch_start = die  # type: ignore[method-assign]
+    main()

@@ -1,0 +1,163 @@
+"""A matrix of runs skips what is done, goes on with what was killed, and does not stop where one fails."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import SDDPM, forked
+
+from benchmark import matrix
+from benchmark.cli import main
+from benchmark.runs import find_checkpoint, newest_run
+from leaderboard.records import find_records
+from systems.checkpoints import load_checkpoint
+
+SMALL = [option.removeprefix("--") for option in SDDPM[1:]]
+
+
+@pytest.fixture
+def configs(tmp_path: Path) -> Path:
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    good = yaml.safe_load(Path("configs/quickstart.yaml").read_text())
+    (folder / "good_digits.yaml").write_text(yaml.safe_dump(good))
+    good["data"]["init_args"]["batch_size"] = 10**6
+    (folder / "bad_digits.yaml").write_text(yaml.safe_dump(good))
+    return folder
+
+
+@pytest.fixture
+def in_process(uncompiled: None, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Runs commands in forked processes, which have imported everything, and notes them."""
+    commands: list[list[str]] = []
+
+    class Forked:
+        def __init__(self, command: list[str], stdout: object, stderr: int) -> None:
+            commands.append(command[3:])
+            self.process = forked(lambda: main(command[3:]), Path(stdout.name))  # type: ignore[attr-defined]
+
+        def wait(self) -> int:
+            self.process.join()
+            return int(self.process.exitcode or 0)
+
+        def send_signal(self, number: int) -> None:
+            os.kill(int(self.process.pid or 0), number)
+
+    monkeypatch.setattr(matrix, "Popen", Forked)
+    return commands
+
+
+def run(configs: Path, *options: str, methods: tuple[str, ...] = ("good",)) -> int:
+    """Returns the exit code of a matrix."""
+    small = [option for option in SMALL if "batch_size" not in option]
+    command = ["matrix", "--methods", *methods, "--datasets", "digits", "--configs", str(configs)]
+    try:
+        main([*command, "--output", str(configs.parent / "out"), "--set", *small, *options])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*")
+def test_one_failure_does_not_stop_the_rest_and_nothing_is_done_twice(
+    configs: Path, in_process: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(configs, methods=("bad", "good")) == 1
+    assert [command[0] for command in in_process] == ["fit", "fit", "test"]
+    shown = capsys.readouterr().out
+    assert "bad_digits" in shown
+    assert "batch_size=1000000" in shown
+    records = find_records([configs.parent / "out"])
+    assert len(records) == 1
+    in_process.clear()
+    assert run(configs) == 0
+    assert in_process == []
+    assert "done before" in capsys.readouterr().out
+    assert find_records([configs.parent / "out"]) == records
+    in_process.clear()
+    assert run(configs, "--print", methods=("bad", "good")) == 0
+    (line,) = capsys.readouterr().out.splitlines()  # what is left
+    assert shlex.split(line)[:8] == ["python", "-m", "benchmark", "matrix", "--methods", "bad", "--datasets", "digits"]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*")
+def test_a_stopped_matrix_goes_on(
+    configs: Path, in_process: list[list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from systems import SDDPM as System
+
+    before = System.on_train_batch_start
+
+    def stop(system: System, batch: object, batch_idx: int) -> None:
+        if system.global_step == 7:
+            os.kill(os.getppid(), signal.SIGTERM)  # of the matrix, as a cluster does
+
+    monkeypatch.setattr(System, "on_train_batch_start", stop)
+    assert run(configs, "--seeds", "1", "2") == 143
+    assert [command[0] for command in in_process] == ["fit"]  # neither its test nor the next one
+    (folder,) = (path for path in (tmp_path / "out").iterdir() if path.is_dir())
+    steps = load_checkpoint(find_checkpoint(newest_run(folder)))["global_step"]
+    assert steps >= 8
+    monkeypatch.setattr(System, "on_train_batch_start", before)
+    in_process.clear()
+    assert run(configs, "--seeds", "1") == 0
+    assert in_process[0][:2] == ["fit", "--ckpt_path=last"]
+    assert len(list(folder.glob("*/config.yaml"))) == 1  # the same run
+    assert len(find_records([folder])) == 1
+
+
+def test_another_configuration_is_another_run(configs: Path) -> None:
+    def folder(*options: str) -> Path:
+        return matrix.Cell(configs / "good_digits.yaml", 0, options, Path("out")).folder
+
+    first = folder()
+    assert folder() == first
+    assert folder("--model.num_steps=3") != first
+    config = configs / "good_digits.yaml"
+    config.write_text(f"# a remark\n{config.read_text()}")
+    assert folder() == first
+    config.write_text(config.read_text().replace("seed_everything: 42", "seed_everything: 43"))
+    assert folder() != first
+
+
+def test_commands_can_be_printed(configs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(configs, "--seeds", "1", "2", "--roots", "digits=a folder", "--print") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    words = shlex.split(lines[1])
+    assert words[words.index("--seeds") + 1] == "2"
+    assert "digits=a folder" in words
+    assert run(configs, "--seeds", "1", "2", "--slurm") == 0
+    script = capsys.readouterr().out
+    assert "#SBATCH --array=0-1\n" in script
+    last = script.splitlines()[-1].replace("srun --ntasks=1 bash -c", "echo")
+    checked = subprocess.run(
+        ["bash", "-c", "\n".join([*script.splitlines()[:-1], last])],
+        env=os.environ | {"SLURM_ARRAY_TASK_ID": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert checked.stdout.startswith("exec python -m benchmark matrix --methods good --datasets digits --seeds 2 ")
+
+
+def test_errors_name_the_way_out(configs: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no .*/worse_digits.yaml; .*/ has: bad_digits, good_digits"):
+        run(configs, methods=("worse",))
+    with pytest.raises(ValueError, match=r"--set max_steps has no name and value; give NAME=VALUE"):
+        main(["matrix", "--methods", "sddpm", "--datasets", "mnist", "--set", "max_steps"])
+    with pytest.raises(ValueError, match=r"--roots names fmnist, which --datasets does not"):
+        main(["matrix", "--methods", "sddpm", "--datasets", "mnist", "--roots", "fmnist=x"])
+
+
+def test_the_command_that_runs_is_this_package() -> None:
+    done = subprocess.run([*matrix.BENCHMARK, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip()
+    assert matrix.BENCHMARK[0] == sys.executable

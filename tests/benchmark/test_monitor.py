@@ -1,0 +1,59 @@
+"""Layers that stopped spiking, or never stop, are named once."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import SDDPM, fit
+
+from systems.neurons import SpikingNeuron
+
+pytestmark = pytest.mark.usefixtures("uncompiled")
+LAYER = "network.downblocks.0.neuron2"
+
+
+def stick(monkeypatch: pytest.MonkeyPatch, value: float, forward_calls: int | None = None) -> None:
+    """Makes one layer put out a constant, in its first calls or for ever."""
+    forward = SpikingNeuron.forward
+    calls = 0
+
+    def stuck(neuron: SpikingNeuron, x: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        spikes = forward(neuron, x)
+        if getattr(neuron, "stuck", False):
+            calls += 1
+            if forward_calls is None or calls <= forward_calls:
+                return spikes * 0 + value
+        return spikes
+
+    monkeypatch.setattr(SpikingNeuron, "forward", stuck)
+    from benchmark.monitor import TrainingMonitor
+
+    start = TrainingMonitor.on_train_start
+
+    def mark(monitor: TrainingMonitor, trainer: object, module: torch.nn.Module) -> None:
+        module.get_submodule(LAYER).stuck = True  # type: ignore[assignment]
+        start(monitor, trainer, module)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(TrainingMonitor, "on_train_start", mark)
+
+
+@pytest.mark.parametrize(("value", "state"), [(0.0, "silent: firing rate 0"), (1.0, "saturated: firing rate 1")])
+def test_a_stuck_layer_is_named_once(value: float, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stick(monkeypatch, value)
+    with pytest.warns(UserWarning, match=re.escape(LAYER)) as told:
+        fit(tmp_path, *SDDPM, "--data.val_size=0")
+    messages = [str(w.message) for w in told if re.search(f"{re.escape(LAYER)} is {state}", str(w.message))]
+    assert len(messages) == 1
+    assert "firing_rate/downblocks.0.neuron2 in TensorBoard" in messages[0]
+
+
+def test_a_layer_that_spikes_between_is_not_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stick(monkeypatch, 0.0, forward_calls=2)  # the first logged step, but not all of the next interval
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", f".*layer {re.escape(LAYER)}.*")
+        fit(tmp_path, *SDDPM, "--data.val_size=0")
