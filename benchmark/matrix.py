@@ -34,12 +34,14 @@ class Cell:
         seed: Seed of training.
         options: What is typed on top of the configuration.
         output: Folder of all cells.
+        draft: Whether the test may depart from its protocol.
     """
 
     config: Path
     seed: int
     options: tuple[str, ...]
     output: Path
+    draft: bool
 
     @property
     def folder(self) -> Path:
@@ -63,7 +65,7 @@ class Cell:
             fit = [f"--config={self.config}", f"--seed_everything={self.seed}", *self.options]
         else:
             fit = ["--ckpt_path=last"]
-        return [["fit", *fit, place], ["test", place]]
+        return [["fit", *fit, place], ["test", *["--draft"] * self.draft, place]]
 
 
 def matrix(args: Sequence[str]) -> None:
@@ -115,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--roots", nargs="+", default=[], metavar="DATASET=FOLDER", help="--data.root of datasets")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="options of `fit`, for all runs")
     parser.add_argument("--output", type=Path, default=RUNS / "matrix", help="folder of the runs")
+    parser.add_argument("--draft", action="store_true", help="let the tests depart from their protocol, unranked")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--print", action="store_true", help="print a command for each run that is left, and run none")
     what.add_argument("--slurm", action="store_true", help="print a SLURM array script of them, and run none")
@@ -131,7 +134,8 @@ def _cells(options: argparse.Namespace) -> list[Cell]:
         for method in options.methods:
             for dataset in options.datasets:
                 root = (f"--data.root={roots[dataset]}",) if dataset in roots else ()
-                cells.append(Cell(options.configs / f"{method}_{dataset}.yaml", seed, (*root, *typed), options.output))
+                config = options.configs / f"{method}_{dataset}.yaml"
+                cells.append(Cell(config, seed, (*root, *typed), options.output, options.draft))
     if missing := sorted({str(cell.config) for cell in cells if not cell.config.is_file()}):
         known = ", ".join(sorted(path.stem for path in options.configs.glob("*_*.yaml"))) or "none"
         raise FileNotFoundError(f"no {', '.join(missing)}; {options.configs}/ has: {known}")
@@ -201,6 +205,7 @@ def _command(cell: Cell, options: argparse.Namespace) -> str:
     roots = [root for root in options.roots if root.startswith(f"{dataset}=")]
     words += ["--roots", *roots] if roots else []
     words += ["--set", *options.set] if options.set else []
+    words += ["--draft"] if options.draft else []
     return shlex.join(words)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from benchmark.runs import find_checkpoint, newest_run
-from datamodules.loading import TrainingOrder, FilledBatches
+from datamodules.loading import FilledBatches, TrainingOrder
 from systems import FSDDIM, SDDPM, SDiT, SpikingDiffusion
 from systems.base import DiffusionSystem
 from systems.gaussian import GaussianDiffusion

@@ -59,7 +59,7 @@ def run(configs: Path, *options: str, methods: tuple[str, ...] = ("good",)) -> i
     small = [option for option in SMALL if "batch_size" not in option]
     command = ["matrix", "--methods", *methods, "--datasets", "digits", "--configs", str(configs)]
     try:
-        main([*command, "--output", str(configs.parent / "out"), "--set", *small, *options])
+        main([*command, "--output", str(configs.parent / "out"), "--draft", "--set", *small, *options])
     except SystemExit as stop:
         return int(stop.code or 0)
     return 0
