@@ -195,7 +195,7 @@ def complete(args: list[str]) -> list[str]:
         FileNotFoundError: If there is no run, or the checkpoint does not exist.
     """
     stage, rest = args[0], args[1:]
-    for option, value in zip(rest, [*rest[1:], ""], strict=True):
+    for option, value in zip(rest, [*rest[1:], ""], strict=False):
         key, _, given = option.partition("=")
         if key in ("--config", "-c"):
             _check_config(Path(given or value))

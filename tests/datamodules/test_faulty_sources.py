@@ -7,6 +7,7 @@ import pickle
 import struct
 import zlib
 from pathlib import Path
+from string import ascii_uppercase
 
 import datasets
 import numpy as np
@@ -160,14 +161,14 @@ def png_header(width: int, height: int) -> bytes:
 @pytest.mark.filterwarnings("ignore:.*decompression bomb.*")
 @pytest.mark.parametrize("size", [9_000, 11_000, 60_000])  # below and above what Pillow warns of, and refuses
 @pytest.mark.parametrize(
-    ("make", "splits", "names"), [(MNIST, GREY, "0123456789"), (Letters, letter_splits(), "ABCDEFGHIJKLMNOPQRSTUVWXYZ")]
+    ("make", "splits", "names"), [(MNIST, GREY, "0123456789"), (Letters, letter_splits(), ascii_uppercase)]
 )
 def test_an_enormous_image_is_not_unpacked(
     size: int, make: type[MNIST], splits: Splits, names: str, tmp_path: Path
 ) -> None:
     write_folder(tmp_path, splits, names)
     (tmp_path / "train" / names[8] / "00008.png").write_bytes(png_header(size, size))
-    data = make(str(tmp_path), cache_dir=str(tmp_path / "cache"))
+    data = make(root=str(tmp_path), cache_dir=str(tmp_path / "cache"))
     fail(data, match=rf"/00008.png (has {size}x{size} pixels, expected 28x28|is not a readable image .*bomb)")
 
 
