@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from rich import box
 from rich.console import Console
@@ -210,10 +211,14 @@ def _print(console: Console, group: list[Entry]) -> None:
     table = Table(
         title=Text(_title(group[0])), box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, collapse_padding=True
     )
-    stacks = [("#",), ("Method", "Variant"), *((m,) for m in metrics), *_STACKS]
+    pair = ("Prec.", "Recall")
+    alone = [(m,) for m in metrics if m not in pair]
+    stacks = [("#",), ("Method", "Variant"), *alone, *([pair] if set(pair) <= set(metrics) else []), *_STACKS]
     for stack in stacks:
         header = re.sub("_(?=[^_]+$)", "\n_", stack[0]) if len(stack) == 1 else "\n".join(stack)
-        table.add_column(header, justify="left" if stack[0] in ("#", "Method") else "right", overflow="fold")
+        least = max(len(row["Method"]) for row in rows) if stack[0] == "Method" else None
+        justify: Literal["left", "right"] = "left" if stack[0] in ("#", "Method") else "right"
+        table.add_column(header, justify=justify, overflow="fold", min_width=least)
     for number, row in enumerate(rows, 1):
         row = row | {"File": f"[{number}]"}
         cells = ["\n".join(row[name] for name in stack).replace(" ±", "\n±") for stack in stacks]
