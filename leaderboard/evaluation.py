@@ -230,6 +230,8 @@ class Evaluation(Callback):
 
     def _reconstruction(self, trainer: Trainer, system: Any) -> dict[str, MetricValue]:
         """Measures a method's autoencoder on the test split, after the meter of generation is closed."""
+        if not self.protocol.reconstruction:
+            return {}
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         images = (batch.float() / 127.5 - 1 for batch in data.reference_batches("test"))
         note = f"of the {data.num_reference('test'):,} test images, none generated"

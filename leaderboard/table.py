@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from rich import box
 from rich.console import Console
@@ -271,10 +271,14 @@ def _print(console: Console, group: list[Entry]) -> None:
         pad_edge=False,
         collapse_padding=True,
     )
-    stacks = [("#",), ("Method", "Variant"), *((m,) for m in metrics), *_STACKS]
+    pair = ("Prec.", "Recall")
+    alone = [(m,) for m in metrics if m not in pair]
+    stacks = [("#",), ("Method", "Variant"), *alone, *([pair] if set(pair) <= set(metrics) else []), *_STACKS]
     for stack in stacks:
         header = re.sub("_(?=[^_]+$)", "\n_", stack[0]) if len(stack) == 1 else "\n".join(stack)
-        table.add_column(header, justify="left" if stack[0] in ("#", "Method") else "right", overflow="fold")
+        least = max(len(str(row["Method"])) for row in rows) if stack[0] == "Method" else None
+        justify: Literal["left", "right"] = "left" if stack[0] in ("#", "Method") else "right"
+        table.add_column(header, justify=justify, overflow="fold", min_width=least)
     for number, row in enumerate(rows, 1):
         row = row | {"File": Cell(f"[{number}]")}
         cells = ["\n".join(str(row[name]) for name in stack).replace(" ±", "\n±") for stack in stacks]
