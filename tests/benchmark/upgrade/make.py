@@ -54,7 +54,7 @@ def make() -> None:
         os.chdir(folder)  # so that no path of this machine is kept
         shutil.copy(quickstart, "quickstart.yaml")
         main(["fit", "--config=quickstart.yaml", *OPTIONS])
-        main(["test"])
+        main(["test", "--draft"])
         run = newest_run(Path("runs"))
         shutil.rmtree(HERE / "run", ignore_errors=True)
         for name in ("config.yaml", "checkpoints/last.ckpt"):
