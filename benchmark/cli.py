@@ -28,6 +28,7 @@ COMMANDS = {
 SWEEPS = {
     "sweep-threshold": ("benchmark.sweeps:sweep_threshold", "test one checkpoint at several firing thresholds"),
     "sweep-solvers": ("benchmark.sweeps:sweep_solvers", "test one checkpoint with several solvers and NFE"),
+    "regress": ("benchmark.regress:regress", "train every method small and compare it with its baseline"),
     "ablate-sdit": ("benchmark.ablate_sdit:ablate_sdit", "train and test SDiT and its ablations with several seeds"),
 }
 

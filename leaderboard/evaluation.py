@@ -6,6 +6,7 @@ import hashlib
 import platform
 import subprocess
 import time
+import warnings
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -74,7 +75,9 @@ class Evaluation(Callback):
         self.protocol.is_draft(data.num_samples)  # refuses too many before the work is done
         self._started = time.perf_counter()
         extractor = load_extractor(self.extractor or self.protocol.extractor, data.name, self.inception_weights)
-        self.metrics = GenerationMetrics(extractor, self.protocol.metrics_for(data.name), self.protocol)
+        if note := extractor.foreign_to(data.fingerprint):
+            warnings.warn(note, stacklevel=2)
+        self.metrics = GenerationMetrics(extractor, self.protocol.metrics_for(data.name), self.protocol, note)
         self.metrics.to(pl_module.device)
         if self.fad_dir is not None:
             groups = self.protocol.jackknife_groups

@@ -30,6 +30,7 @@ class GenerationMetrics(nn.Module):
         metrics: Families to compute, such as `protocol.metrics_for(dataset)`: any of `"fid"`, `"kid"`, `"is"` with
             Inception, of `"fd"`, `"kd"` with another extractor.
         protocol: Gives groups, splits and subsets.
+        note: What a reader of every value should know.
 
     Raises:
         ValueError: If a metric does not exist with this extractor.
@@ -38,7 +39,7 @@ class GenerationMetrics(nn.Module):
     minimum = 20
     """Fewest images, generated and real, that give a value at all."""
 
-    def __init__(self, extractor: Extractor, metrics: Sequence[str], protocol: Protocol) -> None:
+    def __init__(self, extractor: Extractor, metrics: Sequence[str], protocol: Protocol, note: str = "") -> None:
         super().__init__()
         is_inception = extractor.name == INCEPTION
         known = ("fid", "kid", "is") if is_inception else ("fd", "kd")
@@ -60,6 +61,7 @@ class GenerationMetrics(nn.Module):
         if "is" in metrics:
             built["is_mean"] = StreamingInceptionScore(extractor.num_classes, protocol.score_splits)
         self.extractor = extractor
+        self.note = note
         self.metrics = nn.ModuleDict(built)
         self.reference_count, self.generated_count = SumMetric(), SumMetric()
         self._seen = 0
@@ -128,8 +130,8 @@ class GenerationMetrics(nn.Module):
             used = counts["generated"]
             if isinstance(metric, KernelDistance):
                 used = min(used, metric.num_images)
-            note = self._note(counts) if isinstance(metric, FrechetDistance) else ""
-            values[key] = MetricValue(value, uncertainty, used, note)
+            notes = [self.note, self._note(counts) if isinstance(metric, FrechetDistance) else ""]
+            values[key] = MetricValue(value, uncertainty, used, "; ".join(filter(None, notes)))
         return values
 
     def _note(self, counts: dict[str, int]) -> str:

@@ -201,12 +201,12 @@ def find_records(folders: Iterable[str | Path]) -> list[Path]:
     return sorted(found)
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Writes a text file so that a reader sees all of it or nothing."""
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Writes a file so that a reader sees all of it or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
