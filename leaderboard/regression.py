@@ -117,10 +117,10 @@ def read_baseline(folder: Path) -> Baseline:
 def write_baseline(records: Sequence[Record], folder: Path) -> None:
     """Replaces the baseline of a configuration."""
     before = find_records([folder])
-    written = [write_record(record, folder) for record in records]
+    for record in records:
+        write_record(record, folder)
     for path in before:
-        if path not in written:
-            path.unlink()
+        path.unlink()
 
 
 def _differences(new: Any, old: Any, where: str) -> Iterator[str]:

@@ -80,7 +80,7 @@ def train_extractor(
     images, labels = module.labelled("train")
     if recipe.task == "classes" and labels.min() < 0:
         raise ValueError(f"data={data!r} has images without a label, but the extractor is a classifier of them")
-    sizes = {
+    sizes: dict[str, Any] = {
         "in_channels": images.shape[1],
         "num_classes": 4 if recipe.task == "rotation" else module.num_classes,
         "channels": list(recipe.channels),
