@@ -71,10 +71,8 @@ def train_extractor(
     Raises:
         ValueError: If there is no such dataset, or images lack the label that is to be learned.
     """
-    options = data_options | ({} if root is None else {"root": root})
-    module = _data_module(data)(**options)
-    recipe = RECIPES[module.name]
-    epochs = recipe.epochs if epochs is None else epochs
+    module = _data_module(data)(**data_options, **({} if root is None else {"root": root}))
+    recipe = RECIPES[module.name] if epochs is None else RECIPES[module.name]._replace(epochs=epochs)
     module.prepare_data()
     module.setup("fit")
     images, labels = module.labelled("train")
@@ -87,11 +85,11 @@ def train_extractor(
     }
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # all random numbers are drawn on the CPU
-        network = _fit(SmallNetwork(**sizes), images, labels, recipe._replace(epochs=epochs), bfloat16)
+        network = _fit(SmallNetwork(**sizes), images, labels, recipe, bfloat16)
     state = {key: value.half().contiguous() for key, value in network.state_dict().items()}
     network.load_state_dict(state)  # the test sees the weights as rounded in the file
     accuracy = _accuracy(network, *module.labelled("test"), recipe.task)
-    path = Path(output) if output is not None else EXTRACTORS / f"{module.name}.safetensors"
+    options = f"--epochs {recipe.epochs} --seed {seed}{' --bfloat16 true' * bfloat16}"
     description = {
         "dataset": module.name,
         "dataset_fingerprint": module.fingerprint,
@@ -99,8 +97,9 @@ def train_extractor(
         "task": recipe.task,
         "architecture": sizes,
         "test_accuracy": round(accuracy, 4),
-        "command": f"{training_command(module.name)} --epochs {epochs} --seed {seed}{' --bfloat16 true' * bfloat16}",
+        "command": f"{training_command(module.name)} {options}",
     }
+    path = Path(output) if output is not None else EXTRACTORS / f"{module.name}.safetensors"
     # one entry, since safetensors writes several in random order and the file's hash names the extractor
     write_atomic(path, save(state, {METADATA_KEY: json.dumps(description, sort_keys=True)}))
     learned = "test images classified" if recipe.task == "classes" else "quarter turns of test images recognised"
