@@ -194,7 +194,8 @@ def _measure_all(jobs: Sequence[Job], workers: int) -> Iterator[Outcome]:
 
 def _measure(job: Job) -> list[Outcome]:
     """Trains and tests the methods of a job; once something goes wrong, the methods that are left count as failed."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     job.folder.mkdir(parents=True)
     outcomes: dict[str, Outcome] = {}
     base: Path | None = None

@@ -14,6 +14,7 @@ from benchmark.cli import main
 from datamodules import Digits
 from leaderboard import train_extractor as training
 from leaderboard.features import EXTRACTORS, InceptionExtractor, SmallExtractor, SmallNetwork, load_extractor
+from leaderboard.records import find_records, read_record
 from leaderboard.train_extractor import RECIPES, Recipe, train_extractor
 
 
@@ -103,6 +104,19 @@ def test_an_extractor_of_other_data_says_so(tmp_path: Path, inception: Inception
     assert extractor.foreign_to("b" * 64) == expected
     assert "other data of toy (fingerprint unknown)" in SmallExtractor(weights_file(path)).foreign_to("b" * 64)
     assert inception.foreign_to("b" * 64) == ""
+
+
+@pytest.mark.usefixtures("digits")
+def test_an_evaluation_by_an_extractor_of_other_data_says_so(tmp_path: Path) -> None:
+    path = weights_file(tmp_path / "x.safetensors", dataset_fingerprint="a" * 64, trained_on="half of it")
+    runs = f"--trainer.default_root_dir={tmp_path}"
+    small = ["--trainer.max_steps=1", "--model.base_channels=4", "--model.num_inference_steps=1"]
+    main(["fit", "--config=configs/quickstart.yaml", runs, *small, "--trainer.enable_progress_bar=false"])
+    with pytest.warns(UserWarning, match="trained on other data than the reference: half of it"):
+        main(["test", runs, f"--evaluation.extractor={path}", "--data.sample_batch_size=500"])
+    (record,) = (read_record(path) for path in find_records([tmp_path]))
+    for key in ("fd_toy", "kd_toy"):
+        assert record.metrics[key].note.startswith("extractor trained on other data than the reference: half of it")
 
 
 def test_mixed_precision_around_it_changes_nothing(tmp_path: Path) -> None:
