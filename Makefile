@@ -1,8 +1,9 @@
-# make quickstart: set-up, then train, evaluate and rank a small SDDPM on embedded digits.   make test: everything CI checks.
+# make quickstart: set-up, then train, evaluate and rank a small SDDPM on embedded digits.
+# make test: lint, types, tests.   make regress: every method trained small and compared with its baseline.   CI runs both.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup quickstart test lint clean
+.PHONY: setup quickstart test lint regress clean
 
 setup: .venv/installed
 
@@ -25,6 +26,9 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+regress: setup
+	$(BIN)/python -m benchmark regress
 
 clean:
 	rm -rf .venv build *.egg-info

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,13 @@ class Extractor(nn.Module, ABC):
     def __init__(self, name: str, num_features: int, num_classes: int, sha256: str) -> None:
         super().__init__()
         self.name, self.num_features, self.num_classes, self.sha256 = name, num_features, num_classes, sha256
+
+    def foreign_to(self, fingerprint: str) -> str:
+        """Says what the extractor was trained on, if that is not the reference data of this fingerprint but should be.
+
+        Empty for an extractor that is the same for all data, such as Inception.
+        """
+        return ""
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Returns features `(B, D)` and logits `(B, K)` of uint8 images `(B, C, H, W)`.
@@ -96,28 +103,27 @@ class InceptionExtractor(Extractor):
 
 
 class SmallNetwork(nn.Module):
-    """Classifier of small images: four 3x3 convolutions, three of them halving the size, and the mean of 64 channels.
+    """Classifier of small images: four 3x3 convolutions, three of them halving the size, and the mean of all places.
 
     Args:
         in_channels: Channels `C` of the images.
         num_classes: Number of classes `K`.
+        channels: Channels after each convolution, multiples of 8; the last is the width `D` of the features.
     """
 
-    num_features = 64
-
-    def __init__(self, in_channels: int, num_classes: int) -> None:
+    def __init__(self, in_channels: int, num_classes: int, channels: Sequence[int] = (32, 64, 96, 64)) -> None:
         super().__init__()
-        sizes = ((in_channels, 32, 1), (32, 64, 2), (64, 96, 2), (96, self.num_features, 2))
+        sizes = list(zip((in_channels, *channels), channels, (1, 2, 2, 2), strict=False))
         self.convs = nn.ModuleList(nn.Conv2d(c_in, c_out, 3, stride, padding=1) for c_in, c_out, stride in sizes)
         self.norms = nn.ModuleList(nn.GroupNorm(8, c_out) for _, c_out, _ in sizes)
-        self.head = nn.Linear(self.num_features, num_classes)
+        self.head = nn.Linear(channels[-1], num_classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns features `(B, 64)` and logits `(B, K)` of uint8 images `(B, C, H, W)`."""
+        """Returns features `(B, D)` and logits `(B, K)` of uint8 images `(B, C, H, W)`."""
         x = images.to(self.head.weight.dtype) / 127.5 - 1
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = F.silu(norm(conv(x)))
-        features = x.mean((2, 3))  # (B, 64, H/8, W/8) to (B, 64)
+        features = x.mean((2, 3))  # (B, D, H/8, W/8) to (B, D)
         return features, self.head(features)
 
 
@@ -145,12 +151,21 @@ class SmallExtractor(Extractor):
             raise ValueError(
                 f"{path} is no extractor of the suite ({error}); give a file made by: {training_command('<dataset>')}"
             ) from error
-        super().__init__(dataset, SmallNetwork.num_features, num_classes=sizes["num_classes"], sha256=file_sha256(path))
+        network = SmallNetwork(**sizes)
+        network.load_state_dict(state)
+        super().__init__(dataset, network.head.in_features, sizes["num_classes"], file_sha256(path))
         self.in_channels: int = sizes["in_channels"]
-        self.network = SmallNetwork(**sizes)
-        self.network.load_state_dict(state)
+        self.network = network
         self.requires_grad_(False)
         self.eval()
+
+    def foreign_to(self, fingerprint: str) -> str:
+        """Says what the extractor was trained on, if that is not the data of this fingerprint."""
+        trained = str(self.metadata.get("dataset_fingerprint", "unknown"))
+        if trained == fingerprint:
+            return ""
+        words = self.metadata.get("trained_on", f"other data of {self.name}")
+        return f"extractor trained on other data than the reference: {words} (fingerprint {trained[:12]})"
 
     def extract(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Computes features and logits.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -58,6 +59,7 @@ class GenerationMetrics(nn.Module):
         num_reference: Real images there are.
         num_groups: Groups of generated images behind the jackknife errors.
         kept_images: Images whose features are kept for kernel distance, precision and recall.
+        note: What a reader of every value should know.
 
     Raises:
         ValueError: If a metric does not exist with this extractor.
@@ -70,6 +72,7 @@ class GenerationMetrics(nn.Module):
         num_reference: int,
         num_groups: int = 10,
         kept_images: int = 10_000,
+        note: str = "",
     ) -> None:
         super().__init__()
         known = FAMILIES.get(extractor.name, OWN_FAMILIES)
@@ -90,6 +93,7 @@ class GenerationMetrics(nn.Module):
             built["score"] = StreamingInceptionScore(extractor.num_classes, **metrics["is"])
         self.metrics = nn.ModuleDict(built)
         self.generated_count = SumMetric()
+        self.note = note
         self.num_reference = num_reference
         self.identity = f"{extractor.name} {extractor.sha256}"
 
@@ -155,7 +159,7 @@ class GenerationMetrics(nn.Module):
             value, error = self._of("score")
             (key,) = metric_keys("is", self.extractor.name)
             values[key] = MetricValue(float(value), float(error), counts["generated"])
-        return values
+        return {k: replace(v, note="; ".join(filter(None, (self.note, v.note)))) for k, v in values.items()}
 
     def _frechet(self, counts: Mapping[str, int]) -> dict[str, MetricValue]:
         width, used = self.extractor.num_features, counts["generated"]
@@ -188,7 +192,3 @@ class GenerationMetrics(nn.Module):
 
     def _of(self, name: str) -> Any:
         return cast(Metric, self.metrics[name]).compute()
-
-    @property
-    def _is_inception(self) -> bool:
-        return self.extractor.name == INCEPTION

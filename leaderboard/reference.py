@@ -29,7 +29,7 @@ from leaderboard.inception import view_extractor
 from leaderboard.metrics import GenerationMetrics
 from leaderboard.protocols import PROTOCOLS, Protocol, ProtocolName, canonical_sha256
 from leaderboard.records import write_atomic
-from leaderboard.train_extractor import _data_module
+from leaderboard.train_extractor import data_module
 
 VERSION = 1
 """Number that changes with the meaning of what is kept."""
@@ -76,7 +76,7 @@ def reference(
         ValueError: If there is no such dataset, or the protocol is not defined for it.
     """
     chosen = PROTOCOLS[protocol]
-    kind = _data_module(data)
+    kind = data_module(data)
     options = {"root": root, "cache_dir": cache_dir, **data_options}
     size = chosen.size.get(kind.name, kind.native_size)
     if size != kind.native_size:
@@ -116,7 +116,9 @@ def build_parts(
     parts: list[GenerationMetrics | FrechetAutoencoderDistance] = []
     for view in protocol.views:
         extractor = view_extractor(view, data.name, *weights)
-        part = GenerationMetrics(extractor, view.metrics_for(data.name), total, groups, view.kept_images)
+        if note := extractor.foreign_to(data.fingerprint):
+            warnings.warn(note, stacklevel=2)
+        part = GenerationMetrics(extractor, view.metrics_for(data.name), total, groups, view.kept_images, note)
         part.identity = f"{extractor.name} {extractor.sha256} {view.input}"
         parts += [part] if part.metrics else []
     if fad_dir is not None:

@@ -10,6 +10,7 @@ from PIL import Image
 from benchmark.cli import main
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
+REGRESSION = sorted(Path("configs/regress").glob("*.yaml"))  # trained in test_regress.py
 PRESETS = sorted(Path("configs/presets").glob("*.yaml"))
 SIZES = {"MNIST": 28, "FMNIST": 28, "KMNIST": 28, "Letters": 28, "CIFAR10": 32, "CelebA": 64}
 TINY = [
@@ -102,7 +103,7 @@ def test_preset_changes_the_recipe_alone(preset: Path, tmp_path: Path) -> None:
     assert init["channel_mult"] == [1, 2, 2, 4]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", [*CONFIGS, *REGRESSION], ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_config_is_flat_and_headed(config: Path) -> None:
     text = config.read_text()
     assert text.startswith("# ")

@@ -6,20 +6,25 @@ from urllib.error import URLError
 
 import pytest
 import torch
+from datasets import load_dataset
+from PIL import Image
 from safetensors.torch import save_file
 
+from benchmark.cli import main
 from datamodules import Digits
+from leaderboard import train_extractor as training
 from leaderboard.features import EXTRACTORS, InceptionExtractor, SmallExtractor, SmallNetwork, load_extractor
-from leaderboard.train_extractor import train_extractor
+from leaderboard.records import find_records, read_record
+from leaderboard.train_extractor import RECIPES, Recipe, train_extractor
 
 
 def images(*shape: int) -> torch.Tensor:
     return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def weights_file(path: Path, in_channels: int = 1) -> Path:
+def weights_file(path: Path, in_channels: int = 1, **described: object) -> Path:
     network = SmallNetwork(in_channels, 10)
-    metadata = {"dataset": "toy", "architecture": {"in_channels": in_channels, "num_classes": 10}}
+    metadata = {"dataset": "toy", "architecture": {"in_channels": in_channels, "num_classes": 10}} | described
     save_file(network.state_dict(), path, {"extractor": json.dumps(metadata)})
     return path
 
@@ -72,6 +77,39 @@ def test_small_extractor_takes_any_size(tmp_path: Path, shape: tuple[int, ...]) 
     assert extractor.name == "toy"
 
 
+def test_the_file_says_how_wide_the_network_is(tmp_path: Path) -> None:
+    sizes = {"in_channels": 1, "num_classes": 3, "channels": [8, 16, 8, 24]}
+    metadata = {"dataset": "toy", "architecture": sizes}
+    save_file(SmallNetwork(**sizes).state_dict(), tmp_path / "x", {"extractor": json.dumps(metadata)})
+    extractor = SmallExtractor(tmp_path / "x")
+    features, logits = extractor(images(2, 1, 8, 8))
+    assert features.shape == (2, 24) == (2, extractor.num_features)
+    assert logits.shape == (2, 3) == (2, extractor.num_classes)
+
+
+def test_an_extractor_of_other_data_says_so(tmp_path: Path, inception: InceptionExtractor) -> None:
+    path = weights_file(tmp_path / "x.safetensors", dataset_fingerprint="a" * 64, trained_on="half of it")
+    extractor = SmallExtractor(path)
+    assert extractor.foreign_to("a" * 64) == ""
+    expected = "extractor trained on other data than the reference: half of it (fingerprint aaaaaaaaaaaa)"
+    assert extractor.foreign_to("b" * 64) == expected
+    assert "other data of toy (fingerprint unknown)" in SmallExtractor(weights_file(path)).foreign_to("b" * 64)
+    assert inception.foreign_to("b" * 64) == ""
+
+
+@pytest.mark.usefixtures("digits")
+def test_an_evaluation_by_an_extractor_of_other_data_says_so(tmp_path: Path) -> None:
+    path = weights_file(tmp_path / "x.safetensors", dataset_fingerprint="a" * 64, trained_on="half of it")
+    runs = f"--trainer.default_root_dir={tmp_path}"
+    small = ["--trainer.max_steps=1", "--model.base_channels=4", "--model.num_inference_steps=1"]
+    main(["fit", "--config=configs/quickstart.yaml", runs, *small, "--trainer.enable_progress_bar=false"])
+    with pytest.warns(UserWarning, match="trained on other data than the reference: half of it"):
+        main(["test", runs, f"--evaluation.extractor={path}", "--data.sample_batch_size=500"])
+    (record,) = (read_record(path) for path in find_records([tmp_path]))
+    for key in ("fd_toy", "kd_toy"):
+        assert record.metrics[key].note.startswith("extractor trained on other data than the reference: half of it")
+
+
 def test_mixed_precision_around_it_changes_nothing(tmp_path: Path) -> None:
     extractor = SmallExtractor(weights_file(tmp_path / "x.safetensors"))
     x = images(4, 1, 8, 8)
@@ -110,12 +148,30 @@ def test_missing_or_foreign_weights_name_the_command(tmp_path: Path) -> None:
             SmallExtractor(foreign)
 
 
-@pytest.mark.parametrize("path", sorted(EXTRACTORS.glob("*.safetensors")), ids=lambda path: path.stem)
+SHIPPED = sorted(EXTRACTORS.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_extractors_are_small_and_say_how_they_were_made(path: Path) -> None:
     assert path.stat().st_size < 1_000_000
     metadata = SmallExtractor(path).metadata
     assert metadata["dataset"] == path.stem
     assert metadata["command"].startswith(f"python -m benchmark train-extractor {path.stem}")
+    assert metadata["test_accuracy"] > {"fmnist": 0.92, "mnist": 0.99}.get(path.stem, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"), [("mnist", "mnist"), ("fmnist", "fmnist"), ("kmnist", "kmnist"), ("letters", "letters_az")]
+)
+def test_shipped_extractors_have_the_accuracy_they_claim(name: str, folder: str, shared_data: Path) -> None:
+    extractor = load_extractor("suite", name)
+    assert isinstance(extractor, SmallExtractor)
+    (file,) = (shared_data / folder).glob("test*.parquet")
+    rows = load_dataset("parquet", data_files=str(file), split="train[:1000]").with_format("torch")
+    x, labels = torch.stack([row["image"] for row in rows]), torch.stack([row["label"] for row in rows])
+    accuracy = float((extractor(x)[1].argmax(1) == labels).double().mean())
+    claimed = extractor.metadata["test_accuracy"]
+    assert accuracy == pytest.approx(claimed, abs=4 * (claimed * (1 - claimed) / len(x)) ** 0.5)
 
 
 @pytest.fixture
@@ -145,6 +201,59 @@ def test_training_is_reproducible_and_leaves_the_random_state(tmp_path: Path, ca
     extractor = SmallExtractor(files[0])
     assert extractor.metadata["command"] == "python -m benchmark train-extractor digits --epochs 1 --seed 0"
     assert "of the test images classified correctly" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_colour_extractors_are_trained_by_the_same_command(
+    size: int, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    name = {32: "cifar10", 64: "celeba"}[size]
+    for split in ("train", "test"):
+        for k in range(10):
+            path = tmp_path / "data" / split / f"class{k}" / "image.png"
+            path.parent.mkdir(parents=True)
+            Image.fromarray(images(size, size, 3).roll(k).numpy()).save(path)
+    options = {"cache_dir": str(tmp_path / "cache")} | ({"center_crop": None} if name == "celeba" else {})
+    file = tmp_path / f"{name}.safetensors"
+    places = [f"--root={tmp_path / 'data'}", f"--output={file}", f"--data_options={json.dumps(options)}"]
+    main(["train-extractor", name, *places, "--epochs=1", "--bfloat16=true", "--trained_on=ten images of noise"])
+    extractor = SmallExtractor(file)
+    assert extractor.num_classes == (4 if name == "celeba" else 10)
+    assert extractor.metadata["task"] == ("rotation" if name == "celeba" else "classes")
+    assert extractor.metadata["trained_on"] == "ten images of noise"
+    assert extractor.metadata["command"].endswith(f"{name} --epochs 1 --seed 0 --bfloat16 true")
+    assert extractor(images(2, 3, size, size))[0].shape == (2, 128)
+    shown = "quarter turns of test images recognised" if name == "celeba" else "test images classified"
+    assert shown in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("digits")
+def test_quarter_turns_can_be_learned_without_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe(epochs=4, channels=(16, 16, 32, 32), flip=True, task="rotation")
+    monkeypatch.setitem(RECIPES, "digits", recipe)
+    labelled = Digits.labelled
+
+    def unlabelled(self: Digits, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+        x, labels = labelled(self, split)
+        return x, torch.full_like(labels, -1)
+
+    monkeypatch.setattr(Digits, "labelled", unlabelled)
+    train_extractor("digits", output=str(tmp_path / "x.safetensors"))
+    assert SmallExtractor(tmp_path / "x.safetensors").metadata["test_accuracy"] > 0.5  # by chance 0.25
+
+
+def test_mirroring_turns_some_images_and_no_others() -> None:
+    torch.manual_seed(0)
+    x = images(64, 1, 2, 4)
+    mirrored = training._mirrored(x)
+    turned = torch.tensor([torch.equal(a, b.flip(-1)) for a, b in zip(mirrored, x, strict=True)])
+    kept = torch.tensor([torch.equal(a, b) for a, b in zip(mirrored, x, strict=True)])
+    assert torch.equal(turned, ~kept)
+    assert 16 < turned.sum() < 48
+
+
+def test_every_dataset_has_a_recipe() -> None:
+    assert set(RECIPES) == {"digits", "mnist", "fmnist", "kmnist", "letters", "cifar10", "celeba"}
 
 
 def test_training_refuses_what_it_cannot_learn(digits: Digits, monkeypatch: pytest.MonkeyPatch) -> None:

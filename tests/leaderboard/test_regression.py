@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from leaderboard.protocols import canonical_sha256
+from leaderboard.records import Artefact, Dataset, Record, write_record
+from leaderboard.regression import Baseline, Verdict, read_baseline, write_baseline
+
+MakeRecord = Callable[..., Record]
+
+
+@pytest.fixture
+def make_baseline(make_record: MakeRecord) -> Callable[[Sequence[float]], Baseline]:
+    """Makes a baseline of distances, one for each seed from 0 on."""
+
+    def make(distances: Sequence[float]) -> Baseline:
+        seeds = [{"training": seed, "sampling": 0} for seed in range(len(distances))]
+        return Baseline([make_record(fd=d, seeds=s) for d, s in zip(distances, seeds, strict=True)])
+
+    return make
+
+
+def configured(record: Record, **model: object) -> Record:
+    config = {
+        "model": {"init_args": {"num_steps": 4, "init_from": "a.ckpt"} | model},
+        "trainer": {"default_root_dir": "b"},
+    }
+    return replace(record, config=config, config_sha256=canonical_sha256(config))
+
+
+@pytest.mark.parametrize(
+    ("distances", "tolerance"),
+    [((9.0, 10.0, 11.0), 4.0), ((9.9, 10.0, 10.1), 1.5)],  # four spreads of 1; the floor of 15 %
+)
+def test_tolerance(
+    make_baseline: Callable[[Sequence[float]], Baseline], distances: Sequence[float], tolerance: float
+) -> None:
+    baseline = make_baseline(distances)
+    assert baseline.mean == pytest.approx(10)
+    assert baseline.tolerance == pytest.approx(tolerance)
+    for distance, verdict in (
+        (10 - 1.01 * tolerance, Verdict.BETTER),
+        (10 - 0.99 * tolerance, Verdict.OK),
+        (10 + 0.99 * tolerance, Verdict.OK),
+        (10 + 1.01 * tolerance, Verdict.WORSE),
+    ):
+        assert baseline.judge(distance) is verdict
+
+
+def test_the_same_seed_is_found(make_baseline: Callable[[Sequence[float]], Baseline], make_record: MakeRecord) -> None:
+    baseline = make_baseline((1.0, 2.0, 3.0))
+    assert baseline.same_seed(make_record(seeds={"training": 1, "sampling": 0})) == 2.0
+    assert baseline.same_seed(make_record(seeds={"training": 7, "sampling": 0})) is None
+
+
+def test_what_differs_is_named(make_record: MakeRecord) -> None:
+    record = configured(make_record())
+    baseline = Baseline([record] * 3)
+    moved = replace(configured(record, init_from="elsewhere.ckpt", added_since=1), hardware="another")
+    assert baseline.differences(moved) == []
+    other = replace(record, extractor=Artefact("digits", "c" * 64), dataset=Dataset("digits", "e" * 64, "x"))
+    assert baseline.differences(other) == [
+        "extractor is cccccccc, in the baseline bbbbbbbb",
+        "dataset is eeeeeeee, in the baseline ffffffff",
+    ]
+    (difference,) = baseline.differences(configured(record, num_steps=2))
+    assert difference == "model.init_args.num_steps is 2, in the baseline 4"
+
+
+def test_baselines_are_written_read_and_replaced(make_record: MakeRecord, tmp_path: Path) -> None:
+    folder = tmp_path / "sddpm"
+    write_baseline([make_record(fd=d) for d in (1.0, 2.0, 3.0)], folder)
+    assert read_baseline(folder).mean == 2
+    write_baseline([make_record(fd=d) for d in (4.0, 5.0, 6.0, 7.0)], folder)
+    assert sorted(read_baseline(folder).values) == [4, 5, 6, 7]
+
+
+def test_too_few_records_are_no_baseline(make_record: MakeRecord, tmp_path: Path) -> None:
+    write_record(make_record(), tmp_path / "sdm")
+    command = r"measure it with: python -m benchmark regress --update --methods sdm"
+    with pytest.raises(FileNotFoundError, match=rf"sdm has 1 records, a baseline takes 3 seeds or more; {command}"):
+        read_baseline(tmp_path / "sdm")
