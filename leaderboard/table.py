@@ -27,8 +27,8 @@ _HEADERS = {
 RECORDS = "leaderboard/records"
 """Folder of the records that belong to the project, those of others among them."""
 _SCALE = {"kid_mean": 1000.0}
-WIDTH = 100
-"""Columns that a table in the terminal takes."""
+WIDTH = 160
+"""Columns that a table may take in a log or a pipe."""
 _STACKS = (("T", "Rate"), ("Solver", "NFE"), ("G SOPs", "mJ"), ("M params", "Images/s"), ("Samples", "File"))
 
 
@@ -261,7 +261,7 @@ def _notes(group: list[Entry]) -> list[str]:
 
 
 def _print(console: Console, group: list[Entry]) -> None:
-    """Prints a table for `WIDTH` columns: related cells stand above each other, files in a list below."""
+    """Prints a table, of 100 columns for a few metrics: related cells stand above each other, files in a list below."""
     rows = table_rows(group)
     metrics = list(rows[0])[3 : list(rows[0]).index("T")]
     table = Table(
