@@ -20,7 +20,7 @@ quickstart: setup
 	$(BIN)/python -m benchmark leaderboard
 
 test: setup lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .
