@@ -32,7 +32,7 @@ class Verdict(Enum):
     """What a comparison with a baseline says."""
 
     OK = "ok"
-    WORSE = "worse"
+    WORSE = "WORSE"
     BETTER = "better: why?"
 
 

@@ -115,7 +115,7 @@ def test_a_stopped_matrix_goes_on(
 
 def test_another_configuration_is_another_run(configs: Path) -> None:
     def folder(*options: str) -> Path:
-        return matrix.Cell(configs / "good_digits.yaml", 0, options, Path("out")).folder
+        return matrix.Cell(configs / "good_digits.yaml", 0, options, Path("out"), False).folder
 
     first = folder()
     assert folder() == first
