@@ -20,6 +20,7 @@ from diffusers import (  # noqa: F401 (short class names)
     UniPCMultistepScheduler,
 )
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint  # noqa: F401
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -95,6 +96,20 @@ class SaveFitConfig(SaveConfigCallback):
             write_atomic(Path(folder) / self.config_filename, self.parser.dump(self.config, skip_none=False))
 
 
+def fastest_precision(accelerator: str | Accelerator) -> str:
+    """Returns `bf16-mixed` where the hardware computes in bfloat16, else `32-true`.
+
+    Spikes are exact in bfloat16; potentials, losses and weights stay in float32.
+    """
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = accelerator in ("auto", "cpu") and (
+            torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        )
+    return "bf16-mixed" if native else "32-true"
+
+
 class BenchmarkCLI(LightningCLI):
     """Adds the suite's callbacks under keys of their own, so that no config can drop them, and the run folder."""
 
@@ -122,8 +137,9 @@ class BenchmarkCLI(LightningCLI):
         """Takes no options from the checkpoint: a run's are in its config.yaml, and what is typed wins."""
 
     def before_instantiate_classes(self) -> None:
-        """Chooses the run folder: that of the checkpoint, or a new one."""
+        """Chooses the precision, where none is given, and the run folder: that of the checkpoint, or a new one."""
         config = self.config[self.subcommand]
+        config.trainer.precision = config.trainer.precision or fastest_precision(config.trainer.accelerator)
         folder = Path(config.trainer.default_root_dir or RUNS)
         checkpoint = Path(config.ckpt_path) if config.get("ckpt_path") else None
         elsewhere = None if self.subcommand == "fit" else checkpoint

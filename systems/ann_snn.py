@@ -31,7 +31,7 @@ from systems.checkpoints import check_state, read_trained
 from systems.ddpm import DDPM, QuantisedDiffusion, check_bits
 from systems.neurons import ConvertedNeuron
 
-ADAM = partial(torch.optim.Adam, lr=1e-6)
+ADAM = partial(torch.optim.Adam, lr=1e-6, fused=True)
 """Optimiser of the released fine-tuning."""
 
 STEM = ("time_embedding", "head")

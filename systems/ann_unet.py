@@ -16,10 +16,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from systems.neurons import SpikingNeuron
-from systems.spiking_unet import TimeEmbedding, assemble, check_images, fold, unfold
+from systems.spiking_unet import TimeEmbedding, assemble, check_images, double_size, fold, lay_out, unfold
 
 GROUPS = 32
 """Groups of every group norm."""
@@ -175,7 +174,7 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         """Returns `(T*B, C, 2H, 2W)`; `temb` is not used."""
-        return self.main(F.interpolate(x, scale_factor=2, mode="nearest"))
+        return self.main(double_size(x))
 
 
 class BlockCall(NamedTuple):
@@ -275,7 +274,7 @@ class ANNUNet(nn.Module):
         check_images(x, self.in_channels, self.num_levels)
         temb = self.time_embedding(t)
         yield BlockCall("time_embedding", (t,), temb)
-        h = self.head(x).repeat(self.num_steps, 1, 1, 1)  # the image is the same in every step, so once is enough
+        h = lay_out(self.head(x).repeat(self.num_steps, 1, 1, 1))  # the same in every step: once is enough
         yield BlockCall("head", (x,), h)
         skips = [h]
         for part in ("downblocks", "middleblocks", "upblocks"):

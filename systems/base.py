@@ -141,6 +141,7 @@ class DiffusionSystem(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """Makes the optimiser and, where one is set, its schedule in steps."""
         optimizer = self._optimizer(p for p in self.parameters() if p.requires_grad)
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]  # else fused ones are not clipped
         if self._lr_scheduler is None:
             return optimizer
         return {

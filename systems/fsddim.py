@@ -31,7 +31,7 @@ from systems.fsddim_unet import FSDDIMUNet, Norm
 from systems.neurons import SpikingNeuron, get_surrogate
 from systems.spiking_unet import fold, unfold
 
-ADAM = partial(torch.optim.Adam, lr=5e-4)
+ADAM = partial(torch.optim.Adam, lr=5e-4, fused=True)
 """Optimiser of the released code for colour images."""
 
 

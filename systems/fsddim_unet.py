@@ -19,10 +19,9 @@ from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from systems.neurons import SpikingNeuron
-from systems.spiking_unet import fold, unfold
+from systems.spiking_unet import double_size, fold, lay_out, unfold
 
 NeuronFactory = Callable[[], SpikingNeuron]
 
@@ -146,7 +145,7 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns `(T, B, out_channels, 2H, 2W)`."""
-        return unfold(self.conv(F.interpolate(fold(x), scale_factor=2, mode="nearest")), x.shape[0])
+        return unfold(self.conv(double_size(fold(x))), x.shape[0])
 
 
 def sinusoids(num_train_timesteps: int, channels: int) -> Tensor:
@@ -243,7 +242,7 @@ class FSDDIMUNet(nn.Module):
                 f"currents have shape {tuple(x.shape)}; this U-Net takes (T, B, {self.in_channels}, H, W) with H and W "
                 f"multiples of {self.multiple}: set --data.image_size, or give fewer channel_mult"
             )
-        current = unfold(self.conv_in(fold(x)), x.shape[0])
+        current = unfold(lay_out(self.conv_in(fold(x))), x.shape[0])
         return unfold(self.conv_out(*map(fold, self.features(current, t))), x.shape[0])
 
     def features(self, current: Tensor, t: Tensor) -> list[Tensor]:

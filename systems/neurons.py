@@ -27,6 +27,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 SpikeGrad = Callable[[Tensor], Tensor]
 
+READOUT_DECAY = 0.8
+"""Membrane decay per SNN step of a read-out (SpikingJelly's leaky integrator in the released codes)."""
+
 
 def triangle(width: float = 0.5) -> SpikeGrad:
     """Triangular surrogate of FSDDIM (arXiv 2312.01742).
@@ -372,6 +375,18 @@ def leaky_integrate_and_fire(
 ) -> SpikingNeuron:
     """SpikingJelly's `LIFNode` with decaying input: `U = V + (X - V) / tau` (Spiking-Diffusion; SDDPM's option)."""
     return SpikingNeuron(beta=1 - 1 / tau, threshold=threshold, input_scale=1 / tau, spike_grad=spike_grad)
+
+
+def membrane_output(x: Tensor) -> Tensor:
+    """Final potential of a leaky integrator without threshold, `sum_k 0.8^(T-1-k) x[k]`: `(T, ...)` to `(...)`.
+
+    It is the read-out of SDDPM and of Spiking-Diffusion, and never in less than float32.
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    powers = torch.arange(len(x) - 1, -1, -1, dtype=torch.float32, device=x.device)
+    weights = (READOUT_DECAY**powers).to(x.dtype)  # float32 numbers even in float64, as released
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.tensordot(weights, x, dims=1)
 
 
 def set_threshold(network: nn.Module, threshold: float) -> None:

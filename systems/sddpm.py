@@ -25,7 +25,7 @@ from systems.gaussian import GaussianDiffusion
 from systems.neurons import get_surrogate, integrate_and_fire, leaky_integrate_and_fire
 from systems.spiking_unet import SpikingUNet
 
-ADAM = partial(torch.optim.Adam, lr=2e-4)
+ADAM = partial(torch.optim.Adam, lr=2e-4, fused=True)
 """Optimiser of the released code."""
 
 

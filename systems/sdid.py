@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from systems.neurons import leaky_integrate_and_fire
-from systems.spiking_unet import fold, unfold
+from systems.spiking_unet import concatenate, fold, unfold
 from systems.vq_svae import NeuronFactory, SpikingConv
 
 WIDTHS = (1, 2, 4, 8, 4)
@@ -63,5 +63,5 @@ class SDID(nn.Module):
         for layer in self.layers:
             h = layer(h)  # (T, B, C, h, w)
             outputs.append(h)
-        h = torch.cat([outputs[-1], outputs[0]], dim=2)
+        h = concatenate(outputs[-1], outputs[0])
         return unfold(self.head(fold(h)), self.num_steps).mean(0)

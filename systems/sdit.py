@@ -19,7 +19,7 @@ from systems.gaussian import GaussianDiffusion
 from systems.neurons import SpikingNeuron, get_surrogate
 from systems.spiking_transformer import SpikingTransformer
 
-ADAMW = partial(torch.optim.AdamW, lr=2e-4, betas=(0.99, 0.999), weight_decay=0.03)
+ADAMW = partial(torch.optim.AdamW, lr=2e-4, betas=(0.99, 0.999), weight_decay=0.03, fused=True)
 """Published is AdamW; the numbers are U-ViT's."""
 
 

@@ -39,7 +39,7 @@ from systems.neurons import get_surrogate, leaky_integrate_and_fire
 from systems.sdid import SDID
 from systems.vq_svae import REDUCTION, VQSVAE, Reconstruction, equilibrium_loss
 
-ADAMW = partial(torch.optim.AdamW, lr=1e-3, weight_decay=1e-3)
+ADAMW = partial(torch.optim.AdamW, lr=1e-3, weight_decay=1e-3, fused=True)
 """Optimiser of both released stages."""
 
 COLLAPSED = 0.1

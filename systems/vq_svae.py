@@ -18,11 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from systems.neurons import SpikingNeuron, leaky_integrate_and_fire
+from systems.neurons import SpikingNeuron, leaky_integrate_and_fire, membrane_output
 from systems.spiking_unet import fold, unfold
 
-MEMBRANE_DECAY = 0.8
-"""Decay per SNN step of the membrane output."""
 SYNAPSE_DECAY = 0.5
 """Decay per SNN step of the postsynaptic potential, `1 - 1/tau` with tau = 2."""
 COMMITMENT = 0.25
@@ -56,17 +54,13 @@ class SpikingConv(nn.Sequential):
         return neuron(unfold(norm(h), self.num_steps))
 
 
-def membrane_output(x: Tensor) -> Tensor:
-    """Final potential of a leaky integrator without threshold, `sum_k 0.8^(T-1-k) x[k]`: `(T, ...)` to `(...)`."""
-    powers = torch.arange(len(x) - 1, -1, -1, dtype=torch.float32, device=x.device)
-    return torch.tensordot((MEMBRANE_DECAY**powers).to(x.dtype), x, dims=1)
-
-
 def postsynaptic_potential(x: Tensor) -> Tensor:
     """First-order synapse `y[k] = y[k-1] + (x[k] - y[k-1]) / tau`, tau = 2, from zero: `(T, ...)` to `(T, ...)`."""
     k = torch.arange(len(x), dtype=torch.float32, device=x.device)
     response = (1 - SYNAPSE_DECAY) * (SYNAPSE_DECAY ** (k[:, None] - k)).tril()  # (T, T)
-    return torch.tensordot(response.to(x.dtype), x, dims=1)
+    response = response.to(torch.promote_types(x.dtype, torch.float32))
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.tensordot(response, x.to(response.dtype), dims=1)
 
 
 class Reconstruction(NamedTuple):
@@ -160,8 +154,10 @@ class VQSVAE(nn.Module):
 
     def quantise(self, features: Tensor) -> Tensor:
         """Returns the index of the nearest code, `(B, h, w)`, of features `(B, code_channels, h, w)`."""
-        vectors, codes = features.movedim(1, -1), self.codebook.weight  # (B, h, w, code_channels)
-        distances = vectors.square().sum(-1, keepdim=True) + codes.square().sum(1) - 2 * vectors @ codes.T
+        codes = self.codebook.weight
+        vectors = features.movedim(1, -1).to(codes.dtype)  # (B, h, w, code_channels)
+        with torch.autocast(vectors.device.type, enabled=False):  # half precision would confuse near codes
+            distances = vectors.square().sum(-1, keepdim=True) + codes.square().sum(1) - 2 * vectors @ codes.T
         return distances.argmin(-1)
 
     def decode(self, codes: Tensor) -> tuple[Tensor, Tensor]:

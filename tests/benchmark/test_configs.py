@@ -16,6 +16,7 @@ SIZES = {"MNIST": 28, "FMNIST": 28, "KMNIST": 28, "Letters": 28, "CIFAR10": 32, 
 TINY = [
     "--trainer.max_steps=1",
     "--trainer.accelerator=cpu",
+    "--trainer.precision=32-true",
     "--trainer.enable_progress_bar=false",
     "--trainer.enable_model_summary=false",
     "--trainer.limit_val_batches=1",

@@ -18,6 +18,7 @@ from benchmark.runs import find_checkpoint, newest_run
 
 CALM = [
     "--trainer.accelerator=cpu",
+    "--trainer.precision=32-true",
     "--trainer.enable_progress_bar=false",
     "--trainer.enable_model_summary=false",
     "--trainer.num_sanity_val_steps=0",

@@ -204,6 +204,7 @@ def test_images_without_a_grid_are_refused(shape: tuple[int, int, int]) -> None:
 OPTIONS = [
     "--config=configs/spiking_diffusion_mnist.yaml",
     "--trainer.accelerator=cpu",
+    "--trainer.precision=32-true",
     "--trainer.enable_progress_bar=false",
     "--trainer.enable_model_summary=false",
     "--trainer.log_every_n_steps=2",

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from systems import neurons
+from systems.neurons import membrane_output
 from systems.spiking_diffusion import _rename
-from systems.vq_svae import VQSVAE, Reconstruction, equilibrium_loss, membrane_output, postsynaptic_potential
+from systems.vq_svae import VQSVAE, Reconstruction, equilibrium_loss, postsynaptic_potential
 
 Reference = Callable[[str], dict[str, Tensor]]
 
