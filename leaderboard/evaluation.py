@@ -31,6 +31,7 @@ from leaderboard.records import (
     Record,
     check_name,
     file_sha256,
+    portable,
     write_record,
 )
 from leaderboard.reference import build_parts, prepare_reference
@@ -177,7 +178,7 @@ class Evaluation(Callback):
             return
         metrics |= self._reconstruction(trainer, cast(Any, pl_module))
         folder = self._folder
-        self.record = record = self._record(trainer, pl_module, metrics)
+        self.record = record = portable(self._record(trainer, pl_module, metrics))
         path = write_record(record, folder / "records")
         grid_path = self._save_grid(folder / "samples" / f"{path.stem}.png")
         if self._chunks is not None and not self.keep_samples:
