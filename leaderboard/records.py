@@ -172,16 +172,30 @@ def write_record(record: Record, folder: str | Path) -> Path:
         RecordError: If the record breaks the schema, for example by a number that is not finite.
         FileExistsError: If this very record is there already.
     """
-    folder = Path(folder)
-    data = asdict(record)
-    created = _check(data, f"new record of {record.method}")
-    text = json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n"
-    short = hashlib.sha256(text.encode()).hexdigest()[:8]
-    path = folder / f"{created:%Y%m%dT%H%M%SZ}-{_slug(record.method)}-{_slug(record.dataset.name)}-{short}.json"
+    name, text = _file(record)
+    path = Path(folder) / name
     if path.exists():
         raise FileExistsError(f"{path} exists; records are append-only, so evaluate again to make a new one")
     write_atomic(path, text)
     return path
+
+
+def record_name(record: Record) -> str:
+    """Returns the name of the file that `write_record` writes.
+
+    Raises:
+        RecordError: If the record breaks the schema.
+    """
+    return _file(record)[0]
+
+
+def _file(record: Record) -> tuple[str, str]:
+    """Returns name and content of a record's file."""
+    data = asdict(record)
+    created = _check(data, f"new record of {record.method}")
+    text = json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    short = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return f"{created:%Y%m%dT%H%M%SZ}-{_slug(record.method)}-{_slug(record.dataset.name)}-{short}.json", text
 
 
 def read_record(path: str | Path) -> Record:

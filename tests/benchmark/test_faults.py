@@ -11,13 +11,12 @@ import signal
 import time
 from collections.abc import Callable
 from functools import cache, partial
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from tiny import SDDPM, SPIKING_DIFFUSION, equal, fit, forked, resume, weights
+from tiny import SDDPM, SPIKING_DIFFUSION, equal, fit, forked, kill_after, resume, weights
 from torch import Tensor
 
 from benchmark.faults import DivergenceError, LastCheckpoint
@@ -28,11 +27,6 @@ from systems.checkpoints import load_checkpoint, save_checkpoint
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*fork.*"), pytest.mark.usefixtures("uncompiled")]
 METHODS = {"sddpm": SDDPM, "spiking-diffusion": SPIKING_DIFFUSION}
-
-
-@pytest.fixture
-def kills(request: pytest.FixtureRequest) -> int:
-    return int(request.config.getoption("--kills"))
 
 
 @pytest.fixture(scope="module")
@@ -47,15 +41,6 @@ def undisturbed(uncompiled: None, tmp_path_factory: pytest.TempPathFactory) -> C
         return run, time.perf_counter() - start
 
     return train
-
-
-def kill_after(process: BaseProcess, seconds: float) -> bool:
-    """Kills a process; returns whether it was still alive."""
-    process.join(seconds)
-    process.kill()
-    process.join()
-    assert process.exitcode in (0, -signal.SIGKILL)
-    return process.exitcode != 0
 
 
 def steps_of(folder: Path) -> int:
