@@ -26,7 +26,7 @@ from systems import SDDPM as SDDPM_System
 from systems.checkpoints import load_checkpoint, save_checkpoint
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*fork.*"), pytest.mark.usefixtures("uncompiled")]
-METHODS = {"sddpm": SDDPM, "spiking-diffusion": SPIKING_DIFFUSION}
+METHODS = {"sddpm": [*SDDPM, "--data.flip=true"], "spiking-diffusion": SPIKING_DIFFUSION}
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def test_a_signal_saves_and_leaves(
 
     with monkeypatch.context() as patch:
         at_step(patch, step, stop)
-        process = forked(partial(fit, tmp_path, *SDDPM), tmp_path / "log")
+        process = forked(partial(fit, tmp_path, *METHODS["sddpm"]), tmp_path / "log")
         process.join(60)
     assert process.exitcode == 128 + number
     last = newest_run(tmp_path) / "checkpoints" / "last.ckpt"
