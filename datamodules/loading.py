@@ -38,10 +38,11 @@ class TrainingImages(Dataset[Tensor]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> Tensor:
-        wanted = np.asarray(indices)
-        mirrored = wanted < 0
-        batch = self.images[self.indices[np.where(mirrored, ~wanted, wanted)]]
-        if mirrored.any():
+        wanted = np.array(indices)
+        mirrored = np.flatnonzero(wanted < 0)
+        wanted[mirrored] = ~wanted[mirrored]
+        batch = self.images[self.indices[wanted]]
+        if len(mirrored):
             batch[mirrored] = batch[mirrored, ..., ::-1]
         if self.padding:
             batch = np.pad(batch, ((0, 0), (0, 0), (self.padding,) * 2, (self.padding,) * 2))
