@@ -126,7 +126,8 @@ def test_a_signal_saves_and_leaves(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def stop(loss: Tensor) -> Tensor:
-        os.kill(os.getpid(), number)
+        for _ in range(2):  # as a terminal and a launcher pass it on
+            os.kill(os.getpid(), number)
         return loss
 
     with monkeypatch.context() as patch:
@@ -141,6 +142,21 @@ def test_a_signal_saves_and_leaves(
     assert load_checkpoint(last)["global_step"] == step + 1
     resume(tmp_path)
     assert equal(weights(newest_run(tmp_path)), weights(undisturbed("sddpm")[0]))
+
+
+def test_a_second_signal_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(loss: Tensor) -> Tensor:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)
+        return loss
+
+    at_step(monkeypatch, 2, stop)
+    monkeypatch.setattr("benchmark.faults.SAME_SIGNAL", 0.1)
+    process = forked(partial(fit, tmp_path, *SDDPM), tmp_path / "log")
+    process.join(60)
+    assert process.exitcode == -signal.SIGTERM
+    assert not list(tmp_path.glob("*/checkpoints/last.ckpt"))
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])

@@ -40,7 +40,7 @@ def in_process(uncompiled: None, monkeypatch: pytest.MonkeyPatch) -> list[list[s
     commands: list[list[str]] = []
 
     class Forked:
-        def __init__(self, command: list[str], stdout: object, stderr: int) -> None:
+        def __init__(self, command: list[str], stdout: object, stderr: int, env: dict[str, str]) -> None:
             commands.append(command[3:])
             self.process = forked(lambda: main(command[3:]), Path(stdout.name))  # type: ignore[attr-defined]
 
