@@ -1,13 +1,17 @@
 """Runs `python -m benchmark`."""
 
+import os
 import sys
 
 from benchmark.cli import main
+from benchmark.parents import PARENT, end_with
 
 FAULTS = ("MisconfigurationException", "YAMLError")
 """Errors of libraries that are slow to import, by name."""
 
 if __name__ == "__main__":
+    if parent := os.environ.pop(PARENT, ""):  # not for the processes that this one starts
+        end_with(int(parent))
     try:
         main()
     except KeyboardInterrupt:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,6 +20,10 @@ from systems.checkpoints import read_suite, save_checkpoint
 
 LOST = re.compile("gloo|nccl|peer|heartbeat", re.IGNORECASE)
 """What torch.distributed says when another process is gone."""
+
+
+SAME_SIGNAL = 2.0
+"""Seconds within which further signals count as the first, passed on by several."""
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -44,7 +49,8 @@ class LastCheckpoint(Checkpoint):
     """Keeps `last.ckpt`: after every epoch, every few steps if wanted, and when a signal ends the training.
 
     SIGINT (Ctrl+C) and SIGTERM are obeyed after the step that is running, by all processes alike; the exit codes are
-    130 and 143. A second signal ends the process at once.
+    130 and 143. A second signal ends the process at once, unless it comes within two seconds: a terminal, a launcher
+    and a cluster may each pass on the same one.
 
     Args:
         every_n_train_steps: Steps between checkpoints within an epoch; none keeps those of whole epochs.
@@ -56,6 +62,7 @@ class LastCheckpoint(Checkpoint):
         self.every_n_train_steps = every_n_train_steps
         self.path = Path()
         self._signal: int | None = None
+        self._noted = 0.0
         self._saved_step = 0  # nothing is worth saving before the first
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -73,10 +80,12 @@ class LastCheckpoint(Checkpoint):
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         """Remembers a signal; a second one gets the system's answer."""
-        self._signal = number
-        print(f"\n{signal.Signals(number).name}: saving after this step (once more: stop at once)", flush=True)
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)
+        if self._signal is None:
+            self._signal, self._noted = number, time.monotonic()
+            print(f"\n{signal.Signals(number).name}: saving after this step (once more: stop at once)", flush=True)
+        elif time.monotonic() - self._noted > SAME_SIGNAL:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """Saves where it is due; the last step of an epoch is left to the end of the epoch."""

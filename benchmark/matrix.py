@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import signal
 import sys
@@ -16,6 +17,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from benchmark.parents import PARENT
 from benchmark.runs import RUNS, newest_run
 from leaderboard.protocols import canonical_sha256
 from leaderboard.records import Record, find_records, read_record
@@ -153,7 +155,9 @@ def _run(cell: Cell) -> int:
     cell.folder.mkdir(parents=True, exist_ok=True)
     with (cell.folder / "log.txt").open("ab") as log:
         for stage in cell.stages:
-            process = Popen([*BENCHMARK, *stage], stdout=log, stderr=STDOUT)
+            process = Popen(
+                [*BENCHMARK, *stage], stdout=log, stderr=STDOUT, env=os.environ | {PARENT: str(os.getpid())}
+            )
             if code := _wait(process):
                 return code
     return 0 if cell.record is not None else 1

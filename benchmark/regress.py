@@ -8,9 +8,9 @@ import multiprocessing
 import os
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmark.parents import end_with
 from benchmark.runs import find_checkpoint, newest_run
 from benchmark.stages import complete, run_stage
 from leaderboard.records import Record, find_records, read_record
@@ -88,10 +89,11 @@ def regress(args: Sequence[str]) -> None:
     console, started = Console(), time.perf_counter()
     folder = options.output / f"{datetime.now():%Y%m%d-%H%M%S}"
     outcomes = []
-    for outcome in _measure_all(list(_jobs(options.methods, seeds, folder, rest)), options.workers):
-        outcomes.append(outcome)
-        result = outcome.error if outcome.record is None else "{} {:.2f}".format(*_value(outcome.record))
-        console.print(f"{outcome.method}, seed {outcome.seed}: {result}", markup=False, highlight=False)
+    with closing(_measure_all(list(_jobs(options.methods, seeds, folder, rest)), options.workers)) as measured:
+        for outcome in measured:
+            outcomes.append(outcome)
+            result = outcome.error if outcome.record is None else "{} {:.2f}".format(*_value(outcome.record))
+            console.print(f"{outcome.method}, seed {outcome.seed}: {result}", markup=False, highlight=False)
     by_method = {
         m: sorted((o for o in outcomes if o.method == m), key=lambda outcome: outcome.seed) for m in options.methods
     }
@@ -179,7 +181,7 @@ def _jobs(methods: Sequence[str], seeds: Sequence[int], folder: Path, options: S
             yield Job(base, tuple(members), seed, folder / f"{base}-seed{seed}", tuple(options))
 
 
-def _measure_all(jobs: Sequence[Job], workers: int) -> Iterator[Outcome]:
+def _measure_all(jobs: Sequence[Job], workers: int) -> Generator[Outcome]:
     """Does all jobs, each in a process of its own, or one after the other in this process."""
     if workers == 1:
         for job in jobs:
@@ -187,9 +189,17 @@ def _measure_all(jobs: Sequence[Job], workers: int) -> Iterator[Outcome]:
         return
     # spawned: threads do not survive a fork; one task each: no job sees what another has compiled
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1) as pool:
-        for done in as_completed([pool.submit(_measure, job) for job in jobs]):
-            yield from done.result()
+    with ProcessPoolExecutor(
+        workers, mp_context=context, initializer=end_with, initargs=(os.getpid(),), max_tasks_per_child=1
+    ) as pool:
+        try:
+            for done in as_completed([pool.submit(_measure, job) for job in jobs]):
+                yield from done.result()
+        except BaseException:  # such as Ctrl+C: the pool would wait for its workers, and begin what is left
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            raise
 
 
 def _measure(job: Job) -> list[Outcome]:

@@ -18,13 +18,22 @@ from rich.text import Text
 
 from benchmark.runs import RUNS
 from leaderboard.compare import differences, provenance, show
-from leaderboard.records import MetricValue, Record, file_sha256, read_record, write_atomic
+from leaderboard.records import ELSEWHERE, MetricValue, Record, file_sha256, read_record, write_atomic
 
 ROUNDING = 1e-6
 """Relative difference of equal metrics; for those whose uncertainty is 0."""
 COUNTED = ("parameters", "nfe", "firing_rate", "sops", "macs", "acs", "energy_strict_mj", "energy_paper_mj")
 """Costs that a repetition has to find again; speed and memory belong to the device."""
 COST_TOLERANCE = 0.01
+_PLACES = {
+    "root": ("data", "init_args"),
+    "inception_weights": ("evaluation",),
+    "torchvision_weights": ("evaluation",),
+    "extractor": ("evaluation",),
+    "fad_dir": ("evaluation",),
+    "gamma": ("model", "init_args", "scheduler", "init_args"),
+}
+"""Options that name files or folders, and where in a configuration they are."""
 _TRAINER = ("accelerator", "precision", "deterministic", "benchmark", "inference_mode", "limit_test_batches")
 
 
@@ -37,6 +46,7 @@ def verify(
     torchvision_weights: str | None = None,
     extractor: str | None = None,
     fad_dir: str | None = None,
+    gamma: str | None = None,
     output: str = "verifications",
 ) -> None:
     """Repeats the evaluation behind a record, from its own configuration and checkpoint, and compares.
@@ -53,6 +63,7 @@ def verify(
         torchvision_weights: Local file of torchvision's Inception weights, if it lies elsewhere.
         extractor: File of another small extractor, if it lies elsewhere.
         fad_dir: Folder of the published autoencoders, if it lies elsewhere.
+        gamma: File with the statistic of Analytic-DPM, if it lies elsewhere.
         output: Folder for what the repetition leaves.
 
     Raises:
@@ -66,13 +77,15 @@ def verify(
             rows = [("checkpoint sha256", recorded.checkpoint.sha256, file_sha256(found))]
             show(console, "not repeated, since this is not what was measured", ("", "record", "given"), rows)
             _finish(console, False, f"{found} is another checkpoint than that of {record}")
-        files = {
+        given = {
+            "root": root,
             "inception_weights": inception_weights,
             "torchvision_weights": torchvision_weights,
             "extractor": extractor,
             "fad_dir": fad_dir,
+            "gamma": gamma,
         }
-        settings = _settings(recorded, root, accelerator, {k: v for k, v in files.items() if v is not None})
+        settings = _settings(recorded, accelerator, {k: v for k, v in given.items() if v is not None})
         repeated = _repeat(settings, found, Path(output) / Path(record).stem)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"cannot verify {ascii(record)[1:-1]}: {error}", file=sys.stderr)
@@ -115,11 +128,16 @@ def _find_checkpoint(record: Record, path: Path, given: str | None) -> Path:
     )
 
 
-def _settings(record: Record, root: str | None, accelerator: str | None, files: dict[str, str]) -> dict[str, Any]:
+def _settings(record: Record, accelerator: str | None, given: dict[str, str]) -> dict[str, Any]:
     """Returns the configuration of the repetition: what a result depends on, and no file or callback besides.
 
+    Args:
+        record: What is repeated.
+        accelerator: Device, if not that of the record.
+        given: Files and folders that lie elsewhere than in the record, by option.
+
     Raises:
-        ValueError: If the record's configuration is not that of a test.
+        ValueError: If the record's configuration is not that of a test, or does not say where a file lies.
     """
     parts = {name: record.config.get(name) for name in ("model", "data", "evaluation", "trainer")}
     settings = cast(dict[str, Any], _with_infinities(parts))
@@ -132,10 +150,19 @@ def _settings(record: Record, root: str | None, accelerator: str | None, files: 
     settings["trainer"] = {name: settings["trainer"].get(name) for name in _TRAINER} | {"devices": 1}
     if accelerator is not None:
         settings["trainer"]["accelerator"] = accelerator
-    settings["evaluation"] |= files | {"keep_samples": False}
+    settings["evaluation"]["keep_samples"] = False
     options.pop("cache_dir", None)
-    if root is not None:
-        options["root"] = root
+    for option, place in _PLACES.items():
+        part: Any = settings
+        for name in place:
+            part = part.get(name) if isinstance(part, dict) else None
+        if not isinstance(part, dict):
+            if option in given:
+                raise ValueError(f"--{option} {given[option]}: its configuration has no place for this option")
+        elif option in given:
+            part[option] = given[option]
+        elif str(part.get(option)).startswith(ELSEWHERE):
+            raise ValueError(f"it does not say where {part[option]} lies; give it: --{option} PATH")
     return settings
 
 

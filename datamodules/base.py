@@ -192,7 +192,8 @@ class ImageDataModule(L.LightningDataModule):
             epoch = self.trainer.current_epoch
             progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
             done = progress.processed % (share // self.batch_size)
-        return self._loader(images, sampler=TrainingOrder(images, done * self.batch_size, epoch), drop_last=True)
+        order = TrainingOrder(images, done * self.batch_size, epoch, self.flip)
+        return self._loader(images, sampler=order, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Tensor] | list[DataLoader[Tensor]]:
         """Validation images in order; no loader if there are none."""
@@ -285,7 +286,7 @@ class ImageDataModule(L.LightningDataModule):
         if self.val_size == 0 and "valid" in entry.splits:
             valid, held_out = entry.images("valid"), torch.arange(entry.size("valid"))
         return (
-            TrainingImages(train, kept, self._padding, self.flip),
+            TrainingImages(train, kept, self._padding),
             TrainingImages(valid, held_out, self._padding),
         )
 

@@ -18,19 +18,18 @@ class TrainingImages(Dataset[Tensor]):
     """Images served a batch at a time as float32 `(B, C, H, W)` in [-1, 1]: sliced and scaled as whole arrays.
 
     In NumPy, not PyTorch, whose threads slow such small operations down up to a hundredfold where cores are shared.
+    The index `~k` stands for image `k`, mirrored.
 
     Args:
         images: `(N, C, H, W)` uint8, usually memory-mapped.
         indices: Which of them to serve.
         padding: Black pixels added to each side.
-        flip: Whether each image is mirrored with probability 1/2.
     """
 
-    def __init__(self, images: Tensor, indices: Tensor, padding: int = 0, flip: bool = False) -> None:
+    def __init__(self, images: Tensor, indices: Tensor, padding: int = 0) -> None:
         self.images = images.numpy()
         self.indices = indices.numpy()
         self.padding = padding
-        self.flip = flip
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -39,9 +38,11 @@ class TrainingImages(Dataset[Tensor]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> Tensor:
-        batch = self.images[self.indices[indices]]
-        if self.flip:
-            mirrored = torch.rand(len(batch)).numpy() < 0.5
+        wanted = np.array(indices)
+        mirrored = np.flatnonzero(wanted < 0)
+        wanted[mirrored] = ~wanted[mirrored]
+        batch = self.images[self.indices[wanted]]
+        if len(mirrored):
             batch[mirrored] = batch[mirrored, ..., ::-1]
         if self.padding:
             batch = np.pad(batch, ((0, 0), (0, 0), (self.padding,) * 2, (self.padding,) * 2))
@@ -69,7 +70,7 @@ class Seeds(Dataset[Tensor]):
 
 
 class TrainingOrder(DistributedSampler[Any]):
-    """Shuffled images of this process; the order depends on `seed_everything` and the epoch alone.
+    """Shuffled images of this process; order and mirroring depend on `seed_everything` and the epoch alone.
 
     The images of step `k` of all processes together are the same for any number of processes, if they are as many.
 
@@ -77,17 +78,24 @@ class TrainingOrder(DistributedSampler[Any]):
         images: Images to train on.
         skip: Images of this process that the first epoch leaves out, since they came before a training was stopped.
         epoch: First epoch.
+        flip: Whether each image is mirrored with probability 1/2: `~k` stands for the mirrored image `k`.
     """
 
-    def __init__(self, images: Dataset[Tensor], skip: int = 0, epoch: int = 0) -> None:
+    def __init__(self, images: Dataset[Tensor], skip: int = 0, epoch: int = 0, flip: bool = False) -> None:
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         super().__init__(images, world_size(), rank(), shuffle=True, seed=seed, drop_last=True)
         self.skip = skip
+        self.flip = flip
         self.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Any]:
         skip, self.skip = self.skip, 0
-        return islice(super().__iter__(), skip, None)
+        order = super().__iter__()
+        if self.flip:  # drawn for the images of all processes, so that a place in the order decides
+            coins = np.random.default_rng((self.seed, self.epoch)).random(self.total_size) < 0.5
+            mine = np.fromiter(order, np.int64, self.num_samples)
+            order = iter(np.where(coins[self.rank :: self.num_replicas], ~mine, mine).tolist())
+        return islice(order, skip, None)
 
 
 class FilledBatches(DistributedSampler[Any]):

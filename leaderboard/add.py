@@ -14,7 +14,7 @@ from typing import Any
 from leaderboard.cost import strict_energy_mj
 from leaderboard.metrics import metric_keys
 from leaderboard.protocols import PROTOCOLS, SUITE, canonical_sha256
-from leaderboard.records import Record, RecordError, find_records, read_record, write_record
+from leaderboard.records import Record, RecordError, find_records, portable, read_record, write_record
 from leaderboard.table import RECORDS
 
 _OPTIONAL = "fid_newton_schulz"
@@ -38,7 +38,7 @@ def add(file: str, to: str = RECORDS) -> None:
     """
     path = Path(file)
     try:
-        record = read_record(path)
+        record = portable(read_record(path))
         problems = [*_name_problems(path), *find_problems(record), *_duplicates(record, Path(to))]
     except RecordError as error:
         problems = [str(error).removeprefix(f"{path}: ")]

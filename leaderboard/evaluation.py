@@ -31,6 +31,8 @@ from leaderboard.records import (
     Record,
     check_name,
     file_sha256,
+    portable,
+    record_name,
     write_record,
 )
 from leaderboard.reference import build_parts, prepare_reference
@@ -177,9 +179,9 @@ class Evaluation(Callback):
             return
         metrics |= self._reconstruction(trainer, cast(Any, pl_module))
         folder = self._folder
-        self.record = record = self._record(trainer, pl_module, metrics)
-        path = write_record(record, folder / "records")
-        grid_path = self._save_grid(folder / "samples" / f"{path.stem}.png")
+        self.record = record = portable(self._record(trainer, pl_module, metrics))
+        grid_path = self._save_grid((folder / "samples" / record_name(record)).with_suffix(".png"))
+        path = write_record(record, folder / "records")  # last: where there is a record, nothing is missing
         if self._chunks is not None and not self.keep_samples:
             self._chunks.clear()
         if isinstance(trainer.logger, TensorBoardLogger):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
+
+from leaderboard.records import write_atomic
 
 
 def grid(images: Tensor, columns: int, scale: int = 1) -> Tensor:
@@ -32,10 +35,11 @@ def grid(images: Tensor, columns: int, scale: int = 1) -> Tensor:
 
 
 def save_png(image: Tensor, path: Path) -> None:
-    """Writes a uint8 image `(C, H, W)` of 1 or 3 channels."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes a uint8 image `(C, H, W)` of 1 or 3 channels, whole or not at all."""
     array = image.cpu().movedim(0, -1).squeeze(-1).contiguous().numpy()
-    Image.fromarray(array).save(path)
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "PNG")
+    write_atomic(path, buffer.getvalue())
 
 
 def enlargement(size: int, target: int = 64) -> int:

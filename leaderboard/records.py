@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -19,6 +19,9 @@ SCHEMA_VERSION: Final = 1
 LARGEST_FILE = 4 * 2**20
 """Bytes of a record file; usual ones take some thousands."""
 _NAME = re.compile(r"(?!.*\.\.)[\w .,:;=+()%-]*")
+ELSEWHERE = ".../"
+"""Stands in a record for the folders of a file or folder that lay outside the working folder."""
+_OUTSIDE = re.compile(r"(?:^|(?<=\s))(?=[/\\]|~[^\s/\\]*[/\\]|\.\.[/\\]|[A-Za-z]:[/\\]).*[/\\](?=[^/\\])", re.DOTALL)
 
 
 class RecordError(ValueError):
@@ -169,16 +172,30 @@ def write_record(record: Record, folder: str | Path) -> Path:
         RecordError: If the record breaks the schema, for example by a number that is not finite.
         FileExistsError: If this very record is there already.
     """
-    folder = Path(folder)
-    data = asdict(record)
-    created = _check(data, f"new record of {record.method}")
-    text = json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n"
-    short = hashlib.sha256(text.encode()).hexdigest()[:8]
-    path = folder / f"{created:%Y%m%dT%H%M%SZ}-{_slug(record.method)}-{_slug(record.dataset.name)}-{short}.json"
+    name, text = _file(record)
+    path = Path(folder) / name
     if path.exists():
         raise FileExistsError(f"{path} exists; records are append-only, so evaluate again to make a new one")
     write_atomic(path, text)
     return path
+
+
+def record_name(record: Record) -> str:
+    """Returns the name of the file that `write_record` writes.
+
+    Raises:
+        RecordError: If the record breaks the schema.
+    """
+    return _file(record)[0]
+
+
+def _file(record: Record) -> tuple[str, str]:
+    """Returns name and content of a record's file."""
+    data = asdict(record)
+    created = _check(data, f"new record of {record.method}")
+    text = json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    short = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return f"{created:%Y%m%dT%H%M%SZ}-{_slug(record.method)}-{_slug(record.dataset.name)}-{short}.json", text
 
 
 def read_record(path: str | Path) -> Record:
@@ -198,6 +215,26 @@ def read_record(path: str | Path) -> Record:
         raise RecordError(f"{path}: not a readable JSON file ({error})") from error
     _check(data, str(path))
     return from_json(Record, data)
+
+
+def portable(record: Record) -> Record:
+    """Returns a record whose configuration and data source name no folder of the machine that measured it.
+
+    Of a path outside the working folder (absolute, of a home, or upwards) the last name stays, behind `ELSEWHERE`.
+    """
+    config = _without_places(record.config)
+    source = _without_places(record.dataset.source)
+    return replace(
+        record, config=config, config_sha256=canonical_sha256(config), dataset=replace(record.dataset, source=source)
+    )
+
+
+def _without_places(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_places(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_without_places(item) for item in value]
+    return _OUTSIDE.sub(ELSEWHERE, value) if isinstance(value, str) else value
 
 
 def check_name(field: str, name: str, required: bool = True) -> None:

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from leaderboard.protocols import canonical_sha256
-from leaderboard.records import MetricValue, Record, RecordError, find_records, read_record, write_atomic
+from leaderboard.records import MetricValue, Record, RecordError, find_records, portable, read_record, write_atomic
 
 _HEADERS = {
     "fid": "FID",
@@ -148,7 +148,7 @@ def read_records(folders: Iterable[str | Path]) -> tuple[list[tuple[Path, Record
     broken = []
     for path in find_records(folders):
         try:
-            entry = Entry(path, read_record(path))
+            entry = Entry(path, portable(read_record(path)))
         except RecordError as error:
             broken.append(str(error))
             continue

@@ -59,8 +59,8 @@ class SpikingDiffusion(DiffusionSystem):
     """Spiking-Diffusion of Liu et al.
 
     One `fit` trains both stages and ends by itself; a checkpoint resumes in the stage where it was written. An epoch is
-    one pass over the training images in both stages. The codes of stage two are computed once: with `--data.flip` an
-    image is mirrored for good or never.
+    one pass over the training images in both stages. The codes of stage two are computed once, of images that are
+    not mirrored, whatever `--data.flip` says.
 
     Args:
         in_channels: Image channels.

@@ -15,7 +15,7 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Adds the number of kills that the tests of killed runs try."""
-    parser.addoption("--kills", type=int, default=2, help="kills of each kind in tests/benchmark/test_faults.py")
+    parser.addoption("--kills", type=int, default=2, help="kills of each kind of process at random moments")
 
 
 @pytest.fixture(scope="session")

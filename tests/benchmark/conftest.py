@@ -20,6 +20,12 @@ TINY = [
 ]
 
 
+@pytest.fixture
+def kills(request: pytest.FixtureRequest) -> int:
+    """Kills that a test tries."""
+    return int(request.config.getoption("--kills"))
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one run of six steps, to be copied by those who add to it."""

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import SDDPM, equal, fit, weights
+from tiny import CALM, SDDPM, equal, fit, weights
 
-from benchmark.runs import newest_run
+from benchmark.cli import main
+from benchmark.regress import METHODS
+from benchmark.runs import find_checkpoint, newest_run
+from leaderboard.records import find_records, read_record
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
 OPTIONS = [*SDDPM, "--trainer.max_epochs=1", "--data.batch_size=32", "--trainer.limit_train_batches=5"]
@@ -30,6 +33,32 @@ def test_in_one_process(options: list[str], same: bool, first: Path, tmp_path: P
         assert equal(weights(fit(tmp_path, *OPTIONS, *options)), weights(first)) == same
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_deterministic_algorithms(method: str, tmp_path: Path) -> None:
+    """Torch refuses an operation that has none; training and sampling are the same twice."""
+    base = METHODS[method]
+    start = [] if base is None else [f"--model.init_from={find_checkpoint(fit(tmp_path / 'base', *small(base)))}"]
+    runs = []
+    try:
+        for name in ("first", "second"):
+            runs.append(fit(tmp_path / name, *small(method), *start, "--trainer.deterministic=true"))
+            main(["test", "--draft", f"--trainer.default_root_dir={tmp_path / name}"])
+            assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert equal(*map(weights, runs))
+    first, second = (read_record(path).metrics for path in find_records(runs))
+    assert first == second
+
+
+def small(method: str) -> list[str]:
+    """Options of a run of two steps."""
+    two = "--trainer.limit_train_batches=1" if method == "spiking_diffusion" else "--trainer.max_steps=2"
+    epochs = ["--model.autoencoder_epochs=1", "--model.denoiser_epochs=1"] * (method == "spiking_diffusion")
+    data = ["--data.batch_size=32", "--data.num_samples=20", "--data.val_size=0", "--model.num_inference_steps=2"]
+    return [f"--config=configs/regress/{method}.yaml", *CALM, *data, two, *epochs]
 
 
 def test_in_another_process(first: Path, tmp_path: Path) -> None:

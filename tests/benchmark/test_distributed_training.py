@@ -188,6 +188,24 @@ def test_the_order_is_that_of_the_seed_and_the_epoch(two_processes: pytest.Monke
     assert of_rank(0, two_processes, TrainingOrder) != shares[0]
 
 
+def test_mirroring_is_that_of_the_place_in_the_order(two_processes: pytest.MonkeyPatch) -> None:
+    def images(order: list[int]) -> list[int]:
+        return [i if i >= 0 else ~i for i in order]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed, "is_initialized", lambda: False)
+        whole = list(TrainingOrder(range(100), flip=True))  # type: ignore[arg-type]
+    assert 35 < sum(i < 0 for i in whole) < 65  # three standard deviations
+    shares = [of_rank(rank, two_processes, TrainingOrder, 0, 0, True) for rank in range(2)]
+    assert [i for pair in zip(*shares, strict=True) for i in pair] == whole
+    assert images(shares[0]) == of_rank(0, two_processes, TrainingOrder)
+    assert of_rank(0, two_processes, TrainingOrder, 7, 0, True) == shares[0][7:]
+    later = of_rank(0, two_processes, TrainingOrder, 0, 1, True)
+    assert [i < 0 for i in later] != [i < 0 for i in shares[0]]
+    two_processes.setenv("PL_GLOBAL_SEED", "8")
+    assert [i < 0 for i in of_rank(0, two_processes, TrainingOrder, 0, 0, True)] != [i < 0 for i in shares[0]]
+
+
 def test_an_order_resumed_within_an_epoch_ends_with_it() -> None:
     order = TrainingOrder(range(10), skip=4)  # type: ignore[arg-type]
     assert len(list(order)) == 6

@@ -11,13 +11,12 @@ import signal
 import time
 from collections.abc import Callable
 from functools import cache, partial
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from tiny import SDDPM, SPIKING_DIFFUSION, equal, fit, forked, resume, weights
+from tiny import SDDPM, SPIKING_DIFFUSION, equal, fit, forked, kill_after, resume, weights
 from torch import Tensor
 
 from benchmark.faults import DivergenceError, LastCheckpoint
@@ -27,12 +26,7 @@ from systems import SDDPM as SDDPM_System
 from systems.checkpoints import load_checkpoint, save_checkpoint
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*fork.*"), pytest.mark.usefixtures("uncompiled")]
-METHODS = {"sddpm": SDDPM, "spiking-diffusion": SPIKING_DIFFUSION}
-
-
-@pytest.fixture
-def kills(request: pytest.FixtureRequest) -> int:
-    return int(request.config.getoption("--kills"))
+METHODS = {"sddpm": [*SDDPM, "--data.flip=true"], "spiking-diffusion": SPIKING_DIFFUSION}
 
 
 @pytest.fixture(scope="module")
@@ -47,15 +41,6 @@ def undisturbed(uncompiled: None, tmp_path_factory: pytest.TempPathFactory) -> C
         return run, time.perf_counter() - start
 
     return train
-
-
-def kill_after(process: BaseProcess, seconds: float) -> bool:
-    """Kills a process; returns whether it was still alive."""
-    process.join(seconds)
-    process.kill()
-    process.join()
-    assert process.exitcode in (0, -signal.SIGKILL)
-    return process.exitcode != 0
 
 
 def steps_of(folder: Path) -> int:
@@ -141,12 +126,13 @@ def test_a_signal_saves_and_leaves(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def stop(loss: Tensor) -> Tensor:
-        os.kill(os.getpid(), number)
+        for _ in range(2):  # as a terminal and a launcher pass it on
+            os.kill(os.getpid(), number)
         return loss
 
     with monkeypatch.context() as patch:
         at_step(patch, step, stop)
-        process = forked(partial(fit, tmp_path, *SDDPM), tmp_path / "log")
+        process = forked(partial(fit, tmp_path, *METHODS["sddpm"]), tmp_path / "log")
         process.join(60)
     assert process.exitcode == 128 + number
     last = newest_run(tmp_path) / "checkpoints" / "last.ckpt"
@@ -156,6 +142,21 @@ def test_a_signal_saves_and_leaves(
     assert load_checkpoint(last)["global_step"] == step + 1
     resume(tmp_path)
     assert equal(weights(newest_run(tmp_path)), weights(undisturbed("sddpm")[0]))
+
+
+def test_a_second_signal_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(loss: Tensor) -> Tensor:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)
+        return loss
+
+    at_step(monkeypatch, 2, stop)
+    monkeypatch.setattr("benchmark.faults.SAME_SIGNAL", 0.1)
+    process = forked(partial(fit, tmp_path, *SDDPM), tmp_path / "log")
+    process.join(60)
+    assert process.exitcode == -signal.SIGTERM
+    assert not list(tmp_path.glob("*/checkpoints/last.ckpt"))
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])

@@ -40,7 +40,7 @@ def in_process(uncompiled: None, monkeypatch: pytest.MonkeyPatch) -> list[list[s
     commands: list[list[str]] = []
 
     class Forked:
-        def __init__(self, command: list[str], stdout: object, stderr: int) -> None:
+        def __init__(self, command: list[str], stdout: object, stderr: int, env: dict[str, str]) -> None:
             commands.append(command[3:])
             self.process = forked(lambda: main(command[3:]), Path(stdout.name))  # type: ignore[attr-defined]
 
@@ -136,6 +136,20 @@ def test_commands_can_be_printed(configs: Path, capsys: pytest.CaptureFixture[st
     words = shlex.split(lines[1])
     assert words[words.index("--seeds") + 1] == "2"
     assert "digits=a folder" in words
+    python = configs.parent / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text("#!/bin/sh\nprintf '<%s>' \"$@\"\necho\n")
+    python.chmod(0o755)
+    done = subprocess.run(
+        "tr '\\n' '\\0' | xargs -0 -n 1 -P 2 sh -c",  # as in the README
+        shell=True,
+        input="\n".join(lines) + "\n",
+        env=os.environ | {"PATH": f"{python.parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert len(done.stdout.splitlines()) == done.stdout.count("<--roots><digits=a folder>") == 2
     assert run(configs, "--seeds", "1", "2", "--slurm") == 0
     script = capsys.readouterr().out
     assert "#SBATCH --array=0-1\n" in script

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -104,13 +106,25 @@ NATIVE = ("--data.image_size=null", "--data.fit=pad")
     ],
 )
 def test_every_protocol_leaves_a_record(
-    measure: Callable[..., Record], protocol: str, geometry: tuple[str, ...], metrics: set[str], extractor: str
+    trained: Path,
+    measure: Callable[..., Record],
+    protocol: str,
+    geometry: tuple[str, ...],
+    metrics: set[str],
+    extractor: str,
 ) -> None:
     record = measure(protocol, *geometry)
     assert (record.draft, record.protocol.name, record.extractor.name) == (True, protocol, extractor)
     assert set(record.metrics) == metrics
     assert {value.num_samples for value in record.metrics.values()} == {20}
     assert all(value.uncertainty >= 0 for value in record.metrics.values())
+    assert str(trained.parent) not in json.dumps(asdict(record))  # nothing of this machine
+    options = record.config["data"]["init_args"]
+    assert (record.dataset.source, options["root"], options["cache_dir"]) == (
+        "image folder .../data",
+        ".../data",
+        ".../cache",
+    )
 
 
 def test_other_weights_than_the_published_make_a_draft(trained: Path, random_weights: dict[str, Path]) -> None:

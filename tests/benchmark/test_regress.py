@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from rich.console import Console
 from torch import Tensor
 
@@ -98,7 +99,8 @@ def test_a_job_fine_tunes_what_it_has_trained(base: str, tmp_path: Path) -> None
     assert outcome.record is not None, outcome.error
     assert (outcome.record.method, outcome.seed) == (methods[0].replace("_", "-"), 5)
     assert outcome.record.seeds["training"] == 5
-    start = Path(outcome.record.config["model"]["init_args"]["init_from"])
+    (config,) = (tmp_path / "job" / methods[0]).glob("*/config.yaml")
+    start = Path(yaml.safe_load(config.read_text())["model"]["init_args"]["init_from"])
     assert start.is_relative_to(tmp_path / "job" / base)
     assert start.is_file()
 

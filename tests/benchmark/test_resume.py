@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import random
 import shutil
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
+from tiny import forked, kill_after
 
 from benchmark.cli import main
 from benchmark.runs import new_run, newest_run
+from leaderboard.chunks import Chunks
 from leaderboard.evaluation import Evaluation
-from leaderboard.records import Record, read_record
+from leaderboard.records import Record, find_records, read_record, write_record
 
 BATCHES = 8  # the last of 4 images
 
@@ -90,22 +95,69 @@ def test_killed_command_goes_on(runs: Path, expected: Any, capsys: pytest.Captur
     assert chunks(runs) == []
 
 
-def test_killed_at_random_moments(runs: Path, expected: Any) -> None:
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["benchmark.stages"])
-    dice = random.Random(0)
-    before = len(list(newest_run(runs).glob("records/*.json")))
-    for batches in (1, 4, BATCHES):
-        process = processes.Process(target=main, args=(["test", "--draft", f"--trainer.default_root_dir={runs}"],))
-        process.start()
-        wait_for(lambda batches=batches: len(chunks(runs)) >= batches)  # type: ignore[misc]
-        time.sleep(dice.random() * 0.03)
-        process.kill()
-        process.join()
-        assert len(list(newest_run(runs).glob("records/*.json"))) == before
-    main(["test", "--draft", f"--trainer.default_root_dir={runs}"])
+@pytest.mark.filterwarnings("ignore:.*fork.*")
+def test_killed_again_and_again_at_random_moments(trained: Path, kills: int, tmp_path: Path) -> None:
+    runs, log, chance = shutil.copytree(trained, tmp_path / "runs"), tmp_path / "log", random.Random(0)
+    test = ["test", "--draft", "--data.sample_batch_size=3", f"--trainer.default_root_dir={runs}"]  # 20 batches
+    start = time.perf_counter()
+    whole = forked(partial(main, test), log)
+    whole.join()
+    seconds, expected = time.perf_counter() - start, newest(runs)
+    count = finished = 0
+    while count < kills:
+        before, records = whole_batches(runs), records_of(runs)
+        count += kill_after(forked(partial(main, test), log), chance.uniform(0.1, 1) * seconds)
+        new = records_of(runs) - records
+        assert records <= records_of(runs)  # nothing finished is lost
+        if new:
+            finished += 1
+            assert_same(newest(runs), expected)
+        else:
+            assert before.items() <= whole_batches(runs).items()
+    main(test)
     assert_same(newest(runs), expected)
+    assert newest(runs)[0].config == expected[0].config
     assert not (newest_run(runs) / "evaluation").exists()
+    print(f"{count} kills of a test of {seconds:.1f} s, {finished} finished between them")
+
+
+def records_of(runs: Path) -> set[str]:
+    """The records of a run, after each and its picture were found whole."""
+    paths = list(newest_run(runs).glob("records/*.json"))
+    for path in paths:
+        read_record(path)
+        Image.open(newest_run(runs) / "samples" / f"{path.stem}.png").load()
+    return {path.name for path in paths}
+
+
+def whole_batches(runs: Path) -> dict[Path, bytes]:
+    """The finished batches of a run, after each was found whole."""
+    with warnings.catch_warnings(action="error"):
+        for path in chunks(runs):
+            assert Chunks(path.parent).read(int(path.stem.removeprefix("chunk-")), 3)
+    return {path: path.read_bytes() for path in chunks(runs)}
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*")
+def test_records_are_whole_whenever_their_writer_is_killed(
+    runs: Path, expected: Any, kills: int, tmp_path: Path
+) -> None:
+    folder, chance, record = tmp_path / "records", random.Random(0), expected[0]
+
+    def write(first: int) -> None:
+        for k in range(first, 10**6):
+            write_record(replace(record, wall_time_seconds=float(k)), folder)
+
+    found: dict[str, float] = {}
+    for _ in range(kills):
+        assert kill_after(forked(partial(write, len(found)), tmp_path / "log"), chance.uniform(0.02, 0.2))
+        names = {path.name for path in find_records([folder])}
+        assert names >= found.keys()  # nothing is lost
+        found |= {name: read_record(folder / name).wall_time_seconds for name in names - found.keys()}
+        assert sorted(found.values()) == list(range(len(found)))
+    assert len(found) >= kills
+    parts = len(list(folder.glob(".*.part")))
+    print(f"{len(found)} records, {parts} of {kills} kills within the writing of a file")
 
 
 def test_two_processes_go_on_from_one(runs: Path, expected: tuple[Record, bytes]) -> None:

@@ -128,6 +128,31 @@ def test_missing_checkpoint_is_named_by_its_hash(
         assert message in capsys.readouterr().err
 
 
+def test_a_file_that_the_record_does_not_place_is_asked_for(
+    record: Path, repeated: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = record.read_text()
+    assert str(tmp_path.parent) not in text  # nothing of this machine
+    config = json.loads(text)["config"]
+    assert config["ckpt_path"] == ".../last.ckpt"
+    config["data"]["init_args"]["root"] = ".../mnist"
+    config["evaluation"]["fad_dir"] = ".../fad"
+    config["model"]["init_args"]["scheduler"]["init_args"]["gamma"] = ".../gamma.npy"
+    path = edited(record, tmp_path, config=config, config_sha256=_hash(config))
+    given = {"checkpoint": str(record.parents[1] / "checkpoints" / "last.ckpt")}
+    for option, name in (("root", "mnist"), ("fad_dir", "fad"), ("gamma", "gamma.npy")):
+        with pytest.raises(SystemExit) as stop:
+            verify(str(path), **given)
+        assert stop.value.code == 2
+        assert f"it does not say where .../{name} lies; give it: --{option} PATH" in capsys.readouterr().err
+        given[option] = f"here/{name}"
+    verify(str(path), **given)
+    (settings,) = repeated
+    assert settings["data"]["init_args"]["root"] == "here/mnist"
+    assert settings["evaluation"]["fad_dir"] == "here/fad"
+    assert settings["model"]["init_args"]["scheduler"]["init_args"]["gamma"] == "here/gamma.npy"
+
+
 def test_only_what_a_result_depends_on_is_repeated(record: Path, repeated: list[Any]) -> None:
     verify(str(record), root="elsewhere", accelerator="cpu", inception_weights="pt.pth")
     (settings,) = repeated

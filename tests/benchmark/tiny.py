@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import signal
 import traceback
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +99,12 @@ def forked(work: Callable[[], Any], log: Path) -> multiprocessing.Process:
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()
     return process
+
+
+def kill_after(process: BaseProcess, seconds: float) -> bool:
+    """Kills a process; returns whether it was still alive."""
+    process.join(seconds)
+    process.kill()
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode != 0

@@ -79,17 +79,27 @@ def test_generated_images_that_are_not_numbers_are_refused(root: str, cache: str
 
 
 def test_about_half_of_the_images_are_mirrored(root: str, cache: str) -> None:
-    torch.manual_seed(0)
     data = MNIST(root, batch_size=40, flip=True, cache_dir=cache)
     originals = {image.tobytes() for image in SPLITS["train"][0]}
     mirrored = {image[:, ::-1].tobytes() for image in SPLITS["train"][0]}
     loader, flips = data.train_dataloader(), 0
-    for _ in range(25):
+    for epoch in range(25):
+        loader.sampler.set_epoch(epoch)
         (batch,) = loader
         seen = {image.numpy().tobytes() for image in data.to_uint8(batch)}
         assert seen <= originals | mirrored
         flips += len(seen & mirrored)
     assert 450 < flips < 550  # of 1,000; 3 standard deviations are 47
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_same_images_are_mirrored_whatever_was_drawn_before(root: str, cache: str, num_workers: int) -> None:
+    passes = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        data = MNIST(root, batch_size=10, flip=True, num_workers=seed * num_workers, cache_dir=cache)
+        passes.append(torch.cat(list(data.train_dataloader())))
+    assert torch.equal(*passes)
 
 
 def test_validation_and_reference_images_are_not_mirrored(root: str, cache: str) -> None:

@@ -53,6 +53,19 @@ def test_sound_record_is_added_under_its_own_name(
     assert capsys.readouterr().out == f"added {added}\n"
 
 
+def test_a_machine_is_not_taken_in(sound: Record, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = with_config(sound, {"data": {"root": "/home/alice/mnist"}})
+    record = replace(record, dataset=replace(record.dataset, source="parquet files below /home/alice/mnist"))
+    theirs = str(write_record(record, tmp_path))
+    add(theirs, str(tmp_path / "board"))
+    (added,) = (tmp_path / "board").iterdir()
+    assert "alice" not in added.read_text()
+    assert read_record(added).dataset.source == "parquet files below .../mnist"
+    with pytest.raises(SystemExit):
+        add(theirs, str(tmp_path / "board"))
+    assert "the same record is there already" in capsys.readouterr().err
+
+
 def test_draft_is_added(sound: Record, tmp_path: Path) -> None:
     add(str(write_record(with_samples(replace(sound, draft=True), 300), tmp_path)), str(tmp_path / "board"))
     (added,) = (tmp_path / "board").iterdir()

@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 
 from leaderboard.protocols import PROTOCOLS, Protocol, canonical_sha256
-from leaderboard.records import Code, MetricValue, Record, RecordError, find_records, read_record, write_record
+from leaderboard.records import (
+    Code,
+    Dataset,
+    MetricValue,
+    Record,
+    RecordError,
+    find_records,
+    portable,
+    read_record,
+    write_record,
+)
 
 Make = Callable[..., Record]
 
@@ -38,6 +48,37 @@ def test_never_overwrites(make_record: Make, tmp_path: Path) -> None:
         write_record(make_record(), tmp_path)
     write_record(make_record(variant="other"), tmp_path)
     assert len(find_records([tmp_path])) == 2
+
+
+@pytest.mark.parametrize(
+    ("path", "kept"),
+    [
+        ("/home/alice/data/mnist", ".../mnist"),
+        ("/data", ".../data"),
+        ("~/my data/mnist/", ".../mnist/"),
+        ("~alice/mnist", ".../mnist"),
+        ("../../alice/mnist", ".../mnist"),
+        (r"C:\Users\alice\mnist", ".../mnist"),
+        (r"\\host\share\mnist", ".../mnist"),
+        ("runs/digits/last.ckpt", "runs/digits/last.ckpt"),
+        ("val/loss", "val/loss"),
+        (".../mnist", ".../mnist"),
+        ("/", "/"),
+        ("ylecun/mnist, revision abc", "ylecun/mnist, revision abc"),
+        (8, 8),
+    ],
+)
+def test_a_portable_record_names_no_folder_of_a_machine(
+    make_record: Make, path: Any, kept: Any, tmp_path: Path
+) -> None:
+    config = {"data": {"root": path}, "trainer": [{"dirpath": path}, None]}
+    record = make_record(
+        config=config, config_sha256=canonical_sha256(config), dataset=Dataset("mnist", "f" * 64, f"files below {path}")
+    )
+    written = read_record(write_record(portable(record), tmp_path))
+    assert written.config == {"data": {"root": kept}, "trainer": [{"dirpath": kept}, None]}
+    assert written.dataset.source == f"files below {kept}"
+    assert portable(written) == written
 
 
 def _set(data: dict[str, Any], path: str, value: Any) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from leaderboard.protocols import canonical_sha256
 from leaderboard.published import read_published
-from leaderboard.records import MetricValue, Record, read_record, write_record
+from leaderboard.records import Dataset, MetricValue, Record, read_record, write_record
 from leaderboard.render import COLUMNS, render, to_csv
 from leaderboard.table import read_records
 
@@ -34,6 +34,16 @@ def test_same_records_give_the_same_bytes(make_record: Make, tmp_path: Path) -> 
     assert tuple(first) == FILES
     assert content(tmp_path / "second") == first
     assert content(tmp_path / "third") == first
+
+
+def test_nothing_says_where_the_data_lay(make_record: Make, tmp_path: Path) -> None:
+    config = {"trainer": {"default_root_dir": "/home/alice/runs"}}
+    dataset = Dataset("digits", "f" * 64, "parquet files below /home/alice/digits")
+    write_record(make_record(config=config, config_sha256=canonical_sha256(config), dataset=dataset), tmp_path / "runs")
+    render([str(tmp_path / "runs")], str(tmp_path / "page"))
+    written = content(tmp_path / "page")
+    assert not [name for name, text in written.items() if "alice" in text]
+    assert "parquet files below .../digits" in written["leaderboard.md"].replace("\\", "")
 
 
 def test_csv_has_a_line_for_each_value(make_record: Make) -> None:
