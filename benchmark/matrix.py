@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmark.parents import PARENT
-from benchmark.runs import RUNS, newest_run
+from benchmark.runs import RUNS, find_checkpoint, newest_run
 from leaderboard.protocols import canonical_sha256
 from leaderboard.records import Record, find_records, read_record
 from leaderboard.table import headline
@@ -37,6 +37,7 @@ class Cell:
         options: What is typed on top of the configuration.
         output: Folder of all cells.
         draft: Whether the test may depart from its protocol.
+        start: Cell whose last checkpoint this one starts from.
     """
 
     config: Path
@@ -44,11 +45,13 @@ class Cell:
     options: tuple[str, ...]
     output: Path
     draft: bool
+    start: Cell | None = None
 
     @property
     def folder(self) -> Path:
         """Folder of the run; named by what the result depends on, so that another configuration gets another one."""
         content = [yaml.safe_load(self.config.read_text()), self.options, self.seed]
+        content += [self.start.folder.name] if self.start else []
         return self.output / f"{self.config.stem}-seed{self.seed}-{canonical_sha256(content)[:8]}"
 
     @property
@@ -59,12 +62,18 @@ class Cell:
 
     @property
     def stages(self) -> list[list[str]]:
-        """Commands that are left to do: training from the start or from where it was killed, and the test."""
+        """Commands that are left to do: training from the start or from where it was killed, and the test.
+
+        Raises:
+            FileNotFoundError: If the cell to start from has no checkpoint.
+        """
         place = f"--trainer.default_root_dir={self.folder}"
         try:
             newest_run(self.folder)
         except FileNotFoundError:
             fit = [f"--config={self.config}", f"--seed_everything={self.seed}", *self.options]
+            if self.start:
+                fit.append(f"--model.init_from={find_checkpoint(newest_run(self.start.folder))}")
         else:
             fit = ["--ckpt_path=last"]
         return [["fit", *fit, place], ["test", *["--draft"] * self.draft, place]]
@@ -85,7 +94,8 @@ def matrix(args: Sequence[str]) -> None:
     cells = _cells(options)
     left = [cell for cell in cells if cell.record is None]
     if options.print or options.slurm:
-        lines = [_command(cell, options) for cell in left]
+        begun = {cell.start for cell in left}  # by the command of the cell that starts from them
+        lines = [_command(cell, options) for cell in left if cell not in begun]
         print(_slurm(lines) if options.slurm else "\n".join(lines))
         return
     console = Console()
@@ -116,6 +126,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--datasets", nargs="+", required=True, metavar="DATASET", help="second part of it")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42], help="seeds of training")
     parser.add_argument("--configs", type=Path, default=Path("configs"), help="folder of METHOD_DATASET.yaml")
+    parser.add_argument(
+        "--start",
+        nargs="+",
+        default=[],
+        metavar="METHOD=METHOD",
+        help="the first starts from the last checkpoint of the second",
+    )
     parser.add_argument("--roots", nargs="+", default=[], metavar="DATASET=FOLDER", help="--data.root of datasets")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="options of `fit`, for all runs")
     parser.add_argument("--output", type=Path, default=RUNS / "matrix", help="folder of the runs")
@@ -130,6 +147,10 @@ def _cells(options: argparse.Namespace) -> list[Cell]:
     roots = _pairs("--roots", options.roots)
     if unknown := sorted(roots.keys() - set(options.datasets)):
         raise ValueError(f"--roots names {', '.join(unknown)}, which --datasets does not")
+    starts = _pairs("--start", options.start)
+    for method, first in starts.items():
+        if first not in options.methods or method not in options.methods[options.methods.index(first) + 1 :]:
+            raise ValueError(f"--start {method}={first} needs both in --methods, {first} before {method}")
     typed = tuple(f"--{key}={value}" for key, value in _pairs("--set", options.set).items())
     cells = []
     for seed in options.seeds:  # seed by seed, so that a stopped matrix still compares like with like
@@ -137,7 +158,11 @@ def _cells(options: argparse.Namespace) -> list[Cell]:
             for dataset in options.datasets:
                 root = (f"--data.root={roots[dataset]}",) if dataset in roots else ()
                 config = options.configs / f"{method}_{dataset}.yaml"
-                cells.append(Cell(config, seed, (*root, *typed), options.output, options.draft))
+                common = (seed, (*root, *typed), options.output, options.draft)
+                start = (
+                    Cell(options.configs / f"{starts[method]}_{dataset}.yaml", *common) if method in starts else None
+                )
+                cells.append(Cell(config, *common, start))
     if missing := sorted({str(cell.config) for cell in cells if not cell.config.is_file()}):
         known = ", ".join(sorted(path.stem for path in options.configs.glob("*_*.yaml"))) or "none"
         raise FileNotFoundError(f"no {', '.join(missing)}; {options.configs}/ has: {known}")
@@ -154,7 +179,12 @@ def _run(cell: Cell) -> int:
     """Runs what is left of a cell; returns 0 or the exit code that ended it."""
     cell.folder.mkdir(parents=True, exist_ok=True)
     with (cell.folder / "log.txt").open("ab") as log:
-        for stage in cell.stages:
+        try:
+            stages = cell.stages
+        except FileNotFoundError as error:
+            log.write(f"error: nothing to start from: {error}\n".encode())
+            return 1
+        for stage in stages:
             process = Popen(
                 [*BENCHMARK, *stage], stdout=log, stderr=STDOUT, env=os.environ | {PARENT: str(os.getpid())}
             )
@@ -202,9 +232,13 @@ def _last_error(log: Path) -> str:
 
 
 def _command(cell: Cell, options: argparse.Namespace) -> str:
-    """A matrix of this cell alone, which skips and goes on by itself."""
+    """A matrix of this cell, and of the one it starts from, which skips and goes on by itself."""
     method, _, dataset = cell.config.stem.rpartition("_")
     words = ["python", "-m", "benchmark", "matrix", "--methods", method, "--datasets", dataset]
+    if cell.start:
+        first = cell.start.config.stem.rpartition("_")[0]
+        words[5:6] = [first, method]
+        words += ["--start", f"{method}={first}"]
     words += ["--seeds", str(cell.seed), "--configs", str(options.configs), "--output", str(options.output)]
     roots = [root for root in options.roots if root.startswith(f"{dataset}=")]
     words += ["--roots", *roots] if roots else []
