@@ -13,6 +13,11 @@ from torch import Tensor, nn
 SHARED = Path(__file__).parents[2] / "shared"
 
 
+# Autograd looks for devices once, in its first backward pass. Once something was compiled it finds one and starts
+# threads, without which forked processes, as the tests of killed runs start them, refuse to differentiate.
+torch.ones(1, requires_grad=True).sum().backward()
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Adds the number of kills that the tests of killed runs try."""
     parser.addoption("--kills", type=int, default=2, help="kills of each kind of process at random moments")
