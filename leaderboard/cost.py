@@ -22,7 +22,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,16 @@ PICOJOULES_PER_AC = 0.9
 _TRANSPOSED = (nn.ConvTranspose2d,)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 _MILLIJOULES = 1e-9  # of a picojoule
+
+
+def _count(spikes: Tensor, height: Tensor | float) -> Tensor:
+    """Returns how many elements of 0 or ±`height` are not 0, exactly, in float64.
+
+    Sums are ten times as fast as comparisons of bfloat16 on a CPU, and those of a row are exact in float32.
+    """
+    row = tuple(range(spikes.dim() // 2, spikes.dim()))
+    sums = spikes.abs().sum(row, dtype=torch.promote_types(spikes.dtype, torch.float32))
+    return (sums / height).round().sum(dtype=torch.float64)
 
 
 @dataclass
@@ -57,9 +67,10 @@ class _Connections:
         counts = torch.zeros(4, dtype=torch.float64, device=out.device)
         for x in inputs:
             share = dense * x.numel() / max(elements, 1)
-            height = x.abs().amax()
-            is_spikes = ((x == 0) | (x.abs() == height)).all() & torch.isin(height, heights.to(height))
-            sops = share * (x != 0).sum(dtype=torch.float64) / max(x.numel(), 1)
+            size = x.abs()
+            height = size.amax()
+            is_spikes = ((height - size).mul_(size).amax() == 0) & torch.isin(height, heights.to(height))
+            sops = share * _count(size, height + (height == 0)) / max(x.numel(), 1)
             zero, all_dense = torch.zeros_like(sops), torch.full_like(sops, share)
             spiking = torch.stack([all_dense, sops, zero, sops])
             real = torch.stack([zero, zero, all_dense, zero])
@@ -78,8 +89,8 @@ class _Neurons:
     elements: int = 0
     steps: int = 0
 
-    def add(self, spikes: Tensor) -> None:
-        total = (spikes != 0).sum(dtype=torch.float64)
+    def add(self, spikes: Tensor, height: Tensor | float) -> None:
+        total = _count(spikes, height)
         self.spikes = total if self.spikes is None else self.spikes + total
         self.elements += spikes.numel()
         self.steps += spikes.shape[0] * spikes.shape[1]  # (T, B, ...)
@@ -239,7 +250,7 @@ class CostMeter:
     def _neuron_hook(self, name: str) -> Any:
         @torch.no_grad()
         def hook(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-            self._neurons.setdefault(name, _Neurons()).add(out)
+            self._neurons.setdefault(name, _Neurons()).add(out, cast(SpikingNeuron, module).amplitude)
 
         return hook
 
