@@ -16,6 +16,7 @@ STAGES = {
     "estimate-gamma": "add the statistic of Analytic-DPM to a checkpoint",
 }
 COMMANDS = {
+    "speed": ("benchmark.speed:speed", "measure neurons, steps, sampling, data and start, as ratios in one run"),
     "import": ("benchmark.import_checkpoint:import_checkpoint", "turn an authors' checkpoint into one of the suite"),
     "convert": ("benchmark.convert:convert", "turn a quantised DDPM into a spiking network"),
     "leaderboard": ("leaderboard.table:leaderboard", "show the records as tables"),
@@ -27,7 +28,6 @@ COMMANDS = {
     "train-extractor": ("leaderboard.train_extractor:train_extractor", "train the suite's own feature extractor"),
     "activity": ("benchmark.activity:activity", "draw spikes per layer and diffusion step, and a denoising strip"),
     "loader-speed": ("benchmark.loader_speed:loader_speed", "measure the train loader, in images/s"),
-    "neuron-speed": ("benchmark.neuron_speed:neuron_speed", "measure the neuron against snnTorch stepped by hand"),
     "attention-speed": ("benchmark.attention_speed:attention_speed", "measure RWKV against softmax attention"),
 }
 SWEEPS = {

@@ -228,6 +228,7 @@ def _train(job: Job, method: str, base: Path | None) -> Path:
     runs = job.folder / method
     start = [] if base is None else [f"--model.init_from={base}"]
     quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+    quiet += ["--trainer.precision=32-true"]  # half precision does not pay at this size
     place = [f"--trainer.default_root_dir={runs}", f"--seed_everything={job.seed}"]
     run_stage(["fit", f"--config={CONFIGS / f'{method}.yaml'}", *quiet, *job.options, *start, *place])
     return find_checkpoint(newest_run(runs))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -94,7 +94,7 @@ class Baseline:
             if new != then
         ]
         for part in ("model", "data", "trainer"):
-            found += _differences(record.config.get(part), old.config.get(part), part)
+            found += _differences(_explicit(record.config, part), _explicit(old.config, part), part)
         return found
 
 
@@ -121,6 +121,14 @@ def write_baseline(records: Sequence[Record], folder: Path) -> None:
         write_record(record, folder)
     for path in before:
         path.unlink()
+
+
+def _explicit(config: Mapping[str, Any], part: str) -> Any:
+    """Returns a part of a configuration; null was full precision before a precision was chosen for each device."""
+    options = config.get(part)
+    if part == "trainer" and isinstance(options, Mapping):
+        return {**options, "precision": options.get("precision") or "32-true"}
+    return options
 
 
 def _differences(new: Any, old: Any, where: str) -> Iterator[str]:
