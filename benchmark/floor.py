@@ -34,8 +34,9 @@ class _Like(NamedTuple):
     device: torch.device
 
     def make(self) -> Tensor:
-        """Returns such a tensor with random content."""
-        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device).normal_()
+        """Returns such a tensor with random content; a stride of 0 repeats it, as an expanded tensor does."""
+        reach = 1 + sum((n - 1) * stride for n, stride in zip(self.shape, self.stride, strict=True))
+        return torch.randn(reach, device=self.device).to(self.dtype).as_strided(self.shape, self.stride)
 
 
 class Products(TorchDispatchMode):

@@ -90,6 +90,32 @@ def test_one_failure_does_not_stop_the_rest_and_nothing_is_done_twice(
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*")
+def test_a_run_starts_from_that_of_another_method(
+    configs: Path, in_process: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuned = yaml.safe_load((configs / "good_digits.yaml").read_text())
+    tuned["model"]["class_path"] = "SDM"
+    (configs / "tuned_digits.yaml").write_text(yaml.safe_dump(tuned))
+    both = {"methods": ("good", "tuned")}
+    assert run(configs, "--start", "tuned=good", "--print", **both) == 0
+    (line,) = capsys.readouterr().out.splitlines()  # one command trains the two in order
+    assert "--methods good tuned --datasets digits --start tuned=good" in line
+    assert run(configs, "--start", "tuned=good", **both) == 0
+    start = next(option for option in in_process[2] if option.startswith("--model.init_from="))
+    assert "good_digits-seed42-" in start
+    assert len(find_records([configs.parent / "out"])) == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*")
+def test_a_run_without_its_start_fails_alone(
+    configs: Path, in_process: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(configs, "--start", "good=bad", methods=("bad", "good")) == 1
+    assert "nothing to start from" in capsys.readouterr().out.replace("\n", " ")
+    assert find_records([configs.parent / "out"]) == []
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*")
 def test_a_stopped_matrix_goes_on(
     configs: Path, in_process: list[list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -171,6 +197,8 @@ def test_errors_name_the_way_out(configs: Path) -> None:
         main(["matrix", "--methods", "sddpm", "--datasets", "mnist", "--set", "max_steps"])
     with pytest.raises(ValueError, match=r"--roots names fmnist, which --datasets does not"):
         main(["matrix", "--methods", "sddpm", "--datasets", "mnist", "--roots", "fmnist=x"])
+    with pytest.raises(ValueError, match="sddpm before sdm"):
+        main(["matrix", "--methods", "sdm", "sddpm", "--datasets", "mnist", "--start", "sdm=sddpm"])
 
 
 def test_the_command_that_runs_is_this_package() -> None:

@@ -6,10 +6,11 @@ import pytest
 import torch
 from recordings import check_firing_rates, check_gradients_and_statistics
 from torch import Tensor
+from torch.nn import functional as F
 
 from systems.neurons import SpikingNeuron, set_threshold
 from systems.sddpm import read_official
-from systems.spiking_unet import SpikingUNet, TimeEmbedding
+from systems.spiking_unet import SpikingUNet, TimeEmbedding, concatenate, double_size
 
 Reference = Callable[[str], dict[str, Tensor]]
 
@@ -116,3 +117,19 @@ def test_dropout_warns() -> None:
 def test_images_that_do_not_fit_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="multiples of 2"):
         small()(torch.zeros(shape), torch.zeros(shape[0], dtype=torch.long))
+
+
+def test_joining_features_keeps_their_layout() -> None:
+    first, second = (torch.randn(4, 3, 8, 8, c).movedim(-1, 2) for c in (2, 5))  # channels-last
+    joined = concatenate(first, second)
+    assert torch.equal(joined, torch.cat([first, second], dim=2))
+    assert joined.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_doubling_is_exact_in_any_precision() -> None:
+    x = torch.randn(2, 3, 4, 4)
+    assert torch.equal(double_size(x), F.interpolate(x, scale_factor=2, mode="nearest"))
+    with torch.autocast("cpu", torch.bfloat16):
+        half = double_size(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+    assert torch.equal(half, double_size(x).bfloat16())

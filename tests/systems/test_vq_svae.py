@@ -130,3 +130,20 @@ def test_images_that_do_not_fit_are_refused(shape: tuple[int, ...]) -> None:
 def test_bad_sizes_are_refused(name: str, value: int) -> None:
     with pytest.raises(ValueError, match=f"{name}={value}"):
         small(**{name: value})
+
+
+def test_half_precision_confuses_no_codes() -> None:
+    torch.manual_seed(0)
+    network = VQSVAE(num_codes=512, code_channels=16, base_channels=8, num_steps=2)
+    features = torch.randn(4, 16, 7, 7)
+    indices = network.quantise(features)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(network.quantise(features), indices)
+
+
+def test_readouts_stay_in_full_precision() -> None:
+    spikes = (torch.rand(16, 5) < 0.3).bfloat16()
+    for readout in (membrane_output, postsynaptic_potential):
+        with torch.autocast("cpu", torch.bfloat16):
+            half = readout(spikes)
+        torch.testing.assert_close(half, readout(spikes.float()))

@@ -1,0 +1,110 @@
+"""What the speed suite measures is what it says; how fast anything is, no test decides."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from benchmark import stages
+from benchmark.cli import main
+from benchmark.floor import Products
+from benchmark.speed import _line, _Saved
+from systems.neurons import integrate_and_fire
+
+
+def test_floor_counts_convolutions_and_products_of_both_passes() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
+    with Products() as products:
+        network(torch.randn(8, 1, 4, 4)).sum().backward()
+    counted = {str(func).removeprefix("aten.").removesuffix(".default"): 0 for func, _ in products.calls}
+    for (func, _), count in products.calls.items():
+        counted[str(func).removeprefix("aten.").removesuffix(".default")] += count
+    assert counted == {"convolution": 1, "convolution_backward": 1, "addmm": 1, "mm": 2}
+    assert products.seconds(repetitions=1) > 0
+
+
+def test_saved_memory_is_counted_once_and_spikes_as_bytes() -> None:
+    spikes, real = torch.tensor([0.0, 1.0, 1.0, 0.0]), torch.tensor([0.5, 2.0])
+    layer = nn.Linear(2, 2)
+    saved = _Saved(layer)
+    for tensor in (spikes, spikes, spikes[:2], real, layer.weight):
+        assert saved.keep(tensor) is tensor
+    assert saved.bytes == 16 + 8
+    assert saved.with_small_spikes == 4 + 8
+
+
+def test_growth_is_a_straight_line() -> None:
+    line = _line([(2, 0.005), (4, 0.009), (8, 0.017)])
+    assert line["ms at 0"] == pytest.approx(1)
+    assert line["ms each"] == pytest.approx(2)
+    assert line["R²"] == "1.0000"
+
+
+def test_steps_are_measured_and_save_less_than_plain_autograd(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], uncompiled: None
+) -> None:
+    options = ["--configs=[regress/sddpm, regress/spiking_diffusion]", "--batch_size=2", "--repetitions=1"]
+    main(["speed", "--parts=[step]", *options, f"--output={tmp_path}"])
+    result = json.loads((tmp_path / "speed.json").read_text())
+    assert result["about"]["threads"] == torch.get_num_threads()
+    steps = [(row["config"], row["step"]) for row in result["step"]]
+    assert steps == [
+        ("regress/sddpm", "training"),
+        ("regress/sddpm", "denoising"),
+        ("regress/spiking_diffusion", "training, stage 1"),
+        ("regress/spiking_diffusion", "training, stage 2"),
+        ("regress/spiking_diffusion", "denoising"),
+    ]
+    for row in result["step"]:
+        assert row["over floor"] == pytest.approx(row["ms"] / row["floor ms"])
+        if "training" in row["step"]:
+            assert 0 < float(row["of plain autograd"]) < 1
+    assert "over floor" in capsys.readouterr().out
+
+
+def test_neurons_keep_less_than_plain_autograd() -> None:
+    neuron, x = integrate_and_fire(), torch.randn(4, 2, 8, 4, 4, requires_grad=True)
+    kept = []
+    for layer in (neuron, neuron.stepwise):
+        saved = _Saved(nn.Identity())
+        with torch.autograd.graph.saved_tensors_hooks(saved.keep, lambda tensor: tensor):
+            layer(x)
+        kept.append(saved.with_small_spikes)
+    assert kept[0] == x.untyped_storage().nbytes()  # its input alone
+    assert kept[0] < kept[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--repetitions=0"], "give 1 or more"),
+        (["--configs=[nothing]"], "nothing is unknown"),
+        (["--parts=[wheels]"], "wheels"),
+    ],
+)
+def test_wrong_options_are_refused(options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises((ValueError, SystemExit)) as error:
+        main(["speed", *options])
+    assert said in str(error.value) + capsys.readouterr().err
+
+
+def test_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for supported, precision in ((True, "bf16-mixed"), (False, "32-true")):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda supported=supported: supported)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        assert stages.fastest_precision("cpu") == stages.fastest_precision("auto") == precision
+    assert stages.fastest_precision("mps") == "32-true"
+
+
+def test_half_precision_trains_with_clipped_gradients(tmp_path: Path, uncompiled: None) -> None:
+    options = ["--trainer.precision=bf16-mixed", "--trainer.max_steps=2", "--data.batch_size=64"]
+    quiet = ["--trainer.enable_progress_bar=false", "--monitor.every_n_epochs=0"]
+    place = f"--trainer.default_root_dir={tmp_path}"
+    main(["fit", "--config=configs/quickstart.yaml", "--trainer.gradient_clip_val=1.0", *options, *quiet, place])
+    (config,) = tmp_path.glob("*/config.yaml")
+    assert "precision: bf16-mixed" in config.read_text()
