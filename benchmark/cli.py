@@ -23,6 +23,7 @@ COMMANDS = {
     "leaderboard render": ("leaderboard.render:render", "write records and published numbers as a web page and files"),
     "reference": ("leaderboard.reference:reference", "measure the real images of a dataset, once for all tests"),
     "leaderboard verify": ("benchmark.verify:verify", "repeat the evaluation of a record and compare"),
+    "leaderboard seeds": ("leaderboard.seeds:seeds", "show means and spreads over training seeds"),
     "leaderboard compare": ("leaderboard.compare:compare", "show what differs between two records"),
     "leaderboard add": ("leaderboard.add:add", "check a record and take it into the leaderboard"),
     "train-extractor": ("leaderboard.train_extractor:train_extractor", "train the suite's own feature extractor"),

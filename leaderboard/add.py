@@ -14,8 +14,8 @@ from typing import Any
 from leaderboard.cost import strict_energy_mj
 from leaderboard.metrics import metric_keys
 from leaderboard.protocols import PROTOCOLS, SUITE, canonical_sha256
-from leaderboard.records import Record, RecordError, find_records, portable, read_record, write_record
-from leaderboard.table import RECORDS
+from leaderboard.records import Record, RecordError, find_records, portable, read_record, write_atomic, write_record
+from leaderboard.table import RECORDS, Entry
 
 _OPTIONAL = "fid_newton_schulz"
 """Left out of a record where its iterations diverge."""
@@ -24,7 +24,7 @@ _ROUNDING = 1e-6
 
 
 def add(file: str, to: str = RECORDS) -> None:
-    """Checks a record and copies it into the leaderboard under its own name, or says why not.
+    """Checks a record and copies it into the leaderboard under its own name, with its grid of samples, or says why not.
 
     Checked are the schema, the hashes, the protocol, and that the numbers agree with each other. That they are true is
     checked by `leaderboard verify` alone.
@@ -46,7 +46,11 @@ def add(file: str, to: str = RECORDS) -> None:
         for problem in problems:
             print(f"refused: {ascii(file)[1:-1]}: {problem}", file=sys.stderr)
         raise SystemExit(1)
-    print(f"added {write_record(record, to)}")
+    added = write_record(record, to)
+    print(f"added {added}")
+    samples = Entry(path, record).samples
+    if samples.is_file():
+        write_atomic(Entry(added, record).samples, samples.read_bytes())
 
 
 def find_problems(record: Record) -> list[str]:

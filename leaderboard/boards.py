@@ -47,6 +47,7 @@ MEANINGS = {
     "M params": "parameters in millions",
     "Images/s": "measured throughput",
     "Samples": "generated images",
+    "Seed": "seed of training",
     "Pixels": "side of the compared images",
     "FID": "Fréchet Inception distance",
     "1000 KID": "kernel Inception distance times 1000",

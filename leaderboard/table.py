@@ -29,7 +29,7 @@ RECORDS = "leaderboard/records"
 _SCALE = {"kid_mean": 1000.0}
 WIDTH = 160
 """Columns that a table may take in a log or a pipe."""
-_STACKS = (("T", "Rate"), ("Solver", "NFE"), ("G SOPs", "mJ"), ("M params", "Images/s"), ("Samples", "File"))
+_STACKS = (("T", "Rate"), ("Solver", "NFE"), ("G SOPs", "mJ"), ("M params", "Images/s"), ("Samples", "Seed", "File"))
 
 
 class Cell(NamedTuple):
@@ -197,6 +197,7 @@ def _rank(position: int, entry: Entry) -> Cell:
 def _cells(entry: Entry, keys: list[str]) -> dict[str, Cell]:
     record, cost = entry.record, entry.record.cost
     samples = max((v.num_samples for v in record.metrics.values()), default=0)
+    seed = record.seeds.get("training")
     return {
         "Method": Cell(record.method),
         "Variant": Cell(record.variant),
@@ -210,6 +211,7 @@ def _cells(entry: Entry, keys: list[str]) -> dict[str, Cell]:
         "M params": number_cell(cost.parameters / 1e6),
         "Images/s": number_cell(cost.images_per_second),
         "Samples": Cell(f"{samples:,}", samples),
+        "Seed": Cell("-" if seed is None else str(seed), seed),
     }
 
 

@@ -40,6 +40,18 @@ def with_config(record: Record, config: dict[str, Any]) -> Record:
     return replace(record, config=config, config_sha256=canonical_sha256(config))
 
 
+def test_grid_of_samples_comes_along(sound: Record, tmp_path: Path) -> None:
+    path = write_record(sound, tmp_path / "run" / "records")
+    grid = tmp_path / "run" / "samples" / f"{path.stem}.png"
+    grid.parent.mkdir()
+    grid.write_bytes(b"a grid")
+    main(["leaderboard", "add", str(path), f"--to={tmp_path / 'board' / 'records'}"])
+    (added,) = (tmp_path / "board" / "samples").iterdir()
+    assert added.read_bytes() == b"a grid"
+    (record,) = (tmp_path / "board" / "records").iterdir()
+    assert added.stem == record.stem
+
+
 def test_sound_record_is_added_under_its_own_name(
     sound: Record, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,140 @@
+"""`python -m benchmark leaderboard seeds`: what training with several seeds gives, as means and spreads."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from io import BytesIO
+from itertools import cycle, groupby
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from leaderboard.records import Record, write_atomic
+from leaderboard.table import (
+    RECORDS,
+    Cell,
+    Entry,
+    escape,
+    headline,
+    markdown_line,
+    metric_name,
+    number_cell,
+    order_metrics,
+    read_records,
+    table_provenance,
+    table_title,
+    tables,
+    terminal,
+)
+
+_PLACES = {"default_root_dir", "init_from", "ckpt_path", "seed_everything", "cache_dir", "variant"}
+"""Keys of a configuration that may differ between seeds."""
+
+
+def seeds(records: list[str] = ["runs", RECORDS], output: str | None = None) -> None:  # noqa: B006 (never changed)
+    """Shows records that differ in nothing but their seed as one line: mean ± standard deviation over the seeds.
+
+    The standard deviation holds that of training and that of the measurement. Drafts are left out.
+
+    Args:
+        records: Folders to search, each for its own `*.json` and those of any `records` folder below it.
+        output: Folder for `seeds.md` and a plot of quality against energy for each table.
+
+    Raises:
+        SystemExit: If a record is broken; the others are shown all the same.
+    """
+    console = terminal()
+    entries, broken = read_records(records)
+    for message in broken:
+        console.print(f"skipped: {message}", style="red", markup=False, soft_wrap=True)
+    lines = ["# Means over training seeds", "", "Value ± standard deviation over the seeds, where there are several."]
+    for group in tables((path, record) for path, record in entries if not record.draft):
+        rows = seed_rows(group)
+        table = Table(*rows[0], title=table_title(group[0]), title_justify="left")
+        for row in rows:
+            table.add_row(*map(str, row.values()))
+        console.print(table)
+        lines += ["", f"## {escape(table_title(group[0]))}", "", escape(table_provenance(group[0])), ""]
+        lines += [markdown_line(rows[0]), markdown_line("---" for _ in rows[0])]
+        lines += [markdown_line(map(str, row.values())) for row in rows]
+        if output is not None:
+            content = BytesIO()
+            quality = metric_name(headline(group[0].record)[0])
+            _plot(rows, quality).savefig(content, format="png", dpi=130, metadata={"Software": None})
+            dataset, protocol = group[0].table_key[:2]
+            write_atomic(Path(output) / f"quality-energy-{dataset}-{protocol}.png", content.getvalue())
+    if output is not None:
+        write_atomic(Path(output) / "seeds.md", "\n".join(lines) + "\n")
+    if broken:
+        raise SystemExit(1)
+
+
+def seed_rows(group: Sequence[Entry]) -> list[dict[str, Cell]]:
+    """Returns a line for each set of comparable entries that differ in nothing but the seed, best mean first."""
+    by_config = sorted((entry.record for entry in group), key=_key)
+    members = [list(records) for _, records in groupby(by_config, key=_key)]
+    members.sort(key=lambda records: _mean(lambda r: headline(r)[1].value, records))
+    keys = order_metrics(key for entry in group for key in entry.record.metrics)
+    return [_row(records, keys) for records in members]
+
+
+def _key(record: Record) -> str:
+    """What records of several seeds share."""
+    return json.dumps([record.method, record.solver, _without_places(record.config)], sort_keys=True)
+
+
+def _without_places(config: Any) -> Any:
+    if isinstance(config, dict):
+        return {key: _without_places(value) for key, value in config.items() if key not in _PLACES}
+    return [_without_places(value) for value in config] if isinstance(config, list) else config
+
+
+def _mean(value: Callable[[Record], float | None], records: Sequence[Record]) -> float:
+    values = [v for v in map(value, records) if v is not None]
+    return statistics.fmean(values) if values else math.nan
+
+
+def _row(records: Sequence[Record], keys: Sequence[str]) -> dict[str, Cell]:
+    first = records[0]
+    return {
+        "Method": Cell(first.method),
+        "Solver": Cell(f"{first.solver}, {first.nfe}"),
+        "Seeds": Cell(str(len({r.seeds.get("training") for r in records}))),
+        **{metric_name(key): _spread([r.metrics[key].value for r in records if key in r.metrics]) for key in keys},
+        "T": Cell("-" if first.cost.firing_rate is None else str(first.num_steps)),
+        "Rate": number_cell(None if first.cost.firing_rate is None else _mean(lambda r: r.cost.firing_rate, records)),
+        "G SOPs": number_cell(_mean(lambda r: r.cost.sops, records) / 1e9),
+        "mJ": number_cell(_mean(lambda r: r.cost.energy_strict_mj, records)),
+        "M params": number_cell(first.cost.parameters / 1e6),
+    }
+
+
+def _spread(values: Sequence[float]) -> Cell:
+    if not values:
+        return Cell("-")
+    mean = statistics.fmean(values)
+    return Cell(f"{mean:.3g}", mean, f"{statistics.stdev(values):.2g}" if len(values) > 1 else "")
+
+
+def _plot(rows: Sequence[dict[str, Cell]], quality: str) -> Figure:
+    """Quality against energy, with the spread over the seeds; a line joins what nothing beats in both."""
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    points = [(row["mJ"].value or 0.0, row[quality].value or 0.0, row) for row in rows]
+    front = sorted(
+        (x, y) for x, y, _ in points if not any(a <= x and b <= y and (a, b) != (x, y) for a, b, _ in points)
+    )
+    axes.step(*zip(*front, strict=True), where="post", color="0.6", lw=1, label="Pareto front")
+    for (x, y, row), marker in zip(points, cycle("osD^vPX*"), strict=False):
+        label = f"{row['Method']}, {row['Solver']}"
+        axes.errorbar(x, y, yerr=float(row[quality].uncertainty or 0), fmt=marker, capsize=3, label=label)
+    axes.set(xlabel="energy per image, strict count (mJ)", ylabel=f"{quality} (lower is better)", xscale="log")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False, title="method, solver, NFE")
+    return figure

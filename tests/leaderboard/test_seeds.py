@@ -1,0 +1,61 @@
+"""Records that differ in their seed alone are one line of means and spreads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmark.cli import main
+from leaderboard.protocols import canonical_sha256
+from leaderboard.records import Record, write_record
+from leaderboard.seeds import seed_rows
+from leaderboard.table import Entry
+
+Make = Callable[..., Record]
+
+
+def trained(make_record: Make, fd: float, seed: int, num_steps: int = 4, **fields: object) -> Record:
+    config = {
+        "seed_everything": seed,
+        "trainer": {"default_root_dir": f"runs/seed{seed}"},
+        "model": {"init_args": {"num_steps": num_steps, "init_from": f"seed{seed}.ckpt"}},
+    }
+    seeds = {"sampling": 0, "training": seed}
+    return make_record(fd=fd, config=config, config_sha256=canonical_sha256(config), seeds=seeds, **fields)
+
+
+def test_seeds_are_summed_up_and_other_options_are_not(make_record: Make) -> None:
+    records = [trained(make_record, fd, seed) for seed, fd in enumerate((1.0, 2.0, 6.0))]
+    records += [trained(make_record, 2.5, 0, num_steps=8)]
+    rows = seed_rows([Entry(Path(f"{i}.json"), record) for i, record in enumerate(records)])
+    assert [str(row["Seeds"]) for row in rows] == ["1", "3"]  # best mean first
+    assert [str(row["fd_digits"]) for row in rows] == ["2.5", "3 ±2.6"]
+    assert str(rows[1]["mJ"]) == "8.5"
+
+
+def test_command_leaves_out_drafts_and_writes_table_and_plot(
+    make_record: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed, fd in enumerate((1.0, 3.0)):
+        write_record(trained(make_record, fd, seed), tmp_path / "records")
+    write_record(replace(trained(make_record, 100.0, 2), draft=True), tmp_path / "records")
+    main(["leaderboard", "seeds", f"--records=[{tmp_path}]", f"--output={tmp_path / 'out'}"])
+    assert "2 ±1.4" in capsys.readouterr().out
+    assert "2 ±1.4" in (tmp_path / "out" / "seeds.md").read_text()
+    assert (tmp_path / "out" / "quality-energy-digits-offline-v1.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_broken_record_is_named_and_the_others_are_shown(
+    make_record: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_record(trained(make_record, 1.0, 0), tmp_path / "records")
+    (tmp_path / "records" / "broken.json").write_text("{")
+    with pytest.raises(SystemExit) as stop:
+        main(["leaderboard", "seeds", f"--records=[{tmp_path}]"])
+    assert stop.value.code == 1
+    shown = capsys.readouterr().out
+    assert "broken.json" in shown
+    assert "SDDPM" in shown
