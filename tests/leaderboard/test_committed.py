@@ -1,0 +1,36 @@
+"""The records of the project are sound, and the pages beside them are made of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmark.cli import main
+from leaderboard.add import find_problems
+from leaderboard.records import find_records, read_record
+from leaderboard.table import RECORDS, Entry
+
+SITE = Path("leaderboard/site")
+
+
+def test_committed_records_are_sound_and_have_their_samples() -> None:
+    paths = find_records([RECORDS])
+    assert paths
+    for path in paths:
+        record = read_record(path)
+        assert find_problems(record) == []
+        assert not record.draft
+        assert record.code.git_dirty is False
+        assert Entry(path, record).samples.is_file()
+
+
+@pytest.mark.parametrize("name", ["leaderboard.md", "leaderboard.csv", "leaderboard.json"])
+def test_committed_pages_are_those_of_the_records(name: str, tmp_path: Path) -> None:
+    main(["leaderboard", "render", f"--records=[{RECORDS}]", f"--output={tmp_path}"])
+    assert (tmp_path / name).read_text() == (SITE / name).read_text()
+
+
+def test_committed_means_are_those_of_the_records(tmp_path: Path) -> None:
+    main(["leaderboard", "seeds", f"--records=[{RECORDS}]", f"--output={tmp_path}"])
+    assert (tmp_path / "seeds.md").read_text() == (SITE / "seeds.md").read_text()
