@@ -125,7 +125,7 @@ def _table(title: str, rows: Rows) -> Table:
 # Neuron
 
 
-def measure_neurons(device: torch.device, repetitions: int, shape: Sequence[int] = (16, 128, 32, 32)) -> Rows:
+def measure_neurons(device: torch.device, repetitions: int, shape: Sequence[int] = (4, 128, 32, 32)) -> Rows:
     """Times forward and backward passes of layers `(T, *shape)` against snnTorch by hand and SpikingJelly's layers.
 
     The bound is the time of copying as much memory as the two passes have to read and write.
