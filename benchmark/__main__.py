@@ -4,6 +4,7 @@ import os
 import sys
 
 from benchmark.cli import main
+from benchmark.memory import keep_freed_memory
 from benchmark.parents import PARENT, end_with
 
 FAULTS = ("MisconfigurationException", "YAMLError")
@@ -12,6 +13,7 @@ FAULTS = ("MisconfigurationException", "YAMLError")
 if __name__ == "__main__":
     if parent := os.environ.pop(PARENT, ""):  # not for the processes that this one starts
         end_with(int(parent))
+    keep_freed_memory()
     try:
         main()
     except KeyboardInterrupt:

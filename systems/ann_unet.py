@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from systems.compiled import compiled, dense, memory
 from systems.neurons import SpikingNeuron
 from systems.spiking_unet import TimeEmbedding, assemble, check_images, double_size, fold, lay_out, unfold
 
@@ -29,23 +30,38 @@ PLAIN_BITS = 32
 ActivationFactory = Callable[[], nn.Module]
 
 
+@compiled
+def _round(x: Tensor, scale: Tensor, levels: int) -> Tensor:
+    ratio = x.to(torch.promote_types(x.dtype, torch.float32)) / scale
+    return (ratio.clamp(0, 1).mul(levels).round() * (scale / levels)).to(x.dtype)
+
+
+@compiled
+def _round_backward(x: Tensor, grad: Tensor, scale: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    ratio = x.to(torch.promote_types(x.dtype, torch.float32)) / scale
+    inside = (ratio > 0) & (ratio < 1)
+    error = (ratio.clamp(0, 1) * levels).round() / levels - ratio
+    above = (ratio >= 1).to(ratio.dtype)
+    return grad * inside, (grad * torch.where(inside, error, above)).sum()
+
+
 class _Quantise(torch.autograd.Function):
     """`(s/n) round(n clamp(relu(x)/s, 0, 1))`, ties to even, with straight-through gradients of `x` and `s`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, levels: int) -> Tensor:
+        x = dense(x)
         ctx.save_for_backward(x, scale)
         ctx.levels = levels
-        return (x / scale).clamp(0, 1).mul(levels).round() * (scale / levels)
+        return _round(memory(x, 1, -1), scale, levels).as_strided(x.shape, x.stride())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, scale = ctx.saved_tensors
-        ratio = x / scale
-        inside = (ratio > 0) & (ratio < 1)
-        error = (ratio.clamp(0, 1) * ctx.levels).round() / ctx.levels - ratio
-        above = (ratio >= 1).to(x.dtype)
-        return grad * inside, (grad * torch.where(inside, error, above)).sum().to(scale.dtype), None
+        if grad.stride() != x.stride():
+            grad = torch.empty_like(x).copy_(grad)
+        grad_x, grad_scale = _round_backward(memory(x, 1, -1), memory(grad, 1, -1), scale, ctx.levels)
+        return grad_x.as_strided(x.shape, x.stride()), grad_scale.to(scale.dtype), None
 
 
 class QReLU(nn.Module):

@@ -15,7 +15,6 @@ and deep copies, weight averaging and data-parallel replicas cannot leak state i
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
@@ -24,6 +23,8 @@ import torch
 from snntorch import surrogate
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
+
+from systems.compiled import compiled, dense, memory
 
 SpikeGrad = Callable[[Tensor], Tensor]
 
@@ -106,10 +107,12 @@ def _potentials(x: Tensor, d: _Dynamics) -> tuple[list[Tensor], list[Tensor]]:
     return potentials, spikes
 
 
+@compiled
 def _forward(x: Tensor, d: _Dynamics) -> Tensor:
     return torch.stack(_potentials(x, d)[1]).to(x.dtype)
 
 
+@compiled
 def _backward(x: Tensor, grad: Tensor, d: _Dynamics, derivative: Callable[[Tensor], Tensor]) -> Tensor:
     """Backpropagation through time; the potentials are computed again, which is cheaper than keeping them."""
     potentials, spikes = _potentials(x, d)
@@ -153,6 +156,9 @@ def _converted(x: Tensor, threshold: Tensor, height: Tensor, signed: bool) -> Te
     return torch.stack(spikes).to(x.dtype)
 
 
+_converted_compiled = compiled(_converted)
+
+
 @lru_cache
 def _derivative(spike_grad: SpikeGrad, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """Traces the surrogate's derivative `dS/du` into a graph of plain operations that the compiler can fuse."""
@@ -170,10 +176,10 @@ class _MultiStep(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, d: _Dynamics, spike_grad: SpikeGrad) -> Tensor:
-        x = _dense(x)
+        x = dense(x)
         ctx.save_for_backward(x)
         ctx.d, ctx.spike_grad = d, spike_grad
-        return _run(_forward, _flat(x), d).as_strided(x.shape, x.stride())
+        return _forward(memory(x, len(x), -1), d).as_strided(x.shape, x.stride())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -181,40 +187,8 @@ class _MultiStep(torch.autograd.Function):
         if grad.stride() != x.stride():
             grad = torch.empty_like(x).copy_(grad)
         derivative = _derivative(ctx.spike_grad, torch.promote_types(x.dtype, torch.float32))
-        return _run(_backward, _flat(x), _flat(grad), ctx.d, derivative).as_strided(x.shape, x.stride()), None, None
-
-
-def _dense(x: Tensor) -> Tensor:
-    """Returns `x` itself if its memory has no gaps and `T` outermost (also channels-last), else a contiguous copy."""
-    channels_last = x.dim() == 5 and x.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
-    return x if channels_last and x.stride(0) == x[0].numel() else x.contiguous()
-
-
-def _flat(x: Tensor) -> Tensor:
-    """Returns the memory of `x` as `(T, N)`, no view of `x`: the compiler would make a kernel for each base's shape."""
-    size = x[0].numel()
-    if torch.compiler.is_compiling():
-        return x.as_strided((x.shape[0], size), (size, 1))
-    return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), (x.shape[0], size), (size, 1))
-
-
-COMPILE_FROM = 2**16
-"""Elements from which a compiled kernel is worth its compilation (seconds, once for each neuron type and `T`)."""
-
-_compiled = {f: torch.compile(f, dynamic=True) for f in (_forward, _backward, _converted)}
-_compiler_failed = False
-
-
-def _run(function: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor:
-    global _compiler_failed
-    if x.numel() < COMPILE_FROM or _compiler_failed or torch.compiler.is_compiling():
-        return function(x, *args)
-    try:
-        return _compiled[function](x, *args)
-    except torch._dynamo.exc.TorchDynamoException as error:
-        _compiler_failed = True
-        warnings.warn(f"neurons run uncompiled, about 3 times slower: no working compiler ({error})", stacklevel=2)
-        return function(x, *args)
+        found = _backward(memory(x, len(x), -1), memory(grad, len(x), -1), ctx.d, derivative)
+        return found.as_strided(x.shape, x.stride()), None, None
 
 
 class SpikingNeuron(nn.Module):
@@ -351,8 +325,10 @@ class ConvertedNeuron(SpikingNeuron):
         """Returns the spikes `(T, B, ...)` of the currents `x` `(T, B, ...)`, times `act_alpha`."""
         if x.dim() < 2:
             raise ValueError(f"currents have shape {tuple(x.shape)}; a spiking layer takes (T, B, ...)")
-        x = _dense(x)
-        spikes = _run(_converted, _flat(x), self.threshold * self.act_alpha, self.act_alpha, self.signed)
+        x = dense(x)
+        spikes = _converted_compiled(
+            memory(x, len(x), -1), self.threshold * self.act_alpha, self.act_alpha, self.signed
+        )
         return spikes.as_strided(x.shape, x.stride())
 
     @torch.no_grad()

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from systems.compiled import compiled, memory
 from systems.neurons import SpikingNeuron, get_surrogate
 from systems.spiking_unet import TimeEmbedding, fold, unfold
 from systems.wkv import bidirectional_wkv, wkv
@@ -44,6 +45,39 @@ class NormedNeuron(nn.Module):
         return self.neuron(self.norm(x.flatten(0, -2)).view(x.shape))
 
 
+def _previous(x: Tensor) -> Tensor:
+    return F.pad(x[:, :-1], (0, 0, 1, 0))
+
+
+@compiled
+def _shift(x: Tensor, mix: Tensor) -> Tensor:
+    return torch.lerp(_previous(x).to(mix.dtype), x.to(mix.dtype), mix).to(x.dtype)
+
+
+@compiled
+def _shift_backward(x: Tensor, grad: Tensor, mix: Tensor) -> tuple[Tensor, Tensor]:
+    grad = grad.to(mix.dtype)
+    following = F.pad(grad[:, 1:], (0, 0, 0, 1))
+    return torch.lerp(following, grad, mix).to(x.dtype), (grad * (x - _previous(x))).sum((0, 1))
+
+
+class _TokenShift(torch.autograd.Function):
+    """`mix * x[n] + (1 - mix) * x[n-1]` of `(..., N, D)` with `mix` `(D,)`, one pass over memory each way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mix: Tensor) -> Tensor:
+        x = x.contiguous()
+        ctx.save_for_backward(x, mix)
+        return _shift(memory(x, -1, *x.shape[-2:]), mix).view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, mix = ctx.saved_tensors
+        shape = (-1, *x.shape[-2:])
+        grad_x, grad_mix = _shift_backward(memory(x, *shape), memory(grad.contiguous(), *shape), mix)
+        return grad_x.view(x.shape), grad_mix
+
+
 class ShiftedLinear(nn.Linear):
     """Linear layer on RWKV's token shift: `W (mu * s[n] + (1 - mu) * s[n-1]) + b`, with `mu` learned for each channel.
 
@@ -60,8 +94,7 @@ class ShiftedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns the currents of the spikes `input`."""
-        previous = F.pad(input[..., :-1, :], (0, 0, 1, 0))
-        return super().forward(torch.lerp(previous, input, self.mix.to(input.dtype)))
+        return super().forward(_TokenShift.apply(input, self.mix))
 
     @property
     def taps(self) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from systems.compiled import compiled, dense, memory
 from systems.neurons import SpikingNeuron, integrate_and_fire, membrane_output
 
 NeuronFactory = Callable[[], SpikingNeuron]
@@ -112,6 +113,34 @@ def check_images(x: Tensor, in_channels: int, num_levels: int) -> None:
         )
 
 
+@compiled
+def _scale(x: Tensor, factors: Tensor) -> Tensor:
+    return (x * factors[:, None]).to(x.dtype)
+
+
+@compiled
+def _scale_backward(x: Tensor, grad: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+    return (grad * factors[:, None]).to(x.dtype), (grad.to(factors.dtype) * x).sum(1)
+
+
+class _ScaleSteps(torch.autograd.Function):
+    """Multiplies each step of `(T, ...)` by its factor `(T,)`: in the factors' precision, but the result is as `x`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factors: Tensor) -> Tensor:
+        x = dense(x)
+        ctx.save_for_backward(x, factors)
+        return _scale(memory(x, len(x), -1), factors).as_strided(x.shape, x.stride())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, factors = ctx.saved_tensors
+        if grad.stride() != x.stride():
+            grad = torch.empty_like(x).copy_(grad)
+        grad_x, grad_factors = _scale_backward(memory(x, len(x), -1), memory(grad, len(x), -1), factors)
+        return grad_x.as_strided(x.shape, x.stride()), grad_factors
+
+
 class TemporalConv2d(nn.Module):
     """Convolution with one learned factor for each SNN time step: the temporal-wise spiking mechanism (TSM) of SDM.
 
@@ -134,7 +163,7 @@ class TemporalConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns `p[k] * (conv(x[k]) + bias)` for each step `k`, folded."""
-        return fold(self.tsmp * unfold(self.tsmconv(x), len(self.tsmp)))
+        return fold(_ScaleSteps.apply(unfold(self.tsmconv(x), len(self.tsmp)), self.tsmp.flatten()))
 
 
 class TimeEmbedding(nn.Module):
@@ -346,5 +375,6 @@ class SpikingUNet(nn.Module):
     def _stem(self, x: Tensor) -> Tensor:
         """First convolution, `(B, C, H, W)` to `(T*B, ...)`: the image is the same in every step, so once is enough."""
         if isinstance(self.conv, TemporalConv2d):
-            return lay_out(fold(self.conv.tsmp * self.conv.tsmconv(x)))
+            y = self.conv.tsmconv(x)
+            return lay_out(fold(self.conv.tsmp * y).to(y.dtype))
         return lay_out(self.conv(x).repeat(self.num_steps, 1, 1, 1))

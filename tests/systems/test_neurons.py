@@ -151,14 +151,14 @@ def test_compiled_kernel_equals_plain(case: str, monkeypatch: pytest.MonkeyPatch
     neuron = SpikingNeuron(**CASES[case])
     x = torch.randn(4, 2, 3, 8, 8)
     plain, plain_grad = gradient(neuron, x)
-    monkeypatch.setattr(neurons, "COMPILE_FROM", 0)
+    monkeypatch.setattr("systems.compiled.COMPILE_FROM", 0)
     compiled, compiled_grad = gradient(neuron, x)
     assert torch.equal(compiled, plain)
     torch.testing.assert_close(compiled_grad, plain_grad, rtol=1e-5, atol=1e-6)
 
 
 def test_neurons_of_a_network_share_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neurons, "COMPILE_FROM", 0)
+    monkeypatch.setattr("systems.compiled.COMPILE_FROM", 0)
     x = torch.randn(3, 2, 4, 8, 8)
     gradient(integrate_and_fire(), x)  # the kernel is made here
     inputs = [
@@ -174,18 +174,6 @@ def test_neurons_of_a_network_share_one_kernel(monkeypatch: pytest.MonkeyPatch) 
             fresh = integrate_and_fire()
             assert torch.equal(fresh(other), fresh.stepwise(other))
             gradient(fresh, other)
-
-
-def test_works_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_compiler(*args: object) -> Tensor:
-        raise torch._dynamo.exc.TorchDynamoException("no compiler")
-
-    monkeypatch.setattr(neurons, "COMPILE_FROM", 0)
-    monkeypatch.setattr(neurons, "_compiler_failed", False)
-    monkeypatch.setattr(neurons, "_compiled", dict.fromkeys(neurons._compiled, no_compiler))
-    with pytest.warns(UserWarning, match="no working compiler"):
-        spikes = integrate_and_fire()(torch.ones(3, 2))
-    assert spikes.tolist() == [[1, 1]] * 3
 
 
 def test_memory_layouts_agree() -> None:
@@ -260,7 +248,7 @@ def test_converted_neuron_compiled_equals_plain(monkeypatch: pytest.MonkeyPatch)
     neuron.act_alpha.fill_(0.9)
     plain = neuron(x)
     assert plain.unique().tolist() == [-neuron.amplitude, 0, neuron.amplitude]
-    monkeypatch.setattr(neurons, "COMPILE_FROM", 0)
+    monkeypatch.setattr("systems.compiled.COMPILE_FROM", 0)
     assert torch.equal(neuron(x), plain)
     assert torch.equal(neuron(x[:, :1]), plain[:, :1])
     with pytest.raises(ValueError, match=r"takes \(T, B, \.\.\.\)"):

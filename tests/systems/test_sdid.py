@@ -8,7 +8,6 @@ import torch
 from spiking_diffusion_reference import check_gradients, check_statistics, load
 from torch import Tensor
 
-from systems import neurons
 from systems.sdid import SDID
 from systems.spiking_diffusion import _rename
 
@@ -17,7 +16,7 @@ Reference = Callable[[str], dict[str, Tensor]]
 
 @pytest.fixture(autouse=True)
 def _uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neurons, "COMPILE_FROM", sys.maxsize)  # compilation takes longer than these tests
+    monkeypatch.setattr("systems.compiled.COMPILE_FROM", sys.maxsize)  # compilation takes longer than these tests
 
 
 @pytest.fixture

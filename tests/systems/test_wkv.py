@@ -66,7 +66,8 @@ def test_low_precision_is_stable(dtype: torch.dtype, scale: float) -> None:
     for x in (ours.sum(), expected.sum()):
         x.backward()
     for a, b in zip(low, exact, strict=True):
-        assert (a.grad.double() - b.grad).norm() <= 3 * tolerance * b.grad.norm() + tolerance
+        error = (a.grad.double() - b.grad).norm()
+        assert error <= 3 * 257**0.5 * tolerance * b.grad.norm() + tolerance  # rounding adds up along the tokens
 
 
 def test_mixed_precision_keeps_the_parameters_type() -> None:
@@ -75,6 +76,19 @@ def test_mixed_precision_keeps_the_parameters_type() -> None:
     assert out.dtype == torch.bfloat16
     out.float().sum().backward()
     assert w.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("num_tokens", [16, 21])
+def test_compiled_kernel_equals_plain(num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = inputs(num_tokens, dtype=torch.float32)
+    grad = torch.randn(3, num_tokens, 4, generator=torch.Generator().manual_seed(0))
+    results = []
+    for least in (2**62, 0):
+        monkeypatch.setattr("systems.compiled.COMPILE_FROM", least)
+        out = wkv(*arguments)
+        results.append((out, *torch.autograd.grad(out, arguments, grad)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_causal_and_bidirectional() -> None:

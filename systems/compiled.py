@@ -1,0 +1,70 @@
+"""Element-wise functions as compiled kernels, and as they are where tensors are small or a compiler is missing."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+COMPILE_FROM = 2**16
+"""Elements of the first argument from which a kernel is worth its compilation (seconds, once for each kind)."""
+
+compiler_failed = False
+"""Whether an attempt to compile has failed in this process, so that there is no other."""
+
+
+def compiled(function: Function) -> Function:
+    """Compiles a function for all sizes of its tensors, the first time that they are large.
+
+    Args:
+        function: Takes a tensor and whatever else; in-place changes of what it is given are not for it.
+
+    Returns:
+        The same function, up to rounding.
+    """
+    kernel = torch.compile(function, dynamic=True)
+
+    @wraps(function)
+    def run(x: Tensor, *args: Any) -> Any:
+        global compiler_failed
+        if x.numel() < COMPILE_FROM or compiler_failed or torch.compiler.is_compiling():
+            return function(x, *args)
+        try:
+            return kernel(x, *args)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            compiler_failed = True
+            message = f"layers run uncompiled, about 3 times slower: no working compiler ({error})"
+            warnings.warn(message, stacklevel=2)
+            return function(x, *args)
+
+    return cast(Function, run)
+
+
+def dense(x: Tensor) -> Tensor:
+    """Returns `x` itself if its memory has no gaps and its first axis outermost, else a contiguous copy.
+
+    Channels-last images `(B, C, H, W)`, and features `(T, B, C, H, W)` made of such, have no gaps.
+    """
+    images = x.flatten(0, 1) if x.dim() == 5 else x
+    channels_last = images.dim() == 4 and images.is_contiguous(memory_format=torch.channels_last)
+    return x if channels_last and x.stride(0) == x[0].numel() else x.contiguous()
+
+
+def memory(x: Tensor, *shape: int) -> Tensor:
+    """Returns the memory of a dense `x` as a contiguous tensor of another shape, a number of which may be -1.
+
+    It is no view of `x`: the compiler would make a kernel for each shape of what a view is of.
+    """
+    known = math.prod(n for n in shape if n != -1)
+    shape = tuple(x.numel() // known if n == -1 else n for n in shape)
+    stride = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    if torch.compiler.is_compiling():
+        return x.as_strided(shape, stride)
+    return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), shape, stride)
