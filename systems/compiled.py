@@ -16,6 +16,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 COMPILE_FROM = 2**16
 """Elements of the first argument from which a kernel is worth its compilation (seconds, once for each kind)."""
 
+torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+"""Kinds of one function (neurons, dtypes, `T`) in a process; beyond torch's 8 it would go on uncompiled, silently."""
+
 compiler_failed = False
 """Whether an attempt to compile has failed in this process, so that there is no other."""
 
