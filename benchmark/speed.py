@@ -115,10 +115,11 @@ def _config(name: str) -> Path:
 
 def _table(title: str, rows: Rows) -> Table:
     table = Table(title=title, title_justify="left")
-    for column in rows[0]:
+    columns = [column for column in rows[0] if column != "points"]  # those are drawn
+    for column in columns:
         table.add_column(column, justify="right" if isinstance(rows[0][column], float | int) else "left")
     for row in rows:
-        table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
+        table.add_row(*(f"{row[c]:.3g}" if isinstance(row[c], float) else str(row[c]) for c in columns))
     return table
 
 
@@ -400,6 +401,7 @@ def _plot(growth: Rows) -> Figure:
         axes[row["with"]].plot(ends, [row["ms at 0"] + row["ms each"] * x for x in ends], color=line.get_color(), lw=1)
     for name, axis in axes.items():
         axis.set(xlabel=labels[name], ylabel="ms per batch", xlim=(0, None), ylim=(0, None))
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
     axes["B"].legend(fontsize=8, frameon=False)
     return figure

@@ -23,11 +23,12 @@ compiler_failed = False
 """Whether an attempt to compile has failed in this process, so that there is no other."""
 
 
-def compiled(function: Function) -> Function:
+def compiled(function: Function, sooner: int = 1) -> Function:
     """Compiles a function for all sizes of its tensors, the first time that they are large.
 
     Args:
         function: Takes a tensor and whatever else; in-place changes of what it is given are not for it.
+        sooner: By how much it is compiled for smaller tensors than others, because it is of many operations.
 
     Returns:
         The same function, up to rounding.
@@ -37,7 +38,7 @@ def compiled(function: Function) -> Function:
     @wraps(function)
     def run(x: Tensor, *args: Any) -> Any:
         global compiler_failed
-        if x.numel() < COMPILE_FROM or compiler_failed or torch.compiler.is_compiling():
+        if sooner * x.numel() < COMPILE_FROM or compiler_failed or torch.compiler.is_compiling():
             return function(x, *args)
         try:
             return kernel(x, *args)

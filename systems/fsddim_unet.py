@@ -50,6 +50,11 @@ def scaled_norm(bn: nn.Module, x: Tensor, gain: float) -> Tensor:
     return bias + gain * (y - bias)
 
 
+def join(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenates `(N, C1, H, W)`, `(N, C2, H, W)`, ... along `C`."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
+
+
 class Convolution(nn.Conv2d):
     """Size-preserving convolution of inputs that are concatenated, followed by a batch norm if a `gain` is given.
 
@@ -65,9 +70,9 @@ class Convolution(nn.Conv2d):
         if gain is not None:
             self.bn = nn.BatchNorm2d(out_channels)
 
-    def forward(self, *parts: Tensor) -> Tensor:
-        """Convolves the concatenation of the parts."""
-        y = super().forward(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
+    def forward(self, *parts: Tensor, joined: Tensor | None = None) -> Tensor:
+        """Convolves the concatenation of the parts, or what is `joined` of them already."""
+        y = super().forward(join(parts) if joined is None else joined)
         return y if self.gain is None else scaled_norm(self.bn, y, self.gain)
 
 
@@ -78,10 +83,9 @@ class SpikingConvolution(Convolution):
         super().__init__(in_channels, out_channels, 3, gain=1.0)
         self.neuron = neuron()
 
-    def forward(self, *parts: Tensor) -> Tensor:
+    def forward(self, *parts: Tensor, joined: Tensor | None = None) -> Tensor:
         """Returns spikes."""
-        num_steps = parts[0].shape[0]
-        return self.neuron(unfold(super().forward(*map(fold, parts)), num_steps))
+        return self.neuron(unfold(super().forward(*map(fold, parts), joined=joined), len(parts[0])))
 
 
 class ResBlock(nn.Module):
@@ -114,11 +118,12 @@ class ResBlock(nn.Module):
         """
         num_steps = temb.shape[0]
         folded = [fold(x) for x in parts]
+        joined = join(folded)  # once, for two convolutions
         time = fold(self.temb_proj(self.temb_neuron(temb)))[:, :, None, None]
-        h = self.bn1(self.conv1(*folded) + time)  # (T*B, C, H, W)
+        h = self.bn1(self.conv1(*folded, joined=joined) + time)  # (T*B, C, H, W)
         h = self.conv2(fold(self.neuron1(unfold(h, num_steps))))
         if isinstance(self.nin_shortcut, Convolution):
-            shortcut = self.nin_shortcut(*folded)
+            shortcut = self.nin_shortcut(*folded, joined=joined)
         else:
             shortcut = scaled_norm(self.nin_shortcut, folded[0], self.gain)
         return self.neuron2(unfold(h + shortcut, num_steps))

@@ -168,11 +168,12 @@ def _part(tokens: Sequence[Tensor], w: Tensor, u: Tensor, state: Sequence[Tensor
     return grad_k, grad_v, [dy, dz, dw, du]
 
 
-@compiled
-def _join_compiled(_: Tensor, tokens: Sequence[Tensor], stop: int, *args: Any) -> Any:
+def _join_chunk(_: Tensor, tokens: Sequence[Tensor], stop: int, *args: Any) -> Any:
     return _join([x.narrow(1, stop - CHUNK, CHUNK) for x in tokens], *args)
 
 
-@compiled
-def _part_compiled(_: Tensor, tokens: Sequence[Tensor], stop: int, *args: Any) -> Any:
+def _part_chunk(_: Tensor, tokens: Sequence[Tensor], stop: int, *args: Any) -> Any:
     return _part([x.narrow(1, stop - CHUNK, CHUNK) for x in tokens], *args)
+
+
+_join_compiled, _part_compiled = (compiled(chunk, sooner=4) for chunk in (_join_chunk, _part_chunk))
