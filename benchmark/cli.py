@@ -35,6 +35,7 @@ SWEEPS = {
     "sweep-threshold": ("benchmark.sweeps:sweep_threshold", "test one checkpoint at several firing thresholds"),
     "sweep-solvers": ("benchmark.sweeps:sweep_solvers", "test one checkpoint with several solvers and NFE"),
     "matrix": ("benchmark.matrix:matrix", "train and test methods on datasets with several seeds"),
+    "relay": ("benchmark.relay:relay", "train in legs of some minutes, on machines that keep nothing"),
     "regress": ("benchmark.regress:regress", "train every method small and compare it with its baseline"),
     "ablate-sdit": ("benchmark.ablate_sdit:ablate_sdit", "train and test SDiT and its ablations with several seeds"),
 }
