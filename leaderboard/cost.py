@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from leaderboard.records import Cost
+from systems.compiled import compiled, dense, memory
 from systems.neurons import SpikingNeuron
 from systems.spiking_transformer import ShiftedLinear
 
@@ -40,14 +41,32 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 _MILLIJOULES = 1e-9  # of a picojoule
 
 
-def _count(spikes: Tensor, height: Tensor | float) -> Tensor:
-    """Returns how many elements of 0 or ±`height` are not 0, exactly, in float64.
+def _as_rows(x: Tensor) -> Tensor:
+    """Returns the elements of `x` in rows that are short enough for exact sums of spikes in float32."""
+    x = dense(x)
+    return memory(x, math.prod(x.shape[: x.dim() // 2]), -1)
 
-    Sums are ten times as fast as comparisons of bfloat16 on a CPU, and those of a row are exact in float32.
+
+@compiled
+def _sizes(x: Tensor) -> Tensor:
+    """Sums of absolute values in each row."""
+    return x.abs().sum(1, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+@compiled
+def _survey(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Largest absolute value, 0 if there is no other but 0, and the sums of each row."""
+    size = x.abs().to(torch.promote_types(x.dtype, torch.float32))
+    height = size.amax()
+    return height, ((height - size) * size).amax(), size.sum(1)
+
+
+def _count(sizes: Tensor, height: Tensor | float) -> Tensor:
+    """Returns how many elements of 0 or ±`height` are not 0, exactly, in float64, from the sums of their rows.
+
+    Sums are ten times as fast as comparisons of bfloat16 on a CPU.
     """
-    row = tuple(range(spikes.dim() // 2, spikes.dim()))
-    sums = spikes.abs().sum(row, dtype=torch.promote_types(spikes.dtype, torch.float32))
-    return (sums / height).round().sum(dtype=torch.float64)
+    return (sizes / height).round().sum(dtype=torch.float64)
 
 
 @dataclass
@@ -67,10 +86,9 @@ class _Connections:
         counts = torch.zeros(4, dtype=torch.float64, device=out.device)
         for x in inputs:
             share = dense * x.numel() / max(elements, 1)
-            size = x.abs()
-            height = size.amax()
-            is_spikes = ((height - size).mul_(size).amax() == 0) & torch.isin(height, heights.to(height))
-            sops = share * _count(size, height + (height == 0)) / max(x.numel(), 1)
+            height, others, sizes = _survey(_as_rows(x))
+            is_spikes = (others == 0) & torch.isin(height, heights.to(height))
+            sops = share * _count(sizes, height + (height == 0)) / max(x.numel(), 1)
             zero, all_dense = torch.zeros_like(sops), torch.full_like(sops, share)
             spiking = torch.stack([all_dense, sops, zero, sops])
             real = torch.stack([zero, zero, all_dense, zero])
@@ -90,7 +108,7 @@ class _Neurons:
     steps: int = 0
 
     def add(self, spikes: Tensor, height: Tensor | float) -> None:
-        total = _count(spikes, height)
+        total = _count(_sizes(_as_rows(spikes)), height)
         self.spikes = total if self.spikes is None else self.spikes + total
         self.elements += spikes.numel()
         self.steps += spikes.shape[0] * spikes.shape[1]  # (T, B, ...)
@@ -177,9 +195,9 @@ class Counts:
             return None if self.neurons else PICOJOULES_PER_MAC * macs * _MILLIJOULES / num_images
         rate = sops / spike_fed
         energy = 0.0
-        for name, (_, layer_sops, layer_macs, _, dense) in self.connections.items():
+        for name, (_, layer_sops, layer_macs, _, all_dense) in self.connections.items():
             if name == self.first_convolution:
-                energy += PICOJOULES_PER_MAC * dense
+                energy += PICOJOULES_PER_MAC * all_dense
             else:
                 energy += PICOJOULES_PER_AC * (layer_sops + rate * layer_macs)
         return energy * _MILLIJOULES / num_images
