@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 from systems import compiled
+from systems.ann_unet import _Quantise
+from systems.spiking_transformer import _TokenShift
+from systems.spiking_unet import _ScaleSteps
 
 
 def test_works_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,3 +37,47 @@ def test_memory_of_any_layout_is_seen_in_its_order() -> None:
     gap = torch.randn(2, 3, 8)[..., ::2]
     assert torch.equal(compiled.dense(gap), gap)
     assert compiled.dense(gap).is_contiguous()
+
+
+def quantised(x: Tensor, scale: Tensor) -> Tensor:
+    return _Quantise.apply(x, scale.abs().sum(), 3)
+
+
+def scaled(x: Tensor, factors: Tensor) -> Tensor:
+    return _ScaleSteps.apply(x, factors)
+
+
+def shifted(x: Tensor, mix: Tensor) -> Tensor:
+    return _TokenShift.apply(x, mix)
+
+
+@pytest.mark.parametrize(
+    ("function", "shape", "size"), [(quantised, (2, 3, 4, 5), 1), (scaled, (3, 2, 4, 5), 3), (shifted, (2, 7, 5), 5)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_equal_plain_functions(
+    function: Callable[[Tensor, Tensor], Tensor],
+    shape: tuple[int, ...],
+    size: int,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator).to(dtype).requires_grad_()
+    parameter = (1 + torch.rand(size, generator=generator)).requires_grad_()
+    grad = torch.randn(shape, generator=generator).to(dtype)
+    results = []
+    for least in (2**62, 0):
+        monkeypatch.setattr(compiled, "COMPILE_FROM", least)
+        out = function(x, parameter)
+        assert out.dtype == dtype
+        results.append((out, *torch.autograd.grad(out, (x, parameter), grad)))
+    rounding = 4 * torch.finfo(dtype).eps
+    for plain, kernel in zip(*results, strict=True):
+        torch.testing.assert_close(kernel, plain, rtol=rounding, atol=rounding)
+
+
+def test_step_factors_and_token_shift_have_their_gradients() -> None:
+    x = torch.randn(3, 2, 4, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(scaled, (x, torch.rand(3, dtype=torch.float64, requires_grad=True)))
+    assert torch.autograd.gradcheck(shifted, (x, torch.rand(5, dtype=torch.float64, requires_grad=True)))
