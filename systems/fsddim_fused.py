@@ -107,8 +107,10 @@ class FusedRecurrence(nn.Module):
         num_steps = transmitted[0].shape[0]
         last, first, *others = map(fold, transmitted)
         spikes = torch.cat([last, *others] if self.real_channels else [last, first, *others], dim=1)
-        if not ((spikes == 0) | (spikes == 1)).all():
-            raise RuntimeError("the network transmitted other values than 0 and 1 as spikes to the fused sampler")
+        torch._assert_async(  # a GPU is not waited for
+            ((spikes == 0) | (spikes == 1)).all(),
+            "the network transmitted other values than 0 and 1 as spikes to the fused sampler",
+        )
         into_current, into_image = self.spikes_to_current(spikes), self.spikes_to_image(spikes)
         if self.real_channels:
             into_current = into_current + self.current_to_current(first)
