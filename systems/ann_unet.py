@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from systems.compiled import compiled, dense, memory
+from systems.compiled import compiled, dense, laid_out_as, memory
 from systems.neurons import SpikingNeuron
 from systems.spiking_unet import TimeEmbedding, assemble, check_images, double_size, fold, lay_out, unfold
 
@@ -58,8 +58,7 @@ class _Quantise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, scale = ctx.saved_tensors
-        if grad.stride() != x.stride():
-            grad = torch.empty_like(x).copy_(grad)
+        grad = laid_out_as(x, grad)
         grad_x, grad_scale = _round_backward(memory(x, 1, -1), memory(grad, 1, -1), scale, ctx.levels)
         return grad_x.as_strided(x.shape, x.stride()), grad_scale.to(scale.dtype), None
 

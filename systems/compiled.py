@@ -61,6 +61,11 @@ def dense(x: Tensor) -> Tensor:
     return x if channels_last and x.stride(0) == x[0].numel() else x.contiguous()
 
 
+def laid_out_as(x: Tensor, grad: Tensor) -> Tensor:
+    """Returns the gradient of a dense `x` in the order of its memory."""
+    return grad if grad.stride() == x.stride() else torch.empty_like(x).copy_(grad)
+
+
 def memory(x: Tensor, *shape: int) -> Tensor:
     """Returns the memory of a dense `x` as a contiguous tensor of another shape, a number of which may be -1.
 

@@ -24,7 +24,7 @@ from snntorch import surrogate
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from systems.compiled import compiled, dense, memory
+from systems.compiled import compiled, dense, laid_out_as, memory
 
 SpikeGrad = Callable[[Tensor], Tensor]
 
@@ -184,8 +184,7 @@ class _MultiStep(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
-        if grad.stride() != x.stride():
-            grad = torch.empty_like(x).copy_(grad)
+        grad = laid_out_as(x, grad)
         derivative = _derivative(ctx.spike_grad, torch.promote_types(x.dtype, torch.float32))
         found = _backward(memory(x, len(x), -1), memory(grad, len(x), -1), ctx.d, derivative)
         return found.as_strided(x.shape, x.stride()), None, None

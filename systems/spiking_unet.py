@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from systems.compiled import compiled, dense, memory
+from systems.compiled import compiled, dense, laid_out_as, memory
 from systems.neurons import SpikingNeuron, integrate_and_fire, membrane_output
 
 NeuronFactory = Callable[[], SpikingNeuron]
@@ -135,8 +135,7 @@ class _ScaleSteps(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, factors = ctx.saved_tensors
-        if grad.stride() != x.stride():
-            grad = torch.empty_like(x).copy_(grad)
+        grad = laid_out_as(x, grad)
         grad_x, grad_factors = _scale_backward(memory(x, len(x), -1), memory(grad, len(x), -1), factors)
         return grad_x.as_strided(x.shape, x.stride()), grad_factors
 
