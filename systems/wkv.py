@@ -1,4 +1,4 @@
-"""The WKV operation of RWKV-4 linear in the number of tokens, for all sequences at once.
+"""The WKV operation of RWKV-4, linear in the number of tokens, for all sequences at once.
 
 B. Peng et al., "RWKV: Reinventing RNNs for the Transformer Era", 2023, https://arxiv.org/abs/2305.13048, equation 16.
 For each channel, with decay `w > 0` per token and bonus `u` of the present token,
@@ -14,8 +14,8 @@ the published kernels. The backward pass is written by hand, a recurrence from t
 are weights of the forward pass in [0, 1].
 
 All sequences and channels go at once, token after token; `CHUNK` tokens are one compiled kernel, in which `s` and `y`
-stay in registers. For 197 tokens of SDiT's size that takes a third of the time of a parallel scan (pairs of tokens, then
-pairs of pairs), which computes each token twice and writes every level to memory.
+stay in registers. For 197 tokens of SDiT's size that takes a third of the time of a parallel scan (pairs of tokens,
+then pairs of pairs), which computes each token twice and writes every level to memory.
 
 Compared with what installs from the registry, and not used:
 
@@ -23,8 +23,8 @@ Compared with what installs from the registry, and not used:
   channels of one sequence. Needs a GPU; its state is in float32, so that nothing can be checked against float64.
 - `accelerated-scan` 0.3: CUDA and Triton kernels of `h[n] = g[n] h[n-1] + x[n]`, numbers of tokens that
   are powers of two. Needs a GPU, and the logarithms `s` from elsewhere.
-- `torch._higher_order_ops.associative_scan`: a private prototype, which takes 1 to 5 times as long on a CPU as such a scan
-  written by hand, and keeps every level of it for the backward pass.
+- `torch._higher_order_ops.associative_scan`: a private prototype, which takes 1 to 5 times as long on a CPU as such a
+  scan written by hand, and keeps every level of it for the backward pass.
 """
 
 from __future__ import annotations
