@@ -101,8 +101,10 @@ def _mean(value: Callable[[Record], float | None], records: Sequence[Record]) ->
 
 def _row(records: Sequence[Record], keys: Sequence[str]) -> dict[str, Cell]:
     first = records[0]
+    shared = {record.variant for record in records} - {"default"}
+    variant = f", {first.variant}" if shared == {first.variant} else ""
     return {
-        "Method": Cell(first.method),
+        "Method": Cell(first.method + variant),
         "Solver": Cell(f"{first.solver}, {first.nfe}"),
         "Seeds": Cell(str(len({r.seeds.get("training") for r in records}))),
         **{metric_name(key): _spread([r.metrics[key].value for r in records if key in r.metrics]) for key in keys},

@@ -36,6 +36,13 @@ def test_seeds_are_summed_up_and_other_options_are_not(make_record: Make) -> Non
     assert str(rows[1]["mJ"]) == "8.5"
 
 
+def test_a_variant_is_named_where_all_seeds_share_it(make_record: Make) -> None:
+    records = [trained(make_record, 1.0, seed, variant="strictly spiking") for seed in range(2)]
+    records += [trained(make_record, 2.0, seed, num_steps=8, variant=f"full, seed {seed}") for seed in range(2)]
+    rows = seed_rows([Entry(Path(f"{i}.json"), record) for i, record in enumerate(records)])
+    assert [str(row["Method"]) for row in rows] == ["SDDPM, strictly spiking", "SDDPM"]
+
+
 def test_command_leaves_out_drafts_and_writes_table_and_plot(
     make_record: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
