@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from rich.table import Table
 
 from leaderboard.records import Record, write_atomic
@@ -136,6 +137,9 @@ def _plot(rows: Sequence[dict[str, Cell]], quality: str) -> Figure:
         label = f"{row['Method']}, {row['Solver']}"
         axes.errorbar(x, y, yerr=float(row[quality].uncertainty or 0), fmt=marker, capsize=3, label=label)
     axes.set(xlabel="energy per image, strict count (mJ)", ylabel=f"{quality} (lower is better)", xscale="log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False, title="method, solver, NFE")
