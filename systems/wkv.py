@@ -41,6 +41,9 @@ from systems.compiled import compiled
 CHUNK = 7
 """Tokens of a kernel: what divides the patches of 28x28 images, whatever their size."""
 
+NO_WEIGHT = -1e30
+"""Logarithm of the weight of no token; finite, so that differences are."""
+
 Step = Callable[..., Any]
 
 
@@ -79,10 +82,10 @@ class _WKV(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
         y = torch.zeros_like(k[:, 0], dtype=torch.promote_types(w.dtype, torch.float32))
-        s = torch.full_like(y, -torch.inf)  # the weight of no token
+        state = torch.full_like(y, NO_WEIGHT), torch.zeros_like(y), y
         parts = []
         for start, stop in _chunks(k):
-            *part, s, y = _step(_join, _join_compiled, start, stop, (k, v), w, u, s, y)
+            *part, state = _step(_join, _join_compiled, start, stop, (k, v), w, u, state)
             parts.append(part)
         out, sums, means = (torch.cat(part, 1) for part in zip(*parts, strict=True))
         ctx.save_for_backward(k, v, sums, means, w, u)
@@ -113,59 +116,70 @@ def _step(plain: Step, kernel: Step, start: int, stop: int, tokens: Sequence[Ten
     return plain([x[:, start:stop] for x in tokens], *args)
 
 
-def _join(tokens: Sequence[Tensor], w: Tensor, u: Tensor, s: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+def _join(tokens: Sequence[Tensor], w: Tensor, u: Tensor, state: Sequence[Tensor]) -> tuple[Any, ...]:
     """Joins keys and values to the means before them.
 
+    What the rounding of `s` loses is carried along, or it would add up over the tokens where decays are small.
+
+    Args:
+        tokens: Keys and values `(M, L, D)`.
+        w: Decay `(D,)`.
+        u: Bonus `(D,)`.
+        state: `s`, what its rounding has lost, and `y` before the first token, `(M, D)`.
+
     Returns:
-        Outputs, `s` and `y` before each token `(M, L, D)`, and both after the last `(M, D)`.
+        Outputs, `s` and `y` before each token `(M, L, D)`, and the state after the last.
     """
     k, v = tokens
+    s, lost, y = state
     out, sums, means = [], [], []
     for k_n, v_n in zip(k.unbind(1), v.unbind(1), strict=True):
         k_n, v_n = k_n.to(s.dtype), v_n.to(s.dtype)
         sums.append(s)
         means.append(y)
         out.append(torch.lerp(v_n, y, torch.sigmoid(s - (u + k_n))))
-        x = s - w - k_n
-        s = torch.maximum(s - w, k_n) + torch.log(1 + torch.exp(-x.abs()))
+        past = s - w
+        lost = lost + (s - past - w)
+        x = past - k_n + lost
+        larger = torch.where(x > 0, past, k_n)
+        rest = torch.log(1 + torch.exp(-x.abs())) + torch.where(x > 0, lost, 0)
+        s = larger + rest
+        lost = rest - (s - larger)
         y = torch.lerp(v_n, y, torch.sigmoid(x))
-    return torch.stack(out, 1).to(v.dtype), torch.stack(sums, 1), torch.stack(means, 1), s, y
+    return torch.stack(out, 1).to(v.dtype), torch.stack(sums, 1), torch.stack(means, 1), (s, lost, y)
 
 
 def _part(tokens: Sequence[Tensor], w: Tensor, u: Tensor, state: Sequence[Tensor]) -> tuple[Any, ...]:
     """Parts gradients, from the last token to the first.
 
-    `y` and `s` are functions of the sums `a = y e^s` and `b = e^s`, each a linear recurrence of its own. `dy` is
-    `b dL/da` and `dz` is `b dL/db = dL/ds - y dL/dy`, which stay of the size of the gradients. Those of a token flow on
-    to the one before it by the same factor, the share of the past.
+    What flows back are the gradients of `y` and `s` after a token; of those of the sums `y e^s` and `e^s`, large terms
+    would cancel.
 
     Args:
         tokens: Keys, values, `s` and `y` before them, and gradients of the outputs, `(M, L, D)`.
         w: Decay `(D,)`.
         u: Bonus `(D,)`.
-        state: `dy` and `dz` after the last token, and sums of the gradients of `w` and `u` so far, `(M, D)`.
+        state: `dy` and `ds` after the last token, and sums of the gradients of `w` and `u` so far, `(M, D)`.
 
     Returns:
         Gradients of keys and of values `(M, L, D)`, and the state before the first token.
     """
-    dy, dz, dw, du = state
+    dy, ds, dw, du = state
     grads_k, grads_v = [], []
     for k_n, v_n, s, y, grad in zip(*(reversed(x.unbind(1)) for x in tokens), strict=True):
         k_n, v_n, grad = k_n.to(s.dtype), v_n.to(s.dtype), grad.to(s.dtype)
         kept = torch.sigmoid(s - w - k_n)  # share of the past in the mean
-        grads_v.append((1 - kept) * dy)
-        grads_k.append((1 - kept) * (dy * v_n + dz))
-        dy, dz = kept * dy, kept * dz
-        dw = dw - (dy * y + dz)
         seen = torch.sigmoid(s - (u + k_n))  # share of the past in the output
-        ds = grad * (y - v_n) * seen * (1 - seen)
-        grads_v[-1] = grads_v[-1] + grad * (1 - seen)
-        grads_k[-1] = grads_k[-1] - ds
-        du = du - ds
-        dy, dz = dy + grad * seen, dz + ds - grad * seen * y
+        shift = dy * (y - v_n) * kept * (1 - kept)
+        bonus = grad * (y - v_n) * seen * (1 - seen)
+        grads_v.append((1 - kept) * dy + (1 - seen) * grad)
+        grads_k.append((1 - kept) * ds - shift - bonus)
+        past = kept * ds + shift
+        dw, du = dw - past, du - bonus
+        dy, ds = kept * dy + seen * grad, past + bonus
     keys, values = tokens[:2]
     grad_k, grad_v = torch.stack(grads_k[::-1], 1).to(keys.dtype), torch.stack(grads_v[::-1], 1).to(values.dtype)
-    return grad_k, grad_v, [dy, dz, dw, du]
+    return grad_k, grad_v, [dy, ds, dw, du]
 
 
 def _join_chunk(_: Tensor, tokens: Sequence[Tensor], stop: int, *args: Any) -> Any:

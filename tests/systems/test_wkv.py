@@ -66,8 +66,7 @@ def test_low_precision_is_stable(dtype: torch.dtype, scale: float) -> None:
     for x in (ours.sum(), expected.sum()):
         x.backward()
     for a, b in zip(low, exact, strict=True):
-        error = (a.grad.double() - b.grad).norm()
-        assert error <= 3 * 257**0.5 * tolerance * b.grad.norm() + tolerance  # rounding adds up along the tokens
+        assert (a.grad.double() - b.grad).norm() <= 3 * tolerance * b.grad.norm() + tolerance
 
 
 def test_mixed_precision_keeps_the_parameters_type() -> None:
