@@ -85,7 +85,8 @@ class SpikingConvolution(Convolution):
 
     def forward(self, *parts: Tensor, joined: Tensor | None = None) -> Tensor:
         """Returns spikes."""
-        return self.neuron(unfold(super().forward(*map(fold, parts), joined=joined), len(parts[0])))
+        y = nn.Conv2d.forward(self, join([fold(x) for x in parts]) if joined is None else joined)
+        return self.neuron(unfold(y, len(parts[0])), self.bn)
 
 
 class ResBlock(nn.Module):
@@ -120,8 +121,8 @@ class ResBlock(nn.Module):
         folded = [fold(x) for x in parts]
         joined = join(folded)  # once, for two convolutions
         time = fold(self.temb_proj(self.temb_neuron(temb)))[:, :, None, None]
-        h = self.bn1(self.conv1(*folded, joined=joined) + time)  # (T*B, C, H, W)
-        h = self.conv2(fold(self.neuron1(unfold(h, num_steps))))
+        h = unfold(self.conv1(*folded, joined=joined) + time, num_steps)  # (T, B, C, H, W)
+        h = self.conv2(fold(self.neuron1(h, self.bn1)))
         if isinstance(self.nin_shortcut, Convolution):
             shortcut = self.nin_shortcut(*folded, joined=joined)
         else:
@@ -266,7 +267,7 @@ class FSDDIMUNet(nn.Module):
         temb = self.temb[1](self.temb_neuron(temb.expand(num_steps, *temb.shape)))  # (T, B, 4 * base)
         first = current
         if self.activate_first_conv:
-            first = self.neuron_in(unfold(self.bn_in(fold(current)), num_steps))
+            first = self.neuron_in(current, self.bn_in)
         h, skips = first, [first]
         for level in self.downs:
             *blocks, resample = cast(nn.ModuleList, level)

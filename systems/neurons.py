@@ -16,8 +16,8 @@ and deep copies, weight averaging and data-parallel replicas cannot leak state i
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from functools import lru_cache, partial
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import torch
 from snntorch import surrogate
@@ -71,6 +71,10 @@ TAKE_BACK_BELOW = 1e-3
 """Minus the potential at which a signed `ConvertedNeuron` takes a spike back, in units of its current, as released."""
 
 
+_Affine = tuple[Tensor, Tensor]
+"""Factor and summand of a norm, `(C, 1)`."""
+
+
 class _Dynamics(NamedTuple):
     beta: float
     threshold: float
@@ -94,12 +98,15 @@ def _carry(u: Tensor, s: Tensor, d: _Dynamics) -> Tensor:
     return d.beta * (u - s * d.threshold)
 
 
-def _potentials(x: Tensor, d: _Dynamics) -> tuple[list[Tensor], list[Tensor]]:
+def _potentials(x: Tensor, d: _Dynamics, affine: _Affine | None = None) -> tuple[list[Tensor], list[Tensor]]:
     dtype = torch.promote_types(x.dtype, torch.float32)  # potentials stay in float32 under mixed precision
     potentials: list[Tensor] = []
     spikes: list[Tensor] = []
     for x_k in x.unbind(0):
-        u = x_k.to(dtype) * d.input_scale
+        u = x_k.to(dtype)
+        if affine is not None:
+            u = torch.addcmul(affine[1], u, affine[0])  # rounded as in the norm itself
+        u = u * d.input_scale
         if potentials:
             u = u + _carry(potentials[-1], spikes[-1], d)
         potentials.append(u)
@@ -107,15 +114,17 @@ def _potentials(x: Tensor, d: _Dynamics) -> tuple[list[Tensor], list[Tensor]]:
     return potentials, spikes
 
 
-@compiled
-def _forward(x: Tensor, d: _Dynamics) -> Tensor:
-    return torch.stack(_potentials(x, d)[1]).to(x.dtype)
+@partial(compiled, sooner=4)
+def _forward(x: Tensor, d: _Dynamics, dtype: torch.dtype, affine: _Affine | None = None) -> Tensor:
+    return torch.stack(_potentials(x, d, affine)[1]).to(dtype)
 
 
-@compiled
-def _backward(x: Tensor, grad: Tensor, d: _Dynamics, derivative: Callable[[Tensor], Tensor]) -> Tensor:
+@partial(compiled, sooner=4)
+def _backward(
+    x: Tensor, grad: Tensor, d: _Dynamics, derivative: Callable[[Tensor], Tensor], affine: _Affine | None = None
+) -> Tensor:
     """Backpropagation through time; the potentials are computed again, which is cheaper than keeping them."""
-    potentials, spikes = _potentials(x, d)
+    potentials, spikes = _potentials(x, d, affine)
     grads: list[Tensor] = []
     carried: Tensor | None = None  # dL/dU[k+1]
     for u, s, g in zip(reversed(potentials), reversed(spikes), reversed(grad.unbind(0)), strict=True):
@@ -179,7 +188,7 @@ class _MultiStep(torch.autograd.Function):
         x = dense(x)
         ctx.save_for_backward(x)
         ctx.d, ctx.spike_grad = d, spike_grad
-        return _forward(memory(x, len(x), -1), d).as_strided(x.shape, x.stride())
+        return _forward(memory(x, len(x), -1), d, _spike_dtype(x)).as_strided(x.shape, x.stride())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -188,6 +197,85 @@ class _MultiStep(torch.autograd.Function):
         derivative = _derivative(ctx.spike_grad, torch.promote_types(x.dtype, torch.float32))
         found = _backward(memory(x, len(x), -1), memory(grad, len(x), -1), ctx.d, derivative)
         return found.as_strided(x.shape, x.stride()), None, None
+
+
+class _NormedMultiStep(torch.autograd.Function):
+    """`_MultiStep` of a batch norm of its input, which is neither written to memory nor kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        norm: nn.BatchNorm1d | nn.BatchNorm2d,
+        d: _Dynamics,
+        spike_grad: SpikeGrad,
+    ) -> Tensor:
+        x = dense(x)
+        mean, var = norm.running_mean, norm.running_var
+        assert mean is not None
+        assert var is not None
+        assert norm.momentum is not None
+        if norm.training:
+            mean, var = torch.batch_norm_update_stats(_images(x), mean, var, norm.momentum)
+        inverse_deviation = (var.double() + norm.eps).rsqrt().to(var.dtype)
+        factor = weight * inverse_deviation
+        affine = factor[:, None], torch.addcmul(bias, mean, factor, value=-1)[:, None]
+        ctx.save_for_backward(x, weight, mean, inverse_deviation, *affine)
+        ctx.norm, ctx.d, ctx.spike_grad = norm, d, spike_grad
+        return _forward(_by_channel(x, x), d, _spike_dtype(x), affine).as_strided(x.shape, x.stride())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, inverse_deviation, *affine = ctx.saved_tensors
+        grad = laid_out_as(x, grad)
+        derivative = _derivative(ctx.spike_grad, torch.promote_types(x.dtype, torch.float32))
+        found = _backward(_by_channel(x, x), _by_channel(grad, x), ctx.d, derivative, tuple(affine))
+        grads = torch.ops.aten.native_batch_norm_backward(
+            _images(found.as_strided(x.shape, x.stride())),
+            _images(x),
+            weight,
+            ctx.norm.running_mean,
+            ctx.norm.running_var,
+            mean,
+            inverse_deviation,
+            ctx.norm.training,
+            ctx.norm.eps,
+            [True, True, True],
+        )
+        return grads[0].view(x.shape), grads[1], grads[2], None, None, None
+
+
+def _spike_dtype(x: Tensor) -> torch.dtype:
+    """Spikes are exact in any type, so under autocast they come in that of the products that take them."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def _images(x: Tensor) -> Tensor:
+    """Returns `(T, B, C, H, W)` as `(T*B, C, H, W)`, and tokens `(T, ..., C)` as `(M, C)`."""
+    return x.flatten(0, 1 if x.dim() == 5 else -2)
+
+
+def _by_channel(x: Tensor, like: Tensor) -> Tensor:
+    """Returns the memory of `x`, which is that of features `like`, as `(T, M, C, P)`."""
+    by_image = like.dim() == 5 and like.is_contiguous()
+    channels = like.shape[2] if like.dim() == 5 else like.shape[-1]
+    return memory(x, len(like), -1, channels, like.shape[3] * like.shape[4] if by_image else 1)
+
+
+def _fuses(norm: nn.Module, x: Tensor) -> TypeGuard[nn.BatchNorm1d | nn.BatchNorm2d]:
+    """Whether a norm is what `_NormedMultiStep` computes, and not one over several devices, say."""
+    if x.device.type not in ("cpu", "cuda") or type(norm) not in (nn.BatchNorm1d, nn.BatchNorm2d):
+        return False
+    return bool(norm.affine and norm.track_running_stats and norm.momentum is not None)
+
+
+def normalise(norm: nn.Module, x: Tensor) -> Tensor:
+    """Applies a norm to each channel of features `(T, B, C, H, W)`, or of tokens `(T, ..., C)`."""
+    y: Tensor = norm(_images(x))
+    return y.view(x.shape)
 
 
 class SpikingNeuron(nn.Module):
@@ -204,7 +292,7 @@ class SpikingNeuron(nn.Module):
         spike_grad: Surrogate gradient: a snnTorch surrogate, or its name (see `get_surrogate`).
 
     Shapes:
-        `(T, B, ...)` currents to `(T, B, ...)` spikes, 0 or 1, in the input's dtype.
+        `(T, B, ...)` currents to `(T, B, ...)` spikes, 0 or 1, in the input's dtype, or in autocast's where it is on.
 
     Raises:
         ValueError: If a constant is out of range or a name is unknown.
@@ -263,14 +351,31 @@ class SpikingNeuron(nn.Module):
             self.fire_at_threshold,
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns the spikes `(T, B, ...)` of the currents `x` `(T, B, ...)`, from a potential of zero."""
+    def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """Returns the spikes `(T, B, ...)` of currents, from a potential of zero.
+
+        Args:
+            x: Currents `(T, B, ...)`; features `(T, B, C, H, W)` or tokens `(T, ..., C)` if there is a norm.
+            norm: Norm of the currents, by channel, on `(T*B, C, H, W)` or `(M, C)`. A plain batch norm is computed
+                inside the neuron, so that its result takes no memory; the module itself is then not called.
+
+        Raises:
+            ValueError: If the currents have no axis of images.
+        """
         if x.dim() < 2:
             raise ValueError(f"currents have shape {tuple(x.shape)}; a spiking layer takes (T, B, ...)")
-        return _MultiStep.apply(x, self._dynamics, self.spike_grad)
+        if norm is None:
+            return _MultiStep.apply(x, self._dynamics, self.spike_grad)
+        if not _fuses(norm, x):
+            return _MultiStep.apply(normalise(norm, x), self._dynamics, self.spike_grad)
+        if norm.training:
+            norm.get_buffer("num_batches_tracked").add_(1)
+        return _NormedMultiStep.apply(x, norm.weight, norm.bias, norm, self._dynamics, self.spike_grad)
 
-    def stepwise(self, x: Tensor) -> Tensor:
+    def stepwise(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
         """Same as `forward`, one step after the other under plain autograd: the definition `forward` must equal."""
+        if norm is not None:
+            x = normalise(norm, x)
         d = self._dynamics
         spikes: list[Tensor] = []
         u: Tensor | None = None
@@ -320,19 +425,20 @@ class ConvertedNeuron(SpikingNeuron):
         return self.act_alpha
 
     @torch.no_grad()
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
         """Returns the spikes `(T, B, ...)` of the currents `x` `(T, B, ...)`, times `act_alpha`."""
         if x.dim() < 2:
             raise ValueError(f"currents have shape {tuple(x.shape)}; a spiking layer takes (T, B, ...)")
-        x = dense(x)
+        x = dense(x if norm is None else normalise(norm, x))
         spikes = _converted_compiled(
             memory(x, len(x), -1), self.threshold * self.act_alpha, self.act_alpha, self.signed
         )
         return spikes.as_strided(x.shape, x.stride())
 
     @torch.no_grad()
-    def stepwise(self, x: Tensor) -> Tensor:
+    def stepwise(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
         """Same as `forward`, never compiled."""
+        x = x if norm is None else normalise(norm, x)
         return _converted(x, self.threshold * self.act_alpha, self.act_alpha, self.signed)
 
     def extra_repr(self) -> str:

@@ -42,7 +42,7 @@ class NormedNeuron(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns spikes in the shape of the features `x`."""
-        return self.neuron(self.norm(x.flatten(0, -2)).view(x.shape))
+        return self.neuron(x, self.norm)
 
 
 def _previous(x: Tensor) -> Tensor:
@@ -76,6 +76,13 @@ class _TokenShift(torch.autograd.Function):
         shape = (-1, *x.shape[-2:])
         grad_x, grad_mix = _shift_backward(memory(x, *shape), memory(grad.contiguous(), *shape), mix)
         return grad_x.view(x.shape), grad_mix
+
+
+@compiled
+def _gated_sum(x: Tensor, r: Tensor, y: Tensor, factors: Tensor | None) -> Tensor:
+    """Adds what the receptances let through to the features, and scales them."""
+    x = x + torch.sigmoid(r) * y
+    return x if factors is None else x * factors
 
 
 class ShiftedLinear(nn.Linear):
@@ -175,8 +182,8 @@ class Block(nn.Module):
         self.hidden_neuron = inner(hidden_channels, neuron)
         self.channel_out = nn.Linear(hidden_channels, channels)
 
-    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        """Returns the features after both mixes."""
+    def forward(self, x: Tensor, skip: Tensor | None = None, factors: Tensor | None = None) -> Tensor:
+        """Returns the features after both mixes, times what factors there are."""
         if skip is not None:
             x = x + self.skip_out(self.skip_neuron(torch.cat([x, skip], dim=-1)))
         s = fold(self.spatial_neuron(x))  # (T*B, N, D)
@@ -184,7 +191,7 @@ class Block(nn.Module):
         x = x + self.spatial_out(self.mix_neuron(unfold(mixed, len(x))))
         s = self.channel_neuron(x)
         hidden = self.hidden_neuron(self.channel_k(s))
-        return x + torch.sigmoid(self.channel_r(s)) * self.channel_out(hidden)
+        return _gated_sum(x, self.channel_r(s), self.channel_out(hidden), factors)
 
 
 class Reconstruction(nn.Module):
@@ -331,12 +338,11 @@ class SpikingTransformer(nn.Module):
                 "and --model.image_size, or --data.image_size"
             )
         h = self._embed(x, t)  # (T, B, N, D)
-        gains = self.reconstruction(self.num_steps)[:, :, None, None] if self.reconstruction else None
+        blocks = (*self.in_blocks, self.mid_block, *self.out_blocks)
+        factors = self.reconstruction(self.num_steps)[:, :, None, None] if self.reconstruction else [None] * len(blocks)
         skips: list[Tensor] = []
-        for i, block in enumerate((*self.in_blocks, self.mid_block, *self.out_blocks)):
-            h = block(h, skips.pop()) if i > len(self.in_blocks) else block(h)
-            if gains is not None:
-                h = h * gains[i]
+        for i, block in enumerate(blocks):
+            h = block(h, skips.pop() if i > len(self.in_blocks) else None, factors[i])
             if i < len(self.in_blocks):
                 skips.append(h)
         patches = self.to_patches(self.norm(h.mean(0))[:, 1:])  # (B, N-1, C*p*p)

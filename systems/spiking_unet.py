@@ -355,7 +355,7 @@ class SpikingUNet(nn.Module):
         """
         check_images(x, self.in_channels, self.num_levels)
         temb = self.time_embedding(t)
-        h = self.neuron(unfold(self.bn(self._stem(x)), self.num_steps))
+        h = self.neuron(unfold(self._stem(x), self.num_steps), self.bn)
         h = unfold(self.bn_identity(self.conv_identity(fold(h))), self.num_steps)  # (T, B, C, H, W)
         skips = [h]
         for block in self.downblocks:

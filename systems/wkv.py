@@ -67,7 +67,8 @@ def wkv(k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
             f"keys {tuple(k.shape)}, values {tuple(v.shape)}, decay {tuple(w.shape)}, bonus {tuple(u.shape)}; "
             "wkv takes (M, N, D) twice, with one token or more, and (D,) twice"
         )
-    return _WKV.apply(k, v, w, u)
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (k, v, w, u))
+    return _WKV.apply(k, v, w, u, keep)
 
 
 def bidirectional_wkv(k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
@@ -77,23 +78,23 @@ def bidirectional_wkv(k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
 
 
 class _WKV(torch.autograd.Function):
-    """Keeps its inputs and, for each token, `s` and `y` of those before it, all `(M, N, D)`."""
+    """Keeps, for a backward pass, its inputs and for each token `s` and `y` of those before it, all `(M, N, D)`."""
 
     @staticmethod
-    def forward(ctx: Any, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
+    def forward(ctx: Any, k: Tensor, v: Tensor, w: Tensor, u: Tensor, keep: bool) -> Tensor:
         y = torch.zeros_like(k[:, 0], dtype=torch.promote_types(w.dtype, torch.float32))
         state = torch.full_like(y, NO_WEIGHT), torch.zeros_like(y), y
         parts = []
         for start, stop in _chunks(k):
-            *part, state = _step(_join, _join_compiled, start, stop, (k, v), w, u, state)
+            *part, state = _step(_join, _join_compiled, start, stop, (k, v), w, u, state, keep)
             parts.append(part)
-        out, sums, means = (torch.cat(part, 1) for part in zip(*parts, strict=True))
-        ctx.save_for_backward(k, v, sums, means, w, u)
+        out, *before = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+        ctx.save_for_backward(k, v, *before, w, u)
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         k, v, s, y, w, u = ctx.saved_tensors
         state = [torch.zeros_like(s[:, 0]) for _ in range(4)]
         parts = []
@@ -101,7 +102,7 @@ class _WKV(torch.autograd.Function):
             *part, state = _step(_part, _part_compiled, start, stop, (k, v, s, y, grad), w, u, state)
             parts.append(part)
         grad_k, grad_v = (torch.cat(part[::-1], 1) for part in zip(*parts, strict=True))
-        return grad_k, grad_v, *(x.sum(0).to(p.dtype) for x, p in zip(state[2:], (w, u), strict=True))
+        return grad_k, grad_v, *(x.sum(0).to(p.dtype) for x, p in zip(state[2:], (w, u), strict=True)), None
 
 
 def _chunks(x: Tensor) -> list[tuple[int, int]]:
@@ -116,7 +117,7 @@ def _step(plain: Step, kernel: Step, start: int, stop: int, tokens: Sequence[Ten
     return plain([x[:, start:stop] for x in tokens], *args)
 
 
-def _join(tokens: Sequence[Tensor], w: Tensor, u: Tensor, state: Sequence[Tensor]) -> tuple[Any, ...]:
+def _join(tokens: Sequence[Tensor], w: Tensor, u: Tensor, state: Sequence[Tensor], keep: bool) -> tuple[Any, ...]:
     """Joins keys and values to the means before them.
 
     What the rounding of `s` loses is carried along, or it would add up over the tokens where decays are small.
@@ -126,9 +127,10 @@ def _join(tokens: Sequence[Tensor], w: Tensor, u: Tensor, state: Sequence[Tensor
         w: Decay `(D,)`.
         u: Bonus `(D,)`.
         state: `s`, what its rounding has lost, and `y` before the first token, `(M, D)`.
+        keep: Whether `s` and `y` of all tokens are returned, for a backward pass.
 
     Returns:
-        Outputs, `s` and `y` before each token `(M, L, D)`, and the state after the last.
+        Outputs, perhaps `s` and `y` before each token, `(M, L, D)`, and the state after the last.
     """
     k, v = tokens
     s, lost, y = state
@@ -142,11 +144,13 @@ def _join(tokens: Sequence[Tensor], w: Tensor, u: Tensor, state: Sequence[Tensor
         lost = lost + (s - past - w)
         x = past - k_n + lost
         larger = torch.where(x > 0, past, k_n)
-        rest = torch.log(1 + torch.exp(-x.abs())) + torch.where(x > 0, lost, 0)
+        ratio = torch.exp(-x.abs())  # of the smaller weight to the larger one
+        rest = torch.log(1 + ratio) + torch.where(x > 0, lost, 0)
         s = larger + rest
         lost = rest - (s - larger)
-        y = torch.lerp(v_n, y, torch.sigmoid(x))
-    return torch.stack(out, 1).to(v.dtype), torch.stack(sums, 1), torch.stack(means, 1), (s, lost, y)
+        y = torch.lerp(v_n, y, torch.where(x > 0, 1, ratio) / (1 + ratio))
+    before = (torch.stack(sums, 1), torch.stack(means, 1)) if keep else ()
+    return torch.stack(out, 1).to(v.dtype), *before, (s, lost, y)
 
 
 def _part(tokens: Sequence[Tensor], w: Tensor, u: Tensor, state: Sequence[Tensor]) -> tuple[Any, ...]:

@@ -196,6 +196,78 @@ def test_half_precision_keeps_potentials_in_float32() -> None:
     assert spikes.nonzero()[:, 0].tolist() == [255]
 
 
+def test_spikes_come_in_the_type_of_the_products_under_autocast() -> None:
+    x = torch.randn(3, 4, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        spikes, grad = gradient(integrate_and_fire(), x)
+    expected, expected_grad = gradient(integrate_and_fire(), x)
+    assert (spikes.dtype, grad.dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(spikes.float(), expected)
+    torch.testing.assert_close(grad, expected_grad)
+
+
+def passes(neuron: SpikingNeuron, norm: nn.Module, x: Tensor, through: Callable[..., Tensor]) -> list[Tensor]:
+    """Spikes, gradients of input, weight and bias, and the statistics afterwards, of a copy of the norm."""
+    norm = copy.deepcopy(norm)
+    spikes, grad = gradient(lambda x: through(neuron, norm, x), x)
+    return [spikes, grad, *(p.grad for p in norm.parameters()), *norm.buffers()]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("layout", ["features", "channels last", "tokens"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kernel", [False, True])
+def test_norm_inside_the_neuron_equals_norm_then_neuron(
+    layout: str, training: bool, kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 2, 6, 5, 7) * 2 + 0.3
+    norm: nn.BatchNorm1d | nn.BatchNorm2d = nn.BatchNorm2d(6)
+    if layout == "channels last":
+        x = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, (4, 2))
+    if layout == "tokens":
+        x, norm = x.flatten(1, 2), nn.BatchNorm1d(7)
+    for values in (norm.weight, norm.bias, norm.running_var, norm.running_mean):
+        nn.init.uniform_(values, 0.5, 1.5)
+    norm.train(training)
+    neuron = SpikingNeuron(beta=0.8, detach_reset=True, fire_at_threshold=False, spike_grad="triangle")
+    expected = passes(neuron, norm, x, lambda neuron, norm, x: neuron.stepwise(x, norm))
+    monkeypatch.setattr("systems.compiled.COMPILE_FROM", 0 if kernel else 2**62)
+    found = passes(neuron, norm, x, lambda neuron, norm, x: neuron(x, norm))
+    assert 0.05 < found[0].mean() < 0.95
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+def test_norm_inside_the_neuron_computes_in_float32(kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr("systems.compiled.COMPILE_FROM", 0 if kernel else 2**62)
+    x, norm, neuron = torch.randn(4, 2, 6, 5, 5).bfloat16(), nn.BatchNorm2d(6).eval(), integrate_and_fire()
+    nn.init.uniform_(norm.weight, 1, 2)
+    spikes, grad = gradient(lambda x: neuron(x, norm), x)
+    assert spikes.dtype == grad.dtype == torch.bfloat16
+    assert torch.equal(spikes.float(), neuron(neurons.normalise(norm, x.float())))
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.BatchNorm2d(3, affine=False), nn.BatchNorm2d(3, momentum=None), nn.GroupNorm(1, 3), nn.Identity()]
+)
+def test_any_other_norm_is_called(norm: nn.Module) -> None:
+    x = torch.randn(4, 2, 3, 5, 5)
+    found = passes(integrate_and_fire(), norm, x, lambda neuron, norm, x: neuron(x, norm))
+    expected = passes(integrate_and_fire(), norm, x, lambda neuron, norm, x: neuron(neurons.normalise(norm, x)))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_norm_inside_the_neuron_keeps_its_input_alone() -> None:
+    kept: list[int] = []
+    x = torch.randn(4, 2, 8, 16, 16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):  # type: ignore[func-returns-value]
+        integrate_and_fire()(x, nn.BatchNorm2d(8))
+    assert sum(n for n in kept if n >= x.numel()) == x.numel()
+
+
 def test_holds_no_state() -> None:
     neuron = integrate_and_fire()
     x = torch.full((3, 2), 0.4)

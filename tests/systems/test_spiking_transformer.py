@@ -119,13 +119,14 @@ def test_reconstruction_by_hand() -> None:
 
 def test_reconstruction_scales_the_output_of_each_block() -> None:
     network = small(depth=1).eval()
-    outputs = []
-    network.mid_block.register_forward_hook(lambda m, a, out: outputs.append(out))
-    network.norm.register_forward_hook(lambda m, args, out: outputs.append(args[0]))
+    inputs = []
+    for module in (network.mid_block, network.norm):
+        module.register_forward_hook(lambda m, args, out: inputs.append(args[0]))
     nn.init.normal_(network.reconstruction.gate)
     network(*batch())
-    gains = network.reconstruction(3)[0]  # (T, D)
-    torch.testing.assert_close(outputs[1], (outputs[0] * gains[:, None, None]).mean(0))
+    factors = network.reconstruction(3)[0]  # (T, D)
+    alone = network.mid_block(inputs[0])
+    torch.testing.assert_close(inputs[1], (alone * factors[:, None, None]).mean(0))
 
 
 def test_long_skips_join_first_and_last_block() -> None:

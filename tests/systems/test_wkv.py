@@ -102,6 +102,18 @@ def test_causal_and_bidirectional() -> None:
     torch.testing.assert_close(both, plain(k, v, w, u) + plain(k.flip(1), v.flip(1), w, u).flip(1), rtol=0, atol=1e-9)
 
 
+def test_keeps_nothing_where_no_gradient_is_asked_for() -> None:
+    k, v, w, u = inputs(20)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+        with_gradients = wkv(k, v, w, u)
+        assert kept
+        kept.clear()
+        with torch.no_grad():
+            assert torch.equal(wkv(k, v, w, u), with_gradients)
+    assert not kept
+
+
 def test_sequences_do_not_see_one_another() -> None:
     k, v, w, u = (x.detach() for x in inputs(20))
     torch.testing.assert_close(wkv(k, v, w, u)[1:2], wkv(k[1:2], v[1:2], w, u), rtol=0, atol=1e-14)
