@@ -1,14 +1,9 @@
-"""`python -m benchmark leaderboard verify`: repeats the evaluation behind a record and compares.
-
-A metric agrees if it differs from the recorded one by no more than the recorded uncertainty, and a count of the cost if
-by no more than 1 %, since rounding on another device may flip single spikes. On the same device and versions a
-repetition is equal to the last digit.
-"""
+"""`python -m benchmark leaderboard verify`: repeats the evaluation behind a record and compares."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,14 +12,11 @@ from rich.console import Console
 from rich.text import Text
 
 from benchmark.runs import RUNS
-from leaderboard.compare import differences, provenance, show
-from leaderboard.records import ELSEWHERE, MetricValue, Record, file_sha256, read_record, write_atomic
+from leaderboard.compare import show
+from leaderboard.records import ELSEWHERE, Record, file_sha256, portable, read_record, record_text, write_atomic
+from leaderboard.repetition import Repetition
+from leaderboard.table import Entry
 
-ROUNDING = 1e-6
-"""Relative difference of equal metrics; for those whose uncertainty is 0."""
-COUNTED = ("parameters", "nfe", "firing_rate", "sops", "macs", "acs", "energy_strict_mj", "energy_paper_mj")
-"""Costs that a repetition has to find again; speed and memory belong to the device."""
-COST_TOLERANCE = 0.01
 _PLACES = {
     "root": ("data", "init_args"),
     "inception_weights": ("evaluation",),
@@ -48,11 +40,12 @@ def verify(
     fad_dir: str | None = None,
     gamma: str | None = None,
     output: str = "verifications",
+    keep: bool = False,
 ) -> None:
     """Repeats the evaluation behind a record, from its own configuration and checkpoint, and compares.
 
     The repetition runs on one device and goes on where it was interrupted. It leaves a record of its own under
-    `output`; record and run folder stay as they are.
+    `output`; record and run folder stay as they are, unless the repetition is to be kept there.
 
     Args:
         record: Record file.
@@ -65,6 +58,8 @@ def verify(
         fad_dir: Folder of the published autoencoders, if it lies elsewhere.
         gamma: File with the statistic of Analytic-DPM, if it lies elsewhere.
         output: Folder for what the repetition leaves.
+        keep: Whether a repetition that agrees is kept beside the record, so that leaderboards call the row verified:
+            of records/X.json as repetitions/X.json.
 
     Raises:
         SystemExit: With code 1 if the repetition does not agree, with code 2 if there could be none.
@@ -90,8 +85,12 @@ def verify(
     except (ValueError, OSError, RuntimeError) as error:
         print(f"cannot verify {ascii(record)[1:-1]}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    agrees = _compare(console, recorded, repeated)
-    _finish(console, agrees, f"{record} {'agrees' if agrees else 'does not agree'} with its repetition")
+    repetition = Repetition(recorded, repeated)
+    _compare(console, repetition)
+    if keep and repetition.agrees:
+        write_atomic(Entry(Path(record), recorded).repetition, record_text(portable(repeated)))
+    agrees = "agrees" if repetition.agrees else "does not agree"
+    _finish(console, repetition.agrees, f"{record} {agrees} with its repetition")
 
 
 def _finish(console: Console, agrees: bool, message: str) -> None:
@@ -199,39 +198,9 @@ def _repeat(settings: dict[str, Any], checkpoint: Path, folder: Path) -> Record:
     return record
 
 
-def _compare(console: Console, recorded: Record, repeated: Record) -> bool:
-    """Shows both records side by side and returns whether they agree."""
-    metrics, costs = list(_metrics(recorded, repeated)), list(_costs(recorded, repeated))
+def _compare(console: Console, repetition: Repetition) -> None:
+    """Shows both records side by side."""
     header = ("", "record", "repetition", "difference", "agrees")
-    show(console, "metrics, to agree within the recorded uncertainty", header, metrics)
-    show(console, "cost of an image, to agree within 1 %", header, costs)
-    differ = differences(provenance(recorded), provenance(repeated))
-    show(console, "code, data and weights", ("", "record", "repetition"), differ)
-    must = [row for row in differ if row[0] in ("dataset", "protocol sha256", "solver", "NFE", "SNN time steps")]
-    return not must and all(row[-1] == "yes" for row in (*metrics, *costs))
-
-
-def _metrics(recorded: Record, repeated: Record) -> Iterator[tuple[str, ...]]:
-    for key in sorted(recorded.metrics.keys() | repeated.metrics.keys()):
-        a, b = recorded.metrics.get(key), repeated.metrics.get(key)
-        counts = " of {:,}" * (a is not None and b is not None and a.num_samples != b.num_samples)
-        shown = [f"{m.value:.8g} ±{m.uncertainty:.2g}{counts.format(m.num_samples)}" if m else "-" for m in (a, b)]
-        yield key, *shown, f"{b.value - a.value:.3g}" if a and b else "-", "yes" if agree(a, b) else "no"
-
-
-def agree(recorded: MetricValue | None, repeated: MetricValue | None) -> bool:
-    """Whether a repetition found a metric again: from as many images, within the recorded uncertainty."""
-    if recorded is None or repeated is None or recorded.num_samples != repeated.num_samples:
-        return False
-    tolerance = max(recorded.uncertainty, ROUNDING * abs(recorded.value))
-    return abs(repeated.value - recorded.value) <= tolerance
-
-
-def _costs(recorded: Record, repeated: Record) -> Iterator[tuple[str, ...]]:
-    for name in COUNTED:
-        a, b = getattr(recorded.cost, name), getattr(repeated.cost, name)
-        if a is None or b is None:
-            if a is not b:
-                yield name, str(a), str(b), "-", "no"
-            continue
-        yield name, f"{a:.8g}", f"{b:.8g}", f"{b - a:.3g}", "yes" if abs(b - a) <= COST_TOLERANCE * abs(a) else "no"
+    show(console, "metrics, to agree within the recorded uncertainty", header, repetition.metrics)
+    show(console, "cost of an image, to agree within 1 %", header, repetition.costs)
+    show(console, "code, data and weights", ("", "record", "repetition"), repetition.provenance)

@@ -24,7 +24,9 @@ _ROUNDING = 1e-6
 
 
 def add(file: str, to: str = RECORDS) -> None:
-    """Checks a record and copies it into the leaderboard under its own name, with its grid of samples, or says why not.
+    """Checks a record and copies it into the leaderboard under its own name, or says why not.
+
+    Its grid of samples comes along, and the repetition that `leaderboard verify --keep` left.
 
     Checked are the schema, the hashes, the protocol, and that the numbers agree with each other. That they are true is
     checked by `leaderboard verify` alone.
@@ -48,9 +50,11 @@ def add(file: str, to: str = RECORDS) -> None:
         raise SystemExit(1)
     added = write_record(record, to)
     print(f"added {added}")
-    samples = Entry(path, record).samples
-    if samples.is_file():
-        write_atomic(Entry(added, record).samples, samples.read_bytes())
+    old, new = Entry(path, record), Entry(added, record)
+    if old.samples.is_file():
+        write_atomic(new.samples, old.samples.read_bytes())
+    if old.verified is not None:
+        write_atomic(new.repetition, old.repetition.read_bytes())
 
 
 def find_problems(record: Record) -> list[str]:

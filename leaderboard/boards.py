@@ -48,6 +48,7 @@ MEANINGS = {
     "Images/s": "measured throughput",
     "Samples": "generated images",
     "Seed": "seed of training",
+    "Verified": "day on which the evaluation was repeated and agreed with the record",
     "Pixels": "side of the compared images",
     "FID": "Fréchet Inception distance",
     "1000 KID": "kernel Inception distance times 1000",
@@ -193,7 +194,7 @@ def _measured_row(entry: Entry, cells: dict[str, Cell]) -> Row:
         source="draft" if record.draft else "measured",
         method=record.method,
         cells={name: cell for name, cell in cells.items() if name != "Record"},
-        facts=_facts(record),
+        facts=_facts(record) | _verification(entry.verified),
         file=entry.path.name,
         json=_pretty(data),
         config=yaml.safe_dump(record.config, allow_unicode=True),
@@ -224,6 +225,16 @@ def _facts(record: Record) -> dict[str, str]:
         facts["Peak memory"] = f"{cost.peak_memory_bytes / 2**20:,.0f} MiB"
     notes = sorted({f"{metric_name(key)}: {value.note}" for key, value in record.metrics.items() if value.note})
     return facts | ({"Notes": "; ".join(notes)} if notes else {})
+
+
+def _verification(repeated: Record | None) -> dict[str, str]:
+    """What a reader wants to know of the repetition of an evaluation, if there is one that agrees."""
+    if repeated is None:
+        return {}
+    code = repeated.code.git_commit or "no git checkout"
+    return {
+        "Verified": f"{repeated.created} on {repeated.hardware}, with code {code}: it agrees in every metric and count"
+    }
 
 
 def published_boards(published: Published) -> list[Board]:

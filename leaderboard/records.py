@@ -189,6 +189,15 @@ def record_name(record: Record) -> str:
     return _file(record)[0]
 
 
+def record_text(record: Record) -> str:
+    """Returns the content of the file that `write_record` writes.
+
+    Raises:
+        RecordError: If the record breaks the schema.
+    """
+    return _file(record)[1]
+
+
 def _file(record: Record) -> tuple[str, str]:
     """Returns name and content of a record's file."""
     data = asdict(record)

@@ -49,6 +49,7 @@ COLUMNS = [
     "images_per_second",
     "resolution",
     "record",
+    "verified",
     "citation",
     "url",
     "table",
@@ -133,6 +134,11 @@ def _rank(place: int, entry: Entry) -> int | None:
     return None if entry.record.draft or not math.isfinite(entry.frechet) else place
 
 
+def _day(entry: Entry) -> str | None:
+    """The day on which a repetition agreed."""
+    return None if entry.verified is None else entry.verified.created[:10]
+
+
 def _measured_columns(entry: Entry, rank: int | None) -> dict[str, Any]:
     record, cost = entry.record, entry.record.cost
     same = [
@@ -157,6 +163,7 @@ def _measured_columns(entry: Entry, rank: int | None) -> dict[str, Any]:
         "solver": record.solver,
         "nfe": record.nfe,
         "record": entry.path.name,
+        "verified": _day(entry),
         **{name: getattr(cost, name) for name in same},
     }
 
@@ -201,7 +208,12 @@ def to_json(records: Iterable[tuple[Path, Record]], published: Published) -> str
             "dataset": group[0].record.dataset.name,
             "protocol": group[0].record.protocol.name,
             "entries": [
-                {"rank": _rank(place, entry), "file": entry.path.name, "record": asdict(entry.record)}
+                {
+                    "rank": _rank(place, entry),
+                    "file": entry.path.name,
+                    "record": asdict(entry.record),
+                    "verified": _day(entry),
+                }
                 for place, entry in enumerate(group, 1)
             ],
         }

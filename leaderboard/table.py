@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -16,6 +17,7 @@ from rich.text import Text
 
 from leaderboard.protocols import canonical_sha256
 from leaderboard.records import MetricValue, Record, RecordError, find_records, portable, read_record, write_atomic
+from leaderboard.repetition import Repetition
 
 _HEADERS = {
     "fid": "FID",
@@ -29,7 +31,13 @@ RECORDS = "leaderboard/records"
 _SCALE = {"kid_mean": 1000.0}
 WIDTH = 160
 """Columns that a table may take in a log or a pipe."""
-_STACKS = (("T", "Rate"), ("Solver", "NFE"), ("G SOPs", "mJ"), ("M params", "Images/s"), ("Samples", "Seed", "File"))
+_STACKS = (
+    ("T", "Rate"),
+    ("Solver", "NFE", "Verified"),
+    ("G SOPs", "mJ"),
+    ("M params", "Images/s"),
+    ("Samples", "Seed", "File"),
+)
 
 
 class Cell(NamedTuple):
@@ -73,6 +81,20 @@ class Entry:
     def samples(self) -> Path:
         """File of the grid of samples, which is there if the record still lies in its run."""
         return self.path.parent.parent / "samples" / f"{self.path.stem}.png"
+
+    @property
+    def repetition(self) -> Path:
+        """File of the repetition that `leaderboard verify --keep` leaves."""
+        return self.path.parent.parent / "repetitions" / self.path.name
+
+    @cached_property
+    def verified(self) -> Record | None:
+        """The repetition, if there is one that agrees with the record."""
+        try:
+            repeated = read_record(self.repetition)
+        except RecordError:
+            return None
+        return repeated if Repetition(self.record, repeated).agrees else None
 
 
 def leaderboard(records: list[str] = ["runs", RECORDS], output: str | None = None) -> None:  # noqa: B006 (never changed)
@@ -212,6 +234,7 @@ def _cells(entry: Entry, keys: list[str]) -> dict[str, Cell]:
         "Images/s": number_cell(cost.images_per_second),
         "Samples": Cell(f"{samples:,}", samples),
         "Seed": Cell("-" if seed is None else str(seed), seed),
+        "Verified": Cell("-" if entry.verified is None else entry.verified.created[:10]),
     }
 
 

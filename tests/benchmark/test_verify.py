@@ -11,8 +11,9 @@ import pytest
 from benchmark.cli import main
 from benchmark.runs import newest_run
 from benchmark.sweeps import SOLVERS
-from benchmark.verify import agree, verify
-from leaderboard.records import MetricValue, Record, find_records, read_record
+from benchmark.verify import verify
+from leaderboard.records import MetricValue, Record, find_records, portable, read_record
+from leaderboard.repetition import agree
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,39 @@ def test_repetition_agrees_and_leaves_the_run_alone(
     (new,) = find_records([tmp_path])
     assert new.parent == tmp_path / record.stem / "records"
     assert read_record(new).metrics == read_record(record).metrics  # on the same device to the last digit
+
+
+@pytest.fixture
+def copied(record: Path, tmp_path: Path) -> list[str]:
+    """Arguments that verify a copy of the record in a folder of its own."""
+    folder = tmp_path / "records"
+    folder.mkdir()
+    checkpoint = next((record.parent.parent / "checkpoints").glob("last.ckpt"))
+    return ["leaderboard", "verify", shutil.copy(record, folder), f"--checkpoint={checkpoint}"]
+
+
+@pytest.mark.usefixtures("repeated")
+def test_a_kept_repetition_marks_the_row_as_verified(
+    record: Path, copied: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = tmp_path / "repetitions" / record.name
+    main(copied)
+    assert not kept.exists()
+    main([*copied, "--keep=true"])
+    assert read_record(kept) == portable(read_record(record))
+    capsys.readouterr()
+    main(["leaderboard", f"--records=[{tmp_path}]"])
+    assert read_record(record).created[:10] in capsys.readouterr().out
+
+
+def test_a_repetition_that_does_not_agree_is_not_kept(
+    record: Path, copied: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = replace(read_record(record), nfe=1)
+    monkeypatch.setattr("benchmark.verify._repeat", lambda *_: other)
+    with pytest.raises(SystemExit):
+        main([*copied, "--keep=true"])
+    assert not (tmp_path / "repetitions").exists()
 
 
 @pytest.mark.usefixtures("repeated")

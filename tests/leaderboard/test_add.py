@@ -13,7 +13,8 @@ from benchmark.cli import main
 from leaderboard.add import add, find_problems
 from leaderboard.cost import strict_energy_mj
 from leaderboard.protocols import OFFLINE_V1, STANDARD_V1, canonical_sha256
-from leaderboard.records import Artefact, MetricValue, Record, read_record, write_record
+from leaderboard.records import Artefact, MetricValue, Record, read_record, record_text, write_atomic, write_record
+from leaderboard.table import Entry
 
 Make = Callable[..., Record]
 
@@ -50,6 +51,18 @@ def test_grid_of_samples_comes_along(sound: Record, tmp_path: Path) -> None:
     assert added.read_bytes() == b"a grid"
     (record,) = (tmp_path / "board" / "records").iterdir()
     assert added.stem == record.stem
+
+
+@pytest.mark.parametrize("value", [None, 1e6])
+def test_a_repetition_that_agrees_comes_along(sound: Record, value: float | None, tmp_path: Path) -> None:
+    path = write_record(sound, tmp_path / "run" / "records")
+    repeated = sound if value is None else with_metric(sound, value=value)
+    write_atomic(Entry(path, sound).repetition, record_text(repeated))
+    main(["leaderboard", "add", str(path), f"--to={tmp_path / 'board' / 'records'}"])
+    (added,) = (tmp_path / "board" / "records").iterdir()
+    entry = Entry(added, read_record(added))
+    assert entry.verified == (repeated if value is None else None)
+    assert entry.repetition.exists() == (value is None)
 
 
 def test_sound_record_is_added_under_its_own_name(

@@ -25,6 +25,12 @@ def test_committed_records_are_sound_and_have_their_samples() -> None:
         assert Entry(path, record).samples.is_file()
 
 
+def test_committed_repetitions_agree() -> None:
+    entries = [Entry(path, read_record(path)) for path in find_records([RECORDS])]
+    kept = sorted(Path(RECORDS).with_name("repetitions").glob("*"))
+    assert kept == sorted(entry.repetition for entry in entries if entry.verified)
+
+
 @pytest.mark.parametrize("name", ["leaderboard.md", "leaderboard.csv", "leaderboard.json"])
 def test_committed_pages_are_those_of_the_records(name: str, tmp_path: Path) -> None:
     main(["leaderboard", "render", f"--records=[{RECORDS}]", f"--output={tmp_path}"])
