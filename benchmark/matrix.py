@@ -7,7 +7,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import STDOUT, Popen
@@ -20,10 +20,12 @@ from rich.table import Table
 from benchmark.parents import PARENT
 from benchmark.runs import RUNS, find_checkpoint, newest_run
 from leaderboard.protocols import canonical_sha256
-from leaderboard.records import Record, find_records, read_record
-from leaderboard.table import headline
+from leaderboard.records import find_records, read_record
+from leaderboard.table import Entry, headline
 
 BENCHMARK = (sys.executable, "-m", "benchmark")
+PLACES = (("--data.root=", "--root="), ("--evaluation.fad_dir=", "--fad_dir="))
+"""Options of `fit` that say where files lie, and the same of `leaderboard verify`."""
 State = Literal["done before", "done", "failed", "stopped", "not begun"]
 
 
@@ -37,6 +39,7 @@ class Cell:
         options: What is typed on top of the configuration.
         output: Folder of all cells.
         draft: Whether the test may depart from its protocol.
+        verify: Whether the test is to be repeated.
         start: Cell whose last checkpoint this one starts from.
     """
 
@@ -45,6 +48,7 @@ class Cell:
     options: tuple[str, ...]
     output: Path
     draft: bool
+    verify: bool = False
     start: Cell | None = None
 
     @property
@@ -55,18 +59,32 @@ class Cell:
         return self.output / f"{self.config.stem}-seed{self.seed}-{canonical_sha256(content)[:8]}"
 
     @property
-    def record(self) -> Record | None:
+    def entry(self) -> Entry | None:
         """What was measured, once it was."""
         found = find_records([self.folder])
-        return read_record(found[-1]) if found else None
+        return Entry(found[-1], read_record(found[-1])) if found else None
 
     @property
-    def stages(self) -> list[list[str]]:
-        """Commands that are left to do: training from the start or from where it was killed, and the test.
+    def is_done(self) -> bool:
+        """Whether there is a record, and a repetition that agrees if one is asked for."""
+        entry = self.entry
+        return entry is not None and (not self.verify or entry.verified is not None)
+
+    def stages(self) -> Iterator[list[str]]:
+        """Yields the commands that are left, each once the one before it has ended.
+
+        They are training, from the start or from where it was killed, the test, and its repetition.
 
         Raises:
             FileNotFoundError: If the cell to start from has no checkpoint.
         """
+        if self.entry is None:
+            yield from self._measuring()
+        if self.verify and self.entry is not None:
+            places = [option.replace(*names) for option in self.options for names in PLACES if names[0] in option]
+            yield ["leaderboard", "verify", str(self.entry.path), "--keep=true", *places]
+
+    def _measuring(self) -> list[list[str]]:
         place = f"--trainer.default_root_dir={self.folder}"
         try:
             newest_run(self.folder)
@@ -92,7 +110,7 @@ def matrix(args: Sequence[str]) -> None:
     """
     options = _parser().parse_args(args)
     cells = _cells(options)
-    left = [cell for cell in cells if cell.record is None]
+    left = [cell for cell in cells if not cell.is_done]
     if options.print or options.slurm:
         begun = {cell.start for cell in left}  # by the command of the cell that starts from them
         lines = [_command(cell, options) for cell in left if cell not in begun]
@@ -118,7 +136,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m benchmark matrix",
         description="Trains and tests every method on every dataset with every seed, one after another. What has a "
-        "record is skipped, what was killed goes on from its last checkpoint, and what fails does not stop the rest.",
+        "record is skipped (and verified, if asked for), what was killed goes on from its last checkpoint, and what "
+        "fails does not stop the rest.",
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -136,6 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--roots", nargs="+", default=[], metavar="DATASET=FOLDER", help="--data.root of datasets")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="options of `fit`, for all runs")
     parser.add_argument("--output", type=Path, default=RUNS / "matrix", help="folder of the runs")
+    parser.add_argument("--verify", action="store_true", help="repeat each test, and keep the repetition if it agrees")
     parser.add_argument("--draft", action="store_true", help="let the tests depart from their protocol, unranked")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--print", action="store_true", help="print a command for each run that is left, and run none")
@@ -158,7 +178,7 @@ def _cells(options: argparse.Namespace) -> list[Cell]:
             for dataset in options.datasets:
                 root = (f"--data.root={roots[dataset]}",) if dataset in roots else ()
                 config = options.configs / f"{method}_{dataset}.yaml"
-                common = (seed, (*root, *typed), options.output, options.draft)
+                common = (seed, (*root, *typed), options.output, options.draft, options.verify)
                 start = (
                     Cell(options.configs / f"{starts[method]}_{dataset}.yaml", *common) if method in starts else None
                 )
@@ -180,17 +200,16 @@ def _run(cell: Cell) -> int:
     cell.folder.mkdir(parents=True, exist_ok=True)
     with (cell.folder / "log.txt").open("ab") as log:
         try:
-            stages = cell.stages
+            for stage in cell.stages():
+                process = Popen(
+                    [*BENCHMARK, *stage], stdout=log, stderr=STDOUT, env=os.environ | {PARENT: str(os.getpid())}
+                )
+                if code := _wait(process):
+                    return code
         except FileNotFoundError as error:
             log.write(f"error: nothing to start from: {error}\n".encode())
             return 1
-        for stage in stages:
-            process = Popen(
-                [*BENCHMARK, *stage], stdout=log, stderr=STDOUT, env=os.environ | {PARENT: str(os.getpid())}
-            )
-            if code := _wait(process):
-                return code
-    return 0 if cell.record is not None else 1
+    return 0 if cell.is_done else 1
 
 
 def _wait(process: Popen[bytes]) -> int:
@@ -216,9 +235,10 @@ def _table(states: Mapping[Cell, State]) -> Table:
         table.add_column(column, justify="right" if column == "seed" else "left", no_wrap=column in ("run", "state"))
     for cell, state in states.items():
         result = why = ""
-        if state in ("done", "done before") and (record := cell.record) is not None:
-            key, value = headline(record)
-            result = f"{key} {value.value:.2f} ±{value.uncertainty:.2f}{' (draft)' if record.draft else ''}"
+        if state in ("done", "done before") and (entry := cell.entry) is not None:
+            key, value = headline(entry.record)
+            result = f"{key} {value.value:.2f} ±{value.uncertainty:.2f}{' (draft)' if entry.record.draft else ''}"
+            result += ", verified" if entry.verified else ""
         if state == "failed":
             why = _last_error(cell.folder / "log.txt")
         table.add_row(cell.config.stem, str(cell.seed), state, result, why)
@@ -244,6 +264,7 @@ def _command(cell: Cell, options: argparse.Namespace) -> str:
     words += ["--roots", *roots] if roots else []
     words += ["--set", *options.set] if options.set else []
     words += ["--draft"] if options.draft else []
+    words += ["--verify"] if options.verify else []
     return shlex.join(words)
 
 

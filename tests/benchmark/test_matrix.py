@@ -90,6 +90,34 @@ def test_one_failure_does_not_stop_the_rest_and_nothing_is_done_twice(
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*")
+def test_a_test_is_repeated_where_asked_for(
+    configs: Path, in_process: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(configs.parent)
+    assert run(configs) == 0
+    in_process.clear()
+    assert run(configs, "--verify", "--print") == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("--draft --verify")
+    assert run(configs, "--verify") == 0
+    (record,) = find_records([configs.parent / "out"])
+    assert in_process == [["leaderboard", "verify", str(record), "--keep=true"]]
+    assert (record.parent.parent / "repetitions" / record.name).is_file()
+    assert ", verified" in capsys.readouterr().out
+    assert run(configs, "--verify") == 0
+    assert len(in_process) == 1
+
+
+def test_a_repetition_is_told_where_files_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tmp_path / "good_digits.yaml"
+    config.write_text("{}")
+    options = ("--data.root=d", "--model.num_steps=2", "--evaluation.fad_dir=f")
+    cell = matrix.Cell(config, 0, options, tmp_path, draft=False, verify=True)
+    entry = matrix.Entry(tmp_path / "records" / "r.json", None)  # type: ignore[arg-type]
+    monkeypatch.setattr(matrix.Cell, "entry", entry)
+    assert list(cell.stages()) == [["leaderboard", "verify", str(entry.path), "--keep=true", "--root=d", "--fad_dir=f"]]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*")
 def test_a_run_starts_from_that_of_another_method(
     configs: Path, in_process: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
