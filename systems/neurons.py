@@ -16,7 +16,7 @@ and deep copies, weight averaging and data-parallel replicas cannot leak state i
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple, TypeGuard
 
 import torch
@@ -114,12 +114,12 @@ def _potentials(x: Tensor, d: _Dynamics, affine: _Affine | None = None) -> tuple
     return potentials, spikes
 
 
-@partial(compiled, sooner=4)
+@compiled
 def _forward(x: Tensor, d: _Dynamics, dtype: torch.dtype, affine: _Affine | None = None) -> Tensor:
     return torch.stack(_potentials(x, d, affine)[1]).to(dtype)
 
 
-@partial(compiled, sooner=4)
+@compiled
 def _backward(
     x: Tensor, grad: Tensor, d: _Dynamics, derivative: Callable[[Tensor], Tensor], affine: _Affine | None = None
 ) -> Tensor:

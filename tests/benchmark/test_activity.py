@@ -114,6 +114,7 @@ def test_record_has_both_autoencoder_distances(folder: Path) -> None:
     run = newest_run(folder / "runs")
     options = [
         f"--trainer.default_root_dir={folder / 'runs'}",
+        "--trainer.precision=32-true",  # the two samplers round differently, and spikes are all or nothing
         "--evaluation.protocol=offline-v1",
         f"--evaluation.extractor={extractor}",
         f"--evaluation.fad_dir={folder / 'fad'}",
@@ -125,7 +126,7 @@ def test_record_has_both_autoencoder_distances(folder: Path) -> None:
     fused, plain = sorted(map(read_record, (run / "records").glob("*.json")), key=lambda r: r.solver, reverse=True)
     assert (fused.method, fused.solver, plain.solver) == ("fsddim", "DDIM in currents, fused", "DDIM in currents")
     for key in ("fd_mnist", "fad_eval", "fad_published"):
-        assert fused.metrics[key].value == pytest.approx(plain.metrics[key].value, rel=1e-3)
+        assert fused.metrics[key].value == pytest.approx(plain.metrics[key].value, rel=1e-4)
         assert fused.metrics[key].num_samples == 24
         assert fused.metrics[key].uncertainty > 0
     assert fused.cost.parameters == plain.cost.parameters

@@ -21,9 +21,9 @@ def stick(monkeypatch: pytest.MonkeyPatch, value: float, forward_calls: int | No
     forward = SpikingNeuron.forward
     calls = 0
 
-    def stuck(neuron: SpikingNeuron, x: torch.Tensor) -> torch.Tensor:
+    def stuck(neuron: SpikingNeuron, *args: torch.Tensor) -> torch.Tensor:
         nonlocal calls
-        spikes = forward(neuron, x)
+        spikes = forward(neuron, *args)
         if getattr(neuron, "stuck", False):
             calls += 1
             if forward_calls is None or calls <= forward_calls:
