@@ -223,7 +223,7 @@ class _NormedMultiStep(torch.autograd.Function):
         factor = weight * inverse_deviation
         affine = factor[:, None], torch.addcmul(bias, mean, factor, value=-1)[:, None]
         ctx.save_for_backward(x, weight, mean, inverse_deviation, *affine)
-        ctx.norm, ctx.d, ctx.spike_grad = norm, d, spike_grad
+        ctx.norm, ctx.training, ctx.d, ctx.spike_grad = norm, norm.training, d, spike_grad
         return _forward(_by_channel(x, x), d, _spike_dtype(x), affine).as_strided(x.shape, x.stride())
 
     @staticmethod
@@ -240,7 +240,7 @@ class _NormedMultiStep(torch.autograd.Function):
             ctx.norm.running_var,
             mean,
             inverse_deviation,
-            ctx.norm.training,
+            ctx.training,
             ctx.norm.eps,
             [True, True, True],
         )
