@@ -67,8 +67,7 @@ def wkv(k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
             f"keys {tuple(k.shape)}, values {tuple(v.shape)}, decay {tuple(w.shape)}, bonus {tuple(u.shape)}; "
             "wkv takes (M, N, D) twice, with one token or more, and (D,) twice"
         )
-    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (k, v, w, u))
-    return _WKV.apply(k, v, w, u, keep)
+    return _WKV.apply(k, v, w, u)
 
 
 def bidirectional_wkv(k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
@@ -78,31 +77,32 @@ def bidirectional_wkv(k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
 
 
 class _WKV(torch.autograd.Function):
-    """Keeps, for a backward pass, its inputs and for each token `s` and `y` of those before it, all `(M, N, D)`."""
+    """Keeps, for a backward pass, its inputs and the state before each chunk; what lies between is computed again."""
 
     @staticmethod
-    def forward(ctx: Any, k: Tensor, v: Tensor, w: Tensor, u: Tensor, keep: bool) -> Tensor:
+    def forward(ctx: Any, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
         y = torch.zeros_like(k[:, 0], dtype=torch.promote_types(w.dtype, torch.float32))
         state = torch.full_like(y, NO_WEIGHT), torch.zeros_like(y), y
-        parts = []
+        parts, states = [], []
         for start, stop in _chunks(k):
-            *part, state = _step(_join, _join_compiled, start, stop, (k, v), w, u, state, keep)
+            states += state
+            part, state = _step(_join, _join_compiled, start, stop, (k, v), w, u, state)
             parts.append(part)
-        out, *before = (torch.cat(part, 1) for part in zip(*parts, strict=True))
-        ctx.save_for_backward(k, v, *before, w, u)
-        return out
+        ctx.save_for_backward(k, v, w, u, *states)
+        return torch.cat(parts, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        k, v, s, y, w, u = ctx.saved_tensors
-        state = [torch.zeros_like(s[:, 0]) for _ in range(4)]
+        k, v, w, u, *states = ctx.saved_tensors
+        sums = [torch.zeros_like(states[0]) for _ in range(4)]
         parts = []
         for start, stop in reversed(_chunks(k)):
-            *part, state = _step(_part, _part_compiled, start, stop, (k, v, s, y, grad), w, u, state)
+            state, states = states[-3:], states[:-3]
+            *part, sums = _step(_part, _part_compiled, start, stop, (k, v, grad), w, u, state, sums)
             parts.append(part)
         grad_k, grad_v = (torch.cat(part[::-1], 1) for part in zip(*parts, strict=True))
-        return grad_k, grad_v, *(x.sum(0).to(p.dtype) for x, p in zip(state[2:], (w, u), strict=True)), None
+        return grad_k, grad_v, *(x.sum(0).to(p.dtype) for x, p in zip(sums[2:], (w, u), strict=True))
 
 
 def _chunks(x: Tensor) -> list[tuple[int, int]]:
@@ -117,62 +117,70 @@ def _step(plain: Step, kernel: Step, start: int, stop: int, tokens: Sequence[Ten
     return plain([x[:, start:stop] for x in tokens], *args)
 
 
-def _join(tokens: Sequence[Tensor], w: Tensor, u: Tensor, state: Sequence[Tensor], keep: bool) -> tuple[Any, ...]:
-    """Joins keys and values to the means before them.
+def _means(k: Tensor, v: Tensor, w: Tensor, state: Sequence[Tensor]) -> tuple[list[tuple[Tensor, ...]], Any]:
+    """Follows the mean of the values, token after token.
 
     What the rounding of `s` loses is carried along, or it would add up over the tokens where decays are small.
 
     Args:
-        tokens: Keys and values `(M, L, D)`.
+        k: Keys `(M, L, D)`.
+        v: Values `(M, L, D)`.
         w: Decay `(D,)`.
-        u: Bonus `(D,)`.
         state: `s`, what its rounding has lost, and `y` before the first token, `(M, D)`.
-        keep: Whether `s` and `y` of all tokens are returned, for a backward pass.
 
     Returns:
-        Outputs, perhaps `s` and `y` before each token, `(M, L, D)`, and the state after the last.
+        For each token `k`, `v`, `s` and `y` before it and the share of `y` in the mean after it, and the last state.
     """
-    k, v = tokens
     s, lost, y = state
-    out, sums, means = [], [], []
+    tokens = []
     for k_n, v_n in zip(k.unbind(1), v.unbind(1), strict=True):
         k_n, v_n = k_n.to(s.dtype), v_n.to(s.dtype)
-        sums.append(s)
-        means.append(y)
-        out.append(torch.lerp(v_n, y, torch.sigmoid(s - (u + k_n))))
         past = s - w
         lost = lost + (s - past - w)
         x = past - k_n + lost
         larger = torch.where(x > 0, past, k_n)
         ratio = torch.exp(-x.abs())  # of the smaller weight to the larger one
         rest = torch.log(1 + ratio) + torch.where(x > 0, lost, 0)
+        kept = torch.where(x > 0, 1, ratio) / (1 + ratio)
+        tokens.append((k_n, v_n, s, y, kept))
         s = larger + rest
         lost = rest - (s - larger)
-        y = torch.lerp(v_n, y, torch.where(x > 0, 1, ratio) / (1 + ratio))
-    before = (torch.stack(sums, 1), torch.stack(means, 1)) if keep else ()
-    return torch.stack(out, 1).to(v.dtype), *before, (s, lost, y)
+        y = torch.lerp(v_n, y, kept)
+    return tokens, (s, lost, y)
 
 
-def _part(tokens: Sequence[Tensor], w: Tensor, u: Tensor, state: Sequence[Tensor]) -> tuple[Any, ...]:
+def _join(tokens: Sequence[Tensor], w: Tensor, u: Tensor, state: Sequence[Tensor]) -> tuple[Tensor, Any]:
+    """Joins keys and values `(M, L, D)` to the means before them; returns outputs `(M, L, D)` and the last state."""
+    k, v = tokens
+    means, state = _means(k, v, w, state)
+    out = [torch.lerp(v_n, y, torch.sigmoid(s - (u + k_n))) for k_n, v_n, s, y, _ in means]
+    return torch.stack(out, 1).to(v.dtype), state
+
+
+def _part(
+    tokens: Sequence[Tensor], w: Tensor, u: Tensor, state: Sequence[Tensor], sums: Sequence[Tensor]
+) -> tuple[Any, ...]:
     """Parts gradients, from the last token to the first.
 
     What flows back are the gradients of `y` and `s` after a token; of those of the sums `y e^s` and `e^s`, large terms
     would cancel.
 
     Args:
-        tokens: Keys, values, `s` and `y` before them, and gradients of the outputs, `(M, L, D)`.
+        tokens: Keys, values and gradients of the outputs, `(M, L, D)`.
         w: Decay `(D,)`.
         u: Bonus `(D,)`.
-        state: `dy` and `ds` after the last token, and sums of the gradients of `w` and `u` so far, `(M, D)`.
+        state: State before the first token, as `_means` takes it.
+        sums: `dy` and `ds` after the last token, and sums of the gradients of `w` and `u` so far, `(M, D)`.
 
     Returns:
-        Gradients of keys and of values `(M, L, D)`, and the state before the first token.
+        Gradients of keys and of values `(M, L, D)`, and the sums before the first token.
     """
-    dy, ds, dw, du = state
+    keys, values, grads = tokens
+    dy, ds, dw, du = sums
     grads_k, grads_v = [], []
-    for k_n, v_n, s, y, grad in zip(*(reversed(x.unbind(1)) for x in tokens), strict=True):
-        k_n, v_n, grad = k_n.to(s.dtype), v_n.to(s.dtype), grad.to(s.dtype)
-        kept = torch.sigmoid(s - w - k_n)  # share of the past in the mean
+    means, _ = _means(keys, values, w, state)
+    for (k_n, v_n, s, y, kept), grad in zip(reversed(means), reversed(grads.unbind(1)), strict=True):
+        grad = grad.to(s.dtype)
         seen = torch.sigmoid(s - (u + k_n))  # share of the past in the output
         shift = dy * (y - v_n) * kept * (1 - kept)
         bonus = grad * (y - v_n) * seen * (1 - seen)
@@ -181,7 +189,6 @@ def _part(tokens: Sequence[Tensor], w: Tensor, u: Tensor, state: Sequence[Tensor
         past = kept * ds + shift
         dw, du = dw - past, du - bonus
         dy, ds = kept * dy + seen * grad, past + bonus
-    keys, values = tokens[:2]
     grad_k, grad_v = torch.stack(grads_k[::-1], 1).to(keys.dtype), torch.stack(grads_v[::-1], 1).to(values.dtype)
     return grad_k, grad_v, [dy, ds, dw, du]
 
