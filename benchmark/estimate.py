@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Trainer
@@ -25,7 +25,7 @@ class BenchmarkTrainer(Trainer):
         datamodule: ImageDataModule,
         ckpt_path: str,
         weights_only: bool | None = None,
-        num_images: int = 1000,
+        num_images: int | None = 1000,
     ) -> None:
         """Estimates the mean squares of the predicted noise that AnalyticDPMScheduler needs; adds them to a checkpoint.
 
@@ -36,7 +36,7 @@ class BenchmarkTrainer(Trainer):
             datamodule: Gives the training images.
             ckpt_path: Checkpoint to read and to complete; best or last of the newest run, or a file.
             weights_only: In every run's config.yaml for Lightning's stages; here no code in a checkpoint is ever run.
-            num_images: Training images; the published statistic takes all of them.
+            num_images: Training images; null takes all of them, as the published statistic does.
 
         Raises:
             ValueError: If the method is no Gaussian diffusion, or there are fewer training images.
@@ -50,9 +50,10 @@ class BenchmarkTrainer(Trainer):
         model.load_state_dict(checkpoint["state_dict"])
         model.to(self.strategy.root_device).eval()
         images = _training_images(datamodule, num_images).to(model.device)
+        num_images = len(images)
         show = partial(track, description=f"{num_images:,} images at every step")
         gamma = estimate_gamma(model.network, model.scheduler, images, datamodule.sample_batch_size, progress=show)
-        checkpoint["gamma"] = {"values": gamma, "num_images": num_images, "threshold": model.threshold}
+        checkpoint["gamma"] = {"values": gamma, "num_images": num_images} | model.firing
         save_checkpoint(checkpoint, ckpt_path)
         shown = ", ".join(
             f"{float(gamma[t]):.3f} at t={t}" for t in (0, len(gamma) // 10, len(gamma) // 2, len(gamma) - 1)
@@ -61,16 +62,12 @@ class BenchmarkTrainer(Trainer):
         print("  python -m benchmark test --model.scheduler AnalyticDPMScheduler --model.num_inference_steps 50")
 
 
-def _training_images(datamodule: ImageDataModule, count: int) -> torch.Tensor:
+def _training_images(datamodule: ImageDataModule, count: int | None) -> torch.Tensor:
     """Returns the first images of a shuffled pass over the training images, `(count, C, H, W)` in [-1, 1]."""
     datamodule.prepare_data()
     datamodule.setup("fit")
-    batches, found = [], 0
-    for batch in datamodule.train_dataloader():
-        batches.append(cast(torch.Tensor, batch))
-        found += len(batch)
-        if found >= count:
-            return torch.cat(batches)[:count]
-    raise ValueError(
-        f"num_images={count}, but the full batches of training hold {found}; give --num_images {found} or less"
-    )
+    loader: Any = datamodule.train_dataloader()
+    order = list(loader.sampler)
+    if count is not None and not 1 <= count <= len(order):
+        raise ValueError(f"num_images={count}; give a number from 1 to the {len(order)} training images, or null")
+    return cast(torch.Tensor, loader.dataset.__getitems__(order[:count]))

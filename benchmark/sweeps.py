@@ -32,15 +32,8 @@ class Solver(NamedTuple):
 
 SOLVERS = {
     "ddpm": Solver(("--model.scheduler=DDPMScheduler", "--model.scheduler.timestep_spacing=trailing")),
-    "ddim": Solver(("--model.scheduler=DDIMScheduler", "--model.scheduler.timestep_spacing=trailing")),
-    "dpm-solver": Solver(
-        (
-            "--model.scheduler=DPMSolverSinglestepScheduler",
-            "--model.scheduler.algorithm_type=dpmsolver",
-            "--model.scheduler.solver_order=3",
-            "--model.scheduler.final_sigmas_type=sigma_min",
-        )
-    ),
+    "ddim": Solver(("--model.scheduler=StridedDDIMScheduler",)),
+    "dpm-solver": Solver(("--model.scheduler=DPMSolverScheduler",)),
     "dpm-solver++": Solver(("--model.scheduler=DPMSolverMultistepScheduler",)),
     "analytic-ddpm": Solver(("--model.scheduler=AnalyticDPMScheduler", "--model.scheduler.form=ddpm"), extra=1),
     "analytic-ddim": Solver(("--model.scheduler=AnalyticDPMScheduler", "--model.scheduler.form=ddim"), extra=1),

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from systems import ddpm
 from systems.ann_unet import ANNUNet, BlockCall, quantised_relu
 from systems.base import OptimizerFactory
-from systems.checkpoints import check_state, read_trained
+from systems.checkpoints import check_state, read_trained, rename
 from systems.ddpm import DDPM, QuantisedDiffusion, check_bits
 from systems.neurons import ConvertedNeuron
 
@@ -62,6 +62,7 @@ class ANNSNN(QuantisedDiffusion):
         num_inference_steps: Diffusion steps of the sampler.
         eta: Noise of DDIM, from 0 to 1.
         optimizer: Optimiser of the fine-tuning.
+        final_clip: Whether the images that the sampler ends with are clamped to [-1, 1].
     """
 
     method = "ann-snn"
@@ -85,6 +86,7 @@ class ANNSNN(QuantisedDiffusion):
         num_inference_steps: int = 1000,
         eta: float = 0.0,
         optimizer: OptimizerFactory = ADAM,
+        final_clip: bool = True,
     ) -> None:
         if isinstance(quantised_relu(activation_bits), nn.ReLU):
             raise ValueError(
@@ -105,7 +107,7 @@ class ANNSNN(QuantisedDiffusion):
         self._ann = partial(unet, dropout=dropout, activation=partial(quantised_relu, activation_bits))
         num_steps = 2**activation_bits - 1
         network = unet(dropout=0, activation=partial(ConvertedNeuron, threshold=threshold), num_steps=num_steps)
-        super().__init__(network, scheduler, num_inference_steps, eta, optimizer, None)
+        super().__init__(network, scheduler, num_inference_steps, eta, optimizer, None, final_clip)
         self.num_steps = num_steps
         self.init_from = init_from
         self.threshold = threshold
@@ -169,7 +171,7 @@ class ANNSNN(QuantisedDiffusion):
         x, t = batch, torch.randint(self.num_steps, (len(batch),), device=batch.device)
         if self.finetune_inputs == "diffused":
             t = torch.randint(self.scheduler.config.num_train_timesteps, (len(batch),), device=batch.device)
-            x = self.scheduler.add_noise(batch, torch.randn_like(batch), t)
+            x, _ = self.diffuse(batch, torch.randn_like(batch), t)
         loss = self.block_loss(self.network.block_names[index], x, t)
         self.log_dict(
             {"train/loss": loss, "train/block": float(index)}, prog_bar=True, sync_dist=True, batch_size=len(batch)
@@ -206,4 +208,4 @@ def _run_until(name: str, network: ANNUNet, x: Tensor, t: Tensor) -> BlockCall:
 
 def read_official(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Renames the tensors of a released converted network; see `systems.ddpm.read_official`."""
-    return ddpm.read_official({key.replace(".block.", "."): value for key, value in state.items()})
+    return ddpm.read_official(rename(state, lambda key: key.replace(".block.", ".")))

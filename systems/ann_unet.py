@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from systems.compiled import compiled, dense, laid_out_as, memory
 from systems.neurons import SpikingNeuron
@@ -32,13 +33,13 @@ ActivationFactory = Callable[[], nn.Module]
 
 @compiled
 def _round(x: Tensor, scale: Tensor, levels: int) -> Tensor:
-    ratio = x.to(torch.promote_types(x.dtype, torch.float32)) / scale
+    ratio = x.to(torch.promote_types(x.dtype, torch.float32)).relu() / scale
     return (ratio.clamp(0, 1).mul(levels).round() * (scale / levels)).to(x.dtype)
 
 
 @compiled
 def _round_backward(x: Tensor, grad: Tensor, scale: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    ratio = x.to(torch.promote_types(x.dtype, torch.float32)) / scale
+    ratio = x.to(torch.promote_types(x.dtype, torch.float32)).relu() / scale
     inside = (ratio > 0) & (ratio < 1)
     error = (ratio.clamp(0, 1) * levels).round() / levels - ratio
     above = (ratio >= 1).to(ratio.dtype)
@@ -56,6 +57,7 @@ class _Quantise(torch.autograd.Function):
         return _round(memory(x, 1, -1), scale, levels).as_strided(x.shape, x.stride())
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, scale = ctx.saved_tensors
         grad = laid_out_as(x, grad)

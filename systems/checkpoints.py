@@ -7,7 +7,7 @@ import io
 import os
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,20 @@ def check_method(checkpoint: Mapping[str, Any], method: str, source: str) -> Non
             f"{source} is of method {found!r}, expected one of {method!r}; give such a checkpoint, or the "
             f"configuration of {found!r}"
         )
+
+
+def rename(state: Mapping[str, Tensor], name: Callable[[str], str]) -> dict[str, Tensor]:
+    """Renames the tensors of a state dict.
+
+    Raises:
+        CheckpointMismatchError: If two would have one name.
+    """
+    renamed: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if name(key) in renamed:
+            raise CheckpointMismatchError(f"the official checkpoint has two tensors {name(key)}, one of them as {key}")
+        renamed[name(key)] = value
+    return renamed
 
 
 def check_state(state: Mapping[str, Tensor], network: nn.Module, source: str) -> None:

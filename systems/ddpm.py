@@ -21,7 +21,7 @@ from torch import Tensor
 
 from systems.ann_unet import PLAIN_BITS, ANNUNet, quantised_relu
 from systems.base import LRSchedulerFactory, OptimizerFactory
-from systems.checkpoints import CheckpointMismatchError, check_state
+from systems.checkpoints import CheckpointMismatchError, check_state, rename
 from systems.gaussian import GaussianDiffusion
 from systems.sddpm import ADAM, read_size
 
@@ -57,6 +57,7 @@ class DDPM(QuantisedDiffusion):
         eta: Noise of DDIM, from 0 to 1.
         optimizer: Optimiser.
         lr_scheduler: Learning-rate schedule per step, e.g. LinearLR for a warm-up.
+        final_clip: Whether the images that the sampler ends with are clamped to [-1, 1].
     """
 
     method = "ddpm"
@@ -75,6 +76,7 @@ class DDPM(QuantisedDiffusion):
         eta: float = 0.0,
         optimizer: OptimizerFactory = ADAM,
         lr_scheduler: LRSchedulerFactory | None = None,
+        final_clip: bool = True,
     ) -> None:
         scheduler = scheduler or DDPMScheduler(variance_type="fixed_large", clip_sample=False)
         network = ANNUNet(
@@ -86,7 +88,7 @@ class DDPM(QuantisedDiffusion):
             num_train_timesteps=scheduler.config.num_train_timesteps,
             activation=partial(quantised_relu, activation_bits),
         )
-        super().__init__(network, scheduler, num_inference_steps, eta, optimizer, lr_scheduler)
+        super().__init__(network, scheduler, num_inference_steps, eta, optimizer, lr_scheduler, final_clip)
         self.activation_bits = activation_bits
 
 
@@ -118,7 +120,7 @@ def read_official(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[
         KeyError: If it is not the state dict of such a network; names the first tensor it lacks.
         CheckpointMismatchError: If a tensor is left over, missing or of another shape; lists them.
     """
-    renamed = {key.removeprefix("module."): value for key, value in state.items()}
+    renamed = rename(state, lambda key: key.removeprefix("module."))
     arguments = read_size(renamed, stem="head.weight", width="block1.2.bias")
     bits = {} if "tail.1.act_alpha" in renamed else {"activation_bits": PLAIN_BITS}
     num_train_timesteps = len(renamed["time_embedding.timembedding.0.weight"])

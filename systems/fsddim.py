@@ -80,13 +80,15 @@ class FSDDIM(DiffusionSystem):
         channel_mult: Channels in which each level ends, as multiples of `base_channels`.
         num_res_blocks: Residual blocks per level.
         num_steps: SNN time steps T (paper: 4 or 8).
-        norm: Batch norm: `plain`, as the released trainer runs it, or the paper's `tdbn`.
+        norm: Batch norm: `plain`, as the released trainer runs it, or the paper's `tdbn`, in whose factor the threshold
+            is the published 1, whatever `threshold` is.
         activate_first_conv: Whether the first layer spikes too (published: no); then all that the network outputs is.
         beta: Membrane decay per SNN step, the paper's tau.
         threshold: Firing threshold of every neuron; values near 1 at test time are threshold guidance.
         reset_mechanism: `zero` (published), or `subtract`, before the decay.
         spike_grad: Surrogate gradient: a name of snntorch.surrogate, triangle or rectangle.
         num_train_timesteps: Diffusion steps of training.
+        max_time: Rows of the time embedding's table, one for each diffusion step, or more.
         num_inference_steps: Diffusion steps of the sampler (published: all).
         image_weight: Weight of the loss of the decoded prediction.
         reconstruction_weight: Weight of synaptic current learning, the variance of the currents over SNN steps.
@@ -118,6 +120,7 @@ class FSDDIM(DiffusionSystem):
         reset_mechanism: Literal["zero", "subtract"] = "zero",
         spike_grad: str = "triangle",
         num_train_timesteps: int = 1000,
+        max_time: int = 1000,
         num_inference_steps: int = 1000,
         image_weight: float = 1.0,
         reconstruction_weight: float = 1.0,
@@ -135,6 +138,11 @@ class FSDDIM(DiffusionSystem):
                 f"num_inference_steps={num_inference_steps}; give a number from 1 to the {num_train_timesteps} "
                 "steps of training"
             )
+        if num_train_timesteps > max_time:
+            raise ValueError(
+                f"num_train_timesteps={num_train_timesteps}, but the time embedding has max_time={max_time} rows; give "
+                f"--model.max_time {num_train_timesteps} or more"
+            )
         self.num_steps = num_steps
         self.num_inference_steps = num_inference_steps
         self.loss_weights = {"image": image_weight, "reconstruction": reconstruction_weight, "spike": spike_weight}
@@ -146,7 +154,7 @@ class FSDDIM(DiffusionSystem):
             base_channels=base_channels,
             channel_mult=channel_mult,
             num_res_blocks=num_res_blocks,
-            num_train_timesteps=num_train_timesteps,
+            max_time=max_time,
             norm=norm,
             activate_first_conv=activate_first_conv,
             neuron=partial(
@@ -169,7 +177,9 @@ class FSDDIM(DiffusionSystem):
         reconstruction = q.abs().flip(0)
         if normalise_reconstruction:
             reconstruction = reconstruction / reconstruction.max()
-        self.register_buffer("signal_power", self.alphas_cumprod.float(), persistent=False)
+        power = self.alphas_cumprod
+        for name, values in (("signal_power", power), ("signal", power.sqrt()), ("sigma", (1 - power).sqrt())):
+            self.register_buffer(name, values.float(), persistent=False)
         self.register_buffer("reconstruction_factor", reconstruction.float(), persistent=False)
 
     @property
@@ -199,7 +209,7 @@ class FSDDIM(DiffusionSystem):
     def loss_terms_at(self, images: Tensor, noise: Tensor, t: Tensor) -> dict[str, Tensor]:
         """Returns the loss terms at given noise `(B, C, H, W)` and diffusion steps `(B,)`; see `loss_terms`."""
         power, factor = self.get_buffer("signal_power")[t], self.get_buffer("reconstruction_factor")[t]
-        signal, sigma = (a.sqrt().view(-1, 1, 1, 1) for a in (power, 1 - power))
+        signal, sigma = (self.get_buffer(name)[t].view(-1, 1, 1, 1) for name in ("signal", "sigma"))
         noisy, v = signal * images + sigma * noise, signal * noise - sigma * images
         out = self.network(encode(noisy, self.num_steps), t).to(v.dtype)  # (T, B, C, H, W)
         decoded = decode(out)
@@ -318,6 +328,7 @@ def read_official(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[
         "channel_mult": [end // base_channels for end in ends],
         "num_res_blocks": num_res_blocks,
         "num_train_timesteps": len(state["pe"]),
+        "max_time": len(state["pe"]),
         "activate_first_conv": "conv_in.bn.weight" in state,
     }
     with torch.device("meta"):

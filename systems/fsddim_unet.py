@@ -154,11 +154,11 @@ class Upsample(nn.Module):
         return unfold(self.conv(double_size(fold(x))), x.shape[0])
 
 
-def sinusoids(num_train_timesteps: int, channels: int) -> Tensor:
-    """Time table `(num_train_timesteps, channels)`, sine and cosine interleaved; the slowest frequency is 1/10000."""
+def sinusoids(max_time: int, channels: int) -> Tensor:
+    """Time table `(max_time, channels)`, sine and cosine interleaved; the slowest frequency is 1/10000."""
     half = channels // 2
     frequencies = torch.exp(torch.arange(half, dtype=torch.float64) * (-math.log(10000) / (half - 1)))
-    angle = torch.arange(num_train_timesteps, dtype=torch.float64)[:, None] * frequencies
+    angle = torch.arange(max_time, dtype=torch.float64)[:, None] * frequencies
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1).float()
 
 
@@ -173,7 +173,7 @@ class FSDDIMUNet(nn.Module):
         channel_mult: Channels in which each level ends, as multiples of `base_channels`; each level but the last halves
             the image.
         num_res_blocks: Residual blocks per level, down and up.
-        num_train_timesteps: Diffusion steps that the time embedding knows.
+        max_time: Diffusion steps that the time embedding knows.
         norm: Batch norm: `plain` (released) or `tdbn` (paper).
         activate_first_conv: Whether norm and neuron follow `conv_in` (published: no).
         neuron: Makes one spiking layer.
@@ -188,7 +188,7 @@ class FSDDIMUNet(nn.Module):
         base_channels: int,
         channel_mult: Sequence[int],
         num_res_blocks: int,
-        num_train_timesteps: int,
+        max_time: int,
         norm: Norm,
         activate_first_conv: bool,
         neuron: NeuronFactory,
@@ -212,7 +212,7 @@ class FSDDIMUNet(nn.Module):
         def block(channels_in: int, channels_out: int) -> ResBlock:
             return ResBlock(channels_in, channels_out, tdim, norm, neuron)
 
-        self.register_buffer("pe", sinusoids(num_train_timesteps, base))
+        self.register_buffer("pe", sinusoids(max_time, base))
         self.temb = nn.ModuleList([nn.Linear(base, tdim), nn.Linear(tdim, tdim)])
         self.temb_neuron = neuron()
         self.conv_in = Convolution(in_channels, base, 3)
@@ -238,7 +238,7 @@ class FSDDIMUNet(nn.Module):
 
         Args:
             x: Noisy currents `(T, B, C, H, W)`; `H` and `W` multiples of `2^(levels - 1)`.
-            t: Diffusion steps `(B,)`, whole numbers below `num_train_timesteps`.
+            t: Diffusion steps `(B,)`, whole numbers below `max_time`.
 
         Raises:
             ValueError: If the currents do not fit the network.

@@ -18,6 +18,8 @@ from torch.nn import functional as F
 from systems.analytic_dpm import AnalyticDPMScheduler
 from systems.base import DiffusionSystem, LRSchedulerFactory, OptimizerFactory
 from systems.checkpoints import CheckpointMismatchError
+from systems.dpm_solver import DPMSolverScheduler  # noqa: F401  # a choice for --model.scheduler
+from systems.neurons import SpikingNeuron
 
 PROCESS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
 
@@ -68,6 +70,7 @@ class GaussianDiffusion(DiffusionSystem):
         eta: Noise of DDIM from 0 (none) to 1; other solvers have no such option.
         optimizer: Makes the optimiser.
         lr_scheduler: Makes the learning-rate schedule.
+        final_clip: Whether the images that the sampler ends with are clamped to [-1, 1].
 
     Raises:
         ValueError: If the scheduler or the number of steps does not fit.
@@ -81,6 +84,7 @@ class GaussianDiffusion(DiffusionSystem):
         eta: float,
         optimizer: OptimizerFactory,
         lr_scheduler: LRSchedulerFactory | None,
+        final_clip: bool = False,
     ) -> None:
         super().__init__(optimizer, lr_scheduler)
         name, num_train_timesteps = type(scheduler).__name__, scheduler.config.num_train_timesteps
@@ -89,7 +93,7 @@ class GaussianDiffusion(DiffusionSystem):
                 f"num_inference_steps={num_inference_steps}; give a number from 1 to the {num_train_timesteps} "
                 "steps of training"
             )
-        if not hasattr(scheduler, "alphas_cumprod") or not hasattr(scheduler, "add_noise"):
+        if not hasattr(scheduler, "alphas_cumprod"):
             raise ValueError(
                 f"scheduler {name} is no discrete Gaussian diffusion; give DDPMScheduler, DDIMScheduler, ..."
             )
@@ -103,6 +107,10 @@ class GaussianDiffusion(DiffusionSystem):
         self.scheduler = double_tables(scheduler)
         self.num_inference_steps = num_inference_steps
         self.eta = eta
+        self.final_clip = final_clip
+        power = self.scheduler.alphas_cumprod.double()
+        self.register_buffer("signal", power.sqrt().float(), persistent=False)
+        self.register_buffer("sigma", (1 - power).sqrt().float(), persistent=False)
         _try_step(self.scheduler, num_inference_steps)
 
     @property
@@ -110,7 +118,7 @@ class GaussianDiffusion(DiffusionSystem):
         """Name of the solver, with what tells it from others of its class."""
         config = self.scheduler.config
         options = [f"eta={self.eta:g}"] if self.eta else []
-        options += [str(config[key]) for key in ("algorithm_type", "solver_order", "form") if key in config]
+        options += [str(config[key]) for key in ("algorithm_type", "solver_order", "spacing", "form") if key in config]
         options += [f"gamma={Path(config['gamma']).name}"] if config.get("gamma") else []
         name = type(self.scheduler).__name__.removesuffix("Scheduler")
         return f"{name}({', '.join(options)})" if options else name
@@ -133,12 +141,20 @@ class GaussianDiffusion(DiffusionSystem):
         self.check_process(checkpoint, "the checkpoint")
         if isinstance(self.scheduler, AnalyticDPMScheduler) and self.scheduler.gamma is None and "gamma" in checkpoint:
             self.scheduler.set_gamma(checkpoint["gamma"]["values"])
-            if checkpoint["gamma"]["threshold"] != self.threshold:
+            then = {key: checkpoint["gamma"].get(key, now) for key, now in self.firing.items()}
+            if then != self.firing:
                 warnings.warn(
-                    f"Gamma was estimated at threshold={checkpoint['gamma']['threshold']}, this is threshold="
-                    f"{self.threshold}; estimate it again with the same option",
+                    f"Gamma was estimated with {then}, this network has {self.firing}; estimate it again with the same "
+                    "options",
                     stacklevel=2,
                 )
+
+    @property
+    def firing(self) -> dict[str, Any]:
+        """What of the neurons may be changed at test time, and changes the statistic of Analytic-DPM."""
+        neuron = next((module for module in self.network.modules() if isinstance(module, SpikingNeuron)), None)
+        decay = {} if neuron is None else {"beta": neuron.beta}
+        return {"threshold": self.threshold, "num_steps": self.num_steps} | decay
 
     @property
     def process(self) -> dict[str, Any]:
@@ -168,14 +184,24 @@ class GaussianDiffusion(DiffusionSystem):
         t = torch.randint(
             self.scheduler.config.num_train_timesteps, (len(images),), generator=generator, device=images.device
         )
-        prediction = self.network(self.scheduler.add_noise(images, noise, t), t)
-        if self.scheduler.config.prediction_type == "epsilon":
-            target = noise
-        elif self.scheduler.config.prediction_type == "sample":
-            target = images
-        else:
-            target = self.scheduler.get_velocity(images, noise, t)
-        return F.mse_loss(prediction.float(), target.float())
+        noisy, v = self.diffuse(images, noise, t)
+        targets = {"epsilon": noise, "sample": images, "v_prediction": v}
+        target = targets[self.scheduler.config.prediction_type]
+        return F.mse_loss(self.network(noisy, t).float(), target.float())
+
+    def diffuse(self, images: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds noise to images, as DDPM does; `add_noise` of other schedulers is that of their own solver.
+
+        Args:
+            images: `x_0` `(B, C, H, W)`.
+            noise: Standard normal, `(B, C, H, W)`.
+            t: Diffusion steps `(B,)`.
+
+        Returns:
+            `x_t = a_t x_0 + sigma_t noise` and `v_t = a_t noise - sigma_t x_0`, `(B, C, H, W)`.
+        """
+        a, sigma = (self.get_buffer(name)[t].to(images.dtype).view(-1, 1, 1, 1) for name in ("signal", "sigma"))
+        return a * images + sigma * noise, a * noise - sigma * images
 
     def trajectory(self, seeds: Tensor, image_shape: tuple[int, int, int]) -> Iterator[Tensor]:
         """Yields `x_T`, ..., `x_0` `(B, C, H, W)`; image `k` draws its noise from a generator seeded by `seeds[k]`."""
@@ -187,8 +213,8 @@ class GaussianDiffusion(DiffusionSystem):
         x = randn_tensor((len(seeds), *image_shape), generator=generators, device=self.device, dtype=self.dtype)
         x = x * scheduler.init_noise_sigma
         yield x
-        for t in scheduler.timesteps:
+        for place, t in enumerate(scheduler.timesteps, start=1):
             steps = t.to(x.device).expand(len(x))
             prediction = self.network(scheduler.scale_model_input(x, t), steps).to(x.dtype)
             x = scheduler.step(prediction, t, x, return_dict=False, **options)[0]
-            yield x
+            yield x.clamp(-1, 1) if self.final_clip and place == len(scheduler.timesteps) else x

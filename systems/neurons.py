@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple, TypeGuard
 import torch
 from snntorch import surrogate
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from systems.compiled import compiled, dense, laid_out_as, memory
@@ -191,6 +192,7 @@ class _MultiStep(torch.autograd.Function):
         return _forward(memory(x, len(x), -1), d, _spike_dtype(x)).as_strided(x.shape, x.stride())
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
         grad = laid_out_as(x, grad)
@@ -212,7 +214,7 @@ class _NormedMultiStep(torch.autograd.Function):
         d: _Dynamics,
         spike_grad: SpikeGrad,
     ) -> Tensor:
-        x = dense(x)
+        x = dense(x) if x.dim() == 5 else x.contiguous()  # the channels of tokens come last in memory
         mean, var = norm.running_mean, norm.running_var
         assert mean is not None
         assert var is not None
@@ -227,6 +229,7 @@ class _NormedMultiStep(torch.autograd.Function):
         return _forward(_by_channel(x, x), d, _spike_dtype(x), affine).as_strided(x.shape, x.stride())
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, inverse_deviation, *affine = ctx.saved_tensors
         grad = laid_out_as(x, grad)
@@ -266,10 +269,14 @@ def _by_channel(x: Tensor, like: Tensor) -> Tensor:
 
 
 def _fuses(norm: nn.Module, x: Tensor) -> TypeGuard[nn.BatchNorm1d | nn.BatchNorm2d]:
-    """Whether a norm is what `_NormedMultiStep` computes, and not one over several devices, say."""
+    """Whether a norm is what `_NormedMultiStep` computes, and not one over several devices, say.
+
+    A single value per channel has no variance: that is left to the norm, which refuses it.
+    """
     if x.device.type not in ("cpu", "cuda") or type(norm) not in (nn.BatchNorm1d, nn.BatchNorm2d):
         return False
-    return bool(norm.affine and norm.track_running_stats and norm.momentum is not None)
+    alone = norm.training and x.numel() == norm.num_features
+    return bool(norm.affine and norm.track_running_stats and norm.momentum is not None and not alone)
 
 
 def normalise(norm: nn.Module, x: Tensor) -> Tensor:

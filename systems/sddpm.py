@@ -20,7 +20,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from systems.base import LRSchedulerFactory, OptimizerFactory
-from systems.checkpoints import check_state
+from systems.checkpoints import check_state, rename
 from systems.gaussian import GaussianDiffusion
 from systems.neurons import get_surrogate, integrate_and_fire, leaky_integrate_and_fire
 from systems.spiking_unet import SpikingUNet
@@ -41,13 +41,14 @@ class SDDPM(GaussianDiffusion):
         neuron: Integrate-and-fire (`if`, published) or leaky with tau = 2 (`lif`).
         threshold: Firing threshold of every neuron; values near 1 at test time are threshold guidance.
         spike_grad: Surrogate gradient: a name of snntorch.surrogate, triangle or rectangle.
-        attention_levels: Refused unless empty, the published network has no attention.
+        attention_levels: Refused if there is such a level: the published network has no attention.
         dropout: Ignored with a warning, the released network has no dropout layer.
         scheduler: Noise schedule and solver, a scheduler of diffusers.
         num_inference_steps: Diffusion steps of the sampler.
         eta: Noise of DDIM, from 0 to 1.
         optimizer: Optimiser.
         lr_scheduler: Learning-rate schedule per step, e.g. LinearLR for a warm-up.
+        final_clip: Whether the images that the sampler ends with are clamped to [-1, 1].
     """
 
     method = "sddpm"
@@ -70,6 +71,7 @@ class SDDPM(GaussianDiffusion):
         eta: float = 0.0,
         optimizer: OptimizerFactory = ADAM,
         lr_scheduler: LRSchedulerFactory | None = None,
+        final_clip: bool = False,
     ) -> None:
         scheduler = scheduler or DDPMScheduler(variance_type="fixed_large")
         make = integrate_and_fire if neuron == "if" else leaky_integrate_and_fire
@@ -85,7 +87,7 @@ class SDDPM(GaussianDiffusion):
             attention_levels=attention_levels,
             dropout=dropout,
         )
-        super().__init__(network, scheduler, num_inference_steps, eta, optimizer, lr_scheduler)
+        super().__init__(network, scheduler, num_inference_steps, eta, optimizer, lr_scheduler, final_clip)
         self.num_steps = num_steps
         self.threshold = threshold
 
@@ -105,7 +107,7 @@ def read_official(state: Mapping[str, Tensor], suffix: str = "") -> tuple[dict[s
         KeyError: If it is not the state dict of such a network; names the first tensor it lacks.
         CheckpointMismatchError: If a tensor is left over, missing or of another shape; lists them.
     """
-    renamed = {key.removeprefix("module."): value for key, value in state.items()}
+    renamed = rename(state, lambda key: key.removeprefix("module."))
     kernel = renamed["T_output_layer.weight"]
     if kernel.dim() == 5:
         renamed["T_output_layer.weight"] = kernel.squeeze(-1)

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from systems.compiled import compiled, memory
@@ -71,6 +72,7 @@ class _TokenShift(torch.autograd.Function):
         return _shift(memory(x, -1, *x.shape[-2:]), mix).view(x.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, mix = ctx.saved_tensors
         shape = (-1, *x.shape[-2:])

@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from systems.compiled import compiled, dense, laid_out_as, memory
@@ -133,6 +134,7 @@ class _ScaleSteps(torch.autograd.Function):
         return _scale(memory(x, len(x), -1), factors).as_strided(x.shape, x.stride())
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, factors = ctx.saved_tensors
         grad = laid_out_as(x, grad)
@@ -299,7 +301,7 @@ class SpikingUNet(nn.Module):
                 f"base_channels={base_channels}, channel_mult={list(channel_mult)}, num_res_blocks={num_res_blocks} "
                 "make no U-Net; base_channels must be even, channel_mult not empty, num_res_blocks 1 or more"
             )
-        if attention_levels:
+        if any(level < len(channel_mult) for level in attention_levels):
             raise ValueError(
                 f"attention_levels={list(attention_levels)}: the published network has no attention; leave it empty"
             )

@@ -83,7 +83,8 @@ class _WKV(torch.autograd.Function):
     def forward(ctx: Any, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
         y = torch.zeros_like(k[:, 0], dtype=torch.promote_types(w.dtype, torch.float32))
         state = torch.full_like(y, NO_WEIGHT), torch.zeros_like(y), y
-        parts, states = [], []
+        parts: list[Tensor] = []
+        states: list[Tensor] = []
         for start, stop in _chunks(k):
             states += state
             part, state = _step(_join, _join_compiled, start, stop, (k, v), w, u, state)
@@ -117,7 +118,7 @@ def _step(plain: Step, kernel: Step, start: int, stop: int, tokens: Sequence[Ten
     return plain([x[:, start:stop] for x in tokens], *args)
 
 
-def _means(k: Tensor, v: Tensor, w: Tensor, state: Sequence[Tensor]) -> tuple[list[tuple[Tensor, ...]], Any]:
+def _means(k: Tensor, v: Tensor, w: Tensor, state: Sequence[Tensor]) -> tuple[list[Any], Any]:
     """Follows the mean of the values, token after token.
 
     What the rounding of `s` loses is carried along, or it would add up over the tokens where decays are small.

@@ -74,12 +74,12 @@ def test_statistic_is_kept_in_the_checkpoint(with_gamma: Path) -> None:
 
 def test_another_threshold_than_the_statistics_warns(with_gamma: Path) -> None:
     options = ["--model.scheduler=AnalyticDPMScheduler", "--model.num_inference_steps=2", "--model.threshold=0.9"]
-    with pytest.warns(UserWarning, match=r"estimated at threshold=1\.0, this is threshold=0\.9"):
+    with pytest.warns(UserWarning, match=r"estimated with .*'threshold': 1\.0.*has .*'threshold': 0\.9"):
         main(["test", "--draft", f"--trainer.default_root_dir={with_gamma}", *options, *FEW])
 
 
 def test_more_images_than_there_are_is_refused(runs: Path) -> None:
-    with pytest.raises(ValueError, match="num_images=5000, but the full batches of training hold 1280"):
+    with pytest.raises(ValueError, match=r"num_images=5000; give a number from 1 to the 1\d+ training images"):
         main(["estimate-gamma", f"--trainer.default_root_dir={runs}", "--num_images=5000"])
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from systems import FSDDIM
-from systems.fsddim import cosine_schedule, read_official
+from systems.fsddim import read_official
 
 PREFIXES = {"tdbn": "", "plain": "plain_bn."}
 
@@ -19,13 +19,13 @@ def state_of(recorded: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def recorded_system(recorded: dict[str, Tensor], norm: str, num_steps_of_chain: int = 1000, **options: Any) -> FSDDIM:
-    """The recorded network in a system; its time table keeps 1000 rows whatever the length of the chain."""
+    """The recorded network in a system; its time table has 1000 rows whatever the length of the chain."""
     tensors, arguments = read_official(state_of(recorded))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        system = FSDDIM(**arguments, num_steps=4, norm=norm, num_inference_steps=num_steps_of_chain, **options)
+        arguments |= {"num_train_timesteps": num_steps_of_chain, "num_inference_steps": num_steps_of_chain}
+        system = FSDDIM(**arguments, num_steps=4, norm=norm, **options)
     system.network.load_state_dict(tensors)
-    system.alphas_cumprod = cosine_schedule(num_steps_of_chain)
     return system.eval()
 
 

@@ -142,6 +142,19 @@ def test_bad_bits_are_refused() -> None:
         quantised_relu(9)
 
 
+def test_a_clip_value_below_zero_lets_nothing_through() -> None:
+    """`s` is learned and free; the formula clamps `relu(x) / s`."""
+    quantise = quantised_relu(2)
+    with torch.no_grad():
+        quantise.act_alpha.fill_(-1.7)
+    x = torch.tensor([-5.0, -1.0, 0.0, 1.0, 5.0], requires_grad=True)
+    y = quantise(x)
+    y.sum().backward()
+    assert (y == 0).all()
+    assert (x.grad == 0).all()
+    assert quantise.act_alpha.grad == 0
+
+
 def test_images_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="multiples of 2"):
         ANNUNet(**SMALL)(torch.zeros(2, 3, 9, 8), torch.zeros(2, dtype=torch.long))

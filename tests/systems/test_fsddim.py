@@ -166,7 +166,8 @@ def official(system: FSDDIM) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("activate", [False, True])
 def test_official_checkpoint_gives_tensors_and_options(activate: bool) -> None:
-    sizes = dict(in_channels=3, base_channels=4, channel_mult=[1, 2, 3], num_res_blocks=1, num_train_timesteps=20)
+    sizes = dict(in_channels=3, base_channels=4, channel_mult=[1, 2, 3], num_res_blocks=1)
+    sizes |= {"num_train_timesteps": 20, "max_time": 20}
     sizes["activate_first_conv"] = activate
     system = tiny(**sizes, num_inference_steps=2)
     tensors, options = read_official(official(system))

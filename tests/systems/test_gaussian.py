@@ -10,12 +10,13 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
+    UniPCMultistepScheduler,
 )
 from formula import Formula
 from torch import Tensor, nn
 
 from systems import SDDPM
-from systems.analytic_dpm import AnalyticDPMScheduler
+from systems.analytic_dpm import AnalyticDPMScheduler, StridedDDIMScheduler
 from systems.gaussian import GaussianDiffusion, double_tables
 
 Reference = Callable[[str], dict[str, Tensor]]
@@ -52,17 +53,50 @@ def test_ddim_reproduces_released_sampler(
     recorded = reference("sampler_small.safetensors")
     if f"output.ddim.{steps}" not in recorded:
         pytest.skip(f"no recorded DDIM run of {steps} steps")
-    scheduler = double_tables(DDIMScheduler(timestep_spacing="trailing", set_alpha_to_one=False))
+    scheduler = double_tables(StridedDDIMScheduler())
     scheduler.set_timesteps(steps)
-    timesteps = [t for t in scheduler.timesteps.tolist() if t > 0]  # the released sampler stops on reaching t = 0
-    x = replay(scheduler, recorded, timesteps, monkeypatch)
+    assert len(scheduler.timesteps) == min(steps, 999)
+    x = replay(scheduler, recorded, scheduler.timesteps.tolist(), monkeypatch)
     torch.testing.assert_close(x, recorded[f"output.ddim.{steps}"], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("steps", [7, 30, 300])
+def test_strided_ddim_equals_the_printed_chain(steps: int) -> None:
+    """For numbers of steps that do not divide those of training, for which diffusers steps by another stride."""
+    scheduler = double_tables(StridedDDIMScheduler(final_denoise=True))
+    scheduler.set_timesteps(steps)
+    grid = [max(int(999 - 1000 / steps * j), 0) for j in range(steps)]
+    grid = grid if grid[-1] == 0 else [*grid, 0]
+    assert scheduler.timesteps.tolist() == grid
+    x = ours = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0)).double()
+    network, power = Formula(), scheduler.alphas_cumprod
+    for t, s in zip(grid, [*grid[1:], None], strict=True):
+        e = network(x, torch.full((2,), t))
+        x_0 = ((x - (1 - power[t]).sqrt() * e) / power[t].sqrt()).clamp(-1, 1)
+        x = x_0 if s is None else power[s].sqrt() * x_0 + (1 - power[s]).sqrt() * e
+        ours = scheduler.step(network(ours, torch.full((2,), t)), t, ours, return_dict=False)[0]
+    torch.testing.assert_close(ours, x, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("prediction_type", ["sample", "v_prediction"])
+def test_strided_ddim_takes_every_prediction(prediction_type: str) -> None:
+    results = []
+    for kind in ("epsilon", prediction_type):
+        scheduler = double_tables(StridedDDIMScheduler(prediction_type=kind, clip_sample=False))
+        scheduler.set_timesteps(10)
+        x = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0)).double()
+        for t in scheduler.timesteps.tolist():
+            power, e = scheduler.alphas_cumprod[t], Formula()(x, torch.full((2,), t))
+            image = (x - (1 - power).sqrt() * e) / power.sqrt()
+            v = power.sqrt() * e - (1 - power).sqrt() * image
+            x = scheduler.step({"epsilon": e, "sample": image, "v_prediction": v}[kind], t, x, return_dict=False)[0]
+        results.append(x)
+    torch.testing.assert_close(*results)
 
 
 def test_forward_process_matches_reference(reference: Reference) -> None:
     recorded = reference("sampler_small.safetensors")
-    scheduler = DDPMScheduler()
-    x_t = scheduler.add_noise(recorded["train.x_0"], recorded["train.noise"], recorded["train.t"])
+    x_t, _ = tiny().diffuse(recorded["train.x_0"], recorded["train.noise"], recorded["train.t"])
     torch.testing.assert_close(x_t, recorded["train.x_t"], rtol=0, atol=1e-6)
     loss = nn.functional.mse_loss(0.1 * x_t, recorded["train.noise"])
     torch.testing.assert_close(loss, recorded["train.loss_mean"].to(loss).view(()), rtol=1e-5, atol=1e-6)
@@ -105,18 +139,33 @@ def test_loss_is_near_one_before_training_and_repeatable() -> None:
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
-def test_loss_of_a_perfect_prediction_is_zero(prediction_type: str) -> None:
-    scheduler = DDPMScheduler(prediction_type=prediction_type)
+@pytest.mark.parametrize(
+    "solver", [DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler, StridedDDIMScheduler]
+)
+def test_loss_of_a_perfect_prediction_is_zero(solver: type, prediction_type: str) -> None:
+    """Whatever the solver, training adds the noise of DDPM."""
     images = torch.rand(4, 1, 4, 4)
-    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    cumulative = (1 - torch.linspace(0.0001, 0.02, 1000, dtype=torch.float64)).cumprod(0)
 
     class Oracle(nn.Module):
         def forward(self, x: Tensor, t: Tensor) -> Tensor:
-            targets = {"epsilon": noise, "sample": images, "v_prediction": scheduler.get_velocity(images, noise, t)}
-            return targets[prediction_type]
+            a, sigma = (part[t].sqrt().view(-1, 1, 1, 1) for part in (cumulative, 1 - cumulative))
+            noise = (x - a * images) / sigma
+            targets = {"epsilon": noise, "sample": images, "v_prediction": a * noise - sigma * images}
+            return targets[prediction_type].to(x.dtype)
 
+    scheduler = solver(prediction_type=prediction_type)
     system = GaussianDiffusion(Oracle(), scheduler, 10, 0.0, torch.optim.Adam, None)
-    assert system.loss(images, torch.Generator().manual_seed(0)) < 1e-10
+    assert system.loss(images, torch.Generator().manual_seed(0)) < 1e-8
+
+
+def test_final_clip_is_of_the_last_images_alone() -> None:
+    arguments = dict(scheduler=DDPMScheduler(clip_sample=False), num_inference_steps=5)
+    open_ended, clipped = (tiny(final_clip=clip, **arguments) for clip in (False, True))
+    ends = [list(system.trajectory(torch.arange(4), (1, 8, 8))) for system in (open_ended, clipped)]
+    assert float(ends[0][-1].abs().max()) > 1
+    assert torch.equal(ends[1][-1], ends[0][-1].clamp(-1, 1))
+    assert all(torch.equal(a, b) for a, b in zip(ends[0][:-1], ends[1][:-1], strict=True))
 
 
 def test_solver_and_evaluations_are_named() -> None:

@@ -213,7 +213,7 @@ def passes(neuron: SpikingNeuron, norm: nn.Module, x: Tensor, through: Callable[
     return [spikes, grad, *(p.grad for p in norm.parameters()), *norm.buffers()]  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("layout", ["features", "channels last", "tokens"])
+@pytest.mark.parametrize("layout", ["features", "channels last", "tokens", "strided tokens"])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("kernel", [False, True])
 def test_norm_inside_the_neuron_equals_norm_then_neuron(
@@ -226,6 +226,8 @@ def test_norm_inside_the_neuron_equals_norm_then_neuron(
         x = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, (4, 2))
     if layout == "tokens":
         x, norm = x.flatten(1, 2), nn.BatchNorm1d(7)
+    if layout == "strided tokens":
+        x, norm = x.flatten(1, 2).contiguous(memory_format=torch.channels_last), nn.BatchNorm1d(7)
     for values in (norm.weight, norm.bias, norm.running_var, norm.running_mean):
         nn.init.uniform_(values, 0.5, 1.5)
     norm.train(training)
@@ -258,6 +260,25 @@ def test_any_other_norm_is_called(norm: nn.Module) -> None:
     expected = passes(integrate_and_fire(), norm, x, lambda neuron, norm, x: neuron(neurons.normalise(norm, x)))
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_single_value_per_channel_has_no_statistics() -> None:
+    norm = nn.BatchNorm2d(3)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        integrate_and_fire()(torch.randn(1, 1, 3, 1, 1), norm)
+    assert norm.running_var is not None
+    assert norm.running_var.isfinite().all()
+    assert integrate_and_fire()(torch.randn(1, 1, 3, 1, 1), norm.eval()).shape == (1, 1, 3, 1, 1)
+
+
+def test_second_derivatives_are_refused() -> None:
+    """They would miss what the kernels compute."""
+    x = torch.randn(4, 2, 3, 5, 5, requires_grad=True)
+    norm = nn.BatchNorm2d(3)
+    for spikes in (integrate_and_fire()(x), integrate_and_fire()(x, norm)):
+        (grad,) = torch.autograd.grad((spikes * x).sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.square().sum().backward()
 
 
 def test_a_norm_inside_the_neuron_keeps_its_input_alone() -> None:

@@ -108,6 +108,10 @@ def test_bad_sizes_are_refused(arguments: dict, message: str) -> None:
         small(**arguments)
 
 
+def test_attention_at_a_level_that_is_not_there_is_none() -> None:
+    assert small(attention_levels=(8,)).state_dict().keys() == small().state_dict().keys()
+
+
 def test_dropout_warns() -> None:
     with pytest.warns(UserWarning, match="no dropout layer"):
         small(dropout=0.1)
