@@ -63,6 +63,7 @@ class LastCheckpoint(Checkpoint):
         self.path = Path()
         self._signal: int | None = None
         self._noted = 0.0
+        self._step = 0
         self._saved_step = 0  # nothing is worth saving before the first
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -71,7 +72,7 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Obeys signals from here on; Lightning restores their handlers when the training ends."""
-        self._saved_step = trainer.global_step
+        self._step = self._saved_step = trainer.global_step
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
                 signal.signal(number, self._note)
@@ -88,15 +89,32 @@ class LastCheckpoint(Checkpoint):
             signal.raise_signal(number)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        """Saves where it is due; the last step of an epoch is left to the end of the epoch."""
-        if trainer.is_last_batch:
+        """Saves where it is due, and where training ends within an epoch; the last step of one is left to its end.
+
+        Nothing is saved while gradients are accumulated, since no checkpoint holds them; a signal waits for the step.
+        """
+        before, self._step = self._step, trainer.global_step
+        if trainer.is_last_batch or trainer.global_step == before:
             return
         due = bool(self.every_n_train_steps) and trainer.global_step % (self.every_n_train_steps or 1) == 0
-        self._save(trainer, due)
+        self._save(trainer, due or trainer.should_stop or trainer.global_step == trainer.max_steps)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves after every epoch."""
         self._save(trainer, due=True)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Begins with the next epoch where a checkpoint was written at the end of one.
+
+        Lightning, when the end is a number of steps, would take one more batch of the old epoch and then leave one out.
+        """
+        loops = checkpoint.get("loops", {}).get("fit_loop", {})
+        if not loops or not loops["epoch_loop.batch_progress"]["is_last_batch"]:
+            return
+        batches = loops["epoch_loop.batch_progress"]
+        batches |= {"is_last_batch": False, "current": dict.fromkeys(batches["current"], 0)}
+        for progress in (batches["total"], loops["epoch_progress"]["total"], loops["epoch_progress"]["current"]):
+            progress |= dict.fromkeys(progress, progress["ready"])
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Says what a broken connection means: a process that dies ends all."""

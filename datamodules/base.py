@@ -190,8 +190,8 @@ class ImageDataModule(L.LightningDataModule):
         epoch = done = 0
         if self.trainer is not None:
             epoch = self.trainer.current_epoch
-            progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
-            done = progress.processed % (share // self.batch_size)
+            progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress
+            done = 0 if progress.is_last_batch else progress.current.processed
         order = TrainingOrder(images, done * self.batch_size, epoch, self.flip)
         return self._loader(images, sampler=order, drop_last=True)
 

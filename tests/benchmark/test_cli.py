@@ -179,19 +179,25 @@ def test_leaderboard_renders_the_records(runs: Path, tmp_path: Path) -> None:
     assert "SDDPM" in (tmp_path / "leaderboard.md").read_text()
 
 
-def test_resume_goes_on_where_training_stopped(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stop", [5, 6])
+@pytest.mark.parametrize("limit", [[], ["--trainer.limit_train_batches=4"], ["--trainer.accumulate_grad_batches=2"]])
+def test_resume_goes_on_where_training_stopped(
+    stop: int, limit: list[str], tmp_path: Path, uncompiled: None
+) -> None:
     straight, parts = tmp_path / "straight", tmp_path / "parts"
-    calm = ["--monitor.every_n_epochs=0", "--trainer.check_val_every_n_epoch=3"]
-    main(["fit", *TINY, f"--trainer.default_root_dir={straight}", "--trainer.max_steps=18", *calm])
-    main(["fit", *TINY, f"--trainer.default_root_dir={parts}", "--trainer.max_steps=6", *calm])
+    calm = ["--monitor.every_n_epochs=0", "--trainer.check_val_every_n_epoch=3", *limit]
+    main(["fit", *TINY, f"--trainer.default_root_dir={straight}", "--trainer.max_steps=11", *calm])
+    main(["fit", *TINY, f"--trainer.default_root_dir={parts}", f"--trainer.max_steps={stop}", *calm])
     run = newest_run(parts)
     last = find_checkpoint(run)
-    assert torch.load(last, weights_only=True)["global_step"] == 6
-    main(["fit", f"--config={run / 'config.yaml'}", f"--ckpt_path={last}", "--trainer.max_steps=18"])
+    assert torch.load(last, weights_only=True)["global_step"] == stop
+    main(["fit", f"--config={run / 'config.yaml'}", f"--ckpt_path={last}", "--trainer.max_steps=11"])
     assert newest_run(parts) == run
     resumed, whole = (torch.load(find_checkpoint(newest_run(f)), weights_only=True) for f in (parts, straight))
-    assert resumed["global_step"] == whole["global_step"] == 18
-    assert resumed["optimizer_states"][0]["state"][0]["step"] == 18
+    assert resumed["global_step"] == whole["global_step"] == 11
+    assert resumed["optimizer_states"][0]["state"][0]["step"] == 11
+    for name, weights in whole["state_dict"].items():
+        assert torch.equal(resumed["state_dict"][name], weights), name
 
 
 def test_averaged_weights_are_what_is_tested(runs: Path, tmp_path: Path) -> None:
