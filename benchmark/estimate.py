@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,9 @@ from systems.analytic_dpm import estimate_gamma
 from systems.base import DiffusionSystem
 from systems.checkpoints import read_trained, save_checkpoint
 from systems.gaussian import GaussianDiffusion
+
+SUFFIX = "-gamma"
+"""Of the copy's name: the checkpoint itself stays as it is, so that records of it can still be verified."""
 
 
 class BenchmarkTrainer(Trainer):
@@ -27,14 +31,14 @@ class BenchmarkTrainer(Trainer):
         weights_only: bool | None = None,
         num_images: int | None = 1000,
     ) -> None:
-        """Estimates the mean squares of the predicted noise that AnalyticDPMScheduler needs; adds them to a checkpoint.
+        """Estimates the mean squares of the predicted noise for AnalyticDPMScheduler, into a copy of a checkpoint.
 
         Takes as many network evaluations as there are diffusion steps, for each image.
 
         Args:
             model: A Gaussian method.
             datamodule: Gives the training images.
-            ckpt_path: Checkpoint to read and to complete; best or last of the newest run, or a file.
+            ckpt_path: Checkpoint to read; best or last of the newest run, or a file.
             weights_only: In every run's config.yaml for Lightning's stages; here no code in a checkpoint is ever run.
             num_images: Training images; null takes all of them, as the published statistic does.
 
@@ -54,11 +58,15 @@ class BenchmarkTrainer(Trainer):
         show = partial(track, description=f"{num_images:,} images at every step")
         gamma = estimate_gamma(model.network, model.scheduler, images, datamodule.sample_batch_size, progress=show)
         checkpoint["gamma"] = {"values": gamma, "num_images": num_images} | model.firing
-        save_checkpoint(checkpoint, ckpt_path)
+        path = Path(ckpt_path)
+        path = path if path.stem.endswith(SUFFIX) else path.with_stem(path.stem + SUFFIX)
+        save_checkpoint(checkpoint, path)
         shown = ", ".join(
             f"{float(gamma[t]):.3f} at t={t}" for t in (0, len(gamma) // 10, len(gamma) // 2, len(gamma) - 1)
         )
-        print(f"Gamma from {num_images:,} images: {shown}\nadded to {ckpt_path}; use it with:")
+        print(
+            f"Gamma from {num_images:,} images: {shown}\nin {path}, a copy of the checkpoint that is taken from now on:"
+        )
         print("  python -m benchmark test --model.scheduler AnalyticDPMScheduler --model.num_inference_steps 50")
 
 

@@ -25,6 +25,13 @@ class PNGWriter(Callback):
         self.grid_images = grid_images
         self._first: list[Tensor] = []
 
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Removes what an earlier call left, which might have made more images."""
+        if trainer.is_global_zero:
+            for path in self._folder(trainer).glob("[0-9]" * 6 + ".png"):
+                path.unlink()
+        trainer.strategy.barrier()
+
     def on_predict_batch_end(
         self,
         trainer: Trainer,

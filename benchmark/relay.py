@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
 from huggingface_hub import load_torch_model, save_torch_state_dict
+from lightning import seed_everything
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, Timer
 from torch import Tensor, nn
 
@@ -30,8 +32,8 @@ DECAY = 0.999
 def relay(args: Sequence[str]) -> None:
     """Trains for some minutes, from the weights in a folder if there are any, and leaves the averaged weights there.
 
-    Optimiser and learning-rate schedule start anew in each leg, as does the order of the images with another seed. The
-    run folder of a leg has a checkpoint for `test`.
+    Optimiser and learning-rate schedule start anew in each leg; noise and order of the images go on with another seed.
+    The run folder of a leg has a checkpoint for `test`.
 
     Args:
         args: `--weights`, `--minutes`, `--piece_mb`, and any option of `fit`.
@@ -53,9 +55,11 @@ def relay(args: Sequence[str]) -> None:
     options, rest = parser.parse_known_args(args)
     if not options.minutes > 0 or options.piece_mb < 1:
         raise ValueError(f"--minutes {options.minutes} --piece_mb {options.piece_mb}; give numbers above 0")
+    options.weights.mkdir(parents=True, exist_ok=True)  # refused now, not after the leg
     cli = run_stage(["fit", *rest], Rehearsal)
     system, trainer = cast(DiffusionSystem, cli.model), cli.trainer
     legs = take(system, options.weights)
+    seed_everything(int(os.environ.get("PL_GLOBAL_SEED", 0)) + len(legs))  # else noise and order would repeat
     callbacks = cast(list[Callback], trainer.callbacks)  # type: ignore[attr-defined]
     if not any(isinstance(callback, EMAWeightAveraging) for callback in callbacks):
         callbacks.append(EMAWeightAveraging(decay=DECAY))
@@ -88,21 +92,26 @@ def take(system: DiffusionSystem, folder: Path) -> list[dict[str, Any]]:
     missing = [name for name in content["files"] if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}; bring all files of the earlier leg")
-    load_torch_model(cast(nn.Module, system.network), folder, strict=True)
+    load_torch_model(cast(nn.Module, system.network), (folder / content["files"][0]).parent, strict=True)
     return list(content["legs"])
 
 
 def leave(system: DiffusionSystem, folder: Path, legs: list[dict[str, Any]], piece_mb: int) -> None:
-    """Writes the weights in pieces, kernels in half precision, and last what they are."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent) as place:
-        state = {name: _halve(tensor) for name, tensor in cast(nn.Module, system.network).state_dict().items()}
-        save_torch_state_dict(state, place, max_shard_size=f"{piece_mb}MB")
-        for path in (folder / PROGRESS, *folder.glob("*.safetensors*")):
-            path.unlink(missing_ok=True)
-        files = [path.rename(folder / path.name).name for path in sorted(Path(place).iterdir())]
+    """Writes the weights in pieces, kernels in half precision, and last what they are: a kill leaves old or new ones.
+
+    Each leg has a folder of its own, and those of earlier ones go when it is complete.
+    """
+    place = folder / f"leg-{len(legs)}"
+    shutil.rmtree(place, ignore_errors=True)  # of a leg that was killed
+    place.mkdir(parents=True)
+    state = {name: _halve(tensor) for name, tensor in cast(nn.Module, system.network).state_dict().items()}
+    save_torch_state_dict(state, place, max_shard_size=f"{piece_mb}MB")
+    files = [str(path.relative_to(folder)) for path in sorted(place.iterdir())]
     content = _identity(system) | {"legs": legs, "files": files}
     write_atomic(folder / PROGRESS, json.dumps(content, indent=1) + "\n")
+    for other in folder.glob("leg-*"):
+        if other != place:
+            shutil.rmtree(other)
 
 
 def _identity(system: DiffusionSystem) -> dict[str, Any]:

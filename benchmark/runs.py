@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from datetime import datetime
 from pathlib import Path
 
@@ -19,8 +20,9 @@ def new_run(folder: Path, dataset: str, method: str, checkpoint: Path | None = N
         method: Name of the method.
         checkpoint: File to be tested, whose test shall go on in the same folder after an interruption.
     """
-    name = file_sha256(checkpoint)[:8] if checkpoint and checkpoint.is_file() else f"{datetime.now():%Y%m%d-%H%M%S}"
-    return folder / f"{dataset}-{method}-{name}"
+    if checkpoint and checkpoint.is_file():
+        return folder / f"{dataset}-{method}-{file_sha256(checkpoint)[:8]}"
+    return folder / f"{dataset}-{method}-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
 def run_of(checkpoint: Path) -> Path | None:

@@ -90,9 +90,12 @@ class SaveFitConfig(SaveConfigCallback):
     """Keeps the configuration of training in the run folder; later stages leave it as it is."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Waits: what is refused later must not have replaced the configuration of a run that shall go on."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves when training starts, whole or not at all."""
         folder = trainer.log_dir  # asks all processes
-        if stage == "fit" and folder is not None and trainer.is_global_zero:
+        if folder is not None and trainer.is_global_zero:
             write_atomic(Path(folder) / self.config_filename, self.parser.dump(self.config, skip_none=False))
 
 
@@ -203,8 +206,8 @@ def _short(class_path: str) -> str:
 def complete(args: list[str]) -> list[str]:
     """Adds the newest run's config and checkpoint to a command that names neither.
 
-    A checkpoint of `best` or `last` chooses between those of the newest run. `fit` takes a run's configuration only
-    where it is told to go on, by --ckpt_path without --config.
+    A checkpoint of `best` or `last` is one of the newest run. `fit` takes a run's configuration only where it is told
+    to go on, by --ckpt_path without --config.
 
     Raises:
         ValueError: If a config is given without a checkpoint.
@@ -226,18 +229,22 @@ def complete(args: list[str]) -> list[str]:
                 typed[name] = arg.split("=", 1)[1]
     checkpoint = typed.get("--ckpt_path")
     has_config = "--config" in typed or "-c" in typed
-    if stage == "fit" and (checkpoint is None or has_config):
+    if stage == "fit" and checkpoint is None:
         return args
-    if has_config:
-        if checkpoint is None:
-            raise ValueError(
-                f"`{stage} --config` needs a checkpoint: add `--ckpt_path CHECKPOINT`, or leave out --config to "
-                "take the newest run"
-            )
-        if checkpoint not in ("best", "last") and not Path(checkpoint).is_file():
-            raise FileNotFoundError(f"--ckpt_path {checkpoint} is not a file; give a checkpoint (*.ckpt)")
-        return args
+    if has_config and checkpoint is None:
+        raise ValueError(
+            f"`{stage} --config` needs a checkpoint: add `--ckpt_path CHECKPOINT`, or leave out --config to take the "
+            "newest run"
+        )
     folder = Path(typed.get("--trainer.default_root_dir", RUNS))
+    if has_config:
+        if checkpoint in ("best", "last"):
+            path = find_checkpoint(newest_run(folder), checkpoint)
+            print(f"{stage} of {path}")
+            return [*args, "--ckpt_path", str(path)]
+        if not Path(str(checkpoint)).is_file():
+            raise FileNotFoundError(f"--ckpt_path {checkpoint} is not a file; give a checkpoint (*.ckpt), best or last")
+        return args
     if checkpoint in (None, "best", "last"):
         run = newest_run(folder)
         path = find_checkpoint(run, checkpoint or "last")

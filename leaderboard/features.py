@@ -214,14 +214,16 @@ def training_command(data: str) -> str:
 
 @contextmanager
 def full_precision(device_type: str) -> Iterator[None]:
-    """Keeps mixed precision and TF32 convolutions, fine for a model under test, out of the measurement."""
-    allowed = torch.backends.cudnn.allow_tf32
+    """Keeps mixed precision and TF32, fine for a model under test, out of the measurement."""
+    allowed, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
     torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
     try:
         with torch.autocast(device_type, enabled=False):
             yield
     finally:
         torch.backends.cudnn.allow_tf32 = allowed
+        torch.set_float32_matmul_precision(products)
 
 
 def published_weights(given: str | None, url: str, option: str) -> tuple[Path, str]:

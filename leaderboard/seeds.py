@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from io import BytesIO
 from itertools import cycle, groupby
 from pathlib import Path
@@ -40,7 +40,8 @@ _PLACES = {"default_root_dir", "init_from", "ckpt_path", "seed_everything", "cac
 def seeds(records: list[str] = ["runs", RECORDS], output: str | None = None) -> None:  # noqa: B006 (never changed)
     """Shows records that differ in nothing but their seed as one line: mean ± standard deviation over the seeds.
 
-    The standard deviation holds that of training and that of the measurement. Drafts are left out.
+    The standard deviation holds that of training and that of the measurement. Drafts are left out; of several records
+    of one training seed, such as its best and its last checkpoint, the newest counts.
 
     Args:
         records: Folders to search, each for its own `*.json` and those of any `records` folder below it.
@@ -78,10 +79,15 @@ def seeds(records: list[str] = ["runs", RECORDS], output: str | None = None) -> 
 def seed_rows(group: Sequence[Entry]) -> list[dict[str, Cell]]:
     """Returns a line for each set of comparable entries that differ in nothing but the seed, best mean first."""
     by_config = sorted((entry.record for entry in group), key=_key)
-    members = [list(records) for _, records in groupby(by_config, key=_key)]
+    members = [_one_each(records) for _, records in groupby(by_config, key=_key)]
     members.sort(key=lambda records: _mean(lambda r: headline(r)[1].value, records))
     keys = order_metrics(key for entry in group for key in entry.record.metrics)
     return [_row(records, keys) for records in members]
+
+
+def _one_each(records: Iterable[Record]) -> list[Record]:
+    """Returns the newest record of each training seed: two tests of one training are no two samples."""
+    return list({record.seeds.get("training"): record for record in sorted(records, key=lambda r: r.created)}.values())
 
 
 def _key(record: Record) -> str:

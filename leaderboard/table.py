@@ -69,7 +69,10 @@ class Entry:
     @property
     def frechet(self) -> float:
         """The Fréchet distance that ranks the entry, infinite if it was not measured."""
-        return min((v.value for key, v in self.record.metrics.items() if _kind(key) == 0), default=math.inf)
+        if not self.record.metrics:
+            return math.inf
+        key, metric = headline(self.record)
+        return metric.value if _kind(key) == 0 else math.inf
 
     @property
     def table_key(self) -> tuple[str, ...]:

@@ -51,6 +51,7 @@ def train_extractor(
     root: str | None = None,
     epochs: int | None = None,
     output: str | None = None,
+    overwrite: bool = False,
     seed: int = 0,
     trained_on: str | None = None,
     bfloat16: bool = False,
@@ -64,7 +65,8 @@ def train_extractor(
         data: Name of the dataset, such as digits.
         root: Folder of the dataset; none reads the Hugging Face hub.
         epochs: Passes over the train split; the dataset's recipe if not given.
-        output: File to write; none takes the place of the extractor that the suite ships.
+        output: File to write; none is that of the extractor that the suite ships.
+        overwrite: Whether a file that is there is replaced: results of another extractor do not compare.
         seed: Seed of the initial weights, the order of the images, their shifts and their mirroring.
         trained_on: What the images are, in words, where they are not the dataset's own train split.
         bfloat16: Whether training computes in mixed precision; evaluation never does.
@@ -72,9 +74,15 @@ def train_extractor(
 
     Raises:
         ValueError: If there is no such dataset, or images lack the label that is to be learned.
+        FileExistsError: If the file exists.
     """
     options = data_options | ({} if root is None else {"root": root})
     module = data_module(data)(**options)
+    path = Path(output) if output is not None else EXTRACTORS / f"{module.name}.safetensors"
+    if path.exists() and not overwrite:
+        raise FileExistsError(
+            f"{path} exists; give another --output, or --overwrite true: results of another extractor do not compare"
+        )
     recipe = RECIPES[module.name] if epochs is None else RECIPES[module.name]._replace(epochs=epochs)
     module.prepare_data()
     module.setup("fit")
@@ -102,7 +110,6 @@ def train_extractor(
         "test_accuracy": round(accuracy, 4),
         "command": f"{training_command(module.name)} {typed}",
     }
-    path = Path(output) if output is not None else EXTRACTORS / f"{module.name}.safetensors"
     # one entry, since safetensors writes several in random order and the file's hash names the extractor
     write_atomic(path, save(state, {METADATA_KEY: json.dumps(description, sort_keys=True)}))
     learned = "test images classified" if recipe.task == "classes" else "quarter turns of test images recognised"

@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,18 @@ CONTENT = {
 """Types of the entries of the suite's checkpoints."""
 
 
+UNREADABLE = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    LookupError,
+    zipfile.BadZipFile,
+)
+"""What is raised for files that are no checkpoints, or damaged ones."""
+
+
 class CheckpointMismatchError(RuntimeError):
     """A checkpoint does not belong to the method or network it is loaded into."""
 
@@ -45,8 +58,12 @@ def load_checkpoint(path: str | Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file; give a checkpoint")
     try:
+        if zipfile.is_zipfile(path):  # whose checksums torch does not look at
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():
+                    raise ValueError(f"{damaged} is damaged")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
+    except UNREADABLE as error:
         raise ValueError(
             f"{path} cannot be read as a checkpoint of tensors (truncated, or holding code): {_reason(error)}"
         ) from None

@@ -16,6 +16,7 @@ that the denoiser does not see the steps above `n`.
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections import defaultdict, deque
@@ -241,7 +242,8 @@ class SpikingDiffusion(DiffusionSystem):
             self._codes = self._extract()
             self._usage = self._codes.flatten().long().bincount(minlength=self.num_codes)
             self._tell_collapse()
-        seed = 0 if self.fixed_batches else self.current_epoch
+        epoch = 0 if self.fixed_batches else self.current_epoch
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) + epoch  # as the order of the images in stage one
         order = torch.randperm(len(self._codes), generator=torch.Generator().manual_seed(seed))
         self._order = order[self.global_rank :: self.trainer.world_size]
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from benchmark import __version__
 from benchmark.cli import COMMANDS, STAGES, main
-from benchmark.runs import find_checkpoint, newest_run
+from benchmark.runs import find_checkpoint, new_run, newest_run
 from leaderboard.features import Extractor
 from leaderboard.protocols import PROTOCOLS
 from leaderboard.records import read_record
@@ -84,7 +84,7 @@ def test_mistyped_class_lists_the_known(option: str, known: str, capsys: pytest.
 
 def test_fit_leaves_a_complete_run(runs: Path) -> None:
     (run,) = runs.glob("digits-*")
-    assert re.fullmatch(r"digits-sddpm-\d{8}-\d{6}", run.name)
+    assert re.fullmatch(r"digits-sddpm-\d{8}-\d{6}-[0-9a-f]{4}", run.name)
     assert (run / "config.yaml").is_file()
     assert (run / "checkpoints" / "last.ckpt").is_file()
     assert list((run / "checkpoints").glob("best-*.ckpt"))
@@ -148,6 +148,36 @@ def test_best_checkpoint_can_be_tested(runs: Path) -> None:
     assert checkpoint.name.startswith("best-")
 
 
+def test_predict_leaves_no_images_of_an_earlier_call(runs: Path) -> None:
+    for count in (10, 4):
+        main(["predict", f"--trainer.default_root_dir={runs}", f"--data.num_samples={count}"])
+    assert len(list((newest_run(runs) / "samples").glob("0*.png"))) == 4
+
+
+@pytest.mark.parametrize("stage", ["test", "validate", "fit"])
+def test_the_last_checkpoint_is_that_of_the_newest_run_also_beside_a_configuration(
+    stage: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [*TINY, "--trainer.max_steps=6", "--ckpt_path", "last"]
+    main([stage, *options, f"--trainer.default_root_dir={runs}", *["--draft"] * (stage == "test")])
+    assert f"{stage} of {find_checkpoint(newest_run(runs))}" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match="no run with a checkpoint under"):
+        main([stage, *options, f"--trainer.default_root_dir={tmp_path}"])
+
+
+def test_a_refused_fit_leaves_the_configuration_of_the_run(runs: Path) -> None:
+    config = newest_run(runs) / "config.yaml"
+    before = config.read_text()
+    for options in (["--model.base_channels=16"], ["--config=configs/regress/fsddim.yaml"]):
+        with pytest.raises(CheckpointMismatchError):
+            main(["fit", f"--ckpt_path={find_checkpoint(newest_run(runs))}", *options])
+    assert config.read_text() == before
+
+
+def test_runs_that_start_at_once_have_folders_of_their_own(tmp_path: Path) -> None:
+    assert len({new_run(tmp_path, "digits", "sddpm") for _ in range(8)}) == 8
+
+
 def test_validate_and_predict(runs: Path) -> None:
     main(["validate", f"--trainer.default_root_dir={runs}"])
     main(["predict", f"--trainer.default_root_dir={runs}", "--data.num_samples=10"])
@@ -181,9 +211,7 @@ def test_leaderboard_renders_the_records(runs: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stop", [5, 6])
 @pytest.mark.parametrize("limit", [[], ["--trainer.limit_train_batches=4"], ["--trainer.accumulate_grad_batches=2"]])
-def test_resume_goes_on_where_training_stopped(
-    stop: int, limit: list[str], tmp_path: Path, uncompiled: None
-) -> None:
+def test_resume_goes_on_where_training_stopped(stop: int, limit: list[str], tmp_path: Path, uncompiled: None) -> None:
     straight, parts = tmp_path / "straight", tmp_path / "parts"
     calm = ["--monitor.every_n_epochs=0", "--trainer.check_val_every_n_epoch=3", *limit]
     main(["fit", *TINY, f"--trainer.default_root_dir={straight}", "--trainer.max_steps=11", *calm])

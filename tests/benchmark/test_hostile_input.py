@@ -72,6 +72,13 @@ def flipped(good: Path) -> bytes:
     return bytes(content)
 
 
+def bit_of_a_weight(good: Path) -> bytes:
+    content = bytearray(good.read_bytes())
+    weight = torch.load(good, weights_only=True)["state_dict"]["network.conv_identity.weight"]
+    content[content.index(weight.numpy().tobytes()) + 3] ^= 0x40  # of an exponent
+    return bytes(content)
+
+
 def altered(**changes: Any) -> Callable[[Path], Any]:
     return lambda good: torch.load(good, weights_only=True) | changes
 
@@ -85,6 +92,7 @@ def reshaped(good: Path) -> Any:
 CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated": (truncated, "cannot be read as a checkpoint of tensors"),
     "flipped": (flipped, "cannot be read as a checkpoint of tensors"),
+    "one bit of a weight": (bit_of_a_weight, "cannot be read as a checkpoint of tensors"),
     "empty": (lambda good: b"", "cannot be read as a checkpoint of tensors"),
     "text": (lambda good: b"<html>not found</html>", "cannot be read as a checkpoint of tensors"),
     "pickle with code": (lambda good: pickle.dumps({"state_dict": Harmful(good)}, 2), "GLOBAL posix.system"),

@@ -20,7 +20,7 @@ def leg(folder: Path, *options: str) -> dict[str, Tensor]:
     """Trains a leg and returns all tensors that it left."""
     place = f"--trainer.default_root_dir={folder / 'runs'}"
     main(["relay", "--weights", str(folder / "weights"), "--minutes", "5", "--piece_mb", "1", *WIDE, place, *options])
-    pieces = sorted((folder / "weights").glob("*.safetensors"))
+    pieces = sorted((folder / "weights").glob("leg-*/*.safetensors"))
     return {name: tensor for piece in pieces for name, tensor in load_file(piece).items()}
 
 
@@ -32,9 +32,9 @@ def folder(uncompiled: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_leg_leaves_averaged_weights_in_pieces(folder: Path) -> None:
-    pieces = sorted((folder / "weights").glob("*.safetensors"))
+    pieces = sorted((folder / "weights").glob("leg-*/*.safetensors"))
     left = {name: tensor for piece in pieces for name, tensor in load_file(piece).items()}
-    assert len(pieces) > 1 or pieces[0].stat().st_size <= 2**20
+    assert all(piece.stat().st_size <= 1.1e6 for piece in pieces)
     checkpoint = torch.load(find_checkpoint(newest_run(folder / "runs")), weights_only=True)
     trained = {k.removeprefix("network."): v for k, v in checkpoint["state_dict"].items() if k.startswith("network.")}
     assert left.keys() == trained.keys()
@@ -51,6 +51,7 @@ def test_the_next_leg_starts_from_them(folder: Path, capsys: pytest.CaptureFixtu
     for name, tensor in before.items():
         if "running" not in name and tensor.is_floating_point():
             torch.testing.assert_close(after[name], tensor, rtol=1e-3, atol=1e-6)
+    assert [path.name for path in (folder / "weights").glob("leg-*")] == ["leg-3"]
     assert "6 steps, 3 legs" in capsys.readouterr().out
     assert not torch.equal(before["bn.running_mean"], after["bn.running_mean"])
 
@@ -60,8 +61,8 @@ def test_what_does_not_fit_is_refused(folder: Path, tmp_path: Path) -> None:
         leg(folder, "--model.base_channels=16")
     with pytest.raises(ValueError, match="give numbers above 0"):
         main(["relay", "--weights", str(tmp_path), "--minutes", "0", *WIDE])
-    piece = next((folder / "weights").glob("*.safetensors"))
+    piece = next((folder / "weights").glob("leg-*/*.safetensors"))
     kept = piece.rename(piece.with_suffix(".away"))
-    with pytest.raises(FileNotFoundError, match=f"lacks {piece.name}"):
+    with pytest.raises(FileNotFoundError, match=f"lacks leg-3/{piece.name}"):
         leg(folder)
     kept.rename(piece)

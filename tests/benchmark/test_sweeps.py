@@ -69,7 +69,14 @@ def test_statistic_is_kept_in_the_checkpoint(with_gamma: Path) -> None:
     assert gamma["values"].shape == (100,)
     assert gamma["values"].dtype == torch.float64
     assert (gamma["values"] > 0).all()
-    assert (gamma["num_images"], gamma["threshold"]) == (8, 1.0)
+    assert (gamma["num_images"], gamma["threshold"], gamma["num_steps"]) == (8, 1.0, 2)
+
+
+def test_the_checkpoint_itself_is_left_as_it_was(with_gamma: Path) -> None:
+    """So that records of it can be verified."""
+    folder = newest_run(with_gamma) / "checkpoints"
+    assert find_checkpoint(newest_run(with_gamma)).name == "last-gamma.ckpt"
+    assert "gamma" not in torch.load(folder / "last.ckpt", weights_only=True)
 
 
 def test_another_threshold_than_the_statistics_warns(with_gamma: Path) -> None:

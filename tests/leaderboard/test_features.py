@@ -198,6 +198,9 @@ def test_training_is_reproducible_and_leaves_the_random_state(tmp_path: Path, ca
         train_extractor("Digits", epochs=1, output=str(file))
     assert torch.equal(torch.get_rng_state(), state)
     assert files[0].read_bytes() == files[1].read_bytes()
+    for output in (str(files[0]), None):
+        with pytest.raises(FileExistsError, match=r"exists; give another --output, or --overwrite true"):
+            train_extractor("Digits", epochs=1, output=output)
     extractor = SmallExtractor(files[0])
     assert extractor.metadata["command"] == "python -m benchmark train-extractor digits --epochs 1 --seed 0"
     assert "of the test images classified correctly" in capsys.readouterr().out
@@ -261,4 +264,4 @@ def test_training_refuses_what_it_cannot_learn(digits: Digits, monkeypatch: pyte
         train_extractor("sky")
     monkeypatch.setattr(Digits, "labelled", lambda self, split: (images(4, 1, 8, 8), torch.full((4,), -1)))
     with pytest.raises(ValueError, match="data='digits' has images without a label"):
-        train_extractor("digits")
+        train_extractor("digits", overwrite=True)

@@ -36,6 +36,14 @@ def test_seeds_are_summed_up_and_other_options_are_not(make_record: Make) -> Non
     assert str(rows[1]["mJ"]) == "8.5"
 
 
+def test_two_tests_of_one_training_count_once(make_record: Make) -> None:
+    records = [trained(make_record, fd, seed) for seed, fd in ((0, 30.0), (0, 10.0), (1, 12.0))]
+    records[0] = replace(records[0], created="2026-01-01T00:00:00Z")
+    records[1] = replace(records[1], created="2026-01-02T00:00:00Z")
+    (row,) = seed_rows([Entry(Path(f"{i}.json"), record) for i, record in enumerate(records)])
+    assert (str(row["Seeds"]), str(row["fd_digits"])) == ("2", "11 ±1.4")
+
+
 def test_a_variant_is_named_where_all_seeds_share_it(make_record: Make) -> None:
     records = [trained(make_record, 1.0, seed, variant="strictly spiking") for seed in range(2)]
     records += [trained(make_record, 2.0, seed, num_steps=8, variant=f"full, seed {seed}") for seed in range(2)]

@@ -36,6 +36,19 @@ def test_rows_are_ranked_and_drafts_come_last(make_record: Make) -> None:
     assert [row[-1] for row in body] == ["a.json", "b.json", "c.json", "draft.json"]
 
 
+def test_the_metric_of_the_headline_ranks(make_record: Make) -> None:
+    """Not the least of several Fréchet distances, which may be of another root for every row."""
+    value = make_record().metrics["fd_digits"]
+    pairs = {"first": (9.0, None), "second": (9.5, 8.0), "third": (10.0, 5.0)}
+    records = []
+    for name, (fid, root) in pairs.items():
+        metrics = {"fid": replace(value, value=fid)}
+        metrics |= {} if root is None else {"fid_newton_schulz": replace(value, value=root)}
+        records.append((Path(f"{name}.json"), make_record(method=name, metrics=metrics)))
+    _, *body = rows(markdown(records))
+    assert [row[1] for row in body] == list(pairs)
+
+
 def test_columns_and_number_formats(make_record: Make) -> None:
     header, row = rows(markdown([(Path("a.json"), make_record())]))
     cells = dict(zip(header, row, strict=True))
