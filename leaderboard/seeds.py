@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from io import BytesIO
-from itertools import cycle, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,13 @@ from leaderboard.table import (
     table_title,
     tables,
     terminal,
+    uncertain_cell,
 )
+
+COLOURS = ("ddpm", "sddpm", "sdm", "fsddim", "sdit", "spiking-diffusion", "ann-snn")
+"""Methods in the order of the plot's colours, the same in every plot."""
+MARKERS = "osD^vPX*"
+"""Of the first, second, ... row of a method."""
 
 _PLACES = {"default_root_dir", "init_from", "ckpt_path", "seed_everything", "cache_dir", "variant"}
 """Keys of a configuration that may differ between seeds."""
@@ -127,7 +134,7 @@ def _spread(values: Sequence[float]) -> Cell:
     if not values:
         return Cell("-")
     mean = statistics.fmean(values)
-    return Cell(f"{mean:.3g}", mean, f"{statistics.stdev(values):.2g}" if len(values) > 1 else "")
+    return uncertain_cell(mean, statistics.stdev(values)) if len(values) > 1 else Cell(f"{mean:.3g}", mean)
 
 
 def _plot(rows: Sequence[dict[str, Cell]], quality: str) -> Figure:
@@ -139,9 +146,14 @@ def _plot(rows: Sequence[dict[str, Cell]], quality: str) -> Figure:
         (x, y) for x, y, _ in points if not any(a <= x and b <= y and (a, b) != (x, y) for a, b, _ in points)
     )
     axes.step(*zip(*front, strict=True), where="post", color="0.6", lw=1, label="Pareto front")
-    for (x, y, row), marker in zip(points, cycle("osD^vPX*"), strict=False):
+    shown: Counter[str] = Counter()
+    for x, y, row in points:
+        method = str(row["Method"]).split(",")[0]
+        colour = f"C{COLOURS.index(method) if method in COLOURS else len(COLOURS)}"
+        marker = MARKERS[shown[method] % len(MARKERS)]
+        shown[method] += 1
         label = f"{row['Method']}, {row['Solver']}"
-        axes.errorbar(x, y, yerr=float(row[quality].uncertainty or 0), fmt=marker, capsize=3, label=label)
+        axes.errorbar(x, y, yerr=float(row[quality].uncertainty or 0), fmt=marker, color=colour, capsize=3, label=label)
     axes.set(xlabel="energy per image, strict count (mJ)", ylabel=f"{quality} (lower is better)", xscale="log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")

@@ -258,8 +258,13 @@ def metric_cell(key: str, metric: MetricValue | None) -> Cell:
     if metric is None:
         return Cell("-")
     value, uncertainty = metric.value * _SCALE.get(key, 1), metric.uncertainty * _SCALE.get(key, 1)
+    return uncertain_cell(value, uncertainty, metric.note)
+
+
+def uncertain_cell(value: float, uncertainty: float, note: str = "") -> Cell:
+    """Shows a number with as many decimals as two digits of its uncertainty have."""
     decimals = min(6, max(0, 1 - math.floor(math.log10(uncertainty)))) if uncertainty > 0 else 3
-    return Cell(f"{value:.{decimals}f}", value, f"{uncertainty:.{decimals}f}", metric.note)
+    return Cell(f"{value:.{decimals}f}", value, f"{uncertainty:.{decimals}f}", note)
 
 
 def number_cell(value: float | None) -> Cell:

@@ -32,7 +32,7 @@ def test_seeds_are_summed_up_and_other_options_are_not(make_record: Make) -> Non
     records += [trained(make_record, 2.5, 0, num_steps=8)]
     rows = seed_rows([Entry(Path(f"{i}.json"), record) for i, record in enumerate(records)])
     assert [str(row["Seeds"]) for row in rows] == ["1", "3"]  # best mean first
-    assert [str(row["fd_digits"]) for row in rows] == ["2.5", "3 ±2.6"]
+    assert [str(row["fd_digits"]) for row in rows] == ["2.5", "3.0 ±2.6"]
     assert str(rows[1]["mJ"]) == "8.5"
 
 
@@ -41,7 +41,7 @@ def test_two_tests_of_one_training_count_once(make_record: Make) -> None:
     records[0] = replace(records[0], created="2026-01-01T00:00:00Z")
     records[1] = replace(records[1], created="2026-01-02T00:00:00Z")
     (row,) = seed_rows([Entry(Path(f"{i}.json"), record) for i, record in enumerate(records)])
-    assert (str(row["Seeds"]), str(row["fd_digits"])) == ("2", "11 ±1.4")
+    assert (str(row["Seeds"]), str(row["fd_digits"])) == ("2", "11.0 ±1.4")
 
 
 def test_a_variant_is_named_where_all_seeds_share_it(make_record: Make) -> None:
@@ -58,8 +58,8 @@ def test_command_leaves_out_drafts_and_writes_table_and_plot(
         write_record(trained(make_record, fd, seed), tmp_path / "records")
     write_record(replace(trained(make_record, 100.0, 2), draft=True), tmp_path / "records")
     main(["leaderboard", "seeds", f"--records=[{tmp_path}]", f"--output={tmp_path / 'out'}"])
-    assert "2 ±1.4" in capsys.readouterr().out
-    assert "2 ±1.4" in (tmp_path / "out" / "seeds.md").read_text()
+    assert "2.0 ±1.4" in capsys.readouterr().out
+    assert "2.0 ±1.4" in (tmp_path / "out" / "seeds.md").read_text()
     assert (tmp_path / "out" / "quality-energy-digits-offline-v1.png").read_bytes().startswith(b"\x89PNG")
 
 
