@@ -169,7 +169,7 @@ class DivergenceGuard(Callback):
             DivergenceError: If it is NaN or infinite.
         """
         if not torch.isfinite(loss).all():
-            raise DivergenceError(f"the loss is {float(loss)} at {self._place}; {self._advice(trainer)}")
+            raise DivergenceError(f"the loss is {float(loss.detach())} at {self._place}; {self._advice(trainer)}")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Looks at the weights, which a gradient can spoil while the loss is still finite.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from leaderboard.pictures import enlargement, grid
+from leaderboard.records import write_atomic
 from systems.base import DiffusionSystem
 from systems.neurons import SpikingNeuron
 
@@ -159,13 +161,14 @@ class TrainingMonitor(Callback):
 
     @torch.no_grad()
     def _draw(self, trainer: Trainer, system: DiffusionSystem) -> None:
+        folder = Path(trainer.log_dir or ".")  # asks all processes
         board = trainer.logger.experiment  # type: ignore[union-attr]
         if system.generates:
             self._draw_samples(trainer, system)
-        for name, figure in system.figures().items():
-            path = Path(trainer.log_dir or ".") / "plots" / f"{name}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, dpi=150)
+        for name, figure in system.figures().items() if trainer.is_global_zero else ():
+            content = BytesIO()
+            figure.savefig(content, format="png", dpi=150)
+            write_atomic(folder / "plots" / f"{name}.png", content.getvalue())
             board.add_figure(name, figure, trainer.global_step)
 
     def _draw_samples(self, trainer: Trainer, system: DiffusionSystem) -> None:

@@ -64,7 +64,7 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Ends with exit code 2."""
         message = plain(message)
-        if "import path string" in message:
+        if "import path string" in message and "NestedArg" not in message:
             known = {"model": systems.__all__, "data": datamodules.__all__}
             for key, names in known.items():
                 if f'Parser key "{key}"' in message:

@@ -129,11 +129,6 @@ class ImageDataModule(L.LightningDataModule):
         return self.num_channels, self.image_size, self.image_size
 
     @property
-    def is_native(self) -> bool:
-        """Whether images are compared at the dataset's own resolution, as the standard protocols ask."""
-        return self._compared_size == self.native_size
-
-    @property
     def compared_size(self) -> int:
         """Side length in pixels at which images are compared."""
         return self._compared_size

@@ -29,7 +29,7 @@ from leaderboard.inception import view_extractor
 from leaderboard.metrics import GenerationMetrics
 from leaderboard.protocols import PROTOCOLS, Protocol, ProtocolName, canonical_sha256
 from leaderboard.records import write_atomic
-from leaderboard.train_extractor import data_module
+from leaderboard.train_extractor import data_module, make_data
 
 VERSION = 1
 """Number that changes with the meaning of what is kept."""
@@ -81,7 +81,7 @@ def reference(
     size = chosen.size.get(kind.name, kind.native_size)
     if size != kind.native_size:
         options |= {"image_size": size, "fit": "resize"}
-    module = kind(**{key: value for key, value in options.items() if value is not None or key in data_options})
+    module = make_data(data, {k: value for k, value in options.items() if value is not None or k in data_options})
     if departures := chosen.departures(module.name, kind.native_size, module.compared_size, chosen.num_samples, 0):
         raise ValueError(f"{protocol} cannot be prepared: {'; '.join(departures)}")
     module.prepare_data()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,7 +78,7 @@ def train_extractor(
         FileExistsError: If the file exists.
     """
     options = data_options | ({} if root is None else {"root": root})
-    module = data_module(data)(**options)
+    module = make_data(data, options)
     path = Path(output) if output is not None else EXTRACTORS / f"{module.name}.safetensors"
     if path.exists() and not overwrite:
         raise FileExistsError(
@@ -125,6 +126,19 @@ def data_module(name: str) -> type[ImageDataModule]:
     if name.lower() not in known:
         raise ValueError(f"data={name!r} is not a dataset of the suite; choose one of: {', '.join(sorted(known))}")
     return known[name.lower()]
+
+
+def make_data(name: str, options: Mapping[str, Any]) -> ImageDataModule:
+    """Makes the data module of a dataset.
+
+    Raises:
+        ValueError: If there is no such dataset, or it has no such option.
+    """
+    try:
+        return data_module(name)(**options)
+    except TypeError as error:
+        wrong = str(error).rsplit(") ", 1)[-1]
+        raise ValueError(f"the options {', '.join(options)} are not those of data={name!r}: {wrong}") from None
 
 
 def _fit(network: SmallNetwork, images: Tensor, labels: Tensor, recipe: Recipe, bfloat16: bool) -> SmallNetwork:

@@ -9,7 +9,10 @@ noise. Training pulls the decoded prediction to `v`, and the currents of the SNN
 learning), since the network is only trained on currents that are the same in all of them.
 
 Departures: `norm: plain` is the default, because the released trainer runs it in place of the paper's tdBN; a chain may
-have fewer than `num_train_timesteps` steps, spaced from the noisy end.
+have fewer than `num_train_timesteps` steps, spaced from the noisy end. Costs are counted by the suite's rule for every
+method, which takes a convolution behind a resampling layer for what it is, multiply-accumulates of real values. The
+released counter follows such currents back to the spikes before pooling or upsampling, and leaves out the convolutions
+within these layers: at full size (T = 8, 32x32, one channel) 2.57 G MACs in each network evaluation, here 6.82 G.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 
@@ -110,7 +111,9 @@ def test_loss_terms_are_logged_one_by_one(folder: Path) -> None:
 
 def test_record_has_both_autoencoder_distances(folder: Path) -> None:
     extractor = folder / "mnist.safetensors"
-    main(["train-extractor", "mnist", "--root", str(folder / "data"), "--epochs", "1", "--output", str(extractor)])
+    places = ["--root", str(folder / "data"), "--output", str(extractor)]
+    places += ["--data_options", json.dumps({"cache_dir": str(folder / "cache")})]  # not that of the user
+    main(["train-extractor", "mnist", "--epochs", "1", *places])
     run = newest_run(folder / "runs")
     options = [
         f"--trainer.default_root_dir={folder / 'runs'}",
