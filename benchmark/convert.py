@@ -12,7 +12,7 @@ import yaml
 
 from benchmark.runs import RUNS, new_run, run_of
 from leaderboard.records import write_atomic
-from systems.ann_snn import ADAM, ANNSNN
+from systems.ann_snn import ANNSNN
 from systems.ann_unet import ANNUNet, QReLU
 from systems.checkpoints import check_state, read_trained, save_checkpoint
 from systems.ddpm import DDPM, check_bits
@@ -67,7 +67,7 @@ def convert(
 
     arguments |= {"init_from": checkpoint, "spikes": spikes, "finetune_inputs": finetune_inputs}
     arguments |= {"finetune_steps": finetune_steps} if finetune_steps else {}
-    arguments["optimizer"] = {"class_path": "torch.optim.Adam", "init_args": ADAM.keywords}
+    arguments["optimizer"] = {"class_path": "torch.optim.Adam", "init_args": {"lr": 1e-6, "fused": True}}  # as released
     settings["model"] = {"class_path": "systems.ANNSNN", "init_args": arguments}
     trainer = {"max_epochs": -1, "max_steps": -1, "gradient_clip_val": None, "callbacks": None}
     settings["trainer"] = (settings.get("trainer") or {}) | trainer

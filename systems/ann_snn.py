@@ -23,6 +23,7 @@ from diffusers import DDPMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Adam
 
 from systems import ddpm
 from systems.ann_unet import ANNUNet, BlockCall, quantised_relu
@@ -30,9 +31,6 @@ from systems.base import OptimizerFactory
 from systems.checkpoints import check_state, read_trained, rename
 from systems.ddpm import DDPM, QuantisedDiffusion, check_bits
 from systems.neurons import ConvertedNeuron
-
-ADAM = partial(torch.optim.Adam, lr=1e-6, fused=True)
-"""Optimiser of the released fine-tuning."""
 
 STEM = ("time_embedding", "head")
 """Blocks that are tuned for one iteration, and that run once for all SNN time steps."""
@@ -85,7 +83,7 @@ class ANNSNN(QuantisedDiffusion):
         scheduler: SchedulerMixin | None = None,
         num_inference_steps: int = 1000,
         eta: float = 0.0,
-        optimizer: OptimizerFactory = ADAM,
+        optimizer: OptimizerFactory = lambda p: Adam(p, lr=1e-6, fused=True),
         final_clip: bool = True,
     ) -> None:
         if isinstance(quantised_relu(activation_bits), nn.ReLU):

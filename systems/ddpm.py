@@ -18,12 +18,13 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
+from torch.optim import Adam
 
 from systems.ann_unet import PLAIN_BITS, ANNUNet, quantised_relu
 from systems.base import LRSchedulerFactory, OptimizerFactory
 from systems.checkpoints import CheckpointMismatchError, check_state, rename
 from systems.gaussian import GaussianDiffusion
-from systems.sddpm import ADAM, read_size
+from systems.sddpm import read_size
 
 
 class QuantisedDiffusion(GaussianDiffusion):
@@ -74,7 +75,7 @@ class DDPM(QuantisedDiffusion):
         scheduler: SchedulerMixin | None = None,
         num_inference_steps: int = 1000,
         eta: float = 0.0,
-        optimizer: OptimizerFactory = ADAM,
+        optimizer: OptimizerFactory = lambda p: Adam(p, lr=2e-4, fused=True),
         lr_scheduler: LRSchedulerFactory | None = None,
         final_clip: bool = True,
     ) -> None:

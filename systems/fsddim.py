@@ -26,6 +26,7 @@ from typing import Any, Literal
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
+from torch.optim import Adam
 
 from systems.base import DiffusionSystem, LRSchedulerFactory, OptimizerFactory
 from systems.checkpoints import check_state
@@ -33,9 +34,6 @@ from systems.fsddim_fused import FusedRecurrence
 from systems.fsddim_unet import FSDDIMUNet, Norm
 from systems.neurons import SpikingNeuron, get_surrogate
 from systems.spiking_unet import fold, unfold
-
-ADAM = partial(torch.optim.Adam, lr=5e-4, fused=True)
-"""Optimiser of the released code for colour images."""
 
 
 def cosine_schedule(num_train_timesteps: int) -> Tensor:
@@ -130,7 +128,7 @@ class FSDDIM(DiffusionSystem):
         spike_weight: float = 0.0,
         normalise_reconstruction: bool = True,
         fused: bool = False,
-        optimizer: OptimizerFactory = ADAM,
+        optimizer: OptimizerFactory = lambda p: Adam(p, lr=5e-4, fused=True),
         lr_scheduler: LRSchedulerFactory | None = None,
     ) -> None:
         super().__init__(optimizer, lr_scheduler)

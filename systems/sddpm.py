@@ -18,15 +18,13 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
+from torch.optim import Adam
 
 from systems.base import LRSchedulerFactory, OptimizerFactory
 from systems.checkpoints import check_state, rename
 from systems.gaussian import GaussianDiffusion
 from systems.neurons import get_surrogate, integrate_and_fire, leaky_integrate_and_fire
 from systems.spiking_unet import SpikingUNet
-
-ADAM = partial(torch.optim.Adam, lr=2e-4, fused=True)
-"""Optimiser of the released code."""
 
 
 class SDDPM(GaussianDiffusion):
@@ -69,7 +67,7 @@ class SDDPM(GaussianDiffusion):
         scheduler: SchedulerMixin | None = None,
         num_inference_steps: int = 1000,
         eta: float = 0.0,
-        optimizer: OptimizerFactory = ADAM,
+        optimizer: OptimizerFactory = lambda p: Adam(p, lr=2e-4, fused=True),
         lr_scheduler: LRSchedulerFactory | None = None,
         final_clip: bool = False,
     ) -> None:

@@ -10,17 +10,15 @@ from __future__ import annotations
 from functools import partial
 from typing import Literal
 
-import torch
 from diffusers import DDPMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LinearLR
 
 from systems.base import LRSchedulerFactory, OptimizerFactory
 from systems.gaussian import GaussianDiffusion
 from systems.neurons import SpikingNeuron, get_surrogate
 from systems.spiking_transformer import SpikingTransformer
-
-ADAMW = partial(torch.optim.AdamW, lr=2e-4, betas=(0.99, 0.999), weight_decay=0.03, fused=True)
-"""Published is AdamW; the numbers are U-ViT's."""
 
 
 class SDiT(GaussianDiffusion):
@@ -35,8 +33,9 @@ class SDiT(GaussianDiffusion):
 
     The suite's choice: every size and constant below, the time as one more token in front, where neurons and norms
     stand (what enters a weight of a block is a spike, the sums are real), how skips come in (`x + W spikes([x, skip])`,
-    by spikes as well), and the equations of the module (`systems.spiking_transformer.Reconstruction`). The defaults are
-    for 28x28 images; 32x32 take embed_dim 512 and depth 13, 64x64 patch_size 4 besides.
+    by spikes as well), the equations of the module (`systems.spiking_transformer.Reconstruction`), and averaged weights
+    and clipped gradients, which are options of the trainer and set in the configurations. The defaults are for 28x28
+    images; 32x32 take embed_dim 512 and depth 13, 64x64 patch_size 4 besides.
 
     Args:
         in_channels: Image channels.
@@ -60,8 +59,8 @@ class SDiT(GaussianDiffusion):
         scheduler: Noise schedule and solver, a scheduler of diffusers.
         num_inference_steps: Diffusion steps of the sampler.
         eta: Noise of DDIM, from 0 to 1.
-        optimizer: Optimiser.
-        lr_scheduler: Learning-rate schedule per step, e.g. LinearLR for a warm-up.
+        optimizer: Optimiser; if not given, the published AdamW with U-ViT's numbers.
+        lr_scheduler: Learning-rate schedule per step; U-ViT's warm-up of 2,500 steps if not given.
     """
 
     method = "sdit"
@@ -88,8 +87,8 @@ class SDiT(GaussianDiffusion):
         scheduler: SchedulerMixin | None = None,
         num_inference_steps: int = 1000,
         eta: float = 0.0,
-        optimizer: OptimizerFactory = ADAMW,
-        lr_scheduler: LRSchedulerFactory | None = None,
+        optimizer: OptimizerFactory | None = None,
+        lr_scheduler: LRSchedulerFactory | None = lambda o: LinearLR(o, start_factor=0.0004, total_iters=2500),
     ) -> None:
         scheduler = scheduler or DDPMScheduler(variance_type="fixed_large")
         network = SpikingTransformer(
@@ -116,6 +115,7 @@ class SDiT(GaussianDiffusion):
             embedding=embedding,
             scan=scan,
         )
+        optimizer = optimizer or partial(AdamW, lr=2e-4, betas=(0.99, 0.999), weight_decay=0.03, fused=True)
         super().__init__(network, scheduler, num_inference_steps, eta, optimizer, lr_scheduler)
         self.num_steps = num_steps
         self.threshold = threshold

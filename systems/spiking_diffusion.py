@@ -29,6 +29,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import AdamW
 from torch.utils.data import DataLoader
 from torchmetrics.functional.image import structural_similarity_index_measure
 
@@ -39,9 +40,6 @@ from systems.codebook import perplexity, plot_reconstructions, plot_usage
 from systems.neurons import get_surrogate, leaky_integrate_and_fire
 from systems.sdid import SDID
 from systems.vq_svae import REDUCTION, VQSVAE, Reconstruction, equilibrium_loss
-
-ADAMW = partial(torch.optim.AdamW, lr=1e-3, weight_decay=1e-3, fused=True)
-"""Optimiser of both released stages."""
 
 COLLAPSED = 0.1
 """Share of the codes in use below which the codebook counts as collapsed.
@@ -113,8 +111,8 @@ class SpikingDiffusion(DiffusionSystem):
         denoiser_epochs: int = 200,
         init_from: str | None = None,
         data_variance: float | None = None,
-        autoencoder_optimizer: OptimizerFactory = ADAMW,
-        denoiser_optimizer: OptimizerFactory = ADAMW,
+        autoencoder_optimizer: OptimizerFactory = lambda p: AdamW(p, lr=1e-3, weight_decay=1e-3, fused=True),
+        denoiser_optimizer: OptimizerFactory = lambda p: AdamW(p, lr=1e-3, weight_decay=1e-3, fused=True),
     ) -> None:
         super().__init__(autoencoder_optimizer)
         if mask_id is not None and not 0 <= mask_id <= num_codes:

@@ -110,3 +110,17 @@ def test_config_is_flat_and_headed(config: Path) -> None:
     assert text.startswith("# ")
     sections = [key for key in yaml.safe_load(text) if key in ("seed_everything", "trainer", "model", "data")]
     assert sections == ["seed_everything", "trainer", "model", "data"]
+
+
+@pytest.mark.parametrize("method", ["SDDPM", "SDM", "SDiT", "FSDDIM", "SpikingDiffusion", "DDPM", "ANNSNN"])
+def test_defaults_make_a_configuration(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What no option names is in a run's config.yaml too, in words that are read again."""
+    with pytest.raises(SystemExit):
+        main(["fit", "--data=Digits", f"--model={method}", "--print_config"])
+    printed = capsys.readouterr().out
+    path = tmp_path / "config.yaml"
+    path.write_text(printed)
+    with pytest.raises(SystemExit):
+        main(["fit", f"--config={path}", "--print_config"])
+    assert capsys.readouterr().out == printed
+    assert "serialize" not in printed

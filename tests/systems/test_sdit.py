@@ -32,7 +32,8 @@ def test_defaults_are_those_of_28x28_images() -> None:
     neurons = [m for m in sdit.modules() if isinstance(m, SpikingNeuron)]
     assert {(n.beta, n.threshold, n.reset_mechanism, n.input_scale) for n in neurons} == {(0.5, 1.0, "zero", 1.0)}
     assert len({n.spike_grad for n in neurons}) == 1  # compiled once for all
-    optimizer = sdit.configure_optimizers()
+    optimizer, schedule = sdit.configure_optimizers().values()
+    assert (schedule["scheduler"].start_factor, schedule["scheduler"].total_iters) == (1 / 2500, 2500)
     assert type(optimizer) is torch.optim.AdamW
     assert (optimizer.defaults["lr"], optimizer.defaults["betas"], optimizer.defaults["weight_decay"]) == (
         2e-4,
