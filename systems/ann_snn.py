@@ -59,7 +59,7 @@ class ANNSNN(QuantisedDiffusion):
         scheduler: Noise schedule and solver, a scheduler of diffusers.
         num_inference_steps: Diffusion steps of the sampler.
         eta: Noise of DDIM, from 0 to 1.
-        optimizer: Optimiser of the fine-tuning.
+        optimizer: Optimiser of the fine-tuning; if not given, the released Adam of lr 1e-6.
         final_clip: Whether the images that the sampler ends with are clamped to [-1, 1].
     """
 
@@ -83,7 +83,7 @@ class ANNSNN(QuantisedDiffusion):
         scheduler: SchedulerMixin | None = None,
         num_inference_steps: int = 1000,
         eta: float = 0.0,
-        optimizer: OptimizerFactory = lambda p: Adam(p, lr=1e-6, fused=True),
+        optimizer: OptimizerFactory | None = None,
         final_clip: bool = True,
     ) -> None:
         if isinstance(quantised_relu(activation_bits), nn.ReLU):
@@ -105,6 +105,7 @@ class ANNSNN(QuantisedDiffusion):
         self._ann = partial(unet, dropout=dropout, activation=partial(quantised_relu, activation_bits))
         num_steps = 2**activation_bits - 1
         network = unet(dropout=0, activation=partial(ConvertedNeuron, threshold=threshold), num_steps=num_steps)
+        optimizer = optimizer or partial(Adam, lr=1e-6, fused=True)
         super().__init__(network, scheduler, num_inference_steps, eta, optimizer, None, final_clip)
         self.num_steps = num_steps
         self.init_from = init_from

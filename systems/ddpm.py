@@ -56,7 +56,7 @@ class DDPM(QuantisedDiffusion):
         scheduler: Noise schedule and solver, a scheduler of diffusers.
         num_inference_steps: Diffusion steps of the sampler.
         eta: Noise of DDIM, from 0 to 1.
-        optimizer: Optimiser.
+        optimizer: Optimiser; if not given, the released Adam of lr 2e-4.
         lr_scheduler: Learning-rate schedule per step, e.g. LinearLR for a warm-up.
         final_clip: Whether the images that the sampler ends with are clamped to [-1, 1].
     """
@@ -75,7 +75,7 @@ class DDPM(QuantisedDiffusion):
         scheduler: SchedulerMixin | None = None,
         num_inference_steps: int = 1000,
         eta: float = 0.0,
-        optimizer: OptimizerFactory = lambda p: Adam(p, lr=2e-4, fused=True),
+        optimizer: OptimizerFactory | None = None,
         lr_scheduler: LRSchedulerFactory | None = None,
         final_clip: bool = True,
     ) -> None:
@@ -89,6 +89,7 @@ class DDPM(QuantisedDiffusion):
             num_train_timesteps=scheduler.config.num_train_timesteps,
             activation=partial(quantised_relu, activation_bits),
         )
+        optimizer = optimizer or partial(Adam, lr=2e-4, fused=True)
         super().__init__(network, scheduler, num_inference_steps, eta, optimizer, lr_scheduler, final_clip)
         self.activation_bits = activation_bits
 

@@ -97,7 +97,7 @@ class FSDDIM(DiffusionSystem):
         normalise_reconstruction: Whether the factor of synaptic current learning at diffusion step t, the size of
             DDIM's `q`, is divided by its maximum, which t = 0 has (published: yes).
         fused: Whether the sampler merges output layer, DDIM and input layer: the same images, up to rounding.
-        optimizer: Optimiser.
+        optimizer: Optimiser; if not given, the released Adam of lr 5e-4.
         lr_scheduler: Learning-rate schedule per step.
 
     Raises:
@@ -128,9 +128,10 @@ class FSDDIM(DiffusionSystem):
         spike_weight: float = 0.0,
         normalise_reconstruction: bool = True,
         fused: bool = False,
-        optimizer: OptimizerFactory = lambda p: Adam(p, lr=5e-4, fused=True),
+        optimizer: OptimizerFactory | None = None,
         lr_scheduler: LRSchedulerFactory | None = None,
     ) -> None:
+        optimizer = optimizer or partial(Adam, lr=5e-4, fused=True)
         super().__init__(optimizer, lr_scheduler)
         if num_steps < 1:
             raise ValueError(f"num_steps={num_steps} SNN time steps; give 1 or more")

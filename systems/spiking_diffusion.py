@@ -81,8 +81,8 @@ class SpikingDiffusion(DiffusionSystem):
         init_from: Checkpoint whose stage one is taken; training is stage two alone.
         data_variance: Variance of the training images in [0, 1], which divides the error of reconstruction; measured
             if not given.
-        autoencoder_optimizer: Optimiser of stage one.
-        denoiser_optimizer: Optimiser of stage two.
+        autoencoder_optimizer: Optimiser of stage one; if not given, the released AdamW of lr 1e-3 and weight decay 1e-3.
+        denoiser_optimizer: Optimiser of stage two, likewise.
 
     Raises:
         ValueError: If an argument is out of range; the message names it.
@@ -111,10 +111,11 @@ class SpikingDiffusion(DiffusionSystem):
         denoiser_epochs: int = 200,
         init_from: str | None = None,
         data_variance: float | None = None,
-        autoencoder_optimizer: OptimizerFactory = lambda p: AdamW(p, lr=1e-3, weight_decay=1e-3, fused=True),
-        denoiser_optimizer: OptimizerFactory = lambda p: AdamW(p, lr=1e-3, weight_decay=1e-3, fused=True),
+        autoencoder_optimizer: OptimizerFactory | None = None,
+        denoiser_optimizer: OptimizerFactory | None = None,
     ) -> None:
-        super().__init__(autoencoder_optimizer)
+        released = partial(AdamW, lr=1e-3, weight_decay=1e-3, fused=True)
+        super().__init__(autoencoder_optimizer or released)
         if mask_id is not None and not 0 <= mask_id <= num_codes:
             raise ValueError(
                 f"mask_id={mask_id} is outside the codebook of {num_codes} codes; give 0 to {num_codes - 1} for a code "
@@ -157,7 +158,7 @@ class SpikingDiffusion(DiffusionSystem):
         self.denoiser_epochs = denoiser_epochs
         self.init_from = init_from
         self.data_variance = data_variance
-        self._denoiser_optimizer = denoiser_optimizer
+        self._denoiser_optimizer = denoiser_optimizer or released
         self._in_stage_two = self.autoencoder_epochs == 0
         self._codes: Tensor | None = None  # of all training images, (N, h, w)
         self._order = torch.empty(0, dtype=torch.long)  # of stage two in this epoch

@@ -124,3 +124,12 @@ def test_defaults_make_a_configuration(method: str, tmp_path: Path, capsys: pyte
         main(["fit", f"--config={path}", "--print_config"])
     assert capsys.readouterr().out == printed
     assert "serialize" not in printed
+
+
+def test_an_optimiser_that_is_given_inherits_nothing_from_the_default(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its class may be the same, which jsonargparse would take for a change of some options."""
+    given = ["--model.autoencoder_optimizer=AdamW", "--model.autoencoder_optimizer.lr=0.5"]
+    with pytest.raises(SystemExit):
+        main(["fit", "--data=Digits", "--model=SpikingDiffusion", *given, "--print_config"])
+    options = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["autoencoder_optimizer"]["init_args"]
+    assert (options["lr"], options["weight_decay"], options["fused"]) == (0.5, 0.01, None)

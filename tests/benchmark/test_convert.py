@@ -60,7 +60,7 @@ def test_ann_converted_and_tuned_stand_side_by_side(runs: Path, capsys: pytest.C
     ann = evaluate(ddpm)
     main(["convert", str(find_checkpoint(ddpm)), "--finetune_inputs=diffused"])
     run = newest_run(runs)
-    assert re.fullmatch(r"digits-annsnn-\d{8}-\d{6}", run.name)
+    assert re.fullmatch(r"digits-annsnn-\d{8}-\d{6}-[0-9a-f]{4}", run.name)
     shown = capsys.readouterr().out
     assert f"test --ckpt_path {find_checkpoint(run)}" in shown
     main(["test", "--draft", f"--trainer.default_root_dir={runs}"])  # the newest run is the conversion
