@@ -81,7 +81,7 @@ class SpikingDiffusion(DiffusionSystem):
         init_from: Checkpoint whose stage one is taken; training is stage two alone.
         data_variance: Variance of the training images in [0, 1], which divides the error of reconstruction; measured
             if not given.
-        autoencoder_optimizer: Optimiser of stage one; if not given, the released AdamW of lr 1e-3 and weight decay 1e-3.
+        autoencoder_optimizer: Optimiser of stage one; if not given, the released AdamW (lr and weight decay 1e-3).
         denoiser_optimizer: Optimiser of stage two, likewise.
 
     Raises:
