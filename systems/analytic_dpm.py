@@ -257,7 +257,7 @@ class StridedDDIMScheduler(AnalyticDPMScheduler):
         clip_sample: bool = True,
         final_denoise: bool = False,
     ) -> None:
-        super().__init__(num_train_timesteps, beta_start, beta_end, beta_schedule, prediction_type, clip_sample)
+        super().__init__(num_train_timesteps, beta_start, beta_end, beta_schedule, prediction_type, clip_sample, "ddim")
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Sets the time grid; step 0 is evaluated with `final_denoise` alone."""
