@@ -150,10 +150,14 @@ class LastCheckpoint(Checkpoint):
 
 
 class DivergenceGuard(Callback):
-    """Ends a training whose loss or weights are no finite numbers, before they reach a checkpoint."""
+    """Ends a training whose loss or weights are no finite numbers, before they reach a checkpoint.
+
+    The loss of a step on a GPU is looked at in the next step, when it is known without waiting for it.
+    """
 
     def __init__(self) -> None:
         self._place = ""
+        self._pending: tuple[Tensor, torch.cuda.Event, str] | None = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Tensor, batch_idx: int) -> None:
         """Notes what would reproduce this step."""
@@ -168,18 +172,43 @@ class DivergenceGuard(Callback):
         Raises:
             DivergenceError: If it is NaN or infinite.
         """
-        if not torch.isfinite(loss).all():
-            raise DivergenceError(f"the loss is {float(loss.detach())} at {self._place}; {self._advice(trainer)}")
+        self._look(trainer)
+        if not loss.is_cuda:
+            self._check(loss, self._place, trainer)
+            return
+        known = torch.cuda.Event()
+        self._pending = loss.detach().to("cpu", non_blocking=True), known, self._place
+        known.record()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Looks at the last loss.
+
+        Raises:
+            DivergenceError: If it is NaN or infinite.
+        """
+        self._look(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Looks at the weights, which a gradient can spoil while the loss is still finite.
+        """Looks at the loss and at the weights, which a gradient can spoil while the loss is still finite.
 
         Raises:
             DivergenceError: If one is NaN or infinite.
         """
+        self._look(trainer)
         for name, tensor in checkpoint["state_dict"].items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise DivergenceError(f"{name} is not finite after {self._place}; {self._advice(trainer)}")
+
+    def _look(self, trainer: Trainer) -> None:
+        if self._pending is None:
+            return
+        (loss, known, place), self._pending = self._pending, None
+        known.synchronize()
+        self._check(loss, place, trainer)
+
+    def _check(self, loss: Tensor, place: str, trainer: Trainer) -> None:
+        if not torch.isfinite(loss).all():
+            raise DivergenceError(f"the loss is {float(loss.detach())} at {place}; {self._advice(trainer)}")
 
     @staticmethod
     def _advice(trainer: Trainer) -> str:

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -58,7 +59,8 @@ class Products(TorchDispatchMode):
         for (func, described), count in self.calls.items():
             args = [_make(arg) for arg in described]
             device = next(arg.device for arg in args if isinstance(arg, Tensor))
-            total += count * median_seconds(lambda f=func, a=args: f(*a), repetitions, device)  # type: ignore[misc]
+            work = partial(func, *args)
+            total += count * median_seconds(work, repetitions, device, calls=queued(device))
         return total
 
 
@@ -74,24 +76,40 @@ def _make(arg: Any) -> Any:
     return list(arg[1:]) if isinstance(arg, tuple) else arg
 
 
-def median_seconds(work: Callable[[], Any], repetitions: int, device: torch.device, warm_up: int = 1) -> float:
+def queued(device: torch.device) -> int:
+    """Returns how often short work is called before a device is waited for, which else would idle between."""
+    return 1 if device.type == "cpu" else 10
+
+
+def median_seconds(
+    work: Callable[[], Any], repetitions: int, device: torch.device, warm_up: int = 1, calls: int = 1
+) -> float:
     """Returns the median time of some work, after a warm-up, with the device waited for."""
-    return medians({"": work}, repetitions, device, warm_up)[""]
+    return medians({"": work}, repetitions, device, warm_up, calls)[""]
 
 
 def medians(
-    works: Mapping[str, Callable[[], Any]], repetitions: int, device: torch.device, warm_up: int = 1
+    works: Mapping[str, Callable[[], Any]], repetitions: int, device: torch.device, warm_up: int = 1, calls: int = 1
 ) -> dict[str, float]:
-    """Returns the median times of works that take turns, so that what slows the machine slows them alike."""
+    """Returns the median times of works that take turns, so that what slows the machine slows them alike.
+
+    Args:
+        works: What is timed, by name.
+        repetitions: Times of which the median is taken.
+        device: Waited for before and after.
+        warm_up: Repetitions before the timed ones.
+        calls: Calls of a repetition, whose mean is its time.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for i in range(warm_up + repetitions):
         for name, work in works.items():
             wait(device)
             start = time.perf_counter()
-            work()
+            for _ in range(calls):
+                work()
             wait(device)
             if i >= warm_up:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append((time.perf_counter() - start) / calls)
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 

@@ -23,7 +23,16 @@ from systems.neurons import SpikingNeuron
 
 
 class ImageProgressBar(TQDMProgressBar):
-    """Counts images, not batches, while sampling: done, images/s, time left."""
+    """Counts images, not batches, while sampling: done, images/s, time left.
+
+    On a GPU the loss of training is shown every ten steps, since it has to be waited for.
+    """
+
+    def on_train_start(self, trainer: Trainer, *args: Any) -> None:
+        """Sets how often the bar is drawn."""
+        super().on_train_start(trainer, *args)
+        if trainer.strategy.root_device.type != "cpu":
+            self._refresh_rate = 10
 
     def on_test_batch_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """Sets the number of images."""

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.data import DataLoader
 
-from benchmark.floor import Products, median_seconds, medians, wait
+from benchmark.floor import Products, median_seconds, medians, queued, wait
 from benchmark.runs import RUNS
 from benchmark.stages import Rehearsal, fastest_precision, run_stage
 from leaderboard.records import find_records, read_record, write_atomic
@@ -55,7 +55,7 @@ Rows = list[dict[str, Any]]
 def speed(
     parts: Sequence[Part] = PARTS,
     configs: Sequence[str] = PAPER_SIZE,
-    batch_size: int = 4,
+    batch_size: int | None = None,
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto",
     repetitions: int = 5,
     output: Path = RUNS / "speed",
@@ -67,7 +67,7 @@ def speed(
     Args:
         parts: What to measure: neuron, step, sampling, data, start.
         configs: Configurations in configs/ whose steps are measured, at their full size.
-        batch_size: Images of a training or denoising step.
+        batch_size: Images of a training or denoising step; as a default 4 on CPUs and 64 on GPUs.
         precision: That of steps and sampling; auto takes bfloat16 where the hardware computes in it.
         repetitions: Timed repetitions.
         output: Folder of speed.json and sampling.png.
@@ -75,12 +75,13 @@ def speed(
     Raises:
         ValueError: If a number is below 1, or a part or configuration is unknown.
     """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batch_size = {"cpu": 4, "cuda": 64}[device.type] if batch_size is None else batch_size
     if min(batch_size, repetitions) < 1:
         raise ValueError(f"batch_size={batch_size}, repetitions={repetitions}; give 1 or more")
     if unknown := [*set(parts) - set(PARTS), *(name for name in configs if not _config(name).is_file())]:
         known = f"parts are {', '.join(PARTS)}; configurations are files below configs/, without .yaml"
         raise ValueError(f"{', '.join(map(str, unknown))} is unknown; {known}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = fastest_precision("auto") if precision == "auto" else precision
     about = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -88,6 +89,7 @@ def speed(
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "precision": chosen,
+        "batch_size": batch_size,
         "repetitions": repetitions,
     }
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -126,18 +128,20 @@ def _table(title: str, rows: Rows) -> Table:
 # Neuron
 
 
-def measure_neurons(device: torch.device, repetitions: int, shape: Sequence[int] = (4, 128, 32, 32)) -> Rows:
-    """Times forward and backward passes of layers `(T, *shape)` against snnTorch by hand and SpikingJelly's layers.
+def measure_neurons(device: torch.device, repetitions: int) -> Rows:
+    """Times forward and backward passes of layers against snnTorch by hand and SpikingJelly's layers.
 
-    The bound is the time of copying as much memory as the two passes have to read and write.
+    Features are `(T, 4, 128, 32, 32)`, and on GPUs, whose caches would hold those, `(T, 128, 128, 32, 32)`. The bound
+    is the time of copying as much memory as the two passes have to read and write.
     """
+    shape = (4 if device.type == "cpu" else 128, 128, 32, 32)
     rows = []
     for name, ours, by_hand, jelly in _neurons():
         for num_steps in (4, 8, 16):
             x, grad = (torch.randn(num_steps, *shape, device=device, requires_grad=on) for on in (True, False))
             layers = {"suite": ours, "snnTorch": by_hand, "SpikingJelly": jelly}
             works = {kind: _passes(layer, x, grad) for kind, layer in layers.items() if layer is not None}
-            seconds = medians(works | {"copy": grad.clone}, repetitions, device, warm_up=2)
+            seconds = medians(works | {"copy": grad.clone}, repetitions, device, warm_up=2, calls=queued(device))
             row: dict[str, Any] = {"neuron": name, "T": num_steps, "suite ms": 1e3 * seconds["suite"]}
             for kind in ("snnTorch", "SpikingJelly"):
                 times = f"{seconds[kind] / seconds['suite']:.1f}x" if kind in seconds else "not installed"
@@ -299,7 +303,7 @@ def _denoising(
         next(chain)  # to warm up
         with Products() as products:
             next(chain)
-        seconds = median_seconds(lambda: next(chain), repetitions, system.device)
+        seconds = median_seconds(lambda: next(chain), repetitions, system.device, calls=queued(system.device))
     return seconds, products.seconds(repetitions)
 
 
@@ -353,8 +357,10 @@ def _autocast(precision: str, device: torch.device) -> torch.autocast:
 def measure_sampling(precision: str, device: torch.device, repetitions: int, output: Path) -> dict[str, Rows]:
     """Times the small track's samplers: images/s of each method, of each solver, and growth with B, T and NFE.
 
-    Growth is a straight line where its R² is 1; it is drawn in sampling.png.
+    Growth is a straight line where its R² is 1; it is drawn in sampling.png. Batches are of 2 to 16 images, and on
+    GPUs, which these would not fill, of 32 to 256.
     """
+    times = 1 if device.type == "cpu" else 16
 
     def seconds(name: str, batch: int, nfe: int, *options: str) -> float:
         cli = _build(f"small/{name}", f"--model.num_inference_steps={nfe}", *options)
@@ -366,15 +372,16 @@ def measure_sampling(precision: str, device: torch.device, repetitions: int, out
     sampling, growth = [], []
     for name in SMALL:
         sampling.append({"config": name, "solver": _build(f"small/{name}").model.solver})
-        sampling[-1] |= {"NFE": 10, "images/s": 16 / seconds(name, 16, 10)}
-        axes = {"B": [(n, seconds(name, n, 4)) for n in (2, 4, 8, 16)]}
+        sampling[-1] |= {"B": 16 * times, "NFE": 10, "images/s": 16 * times / seconds(name, 16 * times, 10)}
+        axes = {"B": [(n * times, seconds(name, n * times, 4)) for n in (2, 4, 8, 16)]}
         if not name.startswith("ddpm"):
-            axes["T"] = [(n, seconds(name, 4, 4, f"--model.num_steps={n}")) for n in (2, 4, 8)]
-        axes["NFE"] = [(n, seconds(name, 4, n)) for n in (2, 4, 8, 16)]
+            axes["T"] = [(n, seconds(name, 4 * times, 4, f"--model.num_steps={n}")) for n in (2, 4, 8)]
+        axes["NFE"] = [(n, seconds(name, 4 * times, n)) for n in (2, 4, 8, 16)]
         growth += [{"config": name, "with": axis} | _line(points) for axis, points in axes.items()]
     for solver in SOLVERS:
-        sampling.append({"config": "sddpm_mnist", "solver": solver.removesuffix("Scheduler"), "NFE": 10})
-        sampling[-1]["images/s"] = 16 / seconds("sddpm_mnist", 16, 10, f"--model.scheduler={solver}")
+        sampling.append({"config": "sddpm_mnist", "solver": solver.removesuffix("Scheduler")})
+        took = seconds("sddpm_mnist", 16 * times, 10, f"--model.scheduler={solver}")
+        sampling[-1] |= {"B": 16 * times, "NFE": 10, "images/s": 16 * times / took}
     output.mkdir(parents=True, exist_ok=True)
     _plot(growth).savefig(output / "sampling.png", dpi=120)
     return {"sampling": sampling, "growth": growth}

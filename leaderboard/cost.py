@@ -50,7 +50,7 @@ def _as_rows(x: Tensor) -> Tensor:
 @compiled
 def _sizes(x: Tensor) -> Tensor:
     """Sums of absolute values in each row."""
-    return x.abs().sum(1, dtype=torch.promote_types(x.dtype, torch.float32))
+    return x.abs().sum((1, 2), dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 @compiled
@@ -58,7 +58,7 @@ def _survey(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Largest absolute value, 0 if there is no other but 0, and the sums of each row."""
     size = x.abs().to(torch.promote_types(x.dtype, torch.float32))
     height = size.amax()
-    return height, ((height - size) * size).amax(), size.sum(1)
+    return height, ((height - size) * size).amax(), size.sum((1, 2))
 
 
 def _count(sizes: Tensor, height: Tensor | float) -> Tensor:

@@ -27,8 +27,8 @@ from torchmetrics import Metric, SumMetric
 
 from datamodules.images import resize, to_array
 from leaderboard.distances import FrechetDistance
-from leaderboard.features import full_precision
 from leaderboard.records import MetricValue
+from systems.precision import full_precision
 
 SOURCE = "https://github.com/mil-tokyo/FSDDIM (folder fad)"
 AUTOENCODERS = {"mnist": "mnist", "fmnist": "fashion"}

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -19,6 +18,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, Featu
 
 from leaderboard.protocols import INCEPTION, SUITE
 from leaderboard.records import file_sha256
+from systems.precision import full_precision
 
 EXTRACTORS = Path(__file__).parent / "extractors"
 """Folder of the shipped weights, `<dataset>.safetensors`."""
@@ -210,20 +210,6 @@ def load_extractor(name_or_path: str, dataset: str, inception_weights: str | Non
 def training_command(data: str) -> str:
     """Returns the command that makes the suite's extractor for a dataset, as the user types it."""
     return f"python -m benchmark train-extractor {data}"
-
-
-@contextmanager
-def full_precision(device_type: str) -> Iterator[None]:
-    """Keeps mixed precision and TF32, fine for a model under test, out of the measurement."""
-    allowed, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
-    torch.backends.cudnn.allow_tf32 = False
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = allowed
-        torch.set_float32_matmul_precision(products)
 
 
 def published_weights(given: str | None, url: str, option: str) -> tuple[Path, str]:

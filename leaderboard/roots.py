@@ -12,7 +12,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from leaderboard.features import full_precision
+from systems.precision import full_precision
 
 Trace = Callable[[Tensor], Tensor]
 

@@ -19,6 +19,9 @@ COMPILE_FROM = 2**16
 torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
 """Kinds of one function (neurons, dtypes, `T`) in a process; beyond torch's 8 it would go on uncompiled, silently."""
 
+WIDTH = 16
+"""Elements that a GPU's kernels may count on to lie together and aligned: 32 bytes of bfloat16."""
+
 compiler_failed = False
 """Whether an attempt to compile has failed in this process, so that there is no other."""
 
@@ -69,11 +72,18 @@ def laid_out_as(x: Tensor, grad: Tensor) -> Tensor:
 def memory(x: Tensor, *shape: int) -> Tensor:
     """Returns the memory of a dense `x` as a contiguous tensor of another shape, a number of which may be -1.
 
+    The last axis comes as two, of which the compiler knows the second. On GPUs that is `WIDTH` where it divides the
+    axis, so that their kernels read and write many elements at once; elsewhere 1, so that one kernel fits all sizes.
+
     It is no view of `x`: the compiler would make a kernel for each shape of what a view is of.
     """
     known = math.prod(n for n in shape if n != -1)
-    shape = tuple(x.numel() // known if n == -1 else n for n in shape)
-    stride = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    *outer, last = (x.numel() // known if n == -1 else n for n in shape)
+    width = math.gcd(last, WIDTH) if x.is_cuda else 1
+    sizes = [*outer, last // width, width]
+    stride = [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
     if torch.compiler.is_compiling():
-        return x.as_strided(shape, stride)
-    return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), shape, stride)
+        return x.as_strided(sizes, stride)
+    y = x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), sizes, stride)
+    torch._dynamo.mark_static(y, len(sizes) - 1)
+    return y

@@ -33,7 +33,7 @@ from systems.checkpoints import check_state
 from systems.fsddim_fused import FusedRecurrence
 from systems.fsddim_unet import FSDDIMUNet, Norm
 from systems.neurons import SpikingNeuron, get_surrogate
-from systems.spiking_unet import fold, unfold
+from systems.spiking_unet import fold, lay_out, unfold
 
 
 def cosine_schedule(num_train_timesteps: int) -> Tensor:
@@ -273,7 +273,7 @@ class FSDDIM(DiffusionSystem):
         layer, `W` the input layer after the output layer, and `M` the output layer's bias seen through the input layer.
         """
         recurrence.merge(self.network, x.shape[-2:])
-        current = unfold(self.network.conv_in(fold(x)), self.num_steps)
+        current = unfold(lay_out(self.network.conv_in(fold(x))), self.num_steps)
         for t, p_t, q_t in chain:
             into_current, into_x = recurrence(self.network.features(current, self._at(t, x)))
             x = p_t * x + q_t * into_x.to(x.dtype)

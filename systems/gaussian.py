@@ -213,8 +213,8 @@ class GaussianDiffusion(DiffusionSystem):
         x = randn_tensor((len(seeds), *image_shape), generator=generators, device=self.device, dtype=self.dtype)
         x = x * scheduler.init_noise_sigma
         yield x
-        for place, t in enumerate(scheduler.timesteps, start=1):
-            steps = t.to(x.device).expand(len(x))
-            prediction = self.network(scheduler.scale_model_input(x, t), steps).to(x.dtype)
+        timesteps = scheduler.timesteps  # a solver's arithmetic is on the CPU, so that no step waits for a GPU
+        for place, (t, now) in enumerate(zip(timesteps, timesteps.to(x.device), strict=True), start=1):
+            prediction = self.network(scheduler.scale_model_input(x, t), now.expand(len(x))).to(x.dtype)
             x = scheduler.step(prediction, t, x, return_dict=False, **options)[0]
-            yield x.clamp(-1, 1) if self.final_clip and place == len(scheduler.timesteps) else x
+            yield x.clamp(-1, 1) if self.final_clip and place == len(timesteps) else x

@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from systems.compiled import compiled, dense, laid_out_as, memory
+from systems.precision import full_precision
 
 SpikeGrad = Callable[[Tensor], Tensor]
 
@@ -73,7 +74,7 @@ TAKE_BACK_BELOW = 1e-3
 
 
 _Affine = tuple[Tensor, Tensor]
-"""Factor and summand of a norm, `(C, 1)`."""
+"""Factor and summand of a norm, of a shape that broadcasts with `_by_channel`."""
 
 
 class _Dynamics(NamedTuple):
@@ -117,7 +118,7 @@ def _potentials(x: Tensor, d: _Dynamics, affine: _Affine | None = None) -> tuple
 
 @compiled
 def _forward(x: Tensor, d: _Dynamics, dtype: torch.dtype, affine: _Affine | None = None) -> Tensor:
-    return torch.stack(_potentials(x, d, affine)[1]).to(dtype)
+    return torch.stack([s.to(dtype) for s in _potentials(x, d, affine)[1]])  # all in one kernel, if converted before
 
 
 @compiled
@@ -162,8 +163,8 @@ def _converted(x: Tensor, threshold: Tensor, height: Tensor, signed: bool) -> Te
             v = v + threshold * taken_back
             count = count - taken_back
             s = s - taken_back
-        spikes.append(s * height)
-    return torch.stack(spikes).to(x.dtype)
+        spikes.append((s * height).to(x.dtype))
+    return torch.stack(spikes)
 
 
 _converted_compiled = compiled(_converted)
@@ -223,7 +224,7 @@ class _NormedMultiStep(torch.autograd.Function):
             mean, var = torch.batch_norm_update_stats(_images(x), mean, var, norm.momentum)
         inverse_deviation = (var.double() + norm.eps).rsqrt().to(var.dtype)
         factor = weight * inverse_deviation
-        affine = factor[:, None], torch.addcmul(bias, mean, factor, value=-1)[:, None]
+        affine = _per_channel(factor, x), _per_channel(torch.addcmul(bias, mean, factor, value=-1), x)
         ctx.save_for_backward(x, weight, mean, inverse_deviation, *affine)
         ctx.norm, ctx.training, ctx.d, ctx.spike_grad = norm, norm.training, d, spike_grad
         return _forward(_by_channel(x, x), d, _spike_dtype(x), affine).as_strided(x.shape, x.stride())
@@ -262,10 +263,20 @@ def _images(x: Tensor) -> Tensor:
 
 
 def _by_channel(x: Tensor, like: Tensor) -> Tensor:
-    """Returns the memory of `x`, which is that of features `like`, as `(T, M, C, P)`."""
-    by_image = like.dim() == 5 and like.is_contiguous()
-    channels = like.shape[2] if like.dim() == 5 else like.shape[-1]
-    return memory(x, len(like), -1, channels, like.shape[3] * like.shape[4] if by_image else 1)
+    """Returns the `memory` of `x`, laid out as features `like`: `(T, M, C, P)` or, with channels last, `(T, M, C)`."""
+    if _channels_last(like):
+        return memory(x, len(like), -1, like.shape[2] if like.dim() == 5 else like.shape[-1])
+    return memory(x, len(like), -1, like.shape[2], like.shape[3] * like.shape[4])
+
+
+def _per_channel(values: Tensor, like: Tensor) -> Tensor:
+    """Returns values `(C,)` in a shape that broadcasts with `_by_channel` of features `like`."""
+    return memory(values, -1) if _channels_last(like) else memory(values, -1, 1)
+
+
+def _channels_last(x: Tensor) -> bool:
+    """Whether the channels of dense features `(T, B, C, H, W)`, or of tokens `(T, ..., C)`, come last in memory."""
+    return x.dim() != 5 or not x.is_contiguous()
 
 
 def _fuses(norm: nn.Module, x: Tensor) -> TypeGuard[nn.BatchNorm1d | nn.BatchNorm2d]:
@@ -473,7 +484,7 @@ def membrane_output(x: Tensor) -> Tensor:
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     powers = torch.arange(len(x) - 1, -1, -1, dtype=torch.float32, device=x.device)
     weights = (READOUT_DECAY**powers).to(x.dtype)  # float32 numbers even in float64, as released
-    with torch.autocast(x.device.type, enabled=False):
+    with full_precision(x.device.type):
         return torch.tensordot(weights, x, dims=1)
 
 

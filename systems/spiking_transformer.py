@@ -47,7 +47,7 @@ class NormedNeuron(nn.Module):
 
 
 def _previous(x: Tensor) -> Tensor:
-    return F.pad(x[:, :-1], (0, 0, 1, 0))
+    return F.pad(x[:, :-1], (0, 0, 0, 0, 1, 0))
 
 
 @compiled
@@ -58,7 +58,7 @@ def _shift(x: Tensor, mix: Tensor) -> Tensor:
 @compiled
 def _shift_backward(x: Tensor, grad: Tensor, mix: Tensor) -> tuple[Tensor, Tensor]:
     grad = grad.to(mix.dtype)
-    following = F.pad(grad[:, 1:], (0, 0, 0, 1))
+    following = F.pad(grad[:, 1:], (0, 0, 0, 0, 0, 1))
     return torch.lerp(following, grad, mix).to(x.dtype), (grad * (x - _previous(x))).sum((0, 1))
 
 
@@ -69,15 +69,16 @@ class _TokenShift(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, mix: Tensor) -> Tensor:
         x = x.contiguous()
         ctx.save_for_backward(x, mix)
-        return _shift(memory(x, -1, *x.shape[-2:]), mix).view(x.shape)
+        return _shift(memory(x, -1, *x.shape[-2:]), memory(mix, -1)).view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, mix = ctx.saved_tensors
         shape = (-1, *x.shape[-2:])
-        grad_x, grad_mix = _shift_backward(memory(x, *shape), memory(grad.contiguous(), *shape), mix)
-        return grad_x.view(x.shape), grad_mix
+        tokens, grads = memory(x, *shape), memory(grad.contiguous(), *shape)
+        grad_x, grad_mix = _shift_backward(tokens, grads, memory(mix, -1))
+        return grad_x.view(x.shape), grad_mix.view(mix.shape)
 
 
 @compiled

@@ -116,12 +116,12 @@ def check_images(x: Tensor, in_channels: int, num_levels: int) -> None:
 
 @compiled
 def _scale(x: Tensor, factors: Tensor) -> Tensor:
-    return (x * factors[:, None]).to(x.dtype)
+    return (x * factors[:, None, None]).to(x.dtype)
 
 
 @compiled
 def _scale_backward(x: Tensor, grad: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
-    return (grad * factors[:, None]).to(x.dtype), (grad.to(factors.dtype) * x).sum(1)
+    return (grad * factors[:, None, None]).to(x.dtype), (grad.to(factors.dtype) * x).sum((1, 2))
 
 
 class _ScaleSteps(torch.autograd.Function):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from systems.neurons import SpikingNeuron, leaky_integrate_and_fire, membrane_output
+from systems.precision import full_precision
 from systems.spiking_unet import fold, unfold
 
 SYNAPSE_DECAY = 0.5
@@ -59,7 +60,7 @@ def postsynaptic_potential(x: Tensor) -> Tensor:
     k = torch.arange(len(x), dtype=torch.float32, device=x.device)
     response = (1 - SYNAPSE_DECAY) * (SYNAPSE_DECAY ** (k[:, None] - k)).tril()  # (T, T)
     response = response.to(torch.promote_types(x.dtype, torch.float32))
-    with torch.autocast(x.device.type, enabled=False):
+    with full_precision(x.device.type):
         return torch.tensordot(response, x.to(response.dtype), dims=1)
 
 
@@ -156,7 +157,7 @@ class VQSVAE(nn.Module):
         """Returns the index of the nearest code, `(B, h, w)`, of features `(B, code_channels, h, w)`."""
         codes = self.codebook.weight
         vectors = features.movedim(1, -1).to(codes.dtype)  # (B, h, w, code_channels)
-        with torch.autocast(vectors.device.type, enabled=False):  # half precision would confuse near codes
+        with full_precision(vectors.device.type):  # less would confuse near codes
             distances = vectors.square().sum(-1, keepdim=True) + codes.square().sum(1) - 2 * vectors @ codes.T
         return distances.argmin(-1)
 

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from systems.compiled import compiled
+from systems.compiled import compiled, memory
 
 CHUNK = 7
 """Tokens of a kernel: what divides the patches of 28x28 images, whatever their size."""
@@ -81,6 +81,9 @@ class _WKV(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
+        shape = k.shape
+        k, v = (memory(x.contiguous(), *shape) for x in (k, v))
+        w, u = (memory(x.contiguous(), -1) for x in (w, u))
         y = torch.zeros_like(k[:, 0], dtype=torch.promote_types(w.dtype, torch.float32))
         state = torch.full_like(y, NO_WEIGHT), torch.zeros_like(y), y
         parts: list[Tensor] = []
@@ -90,12 +93,13 @@ class _WKV(torch.autograd.Function):
             part, state = _step(_join, _join_compiled, start, stop, (k, v), w, u, state)
             parts.append(part)
         ctx.save_for_backward(k, v, w, u, *states)
-        return torch.cat(parts, 1)
+        return torch.cat(parts, 1).view(shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         k, v, w, u, *states = ctx.saved_tensors
+        shape, grad = grad.shape, memory(grad.contiguous(), *grad.shape)
         sums = [torch.zeros_like(states[0]) for _ in range(4)]
         parts = []
         for start, stop in reversed(_chunks(k)):
@@ -103,7 +107,8 @@ class _WKV(torch.autograd.Function):
             *part, sums = _step(_part, _part_compiled, start, stop, (k, v, grad), w, u, state, sums)
             parts.append(part)
         grad_k, grad_v = (torch.cat(part[::-1], 1) for part in zip(*parts, strict=True))
-        return grad_k, grad_v, *(x.sum(0).to(p.dtype) for x, p in zip(sums[2:], (w, u), strict=True))
+        grad_w, grad_u = (x.sum(0).flatten().to(w.dtype) for x in sums[2:])
+        return grad_k.view(shape), grad_v.view(shape), grad_w, grad_u
 
 
 def _chunks(x: Tensor) -> list[tuple[int, int]]:
@@ -154,8 +159,8 @@ def _join(tokens: Sequence[Tensor], w: Tensor, u: Tensor, state: Sequence[Tensor
     """Joins keys and values `(M, L, D)` to the means before them; returns outputs `(M, L, D)` and the last state."""
     k, v = tokens
     means, state = _means(k, v, w, state)
-    out = [torch.lerp(v_n, y, torch.sigmoid(s - (u + k_n))) for k_n, v_n, s, y, _ in means]
-    return torch.stack(out, 1).to(v.dtype), state
+    out = [torch.lerp(v_n, y, torch.sigmoid(s - (u + k_n))).to(v.dtype) for k_n, v_n, s, y, _ in means]
+    return torch.stack(out, 1), state
 
 
 def _part(
@@ -185,13 +190,12 @@ def _part(
         seen = torch.sigmoid(s - (u + k_n))  # share of the past in the output
         shift = dy * (y - v_n) * kept * (1 - kept)
         bonus = grad * (y - v_n) * seen * (1 - seen)
-        grads_v.append((1 - kept) * dy + (1 - seen) * grad)
-        grads_k.append((1 - kept) * ds - shift - bonus)
+        grads_v.append(((1 - kept) * dy + (1 - seen) * grad).to(values.dtype))
+        grads_k.append(((1 - kept) * ds - shift - bonus).to(keys.dtype))
         past = kept * ds + shift
         dw, du = dw - past, du - bonus
         dy, ds = kept * dy + seen * grad, past + bonus
-    grad_k, grad_v = torch.stack(grads_k[::-1], 1).to(keys.dtype), torch.stack(grads_v[::-1], 1).to(values.dtype)
-    return grad_k, grad_v, [dy, ds, dw, du]
+    return torch.stack(grads_k[::-1], 1), torch.stack(grads_v[::-1], 1), [dy, ds, dw, du]
 
 
 def _join_chunk(_: Tensor, tokens: Sequence[Tensor], stop: int, *args: Any) -> Any:

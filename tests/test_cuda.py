@@ -1,0 +1,286 @@
+"""What runs on GPUs alone: kernels against their definitions, networks and samplers against the CPU, the commands."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmark.cli import main
+from benchmark.faults import DivergenceError
+from benchmark.speed import PAPER_SIZE, SMALL, _build
+from leaderboard.cost import CostMeter
+from leaderboard.records import find_records
+from systems import compiled
+from systems.ann_unet import _Quantise
+from systems.base import DiffusionSystem
+from systems.neurons import ConvertedNeuron, SpikingNeuron, membrane_output
+from systems.spiking_transformer import _gated_sum, _TokenShift
+from systems.spiking_unet import _ScaleSteps
+from systems.wkv import wkv
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+NEURONS = {
+    "IF": dict(beta=1.0),
+    "LIF": dict(beta=0.5, input_scale=0.5),
+    "FSDDIM": dict(beta=0.8, detach_reset=True, fire_at_threshold=False, spike_grad="triangle"),
+    "soft": dict(beta=0.9, reset_mechanism="subtract"),
+}
+"""Published neurons, and one of the other reset."""
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Functions as they are: kernels of networks in float64 would be compiled for nothing."""
+    monkeypatch.setattr(compiled, "COMPILE_FROM", 2**62)
+
+
+def gradients(f: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Returns what a function returns, and gradients of its inputs for weights that differ in every place."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    y = f(*leaves)
+    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view(y.shape)
+    return y.detach(), torch.autograd.grad((y * weights).sum(), leaves)
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, dtype=dtype, device="cuda")
+
+
+@pytest.mark.parametrize("num_steps", [4, 16])
+@pytest.mark.parametrize("name", NEURONS)
+def test_neuron_kernels_equal_stepping(name: str, num_steps: int) -> None:
+    neuron = SpikingNeuron(**NEURONS[name])
+    x = random(num_steps, 3, 16, 36, 37)
+    (fast, (fast_grad,)), (plain, (plain_grad,)) = gradients(neuron, x), gradients(neuron.stepwise, x)
+    assert torch.equal(fast, plain)
+    assert 0 < fast.mean() < 1
+    torch.testing.assert_close(fast_grad, plain_grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NEURONS)
+def test_neurons_in_float32_differ_only_at_the_threshold(name: str) -> None:
+    """A fused multiply-add rounds once where two operations round twice."""
+    neuron = SpikingNeuron(**NEURONS[name])
+    x = random(4, 8, 16, 32, 32, dtype=torch.float32)
+    (fast, (fast_grad,)), (plain, (plain_grad,)) = gradients(neuron, x), gradients(neuron.stepwise, x)
+    same = (fast == plain).all(0)
+    assert (~same).double().mean() < 1e-5
+    torch.testing.assert_close(fast_grad[:, same], plain_grad[:, same], rtol=1e-4, atol=1e-5)
+
+
+def test_spikes_come_in_the_type_of_autocast() -> None:
+    neuron, x = SpikingNeuron(), random(4, 8, 16, 32, 32, dtype=torch.bfloat16)
+    with torch.autocast("cuda", torch.bfloat16):
+        spikes = neuron(x.float())
+    assert spikes.dtype == torch.bfloat16
+    assert torch.equal(spikes, neuron(x)), "bfloat16 currents are exact in float32"
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "tokens"])
+def test_norms_in_neurons_equal_norms_before(layout: str, training: bool) -> None:
+    shape = (4, 3, 100, 48) if layout == "tokens" else (4, 3, 48, 10, 12)
+    x = random(*shape)
+    if layout == "channels_last":
+        x = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).view(shape)
+    norm = (nn.BatchNorm1d if layout == "tokens" else nn.BatchNorm2d)(48).to("cuda", torch.float64).train(training)
+    with torch.no_grad():
+        for values in (norm.weight, norm.bias, norm.running_var):
+            values.uniform_(0.5, 1.5)
+    plain_norm, neuron = copy.deepcopy(norm), SpikingNeuron(beta=0.5)
+    fast, fast_grads = gradients(lambda x, w, b: neuron(x, _with(norm, w, b)), x, norm.weight, norm.bias)
+    plain, plain_grads = gradients(
+        lambda x, w, b: neuron.stepwise(x, _with(plain_norm, w, b)), x, plain_norm.weight, plain_norm.bias
+    )
+    assert torch.equal(fast, plain)
+    for a, b in zip(fast_grads, plain_grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(norm.running_mean, plain_norm.running_mean)
+    torch.testing.assert_close(norm.running_var, plain_norm.running_var)
+
+
+def _with(norm: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
+    """Lets the parameters of a norm be inputs of a function."""
+    norm._parameters["weight"], norm._parameters["bias"] = weight, bias  # type: ignore[assignment]
+    return norm
+
+
+def scaled(x: Tensor, factors: Tensor) -> Tensor:
+    return _ScaleSteps.apply(x, factors)
+
+
+def shifted(x: Tensor, mix: Tensor) -> Tensor:
+    return _TokenShift.apply(x, mix)
+
+
+def quantised(x: Tensor, scale: Tensor) -> Tensor:
+    return _Quantise.apply(x, scale.abs().sum(), 3)
+
+
+def gated(x: Tensor, factors: Tensor) -> Tensor:
+    return _gated_sum(x, x.roll(1, -1), x.roll(1, 0), factors.view(-1, 1, 1).to(x.dtype))
+
+
+def attended(x: Tensor, decay: Tensor) -> Tensor:
+    return wkv(x, x.roll(1, -1), decay.abs() / 10, decay)
+
+
+CASES: dict[Callable[..., Tensor], tuple[tuple[int, ...], int]] = {
+    scaled: ((4, 6, 48, 10, 12), 4),
+    shifted: ((6, 197, 96), 96),
+    quantised: ((6, 48, 20, 20), 3),
+    gated: ((6, 197, 96), 6),
+    attended: ((40, 197, 96), 96),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("function", CASES)
+def test_kernels_equal_the_functions_on_the_cpu(function: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    shape, size = CASES[function]
+    x, weights = random(*shape, dtype=dtype), random(size, dtype=torch.promote_types(dtype, torch.float32))
+    found, found_grads = gradients(function, x, weights)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled, "COMPILE_FROM", 2**62)
+        wanted, wanted_grads = gradients(function, x.cpu(), weights.cpu())
+    tolerance = dict(rtol=1e-9, atol=1e-9) if dtype == torch.float64 else dict(rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(found.cpu(), wanted, **tolerance)
+    torch.testing.assert_close(found_grads[0].cpu(), wanted_grads[0], **tolerance)
+    if dtype == torch.float64:  # sums of many rounded numbers differ by their order
+        torch.testing.assert_close(found_grads[1].cpu(), wanted_grads[1], rtol=1e-8, atol=1e-8)
+
+
+def test_converted_neurons_equal_stepping() -> None:
+    neuron, x = ConvertedNeuron(signed=True).cuda(), random(7, 3, 48, 20, 20)
+    assert torch.equal(neuron(x), neuron.stepwise(x))
+
+
+def test_readouts_are_not_rounded_to_tf32() -> None:
+    x = random(8, 64, 64, dtype=torch.float32)
+    products = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        torch.testing.assert_close(membrane_output(x).double(), membrane_output(x.double()), rtol=1e-5, atol=1e-5)
+    finally:
+        torch.set_float32_matmul_precision(products)
+
+
+@pytest.fixture(params=SMALL)
+def small(request: pytest.FixtureRequest) -> tuple[DiffusionSystem, DiffusionSystem, tuple[int, int, int]]:
+    """A method of the small track in float64, on the CPU and on the GPU, with trained-like weights, and its images."""
+    cli = _build(f"small/{request.param}", "--model.num_inference_steps=3")
+    system = cast(DiffusionSystem, cli.model).double().eval()
+    with torch.no_grad():
+        for parameter in system.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return system, copy.deepcopy(system).cuda(), cli.datamodule.image_shape
+
+
+def test_samples_are_those_of_the_cpu(
+    small: tuple[DiffusionSystem, DiffusionSystem, tuple[int, int, int]], plain: None
+) -> None:
+    cpu, gpu, shape = small
+    images = [system.sample(torch.arange(4), shape).cpu() for system in (cpu, gpu)]
+    torch.testing.assert_close(*images, rtol=1e-6, atol=1e-6)
+
+
+def test_losses_have_the_gradients_of_the_cpu(
+    small: tuple[DiffusionSystem, DiffusionSystem, tuple[int, int, int]],
+    plain: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cpu, gpu, shape = small
+    images = torch.rand(4, *shape, dtype=torch.float64) * 2 - 1
+    for name in ("randn", "randint", "rand"):  # a GPU draws other numbers
+        monkeypatch.setattr(torch, name, _drawn_on_the_cpu(getattr(torch, name)))
+    if not hasattr(cpu, "scheduler") and hasattr(cpu, "data_variance"):
+        cpu.data_variance = gpu.data_variance = 0.1
+    for system in (cpu, gpu):
+        system.train()
+        system.loss(images.to(system.device), torch.Generator(system.device).manual_seed(0)).backward()
+    for (name, a), (_, b) in zip(cpu.named_parameters(), gpu.named_parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None), name
+        if a.grad is not None and b.grad is not None:
+            torch.testing.assert_close(b.grad.cpu(), a.grad, rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def _drawn_on_the_cpu(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def drawn(*args: Any, device: Any = None, generator: Any = None, **kwargs: Any) -> Tensor:
+        return draw(*args, generator=torch.Generator().manual_seed(0), **kwargs).to(device)
+
+    return drawn
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_steps_of_a_sampler_do_not_wait(name: str, plain: None) -> None:
+    solver = ["--model.scheduler=DDIMScheduler"] if "ddpm" in name or "sdm" in name or "sdit" in name else []
+    cli = _build(f"small/{name}", "--model.num_inference_steps=4", *solver)
+    system = cast(DiffusionSystem, cli.model).cuda().eval()
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        chain = system.trajectory(torch.arange(4), cli.datamodule.image_shape)
+        next(chain)
+        next(chain)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(2):
+                next(chain)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", PAPER_SIZE)
+def test_networks_of_paper_size_train_channels_last(name: str) -> None:
+    """One step in bfloat16, with kernels; all convolutions but those of images are given channels-last features."""
+    cli = _build(name)
+    system = cast(DiffusionSystem, cli.model).cuda().train()
+    layouts: list[bool] = []
+    for module in system.modules():
+        if isinstance(module, nn.Conv2d) and module.in_channels >= 16:
+            module.register_forward_pre_hook(
+                lambda _, inputs: layouts.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+            )
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = system.loss(torch.rand(8, *cli.datamodule.image_shape, device="cuda") * 2 - 1)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(layouts)
+
+
+def test_cost_is_that_of_the_cpu() -> None:
+    cli = _build("small/sddpm_mnist", "--model.num_inference_steps=2")
+    counts = []
+    for device in ("cpu", "cuda"):
+        system = copy.deepcopy(cast(DiffusionSystem, cli.model)).double().to(device).eval()
+        with CostMeter(cast(nn.Module, system.network)) as meter:
+            system.sample(torch.arange(32), cli.datamodule.image_shape)
+            counts.append(meter.take())
+    assert counts[0] == counts[1]
+
+
+def test_commands_run(tmp_path: Path) -> None:
+    place = [f"--trainer.default_root_dir={tmp_path}", "--trainer.enable_progress_bar=false"]
+    fit = ["fit", "--config=configs/quickstart.yaml", "--trainer.max_steps=20", "--trainer.accelerator=gpu", *place]
+    main([*fit, "--monitor.every_n_epochs=1", "--monitor.num_inference_steps=2"])
+    main(["test", *place, "--draft", "--data.num_samples=200"])
+    (record,) = map(Path.read_text, find_records([tmp_path]))
+    assert torch.cuda.get_device_name() in record
+
+
+def test_divergence_is_told_one_step_later(tmp_path: Path) -> None:
+    place = [f"--trainer.default_root_dir={tmp_path}", "--trainer.enable_progress_bar=false"]
+    fit = ["fit", "--config=configs/quickstart.yaml", "--trainer.max_steps=9", "--trainer.accelerator=gpu", *place]
+    with pytest.raises(DivergenceError, match=r"the loss is nan at step [1-9]"):
+        main([*fit, "--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=1e30", "--monitor.every_n_epochs=0"])
+    assert not list(tmp_path.glob("*/checkpoints/last.ckpt"))
