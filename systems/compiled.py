@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import warnings
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, TypeVar, cast
 
 import torch
@@ -26,6 +27,12 @@ compiler_failed = False
 """Whether an attempt to compile has failed in this process, so that there is no other."""
 
 
+@cache
+def has_triton() -> bool:
+    """Whether `systems.kernels` can be imported; PyTorch brings Triton along where it has kernels for GPUs."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def compiled(function: Function, sooner: int = 1) -> Function:
     """Compiles a function for all sizes of its tensors, the first time that they are large.
 
@@ -41,7 +48,9 @@ def compiled(function: Function, sooner: int = 1) -> Function:
     @wraps(function)
     def run(x: Tensor, *args: Any) -> Any:
         global compiler_failed
-        if sooner * x.numel() < COMPILE_FROM or compiler_failed or torch.compiler.is_compiling():
+        small = sooner * x.numel() < COMPILE_FROM
+        # under a dispatch mode, a counter of operations say, torch gives up on the function for good
+        if small or compiler_failed or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
             return function(x, *args)
         try:
             return kernel(x, *args)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from systems.compiled import compiled, dense, laid_out_as, memory
+from systems.compiled import compiled, dense, has_triton, laid_out_as, memory
 from systems.precision import full_precision
 
 SpikeGrad = Callable[[Tensor], Tensor]
@@ -74,7 +74,7 @@ TAKE_BACK_BELOW = 1e-3
 
 
 _Affine = tuple[Tensor, Tensor]
-"""Factor and summand of a norm, of a shape that broadcasts with `_by_channel`."""
+"""Factor and summand of a norm for each channel."""
 
 
 class _Dynamics(NamedTuple):
@@ -182,24 +182,56 @@ def _derivative(spike_grad: SpikeGrad, dtype: torch.dtype) -> Callable[[Tensor],
     return make_fx(derivative)(torch.zeros(4, dtype=dtype))
 
 
+def _spikes(x: Tensor, d: _Dynamics, affine: _Affine | None = None) -> Tensor:
+    """Returns the spikes of dense currents `(T, ...)`, of their norm if there is one, in the order of their memory."""
+    if x.is_cuda and has_triton():
+        from systems import kernels
+
+        return kernels.spikes(x, d, _spike_dtype(x), affine, _pixels(x))
+    if affine is None:
+        spikes = _forward(memory(x, len(x), -1), d, _spike_dtype(x))
+    else:
+        spikes = _forward(_by_channel(x, x), d, _spike_dtype(x), _for_channels(affine, x))
+    return spikes.as_strided(x.shape, x.stride())
+
+
+def _gradients(x: Tensor, grad: Tensor, d: _Dynamics, spike_grad: SpikeGrad, affine: _Affine | None = None) -> Tensor:
+    """Returns the gradients of what `_spikes` charges the neurons with, in the order of the memory of `x`."""
+    grad = laid_out_as(x, grad)
+    if x.is_cuda and has_triton():
+        from systems import kernels
+
+        if surrogate := _named(spike_grad, kernels.SURROGATES):
+            return kernels.gradients(x, grad, d, surrogate, affine, _pixels(x))
+    derivative = _derivative(spike_grad, torch.promote_types(x.dtype, torch.float32))
+    if affine is None:
+        found = _backward(memory(x, len(x), -1), memory(grad, len(x), -1), d, derivative)
+    else:
+        found = _backward(_by_channel(x, x), _by_channel(grad, x), d, derivative, _for_channels(affine, x))
+    return found.as_strided(x.shape, x.stride())
+
+
+@lru_cache
+def _named(spike_grad: SpikeGrad, names: tuple[str, ...]) -> str | None:
+    """Name of a surrogate, if it is one of these."""
+    return next((name for name in names if get_surrogate(name) is spike_grad), None)
+
+
 class _MultiStep(torch.autograd.Function):
-    """Forward and backward over all `T` steps at once, on `(T, N)` in memory order; keeps only its input."""
+    """Forward and backward over all `T` steps at once; keeps only its input."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, d: _Dynamics, spike_grad: SpikeGrad) -> Tensor:
         x = dense(x)
         ctx.save_for_backward(x)
         ctx.d, ctx.spike_grad = d, spike_grad
-        return _forward(memory(x, len(x), -1), d, _spike_dtype(x)).as_strided(x.shape, x.stride())
+        return _spikes(x, d)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
-        grad = laid_out_as(x, grad)
-        derivative = _derivative(ctx.spike_grad, torch.promote_types(x.dtype, torch.float32))
-        found = _backward(memory(x, len(x), -1), memory(grad, len(x), -1), ctx.d, derivative)
-        return found.as_strided(x.shape, x.stride()), None, None
+        return _gradients(x, grad, ctx.d, ctx.spike_grad), None, None
 
 
 class _NormedMultiStep(torch.autograd.Function):
@@ -224,20 +256,17 @@ class _NormedMultiStep(torch.autograd.Function):
             mean, var = torch.batch_norm_update_stats(_images(x), mean, var, norm.momentum)
         inverse_deviation = (var.double() + norm.eps).rsqrt().to(var.dtype)
         factor = weight * inverse_deviation
-        affine = _per_channel(factor, x), _per_channel(torch.addcmul(bias, mean, factor, value=-1), x)
+        affine = factor, torch.addcmul(bias, mean, factor, value=-1)
         ctx.save_for_backward(x, weight, mean, inverse_deviation, *affine)
         ctx.norm, ctx.training, ctx.d, ctx.spike_grad = norm, norm.training, d, spike_grad
-        return _forward(_by_channel(x, x), d, _spike_dtype(x), affine).as_strided(x.shape, x.stride())
+        return _spikes(x, d, affine)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, inverse_deviation, *affine = ctx.saved_tensors
-        grad = laid_out_as(x, grad)
-        derivative = _derivative(ctx.spike_grad, torch.promote_types(x.dtype, torch.float32))
-        found = _backward(_by_channel(x, x), _by_channel(grad, x), ctx.d, derivative, tuple(affine))
         grads = torch.ops.aten.native_batch_norm_backward(
-            _images(found.as_strided(x.shape, x.stride())),
+            _images(_gradients(x, grad, ctx.d, ctx.spike_grad, tuple(affine))),
             _images(x),
             weight,
             ctx.norm.running_mean,
@@ -264,19 +293,20 @@ def _images(x: Tensor) -> Tensor:
 
 def _by_channel(x: Tensor, like: Tensor) -> Tensor:
     """Returns the `memory` of `x`, laid out as features `like`: `(T, M, C, P)` or, with channels last, `(T, M, C)`."""
-    if _channels_last(like):
-        return memory(x, len(like), -1, like.shape[2] if like.dim() == 5 else like.shape[-1])
-    return memory(x, len(like), -1, like.shape[2], like.shape[3] * like.shape[4])
+    pixels = _pixels(like)
+    channels = like.shape[2] if like.dim() == 5 else like.shape[-1]
+    return memory(x, len(like), -1, channels, *([] if pixels == 1 else [pixels]))
 
 
-def _per_channel(values: Tensor, like: Tensor) -> Tensor:
-    """Returns values `(C,)` in a shape that broadcasts with `_by_channel` of features `like`."""
-    return memory(values, -1) if _channels_last(like) else memory(values, -1, 1)
+def _for_channels(affine: _Affine, like: Tensor) -> _Affine:
+    """Returns what norms multiply by and add, `(C,)`, in a shape that broadcasts with `_by_channel`."""
+    last = [] if _pixels(like) == 1 else [1]
+    return memory(affine[0], -1, *last), memory(affine[1], -1, *last)
 
 
-def _channels_last(x: Tensor) -> bool:
-    """Whether the channels of dense features `(T, B, C, H, W)`, or of tokens `(T, ..., C)`, come last in memory."""
-    return x.dim() != 5 or not x.is_contiguous()
+def _pixels(x: Tensor) -> int:
+    """Elements of a channel that lie side by side in dense features, or tokens `(T, ..., C)`; 1 with channels last."""
+    return x.shape[3] * x.shape[4] if x.dim() == 5 and x.is_contiguous() else 1
 
 
 def _fuses(norm: nn.Module, x: Tensor) -> TypeGuard[nn.BatchNorm1d | nn.BatchNorm2d]:

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from systems.compiled import compiled, memory
+from systems.compiled import compiled, has_triton, memory
 
 CHUNK = 7
 """Tokens of a kernel: what divides the patches of 28x28 images, whatever their size."""
@@ -81,8 +81,13 @@ class _WKV(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
-        shape = k.shape
-        k, v = (memory(x.contiguous(), *shape) for x in (k, v))
+        shape, k, v = k.shape, k.contiguous(), v.contiguous()
+        if k.is_cuda and has_triton():
+            from systems import kernels
+
+            ctx.save_for_backward(k, v, w, u)
+            return kernels.wkv(k, v, w, u)
+        k, v = memory(k, *shape), memory(v, *shape)
         w, u = (memory(x.contiguous(), -1) for x in (w, u))
         y = torch.zeros_like(k[:, 0], dtype=torch.promote_types(w.dtype, torch.float32))
         state = torch.full_like(y, NO_WEIGHT), torch.zeros_like(y), y
@@ -99,6 +104,10 @@ class _WKV(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         k, v, w, u, *states = ctx.saved_tensors
+        if not states:
+            from systems import kernels
+
+            return kernels.wkv_gradients(k, v, w, u, grad.contiguous())
         shape, grad = grad.shape, memory(grad.contiguous(), *grad.shape)
         sums = [torch.zeros_like(states[0]) for _ in range(4)]
         parts = []
