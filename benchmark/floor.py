@@ -78,7 +78,7 @@ def _make(arg: Any) -> Any:
 
 def queued(device: torch.device) -> int:
     """Returns how often short work is called before a device is waited for, which else would idle between."""
-    return 1 if device.type == "cpu" else 10
+    return 1 if device.type == "cpu" else 5
 
 
 def median_seconds(

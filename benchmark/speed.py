@@ -67,7 +67,7 @@ def speed(
     Args:
         parts: What to measure: neuron, step, sampling, data, start.
         configs: Configurations in configs/ whose steps are measured, at their full size.
-        batch_size: Images of a training or denoising step; as a default 4 on CPUs and 64 on GPUs.
+        batch_size: Images of a training or denoising step; as a default 4 on CPUs and 128 on GPUs.
         precision: That of steps and sampling; auto takes bfloat16 where the hardware computes in it.
         repetitions: Timed repetitions.
         output: Folder of speed.json and sampling.png.
@@ -76,7 +76,7 @@ def speed(
         ValueError: If a number is below 1, or a part or configuration is unknown.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    batch_size = {"cpu": 4, "cuda": 64}[device.type] if batch_size is None else batch_size
+    batch_size = {"cpu": 4, "cuda": 128}[device.type] if batch_size is None else batch_size
     if min(batch_size, repetitions) < 1:
         raise ValueError(f"batch_size={batch_size}, repetitions={repetitions}; give 1 or more")
     if unknown := [*set(parts) - set(PARTS), *(name for name in configs if not _config(name).is_file())]:
@@ -157,7 +157,7 @@ def _passes(layer: Any, x: Tensor, grad: Tensor) -> Callable[[], Any]:
 
 def _neurons() -> Iterator[tuple[str, nn.Module, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor] | None]]:
     """Yields the published neurons: the suite's, snnTorch's stepped by hand, SpikingJelly's if it is installed."""
-    fsddim = SpikingNeuron(beta=0.8, detach_reset=True, fire_at_threshold=False, spike_grad=triangle())
+    fsddim = SpikingNeuron(beta=0.8, detach_reset=True, fire_at_threshold=False, spike_grad="triangle")
     hard = {"reset_mechanism": "zero", "reset_delay": False}
     yield "IF", integrate_and_fire(), _step(snn.Leaky(1.0, spike_grad=surrogate.atan(2.0), **hard)), _jelly("IFNode")
     yield (

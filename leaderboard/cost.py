@@ -26,10 +26,12 @@ from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from leaderboard.records import Cost
 from systems.compiled import compiled, dense, memory
+from systems.graphs import REPLAYABLE
 from systems.neurons import SpikingNeuron
 from systems.spiking_transformer import ShiftedLinear
 
@@ -71,10 +73,9 @@ def _count(sizes: Tensor, height: Tensor | float) -> Tensor:
 
 @dataclass
 class _Connections:
-    """Running counts of one convolution or linear layer, `(dense if spikes, SOPs, MACs, ACs)` in float64."""
+    """Running counts of one convolution or linear layer, `(dense if spikes, SOPs, MACs, ACs, dense)` in float64."""
 
     counts: Tensor | None = None
-    dense: int = 0
 
     def add(self, layer: nn.Module, inputs: Sequence[Tensor], out: Tensor, heights: Tensor) -> None:
         weight, bias = layer.weight, layer.bias
@@ -95,23 +96,25 @@ class _Connections:
             counts += torch.where(is_spikes, spiking, real)
         if bias is not None:
             counts[3] += out.numel() * (counts[0] > 0)
-        self.counts = counts if self.counts is None else self.counts + counts
-        self.dense += dense
+        self.counts = _added(self.counts, F.pad(counts, (0, 1), value=dense))
 
 
 @dataclass
 class _Neurons:
-    """Running counts of one neuron layer."""
+    """Running counts of one neuron layer, `(spikes, elements, steps)` in float64."""
 
-    spikes: Tensor | None = None
-    elements: int = 0
-    steps: int = 0
+    counts: Tensor | None = None
 
     def add(self, spikes: Tensor, height: Tensor | float) -> None:
-        total = _count(_sizes(_as_rows(spikes)), height)
-        self.spikes = total if self.spikes is None else self.spikes + total
-        self.elements += spikes.numel()
-        self.steps += spikes.shape[0] * spikes.shape[1]  # (T, B, ...)
+        total = _count(_sizes(_as_rows(spikes)), height).view(1)
+        steps = spikes.shape[0] * spikes.shape[1]  # (T, B, ...)
+        counts = F.pad(F.pad(total, (0, 1), value=spikes.numel()), (0, 1), value=steps)
+        self.counts = _added(self.counts, counts)
+
+
+def _added(total: Tensor | None, counts: Tensor) -> Tensor:
+    """Adds in place, on the device, so that a CUDA graph of a network counts each time that it is replayed."""
+    return counts if total is None else total.add_(counts)
 
 
 @dataclass(frozen=True)
@@ -263,6 +266,7 @@ class CostMeter:
             inputs = args or (kwargs["input"],)
             self._connections.setdefault(name, _Connections()).add(module, inputs, out, self._heights)
 
+        setattr(hook, REPLAYABLE, True)
         return hook
 
     def _neuron_hook(self, name: str) -> Any:
@@ -270,21 +274,14 @@ class CostMeter:
         def hook(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
             self._neurons.setdefault(name, _Neurons()).add(out, cast(SpikingNeuron, module).amplitude)
 
+        setattr(hook, REPLAYABLE, True)
         return hook
 
     def take(self) -> Counts:
         """Returns what was counted since the meter was opened or last asked, and counts from zero again."""
         counts = Counts(
-            {
-                name: [*layer.counts.tolist(), layer.dense]
-                for name, layer in self._connections.items()
-                if layer.counts is not None
-            },
-            {
-                name: [float(layer.spikes), layer.elements, layer.steps]
-                for name, layer in self._neurons.items()
-                if layer.spikes is not None
-            },
+            {name: layer.counts.tolist() for name, layer in self._connections.items() if layer.counts is not None},
+            {name: layer.counts.tolist() for name, layer in self._neurons.items() if layer.counts is not None},
             self._first_convolution,
         )
         self._connections, self._neurons = {}, {}

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from systems.graphs import Replay
+
 Objective = Literal["reweighted_elbo", "elbo"]
 
 
@@ -56,9 +58,10 @@ def unmask(
     """
     tokens = torch.full(masked.shape, mask_id, device=masked.device)
     yield tokens, masked
+    replay = Replay(denoiser, denoiser)
     for t, u in zip(range(num_steps, 0, -1), uniforms, strict=True):
         due = masked & (u[:, 0] < 1 / t)
-        logits = denoiser(tokens, torch.full((len(tokens),), t, device=tokens.device)) / temperature
+        logits = replay(tokens, torch.full((len(tokens),), t, device=tokens.device)) / temperature
         tokens = torch.where(due, _draw(logits.float(), u[:, 1]), tokens)
         masked = masked & ~due
         yield tokens, masked

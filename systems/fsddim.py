@@ -32,6 +32,7 @@ from systems.base import DiffusionSystem, LRSchedulerFactory, OptimizerFactory
 from systems.checkpoints import check_state
 from systems.fsddim_fused import FusedRecurrence
 from systems.fsddim_unet import FSDDIMUNet, Norm
+from systems.graphs import Replay
 from systems.neurons import SpikingNeuron, get_surrogate
 from systems.spiking_unet import fold, lay_out, unfold
 
@@ -260,8 +261,9 @@ class FSDDIM(DiffusionSystem):
         if self.recurrence is not None:
             yield from self._denoise_fused(x, chain, self.recurrence)
             return
+        network = Replay(self.network, self.network)
         for t, p_t, q_t in chain:
-            x = p_t * x + q_t * self.network(x, self._at(t, x)).to(x.dtype)
+            x = p_t * x + q_t * network(x, self._at(t, x)).to(x.dtype)
             yield x
 
     def _denoise_fused(
@@ -274,8 +276,9 @@ class FSDDIM(DiffusionSystem):
         """
         recurrence.merge(self.network, x.shape[-2:])
         current = unfold(lay_out(self.network.conv_in(fold(x))), self.num_steps)
+        step = Replay(lambda current, t: recurrence(self.network.features(current, t)), self.network)
         for t, p_t, q_t in chain:
-            into_current, into_x = recurrence(self.network.features(current, self._at(t, x)))
+            into_current, into_x = step(current, self._at(t, x))
             x = p_t * x + q_t * into_x.to(x.dtype)
             yield x
             current = p_t * (current - recurrence.bias) + recurrence.bias + q_t * into_current.to(x.dtype)

@@ -19,6 +19,7 @@ from systems.analytic_dpm import AnalyticDPMScheduler
 from systems.base import DiffusionSystem, LRSchedulerFactory, OptimizerFactory
 from systems.checkpoints import CheckpointMismatchError
 from systems.dpm_solver import DPMSolverScheduler  # noqa: F401  # a choice for --model.scheduler
+from systems.graphs import Replay
 from systems.neurons import SpikingNeuron
 
 PROCESS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
@@ -214,7 +215,8 @@ class GaussianDiffusion(DiffusionSystem):
         x = x * scheduler.init_noise_sigma
         yield x
         timesteps = scheduler.timesteps  # a solver's arithmetic is on the CPU, so that no step waits for a GPU
+        network = Replay(self.network, self.network)
         for place, (t, now) in enumerate(zip(timesteps, timesteps.to(x.device), strict=True), start=1):
-            prediction = self.network(scheduler.scale_model_input(x, t), now.expand(len(x))).to(x.dtype)
+            prediction = network(scheduler.scale_model_input(x, t), now.expand(len(x))).to(x.dtype)
             x = scheduler.step(prediction, t, x, return_dict=False, **options)[0]
             yield x.clamp(-1, 1) if self.final_clip and place == len(timesteps) else x

@@ -69,7 +69,7 @@ def _norm_of(index, mask, factors, summands, channels, pixels, normed: tl.conste
         factor = tl.load(factors + channel, mask, other=0).to(wide)
         summand = tl.load(summands + channel, mask, other=0).to(wide)
     else:
-        factor = tl.zeros(index.shape, wide)
+        factor = tl.full(index.shape, 0, wide)
         summand = factor
     return factor, summand
 
@@ -84,7 +84,7 @@ def _spikes(
     index = tl.program_id(0) * block + tl.arange(0, block)
     place, mask = index.to(tl.int64), index < n
     factor, summand = _norm_of(index, mask, factors, summands, channels, pixels, normed, wide)
-    v = tl.zeros(place.shape, wide)
+    v = tl.full(place.shape, 0, wide)
     for k in tl.static_range(num_steps):
         u = _charge(x + k * n, place, mask, v, factor, summand, input_scale, normed, wide)
         s = _fire(u, threshold, at_threshold)
@@ -102,13 +102,13 @@ def _gradients(
     index = tl.program_id(0) * block + tl.arange(0, block)
     place, mask = index.to(tl.int64), index < n
     factor, summand = _norm_of(index, mask, factors, summands, channels, pixels, normed, wide)
-    v = tl.zeros(place.shape, wide)
+    v = tl.full(place.shape, 0, wide)
     potentials = ()
     for k in tl.static_range(num_steps):
         u = _charge(x + k * n, place, mask, v, factor, summand, input_scale, normed, wide)
-        potentials = potentials + (u,)  # noqa: RUF005 (Triton unpacks nothing)
+        potentials = potentials + (u,)  # type: ignore[assignment]  # noqa: RUF005
         v = _carry(u, _fire(u, threshold, at_threshold), beta, threshold, hard, delayed)
-    carried = tl.zeros(place.shape, wide)  # gradient of the next potential
+    carried = tl.full(place.shape, 0, wide)  # gradient of the next potential
     for k in tl.static_range(num_steps - 1, -1, -1):
         u = potentials[k]
         slope = _slope(u - threshold, surrogate)
@@ -229,8 +229,8 @@ def _wkv(
     u = tl.load(bonuses + channel, mask, other=0).to(wide)
     place = tl.program_id(0).to(tl.int64) * num_tokens * channels + channel
     s = tl.full(channel.shape, -1e30, wide)
-    lost = tl.zeros(channel.shape, wide)
-    y = tl.zeros(channel.shape, wide)
+    lost = tl.full(channel.shape, 0, wide)
+    y = tl.full(channel.shape, 0, wide)
     k, v = tl.load(keys + place, mask, other=0), tl.load(values + place, mask, other=0)
     for n in range(num_tokens):
         k_n, v_n = k.to(wide), v.to(wide)
@@ -254,8 +254,8 @@ def _wkv_gradients(
     u = tl.load(bonuses + channel, mask, other=0).to(wide)
     place = tl.program_id(0).to(tl.int64) * num_tokens * channels + channel
     s = tl.full(channel.shape, -1e30, wide)
-    lost = tl.zeros(channel.shape, wide)
-    y = tl.zeros(channel.shape, wide)
+    lost = tl.full(channel.shape, 0, wide)
+    y = tl.full(channel.shape, 0, wide)
     for _ in range(num_tokens):
         k_n = tl.load(keys + place, mask, other=0).to(wide)
         v_n = tl.load(values + place, mask, other=0).to(wide)
@@ -264,10 +264,10 @@ def _wkv_gradients(
         kept, s, lost, y = _join(k_n, v_n, w, s, lost, y)
         tl.store(shares + place, kept, mask)
         place += channels
-    dy = tl.zeros(channel.shape, wide)
-    ds = tl.zeros(channel.shape, wide)
-    dw = tl.zeros(channel.shape, wide)
-    du = tl.zeros(channel.shape, wide)
+    dy = tl.full(channel.shape, 0, wide)
+    ds = tl.full(channel.shape, 0, wide)
+    dw = tl.full(channel.shape, 0, wide)
+    du = tl.full(channel.shape, 0, wide)
     for _ in range(num_tokens):
         place -= channels
         k_n = tl.load(keys + place, mask, other=0).to(wide)

@@ -349,11 +349,15 @@ class SpikingDiffusion(DiffusionSystem):
         shape = (height // REDUCTION, width // REDUCTION)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
         uniforms = (
-            torch.stack([torch.rand(2, *shape, generator=generator) for generator in generators]).to(self.device)
+            self._sent(torch.stack([torch.rand(2, *shape, generator=generator) for generator in generators]))
             for _ in range(self.num_inference_steps)
         )
         masked = torch.ones(len(seeds), *shape, dtype=torch.bool, device=self.device)
         return unmask(self.denoiser, masked, uniforms, self.num_inference_steps, self.mask_id, self.temperature)
+
+    def _sent(self, x: Tensor) -> Tensor:
+        """Returns a tensor on the system's device; a GPU is not waited for."""
+        return x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else x.to(self.device)
 
     def _decode(self, tokens: Tensor, masked: Tensor) -> Tensor:
         codes = self.autoencoder.lookup(tokens.masked_fill(masked, 0)) * ~masked[:, None]

@@ -180,7 +180,7 @@ def test_readouts_are_not_rounded_to_tf32() -> None:
 @pytest.fixture(params=SMALL)
 def small(request: pytest.FixtureRequest) -> tuple[DiffusionSystem, DiffusionSystem, tuple[int, int, int]]:
     """A method of the small track in float64, on the CPU and on the GPU, with trained-like weights, and its images."""
-    cli = _build(f"small/{request.param}", "--model.num_inference_steps=3")
+    cli = _build(f"small/{request.param}", "--model.num_inference_steps=5")
     system = cast(DiffusionSystem, cli.model).double().eval()
     with torch.no_grad():
         for parameter in system.parameters():
@@ -188,12 +188,18 @@ def small(request: pytest.FixtureRequest) -> tuple[DiffusionSystem, DiffusionSys
     return system, copy.deepcopy(system).cuda(), cli.datamodule.image_shape
 
 
-def test_samples_are_those_of_the_cpu(
-    small: tuple[DiffusionSystem, DiffusionSystem, tuple[int, int, int]], plain: None
+def test_samples_are_those_of_the_cpu_though_replayed(
+    small: tuple[DiffusionSystem, DiffusionSystem, tuple[int, int, int]],
+    plain: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cpu, gpu, shape = small
+    replays: list[None] = []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (replays.append(None), replay(graph)))
     images = [system.sample(torch.arange(4), shape).cpu() for system in (cpu, gpu)]
     torch.testing.assert_close(*images, rtol=1e-6, atol=1e-6)
+    assert len(replays) == 4
 
 
 def test_losses_have_the_gradients_of_the_cpu(
@@ -230,8 +236,8 @@ def test_steps_of_a_sampler_do_not_wait(name: str, plain: None) -> None:
     system = cast(DiffusionSystem, cli.model).cuda().eval()
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
         chain = system.trajectory(torch.arange(4), cli.datamodule.image_shape)
-        next(chain)
-        next(chain)
+        for _ in range(3):  # noise, a step as it is, one that is recorded
+            next(chain)
         torch.cuda.set_sync_debug_mode("error")
         try:
             for _ in range(2):
@@ -258,8 +264,8 @@ def test_networks_of_paper_size_train_channels_last(name: str) -> None:
     assert all(layouts)
 
 
-def test_cost_is_that_of_the_cpu() -> None:
-    cli = _build("small/sddpm_mnist", "--model.num_inference_steps=2")
+def test_cost_is_that_of_the_cpu_though_replayed() -> None:
+    cli = _build("small/sddpm_mnist", "--model.num_inference_steps=5")
     counts = []
     for device in ("cpu", "cuda"):
         system = copy.deepcopy(cast(DiffusionSystem, cli.model)).double().to(device).eval()
@@ -267,6 +273,14 @@ def test_cost_is_that_of_the_cpu() -> None:
             system.sample(torch.arange(32), cli.datamodule.image_shape)
             counts.append(meter.take())
     assert counts[0] == counts[1]
+
+
+def test_a_hook_that_is_not_replayable_sees_every_call(plain: None) -> None:
+    cli = _build("small/sddpm_mnist", "--model.num_inference_steps=5")
+    system, calls = cast(DiffusionSystem, cli.model).cuda().eval(), []
+    cast(nn.Module, system.network).register_forward_hook(lambda *_: calls.append(None))
+    system.sample(torch.arange(2), cli.datamodule.image_shape)
+    assert len(calls) == 5
 
 
 def test_commands_run(tmp_path: Path) -> None:

@@ -1,0 +1,93 @@
+"""Triton kernels, interpreted on the CPU, against their definitions; `tests/test_cuda.py` compiles them."""
+
+from __future__ import annotations
+
+import importlib.util
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from systems import neurons
+from systems.neurons import SpikingNeuron
+from systems.wkv import wkv
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+CASES = {
+    "IF": dict(beta=1.0),
+    "LIF": dict(beta=0.5, input_scale=0.5, threshold=0.7),
+    "detached, strict": dict(beta=0.8, detach_reset=True, fire_at_threshold=False, spike_grad="triangle"),
+    "soft": dict(beta=0.9, reset_mechanism="subtract", spike_grad="rectangle"),
+    "soft, delayed": dict(beta=0.9, reset_mechanism="subtract", reset_delay=True),
+    "soft, delayed, detached": dict(beta=0.9, reset_mechanism="subtract", reset_delay=True, detach_reset=True),
+}
+
+
+@pytest.fixture(scope="module")
+def kernels() -> ModuleType:
+    """`systems.kernels` as a module of its own, whose functions the interpreter runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        spec = importlib.util.find_spec("systems.kernels")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return module
+
+
+def case(num_steps: int, name: str, dtype: torch.dtype) -> tuple[SpikingNeuron, Tensor, Tensor]:
+    torch.manual_seed(0)
+    x, grad = torch.randn(2, num_steps, 3, 6, 5, 7).to(dtype)
+    return SpikingNeuron(**CASES[name]), x, grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("num_steps", [1, 4, 16])
+@pytest.mark.parametrize("name", CASES)
+def test_neurons(kernels: ModuleType, name: str, num_steps: int, dtype: torch.dtype) -> None:
+    neuron, x, grad = case(num_steps, name, dtype)
+    assert torch.equal(kernels.spikes(x, neuron._dynamics, dtype), neurons._spikes(x, neuron._dynamics))
+    surrogate = neurons._named(neuron.spike_grad, kernels.SURROGATES)
+    found = kernels.gradients(x, grad, neuron._dynamics, surrogate)
+    wanted = neurons._gradients(x, grad, neuron._dynamics, neuron.spike_grad)
+    torch.testing.assert_close(found, wanted)
+    assert wanted.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_neurons_of_norms(kernels: ModuleType, channels_last: bool) -> None:
+    neuron, x, grad = case(4, "LIF", torch.float64)
+    if channels_last:
+        x, grad = (y.flatten(0, 1).to(memory_format=torch.channels_last).view(y.shape) for y in (x, grad))
+    affine, pixels = (torch.rand(6).double() + 0.5, torch.rand(6).double()), neurons._pixels(x)
+    assert pixels == (1 if channels_last else 35)
+    spikes = kernels.spikes(x, neuron._dynamics, torch.bfloat16, affine, pixels)
+    assert spikes.dtype == torch.bfloat16
+    assert spikes.stride() == x.stride()
+    assert torch.equal(spikes.double(), neurons._spikes(x, neuron._dynamics, affine))
+    found = kernels.gradients(x, grad, neuron._dynamics, "atan", affine, pixels)
+    torch.testing.assert_close(found, neurons._gradients(x, grad, neuron._dynamics, neuron.spike_grad, affine))
+
+
+@pytest.mark.parametrize("name", ["atan", "triangle", "rectangle", "sigmoid"])
+def test_surrogates_are_known_by_name(name: str) -> None:
+    known = ("atan", "triangle", "rectangle")
+    assert neurons._named(neurons.get_surrogate(name), known) == (name if name in known else None)
+    assert neurons._named(neurons.triangle(0.3), known) is None, "of another width"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_wkv(kernels: ModuleType, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    k, v, grad = torch.randn(3, 3, 23, 70).to(dtype)
+    w, u = torch.rand(2, 70).to(torch.promote_types(dtype, torch.float32))
+    leaves = [x.clone().requires_grad_() for x in (k, v, w, u)]
+    wanted = wkv(*leaves)
+    tolerance = dict(rtol=2e-2, atol=2e-2) if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(kernels.wkv(k, v, w, u), wanted, **tolerance)
+    found, expected = kernels.wkv_gradients(k, v, w, u, grad), torch.autograd.grad(wanted, leaves, grad)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, **tolerance or dict(rtol=1e-5, atol=1e-5))
