@@ -23,10 +23,12 @@ _CHANNELS = 64
 
 
 @triton.jit
-def _charge(x, place, mask, v, factor, summand, input_scale: tl.constexpr, normed: tl.constexpr, wide: tl.constexpr):
+def _charge(
+    x, place, mask, v, factor, summand, shift, input_scale: tl.constexpr, normed: tl.constexpr, wide: tl.constexpr
+):
     u = tl.load(x + place, mask, other=0).to(wide)
     if normed:
-        u = u * factor + summand
+        u = u * factor + summand + shift
     return u * input_scale + v
 
 
@@ -63,7 +65,10 @@ def _slope(u, surrogate: tl.constexpr):
 
 
 @triton.jit
-def _norm_of(index, mask, factors, summands, channels, pixels, normed: tl.constexpr, wide: tl.constexpr):
+def _norm_of(
+    index, mask, factors, summands, shifts, channels, pixels, image,
+    normed: tl.constexpr, shifted: tl.constexpr, wide: tl.constexpr,
+):  # fmt: skip
     if normed:
         channel = index // pixels % channels
         factor = tl.load(factors + channel, mask, other=0).to(wide)
@@ -71,22 +76,28 @@ def _norm_of(index, mask, factors, summands, channels, pixels, normed: tl.conste
     else:
         factor = tl.full(index.shape, 0, wide)
         summand = factor
-    return factor, summand
+    if shifted:
+        shift = tl.load(shifts + index // image * channels + channel, mask, other=0).to(wide)
+    else:
+        shift = tl.full(index.shape, 0, wide)
+    return factor, summand, shift
 
 
 @triton.jit
 def _spikes(
-    x, out, factors, summands, n, channels, pixels,
+    x, out, factors, summands, shifts, n, channels, pixels, image,
     num_steps: tl.constexpr, beta: tl.constexpr, threshold: tl.constexpr, input_scale: tl.constexpr,
     hard: tl.constexpr, delayed: tl.constexpr, at_threshold: tl.constexpr,
-    normed: tl.constexpr, wide: tl.constexpr, block: tl.constexpr,
+    normed: tl.constexpr, shifted: tl.constexpr, wide: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0) * block + tl.arange(0, block)
     place, mask = index.to(tl.int64), index < n
-    factor, summand = _norm_of(index, mask, factors, summands, channels, pixels, normed, wide)
+    factor, summand, shift = _norm_of(
+        index, mask, factors, summands, shifts, channels, pixels, image, normed, shifted, wide
+    )
     v = tl.full(place.shape, 0, wide)
     for k in tl.static_range(num_steps):
-        u = _charge(x + k * n, place, mask, v, factor, summand, input_scale, normed, wide)
+        u = _charge(x + k * n, place, mask, v, factor, summand, shift, input_scale, normed, wide)
         s = _fire(u, threshold, at_threshold)
         tl.store(out + k * n + place, tl.where(s, 1.0, 0.0).to(out.dtype.element_ty), mask)
         v = _carry(u, s, beta, threshold, hard, delayed)
@@ -94,18 +105,20 @@ def _spikes(
 
 @triton.jit
 def _gradients(
-    x, grads, out, factors, summands, n, channels, pixels,
+    x, grads, out, factors, summands, shifts, n, channels, pixels, image,
     num_steps: tl.constexpr, beta: tl.constexpr, threshold: tl.constexpr, input_scale: tl.constexpr,
     hard: tl.constexpr, delayed: tl.constexpr, at_threshold: tl.constexpr, detached: tl.constexpr,
-    surrogate: tl.constexpr, normed: tl.constexpr, wide: tl.constexpr, block: tl.constexpr,
+    surrogate: tl.constexpr, normed: tl.constexpr, shifted: tl.constexpr, wide: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0) * block + tl.arange(0, block)
     place, mask = index.to(tl.int64), index < n
-    factor, summand = _norm_of(index, mask, factors, summands, channels, pixels, normed, wide)
+    factor, summand, shift = _norm_of(
+        index, mask, factors, summands, shifts, channels, pixels, image, normed, shifted, wide
+    )
     v = tl.full(place.shape, 0, wide)
     potentials = ()
     for k in tl.static_range(num_steps):
-        u = _charge(x + k * n, place, mask, v, factor, summand, input_scale, normed, wide)
+        u = _charge(x + k * n, place, mask, v, factor, summand, shift, input_scale, normed, wide)
         potentials = potentials + (u,)  # type: ignore[assignment]  # noqa: RUF005
         v = _carry(u, _fire(u, threshold, at_threshold), beta, threshold, hard, delayed)
     carried = tl.full(place.shape, 0, wide)  # gradient of the next potential
@@ -128,14 +141,20 @@ def _gradients(
         tl.store(out + k * n + place, (grad * input_scale).to(out.dtype.element_ty), mask)
 
 
-def _options(x: Tensor, num_steps: int, affine: tuple[Tensor, Tensor] | None, pixels: int, d: Any) -> dict[str, Any]:
+def _options(
+    x: Tensor, d: Any, affine: tuple[Tensor, Tensor] | None, pixels: int, shift: Tensor | None
+) -> dict[str, Any]:
+    num_steps = len(x)
     factors, summands = (x, x) if affine is None else affine
+    n = x.numel() // num_steps
     return dict(
         factors=factors,
         summands=summands,
-        n=x.numel() // num_steps,
+        shifts=x if shift is None else shift,
+        n=n,
         channels=factors.numel(),
         pixels=pixels,
+        image=n if shift is None else n // len(shift),
         num_steps=num_steps,
         beta=d.beta,
         threshold=d.threshold,
@@ -144,14 +163,24 @@ def _options(x: Tensor, num_steps: int, affine: tuple[Tensor, Tensor] | None, pi
         delayed=d.reset_delay,
         at_threshold=d.fire_at_threshold,
         normed=affine is not None,
-        wide=tl.float64 if x.dtype == torch.float64 else tl.float32,
+        shifted=shift is not None,
+        wide=_wide(x),
         block=1024 if num_steps <= 4 else 512 if num_steps <= 8 else 256,
         num_warps=_WARPS,
     )
 
 
+def _wide(x: Tensor) -> Any:
+    return tl.float64 if x.dtype == torch.float64 else tl.float32
+
+
 def spikes(
-    x: Tensor, d: Any, dtype: torch.dtype, affine: tuple[Tensor, Tensor] | None = None, pixels: int = 1
+    x: Tensor,
+    d: Any,
+    dtype: torch.dtype,
+    affine: tuple[Tensor, Tensor] | None = None,
+    pixels: int = 1,
+    shift: Tensor | None = None,
 ) -> Tensor:
     """Returns the spikes of currents `(T, ...)`, both in the order of the memory of `x`.
 
@@ -161,9 +190,10 @@ def spikes(
         dtype: Type of the spikes.
         affine: Factor and summand of a norm for each channel, `(C,)`.
         pixels: Elements of a channel that lie side by side; 1 with channels last.
+        shift: What is added after the norm, `(B, C)`.
     """
     out = torch.empty_like(x, dtype=dtype)
-    options = _options(x, len(x), affine, pixels, d)
+    options = _options(x, d, affine, pixels, shift)
     with torch.cuda.device_of(x):
         _spikes[(triton.cdiv(options["n"], options["block"]),)](x, out, **options)
     return out
@@ -176,8 +206,9 @@ def gradients(
     surrogate: str,
     affine: tuple[Tensor, Tensor] | None = None,
     pixels: int = 1,
+    shift: Tensor | None = None,
 ) -> Tensor:
-    """Returns the gradients of the currents, after the norm if there is one; arguments are those of `spikes`.
+    """Returns the gradients of what `spikes` charges the neurons with; other arguments are its.
 
     Args:
         x: Dense currents.
@@ -186,11 +217,35 @@ def gradients(
         surrogate: One of `SURROGATES`.
         affine: Factor and summand of a norm for each channel, `(C,)`.
         pixels: Elements of a channel that lie side by side.
+        shift: What is added after the norm, `(B, C)`.
     """
     out = torch.empty_like(x)
-    options = _options(x, len(x), affine, pixels, d) | {"detached": d.detach_reset, "surrogate": surrogate}
+    options = _options(x, d, affine, pixels, shift) | {"detached": d.detach_reset, "surrogate": surrogate}
     with torch.cuda.device_of(x):
         _gradients[(triton.cdiv(options["n"], options["block"]),)](x, grad, out, **options)
+    return out
+
+
+# Norms
+
+
+@triton.jit
+def _normed_sum(x, residual, out, factors, summands, n, channels, pixels, wide: tl.constexpr, block: tl.constexpr):
+    index = tl.program_id(0) * block + tl.arange(0, block)
+    mask = index < n
+    factor, summand, _ = _norm_of(index, mask, factors, summands, x, channels, pixels, n, True, False, wide)
+    place = index.to(tl.int64)
+    normed = tl.load(x + place, mask, other=0).to(wide) * factor + summand
+    total = normed + tl.load(residual + place, mask, other=0).to(wide)
+    tl.store(out + place, total.to(out.dtype.element_ty), mask)
+
+
+def normed_sum(x: Tensor, residual: Tensor, factor: Tensor, summand: Tensor, pixels: int) -> Tensor:
+    """Returns `factor * x + summand + residual`, all in the order of the memory of `x`; factors are `(C,)`."""
+    out, block = torch.empty_like(residual), 1024
+    sizes = dict(n=x.numel(), channels=factor.numel(), pixels=pixels, wide=_wide(x), block=block)
+    with torch.cuda.device_of(x):
+        _normed_sum[(triton.cdiv(x.numel(), block),)](x, residual, out, factor, summand, **sizes)
     return out
 
 
@@ -295,8 +350,7 @@ def _wkv_gradients(
 
 def _grid(k: Tensor) -> tuple[tuple[int, int], dict[str, Any]]:
     sequences, num_tokens, channels = k.shape
-    wide = tl.float64 if k.dtype == torch.float64 else tl.float32
-    sizes = dict(num_tokens=num_tokens, channels=channels, wide=wide, block=_CHANNELS, num_warps=_CHANNELS // 32)
+    sizes = dict(num_tokens=num_tokens, channels=channels, wide=_wide(k), block=_CHANNELS, num_warps=_CHANNELS // 32)
     return (sequences, triton.cdiv(channels, _CHANNELS)), sizes
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple, TypeGuard
+from typing import Any, Literal, NamedTuple
 
 import torch
 from snntorch import surrogate
@@ -26,6 +26,18 @@ from torch.autograd.function import once_differentiable
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from systems.compiled import compiled, dense, has_triton, laid_out_as, memory
+from systems.norms import (
+    BatchNorm,
+    BatchStatistics,
+    batch_norm_backward,
+    batch_statistics,
+    by_channel,
+    for_channels,
+    for_images,
+    fuses,
+    normalise,
+    pixels,
+)
 from systems.precision import full_precision
 
 SpikeGrad = Callable[[Tensor], Tensor]
@@ -100,7 +112,9 @@ def _carry(u: Tensor, s: Tensor, d: _Dynamics) -> Tensor:
     return d.beta * (u - s * d.threshold)
 
 
-def _potentials(x: Tensor, d: _Dynamics, affine: _Affine | None = None) -> tuple[list[Tensor], list[Tensor]]:
+def _potentials(
+    x: Tensor, d: _Dynamics, affine: _Affine | None = None, shift: Tensor | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
     dtype = torch.promote_types(x.dtype, torch.float32)  # potentials stay in float32 under mixed precision
     potentials: list[Tensor] = []
     spikes: list[Tensor] = []
@@ -108,6 +122,8 @@ def _potentials(x: Tensor, d: _Dynamics, affine: _Affine | None = None) -> tuple
         u = x_k.to(dtype)
         if affine is not None:
             u = torch.addcmul(affine[1], u, affine[0])  # rounded as in the norm itself
+        if shift is not None:
+            u = u + shift
         u = u * d.input_scale
         if potentials:
             u = u + _carry(potentials[-1], spikes[-1], d)
@@ -117,16 +133,24 @@ def _potentials(x: Tensor, d: _Dynamics, affine: _Affine | None = None) -> tuple
 
 
 @compiled
-def _forward(x: Tensor, d: _Dynamics, dtype: torch.dtype, affine: _Affine | None = None) -> Tensor:
-    return torch.stack([s.to(dtype) for s in _potentials(x, d, affine)[1]])  # all in one kernel, if converted before
+def _forward(
+    x: Tensor, d: _Dynamics, dtype: torch.dtype, affine: _Affine | None = None, shift: Tensor | None = None
+) -> Tensor:
+    spikes = _potentials(x, d, affine, shift)[1]
+    return torch.stack([s.to(dtype) for s in spikes])  # all in one kernel, if converted before
 
 
 @compiled
 def _backward(
-    x: Tensor, grad: Tensor, d: _Dynamics, derivative: Callable[[Tensor], Tensor], affine: _Affine | None = None
+    x: Tensor,
+    grad: Tensor,
+    d: _Dynamics,
+    derivative: Callable[[Tensor], Tensor],
+    affine: _Affine | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
     """Backpropagation through time; the potentials are computed again, which is cheaper than keeping them."""
-    potentials, spikes = _potentials(x, d, affine)
+    potentials, spikes = _potentials(x, d, affine, shift)
     grads: list[Tensor] = []
     carried: Tensor | None = None  # dL/dU[k+1]
     for u, s, g in zip(reversed(potentials), reversed(spikes), reversed(grad.unbind(0)), strict=True):
@@ -182,32 +206,47 @@ def _derivative(spike_grad: SpikeGrad, dtype: torch.dtype) -> Callable[[Tensor],
     return make_fx(derivative)(torch.zeros(4, dtype=dtype))
 
 
-def _spikes(x: Tensor, d: _Dynamics, affine: _Affine | None = None) -> Tensor:
-    """Returns the spikes of dense currents `(T, ...)`, of their norm if there is one, in the order of their memory."""
+def _spikes(x: Tensor, d: _Dynamics, affine: _Affine | None = None, shift: Tensor | None = None) -> Tensor:
+    """Returns the spikes of dense currents `(T, ...)`, in the order of their memory.
+
+    Args:
+        x: Currents, or what a norm makes them of.
+        d: Constants of the neuron.
+        affine: Factor and summand of that norm.
+        shift: What is added after it, `(B, C)`.
+    """
     if x.is_cuda and has_triton():
         from systems import kernels
 
-        return kernels.spikes(x, d, _spike_dtype(x), affine, _pixels(x))
+        return kernels.spikes(x, d, _spike_dtype(x), affine, pixels(x), shift)
     if affine is None:
         spikes = _forward(memory(x, len(x), -1), d, _spike_dtype(x))
     else:
-        spikes = _forward(_by_channel(x, x), d, _spike_dtype(x), _for_channels(affine, x))
+        spikes = _forward(by_channel(x, x, shift), d, _spike_dtype(x), *_broadcast(affine, shift, x))
     return spikes.as_strided(x.shape, x.stride())
 
 
-def _gradients(x: Tensor, grad: Tensor, d: _Dynamics, spike_grad: SpikeGrad, affine: _Affine | None = None) -> Tensor:
+def _gradients(
+    x: Tensor,
+    grad: Tensor,
+    d: _Dynamics,
+    spike_grad: SpikeGrad,
+    affine: _Affine | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
     """Returns the gradients of what `_spikes` charges the neurons with, in the order of the memory of `x`."""
     grad = laid_out_as(x, grad)
     if x.is_cuda and has_triton():
         from systems import kernels
 
         if surrogate := _named(spike_grad, kernels.SURROGATES):
-            return kernels.gradients(x, grad, d, surrogate, affine, _pixels(x))
+            return kernels.gradients(x, grad, d, surrogate, affine, pixels(x), shift)
     derivative = _derivative(spike_grad, torch.promote_types(x.dtype, torch.float32))
     if affine is None:
         found = _backward(memory(x, len(x), -1), memory(grad, len(x), -1), d, derivative)
     else:
-        found = _backward(_by_channel(x, x), _by_channel(grad, x), d, derivative, _for_channels(affine, x))
+        features = by_channel(x, x, shift), by_channel(grad, x, shift)
+        found = _backward(*features, d, derivative, *_broadcast(affine, shift, x))
     return found.as_strided(x.shape, x.stride())
 
 
@@ -235,7 +274,7 @@ class _MultiStep(torch.autograd.Function):
 
 
 class _NormedMultiStep(torch.autograd.Function):
-    """`_MultiStep` of a batch norm of its input, which is neither written to memory nor kept."""
+    """`_MultiStep` of a batch norm of its input and a shift, whose sum is neither written to memory nor kept."""
 
     @staticmethod
     def forward(
@@ -243,41 +282,27 @@ class _NormedMultiStep(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor,
-        norm: nn.BatchNorm1d | nn.BatchNorm2d,
+        shift: Tensor | None,
+        norm: BatchNorm,
         d: _Dynamics,
         spike_grad: SpikeGrad,
     ) -> Tensor:
         x = dense(x) if x.dim() == 5 else x.contiguous()  # the channels of tokens come last in memory
-        mean, var = norm.running_mean, norm.running_var
-        assert mean is not None
-        assert var is not None
-        assert norm.momentum is not None
-        if norm.training:
-            mean, var = torch.batch_norm_update_stats(_images(x), mean, var, norm.momentum)
-        inverse_deviation = (var.double() + norm.eps).rsqrt().to(var.dtype)
-        factor = weight * inverse_deviation
-        affine = factor, torch.addcmul(bias, mean, factor, value=-1)
-        ctx.save_for_backward(x, weight, mean, inverse_deviation, *affine)
-        ctx.norm, ctx.training, ctx.d, ctx.spike_grad = norm, norm.training, d, spike_grad
-        return _spikes(x, d, affine)
+        shift = None if shift is None else shift.contiguous()
+        statistics = batch_statistics(norm, x, weight, bias)
+        ctx.save_for_backward(x, weight, shift, *statistics)
+        ctx.norm, ctx.d, ctx.spike_grad = norm, d, spike_grad
+        return _spikes(x, d, (statistics.factor, statistics.summand), shift)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, inverse_deviation, *affine = ctx.saved_tensors
-        grads = torch.ops.aten.native_batch_norm_backward(
-            _images(_gradients(x, grad, ctx.d, ctx.spike_grad, tuple(affine))),
-            _images(x),
-            weight,
-            ctx.norm.running_mean,
-            ctx.norm.running_var,
-            mean,
-            inverse_deviation,
-            ctx.training,
-            ctx.norm.eps,
-            [True, True, True],
-        )
-        return grads[0].view(x.shape), grads[1], grads[2], None, None, None
+        x, weight, shift, *rest = ctx.saved_tensors
+        statistics = BatchStatistics(*rest)
+        affine = statistics.factor, statistics.summand
+        found = _gradients(x, grad, ctx.d, ctx.spike_grad, affine, shift)
+        grads = batch_norm_backward(ctx.norm, x, found, weight, statistics)
+        return *grads, None if shift is None else found.sum((0, 3, 4)).to(shift.dtype), None, None, None
 
 
 def _spike_dtype(x: Tensor) -> torch.dtype:
@@ -286,44 +311,14 @@ def _spike_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def _images(x: Tensor) -> Tensor:
-    """Returns `(T, B, C, H, W)` as `(T*B, C, H, W)`, and tokens `(T, ..., C)` as `(M, C)`."""
-    return x.flatten(0, 1 if x.dim() == 5 else -2)
+def _broadcast(affine: _Affine, shift: Tensor | None, like: Tensor) -> tuple[_Affine, Tensor | None]:
+    factor, summand = (for_channels(values, like) for values in affine)
+    return (factor, summand), None if shift is None else for_images(shift, like)
 
 
-def _by_channel(x: Tensor, like: Tensor) -> Tensor:
-    """Returns the `memory` of `x`, laid out as features `like`: `(T, M, C, P)` or, with channels last, `(T, M, C)`."""
-    pixels = _pixels(like)
-    channels = like.shape[2] if like.dim() == 5 else like.shape[-1]
-    return memory(x, len(like), -1, channels, *([] if pixels == 1 else [pixels]))
-
-
-def _for_channels(affine: _Affine, like: Tensor) -> _Affine:
-    """Returns what norms multiply by and add, `(C,)`, in a shape that broadcasts with `_by_channel`."""
-    last = [] if _pixels(like) == 1 else [1]
-    return memory(affine[0], -1, *last), memory(affine[1], -1, *last)
-
-
-def _pixels(x: Tensor) -> int:
-    """Elements of a channel that lie side by side in dense features, or tokens `(T, ..., C)`; 1 with channels last."""
-    return x.shape[3] * x.shape[4] if x.dim() == 5 and x.is_contiguous() else 1
-
-
-def _fuses(norm: nn.Module, x: Tensor) -> TypeGuard[nn.BatchNorm1d | nn.BatchNorm2d]:
-    """Whether a norm is what `_NormedMultiStep` computes, and not one over several devices, say.
-
-    A single value per channel has no variance: that is left to the norm, which refuses it.
-    """
-    if x.device.type not in ("cpu", "cuda") or type(norm) not in (nn.BatchNorm1d, nn.BatchNorm2d):
-        return False
-    alone = norm.training and x.numel() == norm.num_features
-    return bool(norm.affine and norm.track_running_stats and norm.momentum is not None and not alone)
-
-
-def normalise(norm: nn.Module, x: Tensor) -> Tensor:
-    """Applies a norm to each channel of features `(T, B, C, H, W)`, or of tokens `(T, ..., C)`."""
-    y: Tensor = norm(_images(x))
-    return y.view(x.shape)
+def _normed(x: Tensor, norm: nn.Module, shift: Tensor | None) -> Tensor:
+    y = normalise(norm, x)
+    return y if shift is None else y + shift[:, :, None, None]
 
 
 class SpikingNeuron(nn.Module):
@@ -399,13 +394,14 @@ class SpikingNeuron(nn.Module):
             self.fire_at_threshold,
         )
 
-    def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+    def forward(self, x: Tensor, norm: nn.Module | None = None, shift: Tensor | None = None) -> Tensor:
         """Returns the spikes `(T, B, ...)` of currents, from a potential of zero.
 
         Args:
             x: Currents `(T, B, ...)`; features `(T, B, C, H, W)` or tokens `(T, ..., C)` if there is a norm.
             norm: Norm of the currents, by channel, on `(T*B, C, H, W)` or `(M, C)`. A plain batch norm is computed
                 inside the neuron, so that its result takes no memory; the module itself is then not called.
+            shift: Currents `(B, C)` that are added to the normed features of each image, in every step and pixel.
 
         Raises:
             ValueError: If the currents have no axis of images.
@@ -414,16 +410,14 @@ class SpikingNeuron(nn.Module):
             raise ValueError(f"currents have shape {tuple(x.shape)}; a spiking layer takes (T, B, ...)")
         if norm is None:
             return _MultiStep.apply(x, self._dynamics, self.spike_grad)
-        if not _fuses(norm, x):
-            return _MultiStep.apply(normalise(norm, x), self._dynamics, self.spike_grad)
-        if norm.training:
-            norm.get_buffer("num_batches_tracked").add_(1)
-        return _NormedMultiStep.apply(x, norm.weight, norm.bias, norm, self._dynamics, self.spike_grad)
+        if not fuses(norm, x):
+            return _MultiStep.apply(_normed(x, norm, shift), self._dynamics, self.spike_grad)
+        return _NormedMultiStep.apply(x, norm.weight, norm.bias, shift, norm, self._dynamics, self.spike_grad)
 
-    def stepwise(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+    def stepwise(self, x: Tensor, norm: nn.Module | None = None, shift: Tensor | None = None) -> Tensor:
         """Same as `forward`, one step after the other under plain autograd: the definition `forward` must equal."""
         if norm is not None:
-            x = normalise(norm, x)
+            x = _normed(x, norm, shift)
         d = self._dynamics
         spikes: list[Tensor] = []
         u: Tensor | None = None
@@ -473,20 +467,20 @@ class ConvertedNeuron(SpikingNeuron):
         return self.act_alpha
 
     @torch.no_grad()
-    def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+    def forward(self, x: Tensor, norm: nn.Module | None = None, shift: Tensor | None = None) -> Tensor:
         """Returns the spikes `(T, B, ...)` of the currents `x` `(T, B, ...)`, times `act_alpha`."""
         if x.dim() < 2:
             raise ValueError(f"currents have shape {tuple(x.shape)}; a spiking layer takes (T, B, ...)")
-        x = dense(x if norm is None else normalise(norm, x))
+        x = dense(x if norm is None else _normed(x, norm, shift))
         spikes = _converted_compiled(
             memory(x, len(x), -1), self.threshold * self.act_alpha, self.act_alpha, self.signed
         )
         return spikes.as_strided(x.shape, x.stride())
 
     @torch.no_grad()
-    def stepwise(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+    def stepwise(self, x: Tensor, norm: nn.Module | None = None, shift: Tensor | None = None) -> Tensor:
         """Same as `forward`, never compiled."""
-        x = x if norm is None else normalise(norm, x)
+        x = x if norm is None else _normed(x, norm, shift)
         return _converted(x, self.threshold * self.act_alpha, self.act_alpha, self.signed)
 
     def extra_repr(self) -> str:

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from systems.compiled import compiled, dense, laid_out_as, memory
 from systems.neurons import SpikingNeuron, integrate_and_fire, membrane_output
+from systems.norms import add_normed
 
 NeuronFactory = Callable[[], SpikingNeuron]
 ConvFactory = Callable[..., nn.Module]
@@ -224,10 +225,9 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         """Returns `(T, B, out_channels, H, W)` of features `x` and the time embedding `temb` `(B, temb_channels)`."""
         num_steps = x.shape[0]
-        h = self.bn1(self.conv1(fold(self.neuron1(x))))  # (T*B, C, H, W)
-        h = unfold(h, num_steps) + self.temb_proj(temb)[:, :, None, None]
-        h = self.bn2(self.conv2(fold(self.neuron2(h))))
-        return unfold(h + self.shortcut(fold(x)), num_steps)
+        h = unfold(self.conv1(fold(self.neuron1(x))), num_steps)
+        h = unfold(self.conv2(fold(self.neuron2(h, self.bn1, self.temb_proj(temb)))), num_steps)
+        return add_normed(self.bn2, h, unfold(self.shortcut(fold(x)), num_steps))
 
 
 class Downsample(nn.Module):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from systems import neurons
 from systems.neurons import SpikingNeuron
+from systems.norms import pixels
 from systems.wkv import wkv
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -57,19 +58,35 @@ def test_neurons(kernels: ModuleType, name: str, num_steps: int, dtype: torch.dt
     assert wanted.abs().max() > 0.1
 
 
+def laid_out(channels_last: bool, *features: Tensor) -> list[Tensor]:
+    if not channels_last:
+        return list(features)
+    return [x.flatten(0, 1).to(memory_format=torch.channels_last).view(x.shape) for x in features]
+
+
+@pytest.mark.parametrize("shifted", [True, False])
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_neurons_of_norms(kernels: ModuleType, channels_last: bool) -> None:
-    neuron, x, grad = case(4, "LIF", torch.float64)
-    if channels_last:
-        x, grad = (y.flatten(0, 1).to(memory_format=torch.channels_last).view(y.shape) for y in (x, grad))
-    affine, pixels = (torch.rand(6).double() + 0.5, torch.rand(6).double()), neurons._pixels(x)
-    assert pixels == (1 if channels_last else 35)
-    spikes = kernels.spikes(x, neuron._dynamics, torch.bfloat16, affine, pixels)
+def test_neurons_of_norms(kernels: ModuleType, channels_last: bool, shifted: bool) -> None:
+    neuron, *features = case(4, "LIF", torch.float64)
+    x, grad = laid_out(channels_last, *features)
+    affine, side_by_side = (torch.rand(6).double() + 0.5, torch.rand(6).double()), pixels(x)
+    shift = torch.randn(3, 6, dtype=torch.float64) if shifted else None
+    assert side_by_side == (1 if channels_last else 35)
+    spikes = kernels.spikes(x, neuron._dynamics, torch.bfloat16, affine, side_by_side, shift)
     assert spikes.dtype == torch.bfloat16
     assert spikes.stride() == x.stride()
-    assert torch.equal(spikes.double(), neurons._spikes(x, neuron._dynamics, affine))
-    found = kernels.gradients(x, grad, neuron._dynamics, "atan", affine, pixels)
-    torch.testing.assert_close(found, neurons._gradients(x, grad, neuron._dynamics, neuron.spike_grad, affine))
+    assert torch.equal(spikes.double(), neurons._spikes(x, neuron._dynamics, affine, shift))
+    found = kernels.gradients(x, grad, neuron._dynamics, "atan", affine, side_by_side, shift)
+    torch.testing.assert_close(found, neurons._gradients(x, grad, neuron._dynamics, neuron.spike_grad, affine, shift))
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_sum_of_a_norm_and_a_residual(kernels: ModuleType, channels_last: bool) -> None:
+    x, residual = laid_out(channels_last, *case(4, "IF", torch.float32)[1:])
+    factor, summand = torch.rand(2, 6)
+    found = kernels.normed_sum(x, residual, factor, summand, pixels(x))
+    assert found.stride() == x.stride()
+    torch.testing.assert_close(found, x * factor[:, None, None] + summand[:, None, None] + residual)
 
 
 @pytest.mark.parametrize("name", ["atan", "triangle", "rectangle", "sigmoid"])

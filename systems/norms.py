@@ -1,0 +1,153 @@
+"""Batch norms whose result goes right into what follows, a neuron or a sum, and takes no memory of its own."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from systems.compiled import compiled, dense, has_triton, laid_out_as, memory
+
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
+
+
+class BatchStatistics(NamedTuple):
+    """What a batch norm makes of the features of each channel, `(C,)` each."""
+
+    mean: Tensor
+    inverse_deviation: Tensor
+    factor: Tensor
+    """Product of weight and inverse deviation."""
+    summand: Tensor
+    """What is added to the product of feature and factor."""
+
+
+def fuses(norm: nn.Module, x: Tensor) -> TypeGuard[BatchNorm]:
+    """Whether a norm is what `batch_statistics` measures, and not one over several devices, say.
+
+    A single value per channel has no variance: that is left to the norm, which refuses it.
+    """
+    if x.device.type not in ("cpu", "cuda") or type(norm) not in (nn.BatchNorm1d, nn.BatchNorm2d):
+        return False
+    alone = norm.training and x.numel() == norm.num_features
+    return bool(norm.affine and norm.track_running_stats and norm.momentum is not None and not alone)
+
+
+def normalise(norm: nn.Module, x: Tensor) -> Tensor:
+    """Applies a norm to each channel of features `(T, B, C, H, W)`, or of tokens `(T, ..., C)`."""
+    y: Tensor = norm(_images(x))
+    return y.view(x.shape)
+
+
+def batch_statistics(norm: BatchNorm, x: Tensor, weight: Tensor, bias: Tensor) -> BatchStatistics:
+    """Measures dense features as a norm in training does, or takes its running statistics.
+
+    Args:
+        norm: The norm, whose running statistics follow.
+        x: Features `(T, B, C, H, W)` or tokens `(T, ..., C)`.
+        weight: Weight of the norm.
+        bias: Bias of the norm.
+    """
+    mean, var = norm.running_mean, norm.running_var
+    assert mean is not None
+    assert var is not None
+    assert norm.momentum is not None
+    if norm.training:
+        norm.get_buffer("num_batches_tracked").add_(1)
+        mean, var = torch.batch_norm_update_stats(_images(x), mean, var, norm.momentum)
+    inverse_deviation = (var.double() + norm.eps).rsqrt().to(var.dtype)
+    factor = weight * inverse_deviation
+    return BatchStatistics(mean, inverse_deviation, factor, torch.addcmul(bias, mean, factor, value=-1))
+
+
+def batch_norm_backward(
+    norm: BatchNorm, x: Tensor, grad: Tensor, weight: Tensor, statistics: BatchStatistics
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of features, weight and bias from those of the normed features, laid out like them."""
+    grads = torch.ops.aten.native_batch_norm_backward(
+        _images(grad),
+        _images(x),
+        weight,
+        norm.running_mean,
+        norm.running_var,
+        statistics.mean,
+        statistics.inverse_deviation,
+        norm.training,
+        norm.eps,
+        [True, True, True],
+    )
+    return grads[0].view(x.shape), grads[1], grads[2]
+
+
+def _images(x: Tensor) -> Tensor:
+    """Returns `(T, B, C, H, W)` as `(T*B, C, H, W)`, and tokens `(T, ..., C)` as `(M, C)`."""
+    return x.flatten(0, 1 if x.dim() == 5 else -2)
+
+
+def by_channel(x: Tensor, like: Tensor, shift: Tensor | None = None) -> Tensor:
+    """Returns the `memory` of `x`, laid out as features `like`: `(T, B, C, P)` or, with channels last, `(T, M, C)`.
+
+    With a shift `M` comes as two axes, of images and of pixels.
+    """
+    channels = like.shape[2] if like.dim() == 5 else like.shape[-1]
+    if (side_by_side := pixels(like)) > 1:
+        return memory(x, len(like), -1, channels, side_by_side)
+    return memory(x, len(like), *([] if shift is None else [len(shift)]), -1, channels)
+
+
+def for_channels(values: Tensor, like: Tensor) -> Tensor:
+    """Returns values of channels `(C,)` in a shape that broadcasts with `by_channel` of features `like`."""
+    return memory(values, -1, 1) if pixels(like) > 1 else memory(values, -1)
+
+
+def for_images(shift: Tensor, like: Tensor) -> Tensor:
+    """Returns a shift `(B, C)` in a shape that broadcasts with `by_channel` of features `like`."""
+    return memory(shift, len(shift), -1, 1) if pixels(like) > 1 else memory(shift, len(shift), 1, -1)
+
+
+def pixels(x: Tensor) -> int:
+    """Elements of a channel that lie side by side in dense features, or tokens `(T, ..., C)`; 1 with channels last."""
+    return x.shape[3] * x.shape[4] if x.dim() == 5 and x.is_contiguous() else 1
+
+
+@compiled
+def _add(x: Tensor, residual: Tensor, factor: Tensor, summand: Tensor, dtype: torch.dtype) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (torch.addcmul(summand, wide, factor) + residual).to(dtype)
+
+
+class _AddNormed(torch.autograd.Function):
+    """Sum of a batch norm of features and a residual; keeps the features alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, norm: BatchNorm) -> Tensor:
+        x = dense(x)
+        statistics = batch_statistics(norm, x, weight, bias)
+        ctx.save_for_backward(x, weight, *statistics)
+        ctx.norm, ctx.dtype = norm, residual.dtype
+        dtype = torch.promote_types(x.dtype, residual.dtype)
+        residual, affine = laid_out_as(x, residual.to(dtype)), (statistics.factor, statistics.summand)
+        if x.is_cuda and has_triton():
+            from systems import kernels
+
+            return kernels.normed_sum(x, residual, *affine, pixels(x))
+        factor, summand = (for_channels(values, x) for values in affine)
+        found = _add(by_channel(x, x), by_channel(residual, x), factor, summand, dtype)
+        return found.as_strided(x.shape, x.stride())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, *statistics = ctx.saved_tensors
+        grad = laid_out_as(x, grad)  # a slice of what was concatenated has gaps, which the norm's kernels are slow with
+        grads = batch_norm_backward(ctx.norm, x, grad.to(x.dtype), weight, BatchStatistics(*statistics))
+        return *grads, grad.to(ctx.dtype), None
+
+
+def add_normed(norm: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
+    """Returns the norm of features plus a residual, `(T, B, C, H, W)` each."""
+    if not fuses(norm, x):
+        return normalise(norm, x) + residual
+    return _AddNormed.apply(x, norm.weight, norm.bias, residual, norm)
