@@ -32,10 +32,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.data import DataLoader
 
 from benchmark.floor import Products, median_seconds, medians, queued, wait
+from benchmark.graphs import TrainingGraphs
 from benchmark.runs import RUNS
 from benchmark.stages import Rehearsal, fastest_precision, run_stage
 from leaderboard.records import find_records, read_record, write_atomic
 from systems.base import DiffusionSystem
+from systems.graphs import TrainingReplay
 from systems.neurons import SpikingNeuron, integrate_and_fire, leaky_integrate_and_fire, triangle
 
 Part = Literal["neuron", "step", "sampling", "data", "start"]
@@ -282,6 +284,11 @@ def measure_steps(
             saved, most = clock.saved[stage].bytes, plain.saved[stage].with_small_spikes
             memory = {"saved MiB": saved / 2**20, "of plain autograd": f"{saved / most:.2f}"}
             rows.append(_row(name, step, statistics.median(times[WARM_UP:]), floor) | memory)
+        if device.type == "cuda" and system.automatic_optimization:
+            warm_up = TrainingReplay.WARM_UP + 2
+            times = _train(system, image_shape, batch_size, warm_up + repetitions, precision, clip, True).seconds[0]
+            seconds = statistics.median(times[warm_up:])
+            rows.append(_row(name, "training, --graphs", seconds, floor) | {"saved MiB": "", "of plain autograd": ""})
         seconds, floor = _denoising(system.to(device).eval(), image_shape, batch_size, precision, repetitions)
         rows.append(_row(name, "denoising", seconds, floor) | {"saved MiB": "", "of plain autograd": ""})
     return rows
@@ -326,8 +333,9 @@ def _train(
     timed: int,
     precision: Any,
     clip: float | None,
+    replayed: bool = False,
 ) -> _Clock:
-    """Trains on random images."""
+    """Trains on random images, in CUDA graphs if wanted."""
     clock = _Clock(timed)
     images = list(torch.rand((timed + 2) * batch_size, *image_shape) * 2 - 1)
     trainer = Trainer(
@@ -335,7 +343,7 @@ def _train(
         devices=1,
         precision=precision,
         gradient_clip_val=clip,
-        callbacks=[clock],
+        callbacks=[clock, TrainingGraphs(replayed)],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -30,6 +30,7 @@ import datamodules
 import systems
 from benchmark.estimate import BenchmarkTrainer
 from benchmark.faults import DivergenceGuard, LastCheckpoint, WholeCheckpointIO
+from benchmark.graphs import TrainingGraphs
 from benchmark.messages import plain
 from benchmark.monitor import ImageProgressBar, TrainingMonitor
 from benchmark.png import PNGWriter
@@ -122,12 +123,13 @@ class BenchmarkCLI(LightningCLI):
         return {**LightningCLI.subcommands(), "estimate_gamma": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds `checkpoint`, `last`, `monitor`, `evaluation` and `png`."""
+        """Adds `checkpoint`, `last`, `monitor`, `evaluation`, `png` and `graphs`."""
         parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
         parser.add_lightning_class_args(LastCheckpoint, "last")
         parser.add_lightning_class_args(TrainingMonitor, "monitor")
         parser.add_lightning_class_args(Evaluation, "evaluation")
         parser.add_lightning_class_args(PNGWriter, "png")
+        parser.add_lightning_class_args(TrainingGraphs, "graphs")
         parser.set_defaults(
             {
                 "checkpoint.monitor": "val/loss",

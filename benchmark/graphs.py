@@ -1,0 +1,52 @@
+"""Training of small networks on a GPU, which the CPU would be too slow to launch operation by operation."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from systems.base import DiffusionSystem
+from systems.graphs import TrainingReplay
+
+
+class TrainingGraphs(Callback):
+    """Replays the network's forward and backward pass of training as CUDA graphs.
+
+    The arithmetic is the same, but dropout draws other random numbers, and the graphs keep memory of their own.
+
+    Args:
+        enabled: Whether to.
+    """
+
+    def __init__(self, enabled: bool = False) -> None:
+        self.enabled = enabled
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lets the system train its network through a replay.
+
+        Raises:
+            ValueError: If there is no single GPU, or gradients of several batches are added up, or the method steps its
+                optimisers itself.
+        """
+        if not self.enabled:
+            return
+        device, batches = pl_module.device.type, trainer.accumulate_grad_batches
+        reasons = {
+            f"training is on {device}": device != "cuda",
+            f"training is on {trainer.world_size} devices": trainer.world_size > 1,
+            f"--trainer.accumulate_grad_batches is {batches}": batches > 1,
+            f"{type(pl_module).__name__} trains two networks": not pl_module.automatic_optimization,
+        }
+        if found := [reason for reason, holds in reasons.items() if holds]:
+            raise ValueError(
+                f"--graphs.enabled true is for one GPU, one batch per step and one network, but {', '.join(found)}; "
+                "leave it out"
+            )
+        system = cast(DiffusionSystem, pl_module)
+        system.replay = TrainingReplay(cast(nn.Module, system.network))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Frees the graphs."""
+        cast(DiffusionSystem, pl_module).replay = None
