@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from systems.neurons import SpikingNeuron
+from systems.norms import add_normed, scaled
 from systems.spiking_unet import double_size, fold, lay_out, unfold
 
 NeuronFactory = Callable[[], SpikingNeuron]
@@ -38,16 +39,8 @@ SUMMED = 1 / math.sqrt(2)
 
 
 def scaled_norm(bn: nn.Module, x: Tensor, gain: float) -> Tensor:
-    """Batch norm whose normalised values, not its bias, are scaled by `gain` (tdBN: alpha times threshold).
-
-    The factor stays outside the norm, where a conversion to synchronised batch norm cannot lose it.
-    """
-    y: Tensor = bn(x)
-    if gain == 1:
-        return y
-    assert isinstance(bn.bias, Tensor)
-    bias = bn.bias.view(-1, 1, 1)
-    return bias + gain * (y - bias)
+    """Batch norm whose normalised values, not its bias, are scaled by `gain` (tdBN: alpha times threshold)."""
+    return scaled(bn, bn(x), gain)
 
 
 def join(parts: Sequence[Tensor]) -> Tensor:
@@ -70,9 +63,11 @@ class Convolution(nn.Conv2d):
         if gain is not None:
             self.bn = nn.BatchNorm2d(out_channels)
 
-    def forward(self, *parts: Tensor, joined: Tensor | None = None) -> Tensor:
-        """Convolves the concatenation of the parts, or what is `joined` of them already."""
+    def forward(self, *parts: Tensor, joined: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """Convolves the concatenation of the parts, or what is `joined` of them already, and adds a residual."""
         y = super().forward(join(parts) if joined is None else joined)
+        if residual is not None and self.gain is not None:
+            return add_normed(self.bn, y[None], residual[None], self.gain)[0]
         return y if self.gain is None else scaled_norm(self.bn, y, self.gain)
 
 
@@ -83,7 +78,9 @@ class SpikingConvolution(Convolution):
         super().__init__(in_channels, out_channels, 3, gain=1.0)
         self.neuron = neuron()
 
-    def forward(self, *parts: Tensor, joined: Tensor | None = None) -> Tensor:
+    def forward(  # type: ignore[override]  # takes no residual
+        self, *parts: Tensor, joined: Tensor | None = None
+    ) -> Tensor:
         """Returns spikes."""
         y = nn.Conv2d.forward(self, join([fold(x) for x in parts]) if joined is None else joined)
         return self.neuron(unfold(y, len(parts[0])), self.bn)
@@ -122,12 +119,12 @@ class ResBlock(nn.Module):
         joined = join(folded)  # once, for two convolutions
         time = fold(self.temb_proj(self.temb_neuron(temb)))[:, :, None, None]
         h = unfold(self.conv1(*folded, joined=joined) + time, num_steps)  # (T, B, C, H, W)
-        h = self.conv2(fold(self.neuron1(h, self.bn1)))
+        s = fold(self.neuron1(h, self.bn1))
         if isinstance(self.nin_shortcut, Convolution):
             shortcut = self.nin_shortcut(*folded, joined=joined)
         else:
             shortcut = scaled_norm(self.nin_shortcut, folded[0], self.gain)
-        return self.neuron2(unfold(h + shortcut, num_steps))
+        return self.neuron2(unfold(self.conv2(s, residual=shortcut), num_steps))
 
 
 class Downsample(nn.Module):

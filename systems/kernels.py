@@ -249,6 +249,96 @@ def normed_sum(x: Tensor, residual: Tensor, factor: Tensor, summand: Tensor, pix
     return out
 
 
+@triton.jit
+def _affine(mean, var, weight, bias, deviations, factors, summands, channels, eps: tl.constexpr, block: tl.constexpr):
+    channel = tl.program_id(0) * block + tl.arange(0, block)
+    mask = channel < channels
+    inverse = 1 / tl.sqrt(tl.load(var + channel, mask, other=1).to(tl.float64) + eps)
+    deviation = inverse.to(deviations.dtype.element_ty)
+    factor = tl.load(weight + channel, mask, other=0) * deviation
+    tl.store(deviations + channel, deviation, mask)
+    tl.store(factors + channel, factor, mask)
+    tl.store(summands + channel, tl.load(bias + channel, mask, other=0) - tl.load(mean + channel, mask) * factor, mask)
+
+
+def affine(mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns inverse deviation, factor and summand of a batch norm from the statistics of channels, `(C,)` each."""
+    found = torch.empty_like(var), torch.empty_like(var), torch.empty_like(var)
+    block = 128
+    with torch.cuda.device_of(var):
+        _affine[(triton.cdiv(len(var), block),)](mean, var, weight, bias, *found, len(var), eps=eps, block=block)
+    return found
+
+
+# Token shift
+
+
+@triton.jit
+def _tile(rows, channels, row_block: tl.constexpr, channel_block: tl.constexpr):
+    row = tl.program_id(0) * row_block + tl.arange(0, row_block)[:, None]
+    channel = tl.program_id(1) * channel_block + tl.arange(0, channel_block)[None, :]
+    return row, channel, row.to(tl.int64) * channels + channel, (row < rows) & (channel < channels)
+
+
+@triton.jit
+def _plus(a, b):
+    return a + b
+
+
+@triton.jit
+def _shift(
+    x, mix, out, rows, channels, num_tokens: tl.constexpr, wide: tl.constexpr,
+    row_block: tl.constexpr, channel_block: tl.constexpr,
+):  # fmt: skip
+    row, channel, place, mask = _tile(rows, channels, row_block, channel_block)
+    share = tl.load(mix + channel, channel < channels, other=0).to(wide)
+    token = tl.load(x + place, mask, other=0).to(wide)
+    before = tl.load(x + place - channels, mask & (row % num_tokens != 0), other=0).to(wide)
+    tl.store(out + place, (before + share * (token - before)).to(out.dtype.element_ty), mask)
+
+
+@triton.jit
+def _shift_gradients(
+    x, grads, mix, grad_x, grad_mix, rows, channels, num_tokens: tl.constexpr, wide: tl.constexpr,
+    row_block: tl.constexpr, channel_block: tl.constexpr,
+):  # fmt: skip
+    row, channel, place, mask = _tile(rows, channels, row_block, channel_block)
+    share = tl.load(mix + channel, channel < channels, other=0).to(wide)
+    token = tl.load(x + place, mask, other=0).to(wide)
+    before = tl.load(x + place - channels, mask & (row % num_tokens != 0), other=0).to(wide)
+    grad = tl.load(grads + place, mask, other=0).to(wide)
+    after = tl.load(grads + place + channels, mask & (row % num_tokens != num_tokens - 1), other=0).to(wide)
+    tl.store(grad_x + place, (after + share * (grad - after)).to(grad_x.dtype.element_ty), mask)
+    part = tl.reduce(grad * (token - before), 0, _plus)[None, :]
+    tl.store(grad_mix + tl.program_id(0) * channels + channel, part, channel < channels)
+
+
+def _tiles(x: Tensor) -> tuple[tuple[int, int], dict[str, Any]]:
+    num_tokens, channels = x.shape[-2:]
+    rows, row_block, channel_block = x.numel() // channels, 32, 128
+    sizes = dict(rows=rows, channels=channels, num_tokens=num_tokens, wide=_wide(x))
+    grid = triton.cdiv(rows, row_block), triton.cdiv(channels, channel_block)
+    return grid, sizes | dict(row_block=row_block, channel_block=channel_block)
+
+
+def shift(x: Tensor, mix: Tensor) -> Tensor:
+    """Returns `mix * x[n] + (1 - mix) * x[n-1]` of contiguous tokens `(..., N, D)`, with `mix` `(D,)`."""
+    out = torch.empty_like(x)
+    grid, sizes = _tiles(x)
+    with torch.cuda.device_of(x):
+        _shift[grid](x, mix, out, **sizes)
+    return out
+
+
+def shift_gradients(x: Tensor, grad: Tensor, mix: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the gradients of `x` and `mix` from those of what `shift` returns, contiguous."""
+    grid, sizes = _tiles(x)
+    grad_x, parts = torch.empty_like(x), mix.new_empty(grid[0], len(mix))
+    with torch.cuda.device_of(x):
+        _shift_gradients[grid](x, grad, mix, grad_x, parts, **sizes)
+    return grad_x, parts.sum(0)
+
+
 # WKV
 
 

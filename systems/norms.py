@@ -57,6 +57,10 @@ def batch_statistics(norm: BatchNorm, x: Tensor, weight: Tensor, bias: Tensor) -
     if norm.training:
         norm.get_buffer("num_batches_tracked").add_(1)
         mean, var = torch.batch_norm_update_stats(_images(x), mean, var, norm.momentum)
+    if x.is_cuda and has_triton():
+        from systems import kernels
+
+        return BatchStatistics(mean, *kernels.affine(mean, var, weight, bias, norm.eps))
     inverse_deviation = (var.double() + norm.eps).rsqrt().to(var.dtype)
     factor = weight * inverse_deviation
     return BatchStatistics(mean, inverse_deviation, factor, torch.addcmul(bias, mean, factor, value=-1))
@@ -146,8 +150,27 @@ class _AddNormed(torch.autograd.Function):
         return *grads, grad.to(ctx.dtype), None
 
 
-def add_normed(norm: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
-    """Returns the norm of features plus a residual, `(T, B, C, H, W)` each."""
+def add_normed(norm: nn.Module, x: Tensor, residual: Tensor, gain: float = 1.0) -> Tensor:
+    """Returns the norm of features plus a residual, `(T, B, C, H, W)` each.
+
+    Args:
+        norm: By channel.
+        x: Features.
+        residual: What is added.
+        gain: Scales the normalised features, not the bias of the norm.
+    """
     if not fuses(norm, x):
-        return normalise(norm, x) + residual
-    return _AddNormed.apply(x, norm.weight, norm.bias, residual, norm)
+        return scaled(norm, normalise(norm, x), gain) + residual
+    return _AddNormed.apply(x, norm.weight * gain if gain != 1 else norm.weight, norm.bias, residual, norm)
+
+
+def scaled(norm: nn.Module, y: Tensor, gain: float) -> Tensor:
+    """Scales what a norm has made of features `(..., C, H, W)` by a gain, but its bias.
+
+    The factor stays outside the norm, where a conversion to synchronised batch norm cannot lose it.
+    """
+    if gain == 1:
+        return y
+    assert isinstance(norm.bias, Tensor)
+    bias = norm.bias.view(-1, 1, 1)
+    return bias + gain * (y - bias)

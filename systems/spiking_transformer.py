@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from systems.compiled import compiled, memory
+from systems.compiled import compiled, has_triton, memory
 from systems.neurons import SpikingNeuron, get_surrogate
 from systems.spiking_unet import TimeEmbedding, fold, unfold
 from systems.wkv import bidirectional_wkv, wkv
@@ -69,12 +69,20 @@ class _TokenShift(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, mix: Tensor) -> Tensor:
         x = x.contiguous()
         ctx.save_for_backward(x, mix)
+        if x.is_cuda and has_triton():
+            from systems import kernels
+
+            return kernels.shift(x, mix)
         return _shift(memory(x, -1, *x.shape[-2:]), memory(mix, -1)).view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, mix = ctx.saved_tensors
+        if x.is_cuda and has_triton():
+            from systems import kernels
+
+            return kernels.shift_gradients(x, grad.contiguous(), mix)
         shape = (-1, *x.shape[-2:])
         tokens, grads = memory(x, *shape), memory(grad.contiguous(), *shape)
         grad_x, grad_mix = _shift_backward(tokens, grads, memory(mix, -1))

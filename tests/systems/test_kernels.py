@@ -12,6 +12,7 @@ from torch import Tensor
 from systems import neurons
 from systems.neurons import SpikingNeuron
 from systems.norms import pixels
+from systems.spiking_transformer import _TokenShift
 from systems.wkv import wkv
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -94,6 +95,28 @@ def test_surrogates_are_known_by_name(name: str) -> None:
     known = ("atan", "triangle", "rectangle")
     assert neurons._named(neurons.get_surrogate(name), known) == (name if name in known else None)
     assert neurons._named(neurons.triangle(0.3), known) is None, "of another width"
+
+
+def test_factor_and_summand_of_a_norm(kernels: ModuleType) -> None:
+    mean, var, weight, bias = torch.rand(4, 150) + 0.1
+    inverse = (var.double() + 1e-3).rsqrt().float()
+    found = kernels.affine(mean, var, weight, bias, 1e-3)
+    for a, b in zip(found, (inverse, weight * inverse, bias - mean * weight * inverse), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_token_shift(kernels: ModuleType, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, grad = torch.randn(2, 4, 3, 11, 130).to(dtype)
+    mix = torch.rand(130, dtype=torch.promote_types(dtype, torch.float32))
+    leaves = [y.double().requires_grad_() for y in (x, mix)]
+    wanted = _TokenShift.apply(*leaves)
+    tolerance = dict(rtol=1e-2, atol=1e-2) if dtype == torch.bfloat16 else dict(rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(kernels.shift(x, mix).double(), wanted, **tolerance)
+    found, expected = kernels.shift_gradients(x, grad, mix), torch.autograd.grad(wanted, leaves, grad.double())
+    torch.testing.assert_close(found[0].double(), expected[0], **tolerance)
+    torch.testing.assert_close(found[1].double(), expected[1], rtol=1e-4, atol=1e-4)  # sums are never in bfloat16
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

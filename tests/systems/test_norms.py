@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from systems import compiled
 from systems.neurons import SpikingNeuron
-from systems.norms import add_normed, normalise
+from systems.norms import add_normed, normalise, scaled
 
 
 def features(layout: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -67,6 +67,15 @@ def test_shift_after_the_norm_of_a_neuron(
     assert 0.1 < spikes.mean() < 0.9
     assert not torch.equal(spikes, neuron(inputs[0], copy.deepcopy(plain))), "the shift matters"
     check(spikes, neuron.stepwise(inputs[0], plain, inputs[1]), inputs, (norm, plain))
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_gain_scales_the_norm_but_its_bias(kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "COMPILE_FROM", 0 if kernels else 2**62)
+    inputs = [x.requires_grad_() for x in features("contiguous")]
+    norm, plain = norms(True)
+    y = scaled(plain, normalise(plain, inputs[0]), 0.7) + inputs[1]
+    check(add_normed(norm, *inputs, gain=0.7), y, inputs, (norm, plain))
 
 
 def test_other_norms_are_applied_as_they_are() -> None:
