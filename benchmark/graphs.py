@@ -14,7 +14,7 @@ from systems.graphs import TrainingReplay
 class TrainingGraphs(Callback):
     """Replays the network's forward and backward pass of training as CUDA graphs.
 
-    The arithmetic is the same, but dropout draws other random numbers, and the graphs keep memory of their own.
+    The arithmetic is the same, and compared once in each training; the graphs keep memory of their own.
 
     Args:
         enabled: Whether to.
@@ -27,8 +27,8 @@ class TrainingGraphs(Callback):
         """Lets the system train its network through a replay.
 
         Raises:
-            ValueError: If there is no single GPU, or gradients of several batches are added up, or the method steps its
-                optimisers itself.
+            ValueError: If there is no single GPU, gradients of several batches are added up, the method steps its
+                optimisers itself, or there is dropout, whose random numbers a graph draws in another order.
         """
         if not self.enabled:
             return
@@ -38,11 +38,12 @@ class TrainingGraphs(Callback):
             f"training is on {trainer.world_size} devices": trainer.world_size > 1,
             f"--trainer.accumulate_grad_batches is {batches}": batches > 1,
             f"{type(pl_module).__name__} trains two networks": not pl_module.automatic_optimization,
+            "the network has dropout": any(isinstance(m, nn.Dropout) and m.p > 0 for m in pl_module.modules()),
         }
         if found := [reason for reason, holds in reasons.items() if holds]:
             raise ValueError(
-                f"--graphs.enabled true is for one GPU, one batch per step and one network, but {', '.join(found)}; "
-                "leave it out"
+                "--graphs.enabled true is for one GPU, one batch per step and one network without dropout, but "
+                f"{', '.join(found)}; leave it out"
             )
         system = cast(DiffusionSystem, pl_module)
         system.replay = TrainingReplay(cast(nn.Module, system.network))

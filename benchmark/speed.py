@@ -284,7 +284,8 @@ def measure_steps(
             saved, most = clock.saved[stage].bytes, plain.saved[stage].with_small_spikes
             memory = {"saved MiB": saved / 2**20, "of plain autograd": f"{saved / most:.2f}"}
             rows.append(_row(name, step, statistics.median(times[WARM_UP:]), floor) | memory)
-        if device.type == "cuda" and system.automatic_optimization:
+        dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in system.modules())
+        if device.type == "cuda" and system.automatic_optimization and not dropout:
             warm_up = TrainingReplay.WARM_UP + 2
             times = _train(system, image_shape, batch_size, warm_up + repetitions, precision, clip, True).seconds[0]
             seconds = statistics.median(times[warm_up:])

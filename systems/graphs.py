@@ -2,13 +2,19 @@
 
 A spiking network is some thousand operations, most of them short; a CPU launches them more slowly than a GPU computes
 them. See https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs.
+
+What a graph has recorded is compared with the network itself before it is relied on, since it depends on the GPU, its
+driver and what else the process does.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +22,22 @@ from torch import Tensor, nn
 REPLAYABLE = "replayable"
 """Attribute of a hook whose work is done on tensors alone, in place, so that a graph repeats it."""
 
+APART = 0.05
+"""Distance between what is replayed and what is computed, relative to the latter, from which a graph is refused.
+
+Other algorithms for the same products may round differently, and a spike more or less follows from that.
+"""
+
+_compared: WeakSet[nn.Module] = WeakSet()
+"""Networks whose graphs were found to be right in this process."""
+
 
 class Replay:
     """A function of tensors for one chain of calls with inputs of one size: recorded in the second, then replayed.
 
-    It is called as it is on CPUs, where gradients are wanted, and where a hook of the network does more than a graph
-    can repeat. Weights may not change in between, so it lives no longer than the chain.
+    It is called as it is on CPUs, where gradients are wanted, where a hook of the network does more than a graph can
+    repeat, and after a warning where a graph fails. Weights may not change in between, so it lives no longer than the
+    chain.
 
     Args:
         function: Calls the network, on tensors of one device, without waiting for it.
@@ -30,6 +46,7 @@ class Replay:
 
     def __init__(self, function: Callable[..., Any], network: nn.Module) -> None:
         self._function = function
+        self._network = network
         self._replayable = not _watched(network)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: tuple[Tensor, ...] | None = None
@@ -46,15 +63,30 @@ class Replay:
         for mine, given in zip(self._inputs, inputs, strict=True):
             mine.copy_(given)
         if self._graph is None:
-            self._graph = self._record(self._inputs)
+            try:
+                self._graph = self._record(self._inputs)
+            except RuntimeError as error:
+                return self._give_up(f"cannot be recorded ({error})", inputs)
         self._graph.replay()
-        return self._output.clone() if isinstance(self._output, Tensor) else tuple(x.clone() for x in self._output)
+        output = self._output.clone() if isinstance(self._output, Tensor) else tuple(x.clone() for x in self._output)
+        if self._network not in _compared:
+            with _unwatched(self._network):
+                apart = distance(_listed(output), _listed(self._function(*inputs)))
+            if not apart <= APART:
+                return self._give_up(f"is wrong by {apart:.2g}", inputs)
+            _compared.add(self._network)
+        return output
 
     def _record(self, inputs: tuple[Tensor, ...]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         with _uncached_autocast(), torch.cuda.graph(graph, capture_error_mode="thread_local"):  # loaders have threads
             self._output = self._function(*inputs)
         return graph
+
+    def _give_up(self, reason: str, inputs: tuple[Tensor, ...]) -> Any:
+        warnings.warn(f"a CUDA graph of the network {reason}; sampling goes on without, more slowly", stacklevel=3)
+        self._replayable, self._graph, self._output = False, None, None
+        return self._function(*inputs)
 
 
 class TrainingReplay:
@@ -96,16 +128,33 @@ class TrainingReplay:
         return tuple(p.data_ptr() for p in (*self._network.parameters(), *self._network.buffers()))
 
     def _record(self, inputs: tuple[Tensor, ...]) -> nn.Module:
-        """Records the passes of a step, which takes some; running statistics and random numbers are as before."""
+        """Records the passes of a step, which takes some; running statistics and random numbers are as before.
+
+        Raises:
+            RuntimeError: If outputs or gradients are not those of the network.
+        """
         buffers = [(buffer, buffer.clone()) for buffer in self._network.buffers()]
         random = torch.cuda.get_rng_state(inputs[0].device)
         graph = _Held(self._network)
         with _uncached_autocast():
             torch.cuda.make_graphed_callables(graph, tuple(x.clone() for x in inputs), allow_unused_input=True)
+        apart = distance(*(self._passes(network, inputs) for network in (graph, self._network)))
         torch.cuda.set_rng_state(random, inputs[0].device)
         for buffer, before in buffers:
             buffer.copy_(before)
+        if not apart <= APART:
+            raise RuntimeError(f"a CUDA graph of training is wrong by {apart:.2g}; leave out --graphs.enabled true")
         return graph
+
+    def _passes(self, network: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+        """Returns the output and all gradients of one forward and backward pass, two tensors.
+
+        Those of biases before a norm are nothing but rounding, so gradients are compared as a whole.
+        """
+        trained = [p for p in self._network.parameters() if p.requires_grad]
+        output = network(*inputs)
+        grads = torch.autograd.grad(output, trained, torch.ones_like(output), allow_unused=True)
+        return [output.detach().clone(), torch.cat([grad.flatten().float() for grad in grads if grad is not None])]
 
 
 class _Held(nn.Module):
@@ -126,6 +175,32 @@ def _watched(network: nn.Module) -> bool:
         for module in network.modules()
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     )
+
+
+@contextmanager
+def _unwatched(network: nn.Module) -> Iterator[None]:
+    """Calls the network without its forward hooks, which count each call."""
+    hooks = [(module, module._forward_hooks) for module in network.modules()]
+    for module, theirs in hooks:
+        module._forward_hooks = type(theirs)()
+    try:
+        yield
+    finally:
+        for module, theirs in hooks:
+            module._forward_hooks = theirs
+
+
+def distance(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """Largest distance between tensors, relative to the length of the latter ones; they are in pairs."""
+    ratios = [
+        torch.linalg.vector_norm(a.float() - b.float()) / torch.linalg.vector_norm(b.float()).clamp(min=1e-12)
+        for a, b in zip(found, wanted, strict=True)
+    ]
+    return float(torch.stack(ratios).max())
+
+
+def _listed(output: Any) -> list[Tensor]:
+    return [output] if isinstance(output, Tensor) else list(output)
 
 
 def _autocast_dtype() -> torch.dtype | None:

@@ -11,7 +11,7 @@ from tiny import SDDPM
 from torch import nn
 
 from benchmark.cli import main
-from systems.graphs import Replay, TrainingReplay
+from systems.graphs import APART, Replay, TrainingReplay, _unwatched, distance
 
 
 def test_graphs_are_refused_where_there_is_no_gpu(tmp_path: Path, uncompiled: None) -> None:
@@ -39,3 +39,20 @@ def test_a_copy_trains_its_own_network() -> None:
         next(other._network.parameters()).zero_()
     assert torch.equal(replay(x), before)
     assert not torch.equal(other(x), before)
+
+
+def test_distance_is_relative_to_each_tensor() -> None:
+    wanted = [torch.tensor([3.0, 4.0]), torch.tensor([100.0])]
+    assert distance(wanted, wanted) == 0
+    assert distance([torch.tensor([3.0, 4.5]), torch.tensor([101.0])], wanted) == pytest.approx(0.1)
+    assert not distance([torch.tensor([3.0, float("nan")]), wanted[1]], wanted) <= APART
+
+
+def test_comparing_does_not_call_hooks() -> None:
+    network, calls = nn.Sequential(nn.Linear(2, 2)), []
+    network[0].register_forward_hook(lambda *_: calls.append(None))
+    with _unwatched(network):
+        network(torch.ones(1, 2))
+    assert not calls
+    network(torch.ones(1, 2))
+    assert len(calls) == 1
