@@ -1,9 +1,10 @@
 # make quickstart: set-up, then train, evaluate and rank a small SDDPM on embedded digits.
 # make test: lint, types, tests.   make regress: every method trained small and compared with its baseline.   CI runs both.
+# make gpu: on a GPU, its tests and the speed suite, with the packages of PYTHON.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup quickstart test lint regress clean
+.PHONY: setup quickstart test lint regress gpu clean
 
 setup: .venv/installed
 
@@ -29,6 +30,10 @@ lint: setup
 
 regress: setup
 	$(BIN)/python -m benchmark regress
+
+gpu:
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 8 --dist worksteal tests/test_cuda.py
+	$(PYTHON) -m benchmark speed
 
 clean:
 	rm -rf .venv build *.egg-info
