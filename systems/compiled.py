@@ -94,5 +94,6 @@ def memory(x: Tensor, *shape: int) -> Tensor:
     if torch.compiler.is_compiling():
         return x.as_strided(sizes, stride)
     y = x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), sizes, stride)
-    torch._dynamo.mark_static(y, len(sizes) - 1)
+    if width > 1:
+        torch._dynamo.mark_static(y, len(sizes) - 1)
     return y

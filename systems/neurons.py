@@ -33,7 +33,6 @@ from systems.norms import (
     batch_statistics,
     by_channel,
     for_channels,
-    for_images,
     fuses,
     normalise,
     pixels,
@@ -112,9 +111,7 @@ def _carry(u: Tensor, s: Tensor, d: _Dynamics) -> Tensor:
     return d.beta * (u - s * d.threshold)
 
 
-def _potentials(
-    x: Tensor, d: _Dynamics, affine: _Affine | None = None, shift: Tensor | None = None
-) -> tuple[list[Tensor], list[Tensor]]:
+def _potentials(x: Tensor, d: _Dynamics, affine: _Affine | None = None) -> tuple[list[Tensor], list[Tensor]]:
     dtype = torch.promote_types(x.dtype, torch.float32)  # potentials stay in float32 under mixed precision
     potentials: list[Tensor] = []
     spikes: list[Tensor] = []
@@ -122,8 +119,6 @@ def _potentials(
         u = x_k.to(dtype)
         if affine is not None:
             u = torch.addcmul(affine[1], u, affine[0])  # rounded as in the norm itself
-        if shift is not None:
-            u = u + shift
         u = u * d.input_scale
         if potentials:
             u = u + _carry(potentials[-1], spikes[-1], d)
@@ -133,24 +128,17 @@ def _potentials(
 
 
 @compiled
-def _forward(
-    x: Tensor, d: _Dynamics, dtype: torch.dtype, affine: _Affine | None = None, shift: Tensor | None = None
-) -> Tensor:
-    spikes = _potentials(x, d, affine, shift)[1]
+def _forward(x: Tensor, d: _Dynamics, dtype: torch.dtype, affine: _Affine | None = None) -> Tensor:
+    spikes = _potentials(x, d, affine)[1]
     return torch.stack([s.to(dtype) for s in spikes])  # all in one kernel, if converted before
 
 
 @compiled
 def _backward(
-    x: Tensor,
-    grad: Tensor,
-    d: _Dynamics,
-    derivative: Callable[[Tensor], Tensor],
-    affine: _Affine | None = None,
-    shift: Tensor | None = None,
+    x: Tensor, grad: Tensor, d: _Dynamics, derivative: Callable[[Tensor], Tensor], affine: _Affine | None = None
 ) -> Tensor:
     """Backpropagation through time; the potentials are computed again, which is cheaper than keeping them."""
-    potentials, spikes = _potentials(x, d, affine, shift)
+    potentials, spikes = _potentials(x, d, affine)
     grads: list[Tensor] = []
     carried: Tensor | None = None  # dL/dU[k+1]
     for u, s, g in zip(reversed(potentials), reversed(spikes), reversed(grad.unbind(0)), strict=True):
@@ -206,23 +194,41 @@ def _derivative(spike_grad: SpikeGrad, dtype: torch.dtype) -> Callable[[Tensor],
     return make_fx(derivative)(torch.zeros(4, dtype=dtype))
 
 
-def _spikes(x: Tensor, d: _Dynamics, affine: _Affine | None = None, shift: Tensor | None = None) -> Tensor:
+def _surrogate_of_kernels(x: Tensor, spike_grad: SpikeGrad) -> str | None:
+    """Name of the surrogate where there are kernels for it and for the device of `x`, else nothing."""
+    if not (x.is_cuda and has_triton()):
+        return None
+    from systems import kernels
+
+    return _named(spike_grad, kernels.SURROGATES)
+
+
+@lru_cache
+def _named(spike_grad: SpikeGrad, names: tuple[str, ...]) -> str | None:
+    """Name of a surrogate, if it is one of these."""
+    return next((name for name in names if get_surrogate(name) is spike_grad), None)
+
+
+def _spikes(
+    x: Tensor, d: _Dynamics, spike_grad: SpikeGrad, affine: _Affine | None = None, shift: Tensor | None = None
+) -> Tensor:
     """Returns the spikes of dense currents `(T, ...)`, in the order of their memory.
 
     Args:
         x: Currents, or what a norm makes them of.
         d: Constants of the neuron.
+        spike_grad: Its surrogate.
         affine: Factor and summand of that norm.
-        shift: What is added after it, `(B, C)`.
+        shift: What is added after it, `(B, C)`; for kernels alone.
     """
-    if x.is_cuda and has_triton():
+    if _surrogate_of_kernels(x, spike_grad):
         from systems import kernels
 
         return kernels.spikes(x, d, _spike_dtype(x), affine, pixels(x), shift)
     if affine is None:
         spikes = _forward(memory(x, len(x), -1), d, _spike_dtype(x))
     else:
-        spikes = _forward(by_channel(x, x, shift), d, _spike_dtype(x), *_broadcast(affine, shift, x))
+        spikes = _forward(by_channel(x, x), d, _spike_dtype(x), for_channels(affine, x))
     return spikes.as_strided(x.shape, x.stride())
 
 
@@ -236,24 +242,16 @@ def _gradients(
 ) -> Tensor:
     """Returns the gradients of what `_spikes` charges the neurons with, in the order of the memory of `x`."""
     grad = laid_out_as(x, grad)
-    if x.is_cuda and has_triton():
+    if surrogate := _surrogate_of_kernels(x, spike_grad):
         from systems import kernels
 
-        if surrogate := _named(spike_grad, kernels.SURROGATES):
-            return kernels.gradients(x, grad, d, surrogate, affine, pixels(x), shift)
+        return kernels.gradients(x, grad, d, surrogate, affine, pixels(x), shift)
     derivative = _derivative(spike_grad, torch.promote_types(x.dtype, torch.float32))
     if affine is None:
         found = _backward(memory(x, len(x), -1), memory(grad, len(x), -1), d, derivative)
     else:
-        features = by_channel(x, x, shift), by_channel(grad, x, shift)
-        found = _backward(*features, d, derivative, *_broadcast(affine, shift, x))
+        found = _backward(by_channel(x, x), by_channel(grad, x), d, derivative, for_channels(affine, x))
     return found.as_strided(x.shape, x.stride())
-
-
-@lru_cache
-def _named(spike_grad: SpikeGrad, names: tuple[str, ...]) -> str | None:
-    """Name of a surrogate, if it is one of these."""
-    return next((name for name in names if get_surrogate(name) is spike_grad), None)
 
 
 class _MultiStep(torch.autograd.Function):
@@ -264,7 +262,7 @@ class _MultiStep(torch.autograd.Function):
         x = dense(x)
         ctx.save_for_backward(x)
         ctx.d, ctx.spike_grad = d, spike_grad
-        return _spikes(x, d)
+        return _spikes(x, d, spike_grad)
 
     @staticmethod
     @once_differentiable
@@ -292,7 +290,7 @@ class _NormedMultiStep(torch.autograd.Function):
         statistics = batch_statistics(norm, x, weight, bias)
         ctx.save_for_backward(x, weight, shift, *statistics)
         ctx.norm, ctx.d, ctx.spike_grad = norm, d, spike_grad
-        return _spikes(x, d, (statistics.factor, statistics.summand), shift)
+        return _spikes(x, d, spike_grad, (statistics.factor, statistics.summand), shift)
 
     @staticmethod
     @once_differentiable
@@ -309,11 +307,6 @@ def _spike_dtype(x: Tensor) -> torch.dtype:
     """Spikes are exact in any type, so under autocast they come in that of the products that take them."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
-def _broadcast(affine: _Affine, shift: Tensor | None, like: Tensor) -> tuple[_Affine, Tensor | None]:
-    factor, summand = (for_channels(values, like) for values in affine)
-    return (factor, summand), None if shift is None else for_images(shift, like)
 
 
 def _normed(x: Tensor, norm: nn.Module, shift: Tensor | None) -> Tensor:
@@ -410,7 +403,8 @@ class SpikingNeuron(nn.Module):
             raise ValueError(f"currents have shape {tuple(x.shape)}; a spiking layer takes (T, B, ...)")
         if norm is None:
             return _MultiStep.apply(x, self._dynamics, self.spike_grad)
-        if not fuses(norm, x):
+        shiftable = shift is None or _surrogate_of_kernels(x, self.spike_grad)
+        if not (shiftable and fuses(norm, x)):
             return _MultiStep.apply(_normed(x, norm, shift), self._dynamics, self.spike_grad)
         return _NormedMultiStep.apply(x, norm.weight, norm.bias, shift, norm, self._dynamics, self.spike_grad)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from systems.compiled import compiled, dense, has_triton, laid_out_as, memory
+from systems.compiled import dense, has_triton, laid_out_as, memory
 
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
 
@@ -90,25 +90,17 @@ def _images(x: Tensor) -> Tensor:
     return x.flatten(0, 1 if x.dim() == 5 else -2)
 
 
-def by_channel(x: Tensor, like: Tensor, shift: Tensor | None = None) -> Tensor:
-    """Returns the `memory` of `x`, laid out as features `like`: `(T, B, C, P)` or, with channels last, `(T, M, C)`.
-
-    With a shift `M` comes as two axes, of images and of pixels.
-    """
+def by_channel(x: Tensor, like: Tensor) -> Tensor:
+    """Returns the `memory` of `x`, laid out as features `like`: `(T, M, C, P)` or, with channels last, `(T, M, C)`."""
     channels = like.shape[2] if like.dim() == 5 else like.shape[-1]
-    if (side_by_side := pixels(like)) > 1:
-        return memory(x, len(like), -1, channels, side_by_side)
-    return memory(x, len(like), *([] if shift is None else [len(shift)]), -1, channels)
+    side_by_side = pixels(like)
+    return memory(x, len(like), -1, channels, *([side_by_side] if side_by_side > 1 else []))
 
 
-def for_channels(values: Tensor, like: Tensor) -> Tensor:
-    """Returns values of channels `(C,)` in a shape that broadcasts with `by_channel` of features `like`."""
-    return memory(values, -1, 1) if pixels(like) > 1 else memory(values, -1)
-
-
-def for_images(shift: Tensor, like: Tensor) -> Tensor:
-    """Returns a shift `(B, C)` in a shape that broadcasts with `by_channel` of features `like`."""
-    return memory(shift, len(shift), -1, 1) if pixels(like) > 1 else memory(shift, len(shift), 1, -1)
+def for_channels(affine: tuple[Tensor, Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns a factor and a summand `(C,)` in a shape that broadcasts with `by_channel` of features `like`."""
+    last = [1] if pixels(like) > 1 else []
+    return memory(affine[0], -1, *last), memory(affine[1], -1, *last)
 
 
 def pixels(x: Tensor) -> int:
@@ -116,30 +108,19 @@ def pixels(x: Tensor) -> int:
     return x.shape[3] * x.shape[4] if x.dim() == 5 and x.is_contiguous() else 1
 
 
-@compiled
-def _add(x: Tensor, residual: Tensor, factor: Tensor, summand: Tensor, dtype: torch.dtype) -> Tensor:
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (torch.addcmul(summand, wide, factor) + residual).to(dtype)
-
-
 class _AddNormed(torch.autograd.Function):
-    """Sum of a batch norm of features and a residual; keeps the features alone."""
+    """Sum of a batch norm of features and a residual, for GPUs; keeps the features alone."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, norm: BatchNorm) -> Tensor:
+        from systems import kernels
+
         x = dense(x)
         statistics = batch_statistics(norm, x, weight, bias)
         ctx.save_for_backward(x, weight, *statistics)
         ctx.norm, ctx.dtype = norm, residual.dtype
-        dtype = torch.promote_types(x.dtype, residual.dtype)
-        residual, affine = laid_out_as(x, residual.to(dtype)), (statistics.factor, statistics.summand)
-        if x.is_cuda and has_triton():
-            from systems import kernels
-
-            return kernels.normed_sum(x, residual, *affine, pixels(x))
-        factor, summand = (for_channels(values, x) for values in affine)
-        found = _add(by_channel(x, x), by_channel(residual, x), factor, summand, dtype)
-        return found.as_strided(x.shape, x.stride())
+        residual = laid_out_as(x, residual.to(torch.promote_types(x.dtype, residual.dtype)))
+        return kernels.normed_sum(x, residual, statistics.factor, statistics.summand, pixels(x))
 
     @staticmethod
     @once_differentiable
@@ -159,7 +140,7 @@ def add_normed(norm: nn.Module, x: Tensor, residual: Tensor, gain: float = 1.0) 
         residual: What is added.
         gain: Scales the normalised features, not the bias of the norm.
     """
-    if not fuses(norm, x):
+    if not (x.is_cuda and has_triton() and fuses(norm, x)):
         return scaled(norm, normalise(norm, x), gain) + residual
     return _AddNormed.apply(x, norm.weight * gain if gain != 1 else norm.weight, norm.bias, residual, norm)
 

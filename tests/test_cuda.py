@@ -21,6 +21,7 @@ from systems.ann_unet import _Quantise
 from systems.base import DiffusionSystem
 from systems.graphs import TrainingReplay
 from systems.neurons import ConvertedNeuron, SpikingNeuron, membrane_output
+from systems.norms import add_normed, normalise, scaled
 from systems.spiking_transformer import _gated_sum, _TokenShift
 from systems.spiking_unet import _ScaleSteps
 from systems.wkv import wkv
@@ -112,13 +113,32 @@ def test_norms_in_neurons_equal_norms_before(layout: str, training: bool) -> Non
     torch.testing.assert_close(norm.running_var, plain_norm.running_var)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_shifts_after_norms_and_residuals_equal_plain_sums(layout: str, training: bool) -> None:
+    x, residual, shift = random(4, 3, 48, 10, 12), random(4, 3, 48, 10, 12), random(3, 48)
+    if layout == "channels_last":
+        x = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).view(x.shape)
+    norm = nn.BatchNorm2d(48).to("cuda", torch.float64).train(training)
+    neuron, weight, bias = SpikingNeuron(beta=0.5), norm.weight.detach() + 0.2, norm.bias.detach() + 0.3
+    fast = gradients(lambda x, s, w, b: neuron(x, _with(norm, w, b), s), x, shift, weight, bias)
+    plain = gradients(lambda x, s, w, b: neuron.stepwise(x, _with(norm, w, b), s), x, shift, weight, bias)
+    torch.testing.assert_close(fast, plain, rtol=1e-9, atol=1e-9)
+
+    def plain_sum(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return scaled(norm, normalise(_with(norm, w, b), x), 0.7) + r
+
+    fast = gradients(lambda x, r, w, b: add_normed(_with(norm, w, b), x, r, 0.7), x, residual, weight, bias)
+    torch.testing.assert_close(fast, gradients(plain_sum, x, residual, weight, bias), rtol=1e-9, atol=1e-9)
+
+
 def _with(norm: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
     """Lets the parameters of a norm be inputs of a function."""
     norm._parameters["weight"], norm._parameters["bias"] = weight, bias  # type: ignore[assignment]
     return norm
 
 
-def scaled(x: Tensor, factors: Tensor) -> Tensor:
+def stepped(x: Tensor, factors: Tensor) -> Tensor:
     return _ScaleSteps.apply(x, factors)
 
 
@@ -139,7 +159,7 @@ def attended(x: Tensor, decay: Tensor) -> Tensor:
 
 
 CASES: dict[Callable[..., Tensor], tuple[tuple[int, ...], int]] = {
-    scaled: ((4, 6, 48, 10, 12), 4),
+    stepped: ((4, 6, 48, 10, 12), 4),
     shifted: ((6, 197, 96), 96),
     quantised: ((6, 48, 20, 20), 3),
     gated: ((6, 197, 96), 6),

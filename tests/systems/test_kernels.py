@@ -51,7 +51,9 @@ def case(num_steps: int, name: str, dtype: torch.dtype) -> tuple[SpikingNeuron, 
 @pytest.mark.parametrize("name", CASES)
 def test_neurons(kernels: ModuleType, name: str, num_steps: int, dtype: torch.dtype) -> None:
     neuron, x, grad = case(num_steps, name, dtype)
-    assert torch.equal(kernels.spikes(x, neuron._dynamics, dtype), neurons._spikes(x, neuron._dynamics))
+    assert torch.equal(
+        kernels.spikes(x, neuron._dynamics, dtype), neurons._spikes(x, neuron._dynamics, neuron.spike_grad)
+    )
     surrogate = neurons._named(neuron.spike_grad, kernels.SURROGATES)
     found = kernels.gradients(x, grad, neuron._dynamics, surrogate)
     wanted = neurons._gradients(x, grad, neuron._dynamics, neuron.spike_grad)
@@ -76,9 +78,11 @@ def test_neurons_of_norms(kernels: ModuleType, channels_last: bool, shifted: boo
     spikes = kernels.spikes(x, neuron._dynamics, torch.bfloat16, affine, side_by_side, shift)
     assert spikes.dtype == torch.bfloat16
     assert spikes.stride() == x.stride()
-    assert torch.equal(spikes.double(), neurons._spikes(x, neuron._dynamics, affine, shift))
+    factor, summand = (values[:, None, None] for values in affine)
+    normed = x * factor + summand + (0 if shift is None else shift[:, :, None, None])
+    assert torch.equal(spikes.double(), neurons._spikes(normed, neuron._dynamics, neuron.spike_grad))
     found = kernels.gradients(x, grad, neuron._dynamics, "atan", affine, side_by_side, shift)
-    torch.testing.assert_close(found, neurons._gradients(x, grad, neuron._dynamics, neuron.spike_grad, affine, shift))
+    torch.testing.assert_close(found, neurons._gradients(normed, grad, neuron._dynamics, neuron.spike_grad))
 
 
 @pytest.mark.parametrize("channels_last", [True, False])

@@ -1,4 +1,4 @@
-"""Norms that are computed where their result goes, against the norms themselves."""
+"""Norms that go into a neuron or a sum, against the norms themselves; `tests/test_cuda.py` has their kernels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from systems import compiled
 from systems.neurons import SpikingNeuron
 from systems.norms import add_normed, normalise, scaled
 
@@ -43,23 +42,17 @@ def check(fast: Tensor, plain: Tensor, inputs: list[Tensor], *modules: tuple[nn.
         torch.testing.assert_close(found, wanted)
 
 
-@pytest.mark.parametrize("kernels", [True, False])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_sum_with_a_residual(layout: str, training: bool, kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "COMPILE_FROM", 0 if kernels else 2**62)
+def test_sum_with_a_residual(layout: str, training: bool) -> None:
     inputs = [x.requires_grad_() for x in features(layout)]
     norm, plain = norms(training)
     check(add_normed(norm, *inputs), normalise(plain, inputs[0]) + inputs[1], inputs, (norm, plain))
 
 
-@pytest.mark.parametrize("kernels", [True, False])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_shift_after_the_norm_of_a_neuron(
-    layout: str, training: bool, kernels: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(compiled, "COMPILE_FROM", 0 if kernels else 2**62)
+def test_shift_after_the_norm_of_a_neuron(layout: str, training: bool) -> None:
     inputs = [features(layout)[0].requires_grad_(), torch.randn(3, 8, dtype=torch.float64, requires_grad=True)]
     norm, plain = norms(training)
     neuron = SpikingNeuron(beta=0.5)
@@ -69,9 +62,7 @@ def test_shift_after_the_norm_of_a_neuron(
     check(spikes, neuron.stepwise(inputs[0], plain, inputs[1]), inputs, (norm, plain))
 
 
-@pytest.mark.parametrize("kernels", [True, False])
-def test_gain_scales_the_norm_but_its_bias(kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "COMPILE_FROM", 0 if kernels else 2**62)
+def test_gain_scales_the_norm_but_its_bias() -> None:
     inputs = [x.requires_grad_() for x in features("contiguous")]
     norm, plain = norms(True)
     y = scaled(plain, normalise(plain, inputs[0]), 0.7) + inputs[1]
