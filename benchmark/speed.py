@@ -289,7 +289,7 @@ def measure_steps(
             warm_up = TrainingReplay.WARM_UP + 2
             times = _train(system, image_shape, batch_size, warm_up + repetitions, precision, clip, True).seconds[0]
             seconds = statistics.median(times[warm_up:])
-            rows.append(_row(name, "training, --graphs", seconds, floor) | {"saved MiB": "", "of plain autograd": ""})
+            rows.append(_row(name, "training, in graphs", seconds, floor) | {"saved MiB": "", "of plain autograd": ""})
         seconds, floor = _denoising(system.to(device).eval(), image_shape, batch_size, precision, repetitions)
         rows.append(_row(name, "denoising", seconds, floor) | {"saved MiB": "", "of plain autograd": ""})
     return rows

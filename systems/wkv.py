@@ -15,7 +15,8 @@ are weights of the forward pass in [0, 1].
 
 All sequences and channels go at once, token after token; `CHUNK` tokens are one compiled kernel, in which `s` and `y`
 stay in registers. For 197 tokens of SDiT's size that takes a third of the time of a parallel scan (pairs of tokens,
-then pairs of pairs), which computes each token twice and writes every level to memory.
+then pairs of pairs), which computes each token twice and writes every level to memory. On GPUs all tokens are one
+kernel each way (`systems.kernels`).
 
 Compared with what installs from the registry, and not used:
 
@@ -77,7 +78,10 @@ def bidirectional_wkv(k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
 
 
 class _WKV(torch.autograd.Function):
-    """Keeps, for a backward pass, its inputs and the state before each chunk; what lies between is computed again."""
+    """Keeps, for a backward pass, its inputs and the state before each chunk; what lies between is computed again.
+
+    On GPUs it keeps its inputs alone.
+    """
 
     @staticmethod
     def forward(ctx: Any, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
