@@ -1,8 +1,8 @@
-"""Triton kernels of GPUs: neurons over all SNN time steps, and WKV over all tokens, with what each needs in between.
+"""Triton kernels of GPUs: neurons over all SNN time steps, norms in what follows them, token shift, and WKV.
 
 A compiler that is given the same arithmetic makes of it a kernel or two for each few steps; here it is one launch each
-way, and no more than inputs and outputs go through memory. `systems.neurons` and `systems.wkv` define what is computed,
-and fall back on the compiler where there is no kernel.
+way, and no more than inputs and outputs go through memory. `systems.neurons`, `norms`, `spiking_transformer` and `wkv`
+define what is computed, and do it themselves where there are no kernels. Shapes, sizes and layouts are theirs to check.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def _options(
         factors=factors,
         summands=summands,
         shifts=x if shift is None else shift,
-        n=n,
+        n=_countable(n),
         channels=factors.numel(),
         pixels=pixels,
         image=n if shift is None else n // len(shift),
@@ -168,6 +168,17 @@ def _options(
         block=1024 if num_steps <= 4 else 512 if num_steps <= 8 else 256,
         num_warps=_WARPS,
     )
+
+
+def _countable(n: int) -> int:
+    """Returns a number of elements that 32 bits can count.
+
+    Raises:
+        ValueError: If they cannot.
+    """
+    if n >= 2**31:
+        raise ValueError(f"{n} features at once are more than the GPU's kernels count; give a smaller batch")
+    return n
 
 
 def _wide(x: Tensor) -> Any:
@@ -243,7 +254,7 @@ def _normed_sum(x, residual, out, factors, summands, n, channels, pixels, wide: 
 def normed_sum(x: Tensor, residual: Tensor, factor: Tensor, summand: Tensor, pixels: int) -> Tensor:
     """Returns `factor * x + summand + residual`, all in the order of the memory of `x`; factors are `(C,)`."""
     out, block = torch.empty_like(residual), 1024
-    sizes = dict(n=x.numel(), channels=factor.numel(), pixels=pixels, wide=_wide(x), block=block)
+    sizes = dict(n=_countable(x.numel()), channels=factor.numel(), pixels=pixels, wide=_wide(x), block=block)
     with torch.cuda.device_of(x):
         _normed_sum[(triton.cdiv(x.numel(), block),)](x, residual, out, factor, summand, **sizes)
     return out
