@@ -289,7 +289,7 @@ class _NormedMultiStep(torch.autograd.Function):
         shift = None if shift is None else shift.contiguous()
         statistics = batch_statistics(norm, x, weight, bias)
         ctx.save_for_backward(x, weight, shift, *statistics)
-        ctx.norm, ctx.d, ctx.spike_grad = norm, d, spike_grad
+        ctx.norm, ctx.training, ctx.d, ctx.spike_grad = norm, norm.training, d, spike_grad
         return _spikes(x, d, spike_grad, (statistics.factor, statistics.summand), shift)
 
     @staticmethod
@@ -299,7 +299,7 @@ class _NormedMultiStep(torch.autograd.Function):
         statistics = BatchStatistics(*rest)
         affine = statistics.factor, statistics.summand
         found = _gradients(x, grad, ctx.d, ctx.spike_grad, affine, shift)
-        grads = batch_norm_backward(ctx.norm, x, found, weight, statistics)
+        grads = batch_norm_backward(ctx.norm, ctx.training, x, found, weight, statistics)
         return *grads, None if shift is None else found.sum((0, 3, 4)).to(shift.dtype), None, None, None
 
 

@@ -67,9 +67,18 @@ def batch_statistics(norm: BatchNorm, x: Tensor, weight: Tensor, bias: Tensor) -
 
 
 def batch_norm_backward(
-    norm: BatchNorm, x: Tensor, grad: Tensor, weight: Tensor, statistics: BatchStatistics
+    norm: BatchNorm, training: bool, x: Tensor, grad: Tensor, weight: Tensor, statistics: BatchStatistics
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of features, weight and bias from those of the normed features, laid out like them."""
+    """Returns the gradients of features, weight and bias.
+
+    Args:
+        norm: The norm.
+        training: Whether it was in training when it measured the features.
+        x: The features.
+        grad: Gradients of the normed features, laid out like the features.
+        weight: Weight of the norm.
+        statistics: What was measured.
+    """
     grads = torch.ops.aten.native_batch_norm_backward(
         _images(grad),
         _images(x),
@@ -78,7 +87,7 @@ def batch_norm_backward(
         norm.running_var,
         statistics.mean,
         statistics.inverse_deviation,
-        norm.training,
+        training,
         norm.eps,
         [True, True, True],
     )
@@ -118,7 +127,7 @@ class _AddNormed(torch.autograd.Function):
         x = dense(x)
         statistics = batch_statistics(norm, x, weight, bias)
         ctx.save_for_backward(x, weight, *statistics)
-        ctx.norm, ctx.dtype = norm, residual.dtype
+        ctx.norm, ctx.training, ctx.dtype = norm, norm.training, residual.dtype
         residual = laid_out_as(x, residual.to(torch.promote_types(x.dtype, residual.dtype)))
         return kernels.normed_sum(x, residual, statistics.factor, statistics.summand, pixels(x))
 
@@ -127,7 +136,8 @@ class _AddNormed(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *statistics = ctx.saved_tensors
         grad = laid_out_as(x, grad)  # a slice of what was concatenated has gaps, which the norm's kernels are slow with
-        grads = batch_norm_backward(ctx.norm, x, grad.to(x.dtype), weight, BatchStatistics(*statistics))
+        measured = BatchStatistics(*statistics)
+        grads = batch_norm_backward(ctx.norm, ctx.training, x, grad.to(x.dtype), weight, measured)
         return *grads, grad.to(ctx.dtype), None
 
 

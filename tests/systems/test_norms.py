@@ -85,3 +85,14 @@ def test_residual_keeps_its_type_under_mixed_precision() -> None:
     (grad,) = torch.autograd.grad(total.sum(), residual)
     assert torch.equal(grad, torch.ones_like(residual))
     assert add_normed(nn.BatchNorm2d(8), x, residual.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_are_those_of_the_mode_of_the_forward_pass(training: bool) -> None:
+    x = features("contiguous")[0].requires_grad_()
+    neuron, grads = SpikingNeuron(beta=0.5), []
+    for layer, norm in zip((neuron, neuron.stepwise), norms(training), strict=True):
+        spikes = layer(x, norm)
+        norm.train(not training)
+        grads.append(torch.autograd.grad((spikes * torch.linspace(-1, 1, 6)[:, None]).sum(), x)[0])
+    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-10)
