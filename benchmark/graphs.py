@@ -12,7 +12,7 @@ from systems.graphs import TrainingReplay
 
 
 class TrainingGraphs(Callback):
-    """Replays the network's forward and backward pass of training as CUDA graphs.
+    """Replays the network's forward and backward pass of training as CUDA graphs (experimental).
 
     The arithmetic is the same, and compared once in each training; the graphs keep memory of their own.
 

@@ -64,11 +64,13 @@ class Convolution(nn.Conv2d):
             self.bn = nn.BatchNorm2d(out_channels)
 
     def forward(self, *parts: Tensor, joined: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-        """Convolves the concatenation of the parts, or what is `joined` of them already, and adds a residual."""
+        """Convolves the concatenation of the parts, or what is `joined` of them already; a norm may add a residual."""
         y = super().forward(join(parts) if joined is None else joined)
-        if residual is not None and self.gain is not None:
-            return add_normed(self.bn, y[None], residual[None], self.gain)[0]
-        return y if self.gain is None else scaled_norm(self.bn, y, self.gain)
+        if self.gain is None:
+            return y
+        if residual is None:
+            return scaled_norm(self.bn, y, self.gain)
+        return add_normed(self.bn, y[None], residual[None], self.gain)[0]
 
 
 class SpikingConvolution(Convolution):
