@@ -85,14 +85,15 @@ class _WKV(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
-        shape, k, v = k.shape, k.contiguous(), v.contiguous()
+        shape = k.shape
+        k, v, w, u = (x.contiguous() for x in (k, v, w, u))
         if k.is_cuda and has_triton():
             from systems import kernels
 
             ctx.save_for_backward(k, v, w, u)
             return kernels.wkv(k, v, w, u)
         k, v = memory(k, *shape), memory(v, *shape)
-        w, u = (memory(x.contiguous(), -1) for x in (w, u))
+        w, u = memory(w, -1), memory(u, -1)
         y = torch.zeros_like(k[:, 0], dtype=torch.promote_types(w.dtype, torch.float32))
         state = torch.full_like(y, NO_WEIGHT), torch.zeros_like(y), y
         parts: list[Tensor] = []
