@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -27,8 +25,9 @@ PRODUCTS = frozenset(
 
 
 class _Like(NamedTuple):
-    """A tensor, as far as the time of a product depends on it."""
+    """A tensor, as far as the time of a product depends on it, and where its memory lies."""
 
+    place: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
@@ -41,39 +40,39 @@ class _Like(NamedTuple):
 
 
 class Products(TorchDispatchMode):
-    """Counts, while it is entered, each convolution and matrix product that runs, of the backward pass too."""
+    """Notes, while it is entered, each convolution and matrix product that runs, of the backward pass too."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: Counter[tuple[Any, tuple[Any, ...]]] = Counter()
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Notes the call and lets it run."""
         if func in PRODUCTS:
-            self.calls[func, tuple(map(_describe, args))] += 1
+            self.calls.append((func, tuple(map(_describe, args))))
         return func(*args, **(kwargs or {}))
 
     def seconds(self, repetitions: int) -> float:
-        """Returns the time of all counted products, each alone, the median of its repetitions."""
-        total = 0.0
-        for (func, described), count in self.calls.items():
-            args = [_make(arg) for arg in described]
-            device = next(arg.device for arg in args if isinstance(arg, Tensor))
-            work = partial(func, *args)
-            total += count * median_seconds(work, repetitions, device, calls=queued(device))
-        return total
+        """Returns the time of all products one after the other, the median of its repetitions.
+
+        Calls share a tensor where they shared memory, so that weights come from as far as they did and what a product
+        has just read is as near.
+        """
+        tensors = {arg: arg.make() for _, args in self.calls for arg in args if isinstance(arg, _Like)}
+        calls = [(func, [tensors[arg] if isinstance(arg, _Like) else arg for arg in args]) for func, args in self.calls]
+
+        def run() -> None:
+            for func, args in calls:
+                func(*args)
+
+        device = next(iter(tensors)).device
+        return median_seconds(run, repetitions, device, calls=queued(device))
 
 
 def _describe(arg: Any) -> Any:
     if isinstance(arg, Tensor):
-        return _Like(tuple(arg.shape), arg.stride(), arg.dtype, arg.device)
-    return ("list", *arg) if isinstance(arg, list) else arg
-
-
-def _make(arg: Any) -> Any:
-    if isinstance(arg, _Like):
-        return arg.make()
-    return list(arg[1:]) if isinstance(arg, tuple) else arg
+        return _Like(arg.data_ptr(), tuple(arg.shape), arg.stride(), arg.dtype, arg.device)
+    return arg
 
 
 def queued(device: torch.device) -> int:

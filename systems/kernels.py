@@ -7,6 +7,7 @@ define what is computed, and do it themselves where there are no kernels. Shapes
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -298,30 +299,37 @@ def _plus(a, b):
 
 @triton.jit
 def _shift(
-    x, mix, out, rows, channels, num_tokens: tl.constexpr, wide: tl.constexpr,
-    row_block: tl.constexpr, channel_block: tl.constexpr,
+    x, mixes, first, second, third, rows, channels, num_tokens: tl.constexpr, num_mixes: tl.constexpr,
+    wide: tl.constexpr, row_block: tl.constexpr, channel_block: tl.constexpr,
 ):  # fmt: skip
     row, channel, place, mask = _tile(rows, channels, row_block, channel_block)
-    share = tl.load(mix + channel, channel < channels, other=0).to(wide)
     token = tl.load(x + place, mask, other=0).to(wide)
     before = tl.load(x + place - channels, mask & (row % num_tokens != 0), other=0).to(wide)
-    tl.store(out + place, (before + share * (token - before)).to(out.dtype.element_ty), mask)
+    for i in tl.static_range(num_mixes):
+        out = first if i == 0 else second if i == 1 else third
+        share = tl.load(mixes + i * channels + channel, channel < channels, other=0).to(wide)
+        tl.store(out + place, (before + share * (token - before)).to(out.dtype.element_ty), mask)
 
 
 @triton.jit
 def _shift_gradients(
-    x, grads, mix, grad_x, grad_mix, rows, channels, num_tokens: tl.constexpr, wide: tl.constexpr,
-    row_block: tl.constexpr, channel_block: tl.constexpr,
+    x, mixes, first, second, third, grad_x, grad_mixes, rows, channels, num_tokens: tl.constexpr,
+    num_mixes: tl.constexpr, wide: tl.constexpr, row_block: tl.constexpr, channel_block: tl.constexpr,
 ):  # fmt: skip
     row, channel, place, mask = _tile(rows, channels, row_block, channel_block)
-    share = tl.load(mix + channel, channel < channels, other=0).to(wide)
     token = tl.load(x + place, mask, other=0).to(wide)
     before = tl.load(x + place - channels, mask & (row % num_tokens != 0), other=0).to(wide)
-    grad = tl.load(grads + place, mask, other=0).to(wide)
-    after = tl.load(grads + place + channels, mask & (row % num_tokens != num_tokens - 1), other=0).to(wide)
-    tl.store(grad_x + place, (after + share * (grad - after)).to(grad_x.dtype.element_ty), mask)
-    part = tl.reduce(grad * (token - before), 0, _plus)[None, :]
-    tl.store(grad_mix + tl.program_id(0) * channels + channel, part, channel < channels)
+    not_last = mask & (row % num_tokens != num_tokens - 1)
+    total = tl.full(token.shape, 0, wide)
+    for i in tl.static_range(num_mixes):
+        grads = first if i == 0 else second if i == 1 else third
+        share = tl.load(mixes + i * channels + channel, channel < channels, other=0).to(wide)
+        grad = tl.load(grads + place, mask, other=0).to(wide)
+        after = tl.load(grads + place + channels, not_last, other=0).to(wide)
+        total += after + share * (grad - after)
+        part = tl.reduce(grad * (token - before), 0, _plus)[None, :]
+        tl.store(grad_mixes + (tl.program_id(0) * num_mixes + i) * channels + channel, part, channel < channels)
+    tl.store(grad_x + place, total.to(grad_x.dtype.element_ty), mask)
 
 
 def _tiles(x: Tensor) -> tuple[tuple[int, int], dict[str, Any]]:
@@ -332,22 +340,29 @@ def _tiles(x: Tensor) -> tuple[tuple[int, int], dict[str, Any]]:
     return grid, sizes | dict(row_block=row_block, channel_block=channel_block)
 
 
-def shift(x: Tensor, mix: Tensor) -> Tensor:
-    """Returns `mix * x[n] + (1 - mix) * x[n-1]` of contiguous tokens `(..., N, D)`, with `mix` `(D,)`."""
-    out = torch.empty_like(x)
+def _three(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Returns up to three tensors as three, the last of them as those that are missing."""
+    return [tensors[min(i, len(tensors) - 1)] for i in range(3)]
+
+
+def shift(x: Tensor, mixes: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Returns `mix * x[n] + (1 - mix) * x[n-1]` of contiguous tokens `(..., N, D)` for one to three mixes `(D,)`."""
+    out = tuple(torch.empty_like(x) for _ in mixes)
     grid, sizes = _tiles(x)
     with torch.cuda.device_of(x):
-        _shift[grid](x, mix, out, **sizes)
+        _shift[grid](x, torch.stack(tuple(mixes)), *_three(out), num_mixes=len(mixes), **sizes)
     return out
 
 
-def shift_gradients(x: Tensor, grad: Tensor, mix: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the gradients of `x` and `mix` from those of what `shift` returns, contiguous."""
+def shift_gradients(x: Tensor, grads: Sequence[Tensor], mixes: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Returns the gradients of `x` and of the mixes from those of what `shift` returns, contiguous."""
     grid, sizes = _tiles(x)
-    grad_x, parts = torch.empty_like(x), mix.new_empty(grid[0], len(mix))
+    grad_x, parts = torch.empty_like(x), mixes[0].new_empty(grid[0], len(mixes), x.shape[-1])
     with torch.cuda.device_of(x):
-        _shift_gradients[grid](x, grad, mix, grad_x, parts, **sizes)
-    return grad_x, parts.sum(0)
+        _shift_gradients[grid](
+            x, torch.stack(tuple(mixes)), *_three(grads), grad_x, parts, num_mixes=len(mixes), **sizes
+        )
+    return grad_x, *parts.sum(0).unbind()
 
 
 # WKV

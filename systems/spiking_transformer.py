@@ -11,8 +11,8 @@ norms and attention see `T` folded into the batch; only neurons and the Reconstr
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
 from typing import Any, Literal
 
 import torch
@@ -51,42 +51,57 @@ def _previous(x: Tensor) -> Tensor:
 
 
 @compiled
-def _shift(x: Tensor, mix: Tensor) -> Tensor:
-    return torch.lerp(_previous(x).to(mix.dtype), x.to(mix.dtype), mix).to(x.dtype)
+def _shift(x: Tensor, mixes: Sequence[Tensor]) -> list[Tensor]:
+    before, tokens = _previous(x).to(mixes[0].dtype), x.to(mixes[0].dtype)
+    return [torch.lerp(before, tokens, mix).to(x.dtype) for mix in mixes]
 
 
 @compiled
-def _shift_backward(x: Tensor, grad: Tensor, mix: Tensor) -> tuple[Tensor, Tensor]:
-    grad = grad.to(mix.dtype)
-    following = F.pad(grad[:, 1:], (0, 0, 0, 0, 0, 1))
-    return torch.lerp(following, grad, mix).to(x.dtype), (grad * (x - _previous(x))).sum((0, 1))
+def _shift_backward(x: Tensor, grads: Sequence[Tensor], mixes: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    change = x - _previous(x)
+    grads_x, grad_mixes = [], []
+    for grad, mix in zip(grads, mixes, strict=True):
+        grad = grad.to(mix.dtype)
+        following = F.pad(grad[:, 1:], (0, 0, 0, 0, 0, 1))
+        grads_x.append(torch.lerp(following, grad, mix))
+        grad_mixes.append((grad * change).sum((0, 1)))
+    return reduce(torch.add, grads_x).to(x.dtype), grad_mixes
 
 
 class _TokenShift(torch.autograd.Function):
-    """`mix * x[n] + (1 - mix) * x[n-1]` of `(..., N, D)` with `mix` `(D,)`, one pass over memory each way."""
+    """`mix * x[n] + (1 - mix) * x[n-1]` of `(..., N, D)` for each `mix` `(D,)`, one pass over memory each way."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mix: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, *mixes: Tensor) -> tuple[Tensor, ...]:
         x = x.contiguous()
-        ctx.save_for_backward(x, mix)
+        ctx.save_for_backward(x, *mixes)
         if x.is_cuda and has_triton():
             from systems import kernels
 
-            return kernels.shift(x, mix)
-        return _shift(memory(x, -1, *x.shape[-2:]), memory(mix, -1)).view(x.shape)
+            return kernels.shift(x, mixes)
+        shifted = _shift(memory(x, -1, *x.shape[-2:]), [memory(mix, -1) for mix in mixes])
+        return tuple(y.view(x.shape) for y in shifted)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, mix = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        x, *mixes = ctx.saved_tensors
+        dense = [grad.contiguous() for grad in grads]
         if x.is_cuda and has_triton():
             from systems import kernels
 
-            return kernels.shift_gradients(x, grad.contiguous(), mix)
+            return kernels.shift_gradients(x, dense, mixes)
         shape = (-1, *x.shape[-2:])
-        tokens, grads = memory(x, *shape), memory(grad.contiguous(), *shape)
-        grad_x, grad_mix = _shift_backward(tokens, grads, memory(mix, -1))
-        return grad_x.view(x.shape), grad_mix.view(mix.shape)
+        grad_x, grad_mixes = _shift_backward(
+            memory(x, *shape), [memory(grad, *shape) for grad in dense], [memory(mix, -1) for mix in mixes]
+        )
+        return grad_x.view(x.shape), *(grad.flatten() for grad in grad_mixes)
+
+
+@compiled
+def _gate(r: Tensor, y: Tensor) -> Tensor:
+    """Lets through what the receptances say."""
+    return torch.sigmoid(r) * y
 
 
 @compiled
@@ -110,14 +125,21 @@ class ShiftedLinear(nn.Linear):
         super().__init__(in_features, out_features)
         self.mix = nn.Parameter(torch.arange(in_features) / in_features)  # as RWKV-4's first layer starts
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Returns the currents of the spikes `input`."""
-        return super().forward(_TokenShift.apply(input, self.mix))
+    def forward(self, input: Tensor, shifted: Tensor | None = None) -> Tensor:
+        """Returns the currents of the spikes `input`, whose token shift may be given (see `token_shift`)."""
+        if shifted is None:
+            (shifted,) = _TokenShift.apply(input, self.mix)
+        return super().forward(shifted)
 
     @property
     def taps(self) -> tuple[Tensor, Tensor]:
         """Weights of the spikes of the token itself and of the one before it, `(out_features, in_features)` each."""
         return self.weight * self.mix, self.weight * (1 - self.mix)
+
+
+def token_shift(x: Tensor, *layers: ShiftedLinear) -> tuple[Tensor, ...]:
+    """Returns the token shifts of `x` `(..., N, D)` that these layers take, all in one pass."""
+    return _TokenShift.apply(x, *(layer.mix for layer in layers))
 
 
 class RWKVMix(nn.Module):
@@ -135,7 +157,7 @@ class RWKVMix(nn.Module):
     def forward(self, r: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Returns `(M, N, D)`."""
         scan = bidirectional_wkv if self.bidirectional else wkv
-        return torch.sigmoid(r) * scan(k, v, F.softplus(self.decay), self.bonus)
+        return _gate(r, scan(k, v, F.softplus(self.decay), self.bonus))
 
 
 class SoftmaxMix(nn.Module):
@@ -198,11 +220,13 @@ class Block(nn.Module):
         if skip is not None:
             x = x + self.skip_out(self.skip_neuron(torch.cat([x, skip], dim=-1)))
         s = fold(self.spatial_neuron(x))  # (T*B, N, D)
-        mixed = self.mix(self.spatial_r(s), self.spatial_k(s), self.spatial_v(s))
+        for_r, for_k, for_v = token_shift(s, self.spatial_r, self.spatial_k, self.spatial_v)
+        mixed = self.mix(self.spatial_r(s, for_r), self.spatial_k(s, for_k), self.spatial_v(s, for_v))
         x = x + self.spatial_out(self.mix_neuron(unfold(mixed, len(x))))
         s = self.channel_neuron(x)
-        hidden = self.hidden_neuron(self.channel_k(s))
-        return _gated_sum(x, self.channel_r(s), self.channel_out(hidden), factors)
+        for_r, for_k = token_shift(s, self.channel_r, self.channel_k)
+        hidden = self.hidden_neuron(self.channel_k(s, for_k))
+        return _gated_sum(x, self.channel_r(s, for_r), self.channel_out(hidden), factors)
 
 
 class Reconstruction(nn.Module):

@@ -22,7 +22,7 @@ from systems.base import DiffusionSystem
 from systems.graphs import TrainingReplay
 from systems.neurons import ConvertedNeuron, SpikingNeuron, membrane_output
 from systems.norms import add_normed, normalise, scaled
-from systems.spiking_transformer import _gated_sum, _TokenShift
+from systems.spiking_transformer import _gate, _gated_sum, _TokenShift
 from systems.spiking_unet import _ScaleSteps
 from systems.wkv import wkv
 
@@ -143,14 +143,19 @@ def stepped(x: Tensor, factors: Tensor) -> Tensor:
 
 
 def shifted(x: Tensor, mix: Tensor) -> Tensor:
-    return _TokenShift.apply(x, mix)
+    first, second, third = _TokenShift.apply(x, mix, mix**2, 1 - mix)
+    return first - 2 * second + third
 
 
 def quantised(x: Tensor, scale: Tensor) -> Tensor:
     return _Quantise.apply(x, scale.abs().sum(), 3)
 
 
-def gated(x: Tensor, factors: Tensor) -> Tensor:
+def gated(x: Tensor, weight: Tensor) -> Tensor:
+    return _gate(x, x * weight.to(x.dtype))
+
+
+def gated_sum(x: Tensor, factors: Tensor) -> Tensor:
     return _gated_sum(x, x.roll(1, -1), x.roll(1, 0), factors.view(-1, 1, 1).to(x.dtype))
 
 
@@ -162,7 +167,8 @@ CASES: dict[Callable[..., Tensor], tuple[tuple[int, ...], int]] = {
     stepped: ((4, 6, 48, 10, 12), 4),
     shifted: ((6, 197, 96), 96),
     quantised: ((6, 48, 20, 20), 3),
-    gated: ((6, 197, 96), 6),
+    gated: ((6, 197, 96), 96),
+    gated_sum: ((6, 197, 96), 6),
     attended: ((40, 197, 96), 96),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,19 @@ def test_floor_counts_convolutions_and_products_of_both_passes() -> None:
     network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
     with Products() as products:
         network(torch.randn(8, 1, 4, 4)).sum().backward()
-    counted = {str(func).removeprefix("aten.").removesuffix(".default"): 0 for func, _ in products.calls}
-    for (func, _), count in products.calls.items():
-        counted[str(func).removeprefix("aten.").removesuffix(".default")] += count
+    counted = Counter(str(func).removeprefix("aten.").removesuffix(".default") for func, _ in products.calls)
     assert counted == {"convolution": 1, "convolution_backward": 1, "addmm": 1, "mm": 2}
     assert products.seconds(repetitions=1) > 0
+
+
+def test_floor_reads_the_memory_that_the_products_read() -> None:
+    x, weight, other = torch.randn(3, 4, 4)
+    with Products() as products:
+        for y in (weight, weight.T, weight, other):
+            x @ y
+    places = [[arg.place for arg in args] for _, args in products.calls]
+    assert places == [[x.data_ptr(), y.data_ptr()] for y in (weight, weight, weight, other)]
+    assert products.calls[0] == products.calls[2] != products.calls[1]
 
 
 def test_saved_memory_is_counted_once_and_spikes_as_bytes() -> None:

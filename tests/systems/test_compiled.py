@@ -9,7 +9,7 @@ from torch import Tensor
 
 from systems import compiled
 from systems.ann_unet import _Quantise
-from systems.spiking_transformer import _gated_sum, _TokenShift
+from systems.spiking_transformer import _gate, _gated_sum, _TokenShift
 from systems.spiking_unet import _ScaleSteps
 
 
@@ -48,14 +48,19 @@ def scaled(x: Tensor, factors: Tensor) -> Tensor:
 
 
 def shifted(x: Tensor, mix: Tensor) -> Tensor:
-    return _TokenShift.apply(x, mix)
+    first, second, third = _TokenShift.apply(x, mix, mix**2, 1 - mix)
+    return first - 2 * second + third
 
 
-def gated(x: Tensor, factors: Tensor) -> Tensor:
+def gated(x: Tensor, weight: Tensor) -> Tensor:
+    return _gate(x, x * weight.to(x.dtype))
+
+
+def gated_sum(x: Tensor, factors: Tensor) -> Tensor:
     return _gated_sum(x, x.roll(1, -1), x.roll(1, 0), factors.view(-1, 1, 1).to(x.dtype))
 
 
-def gated_without_factors(x: Tensor, weight: Tensor) -> Tensor:
+def gated_sum_without_factors(x: Tensor, weight: Tensor) -> Tensor:
     return _gated_sum(x, x.roll(1, -1), x * weight.to(x.dtype), None)
 
 
@@ -65,8 +70,9 @@ def gated_without_factors(x: Tensor, weight: Tensor) -> Tensor:
         (quantised, (2, 3, 4, 5), 1),
         (scaled, (3, 2, 4, 5), 3),
         (shifted, (2, 7, 5), 5),
-        (gated, (3, 4, 5), 3),
-        (gated_without_factors, (3, 4, 5), 1),
+        (gated, (3, 4, 5), 1),
+        (gated_sum, (3, 4, 5), 3),
+        (gated_sum_without_factors, (3, 4, 5), 1),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -109,18 +109,22 @@ def test_factor_and_summand_of_a_norm(kernels: ModuleType) -> None:
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("num_mixes", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_token_shift(kernels: ModuleType, dtype: torch.dtype) -> None:
+def test_token_shift(kernels: ModuleType, dtype: torch.dtype, num_mixes: int) -> None:
     torch.manual_seed(0)
-    x, grad = torch.randn(2, 4, 3, 11, 130).to(dtype)
-    mix = torch.rand(130, dtype=torch.promote_types(dtype, torch.float32))
-    leaves = [y.double().requires_grad_() for y in (x, mix)]
+    x, *grads = torch.randn(1 + num_mixes, 4, 3, 11, 130).to(dtype).unbind()
+    mixes = torch.rand(num_mixes, 130, dtype=torch.promote_types(dtype, torch.float32)).unbind()
+    leaves = [y.double().requires_grad_() for y in (x, *mixes)]
     wanted = _TokenShift.apply(*leaves)
     tolerance = dict(rtol=1e-2, atol=1e-2) if dtype == torch.bfloat16 else dict(rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(kernels.shift(x, mix).double(), wanted, **tolerance)
-    found, expected = kernels.shift_gradients(x, grad, mix), torch.autograd.grad(wanted, leaves, grad.double())
-    torch.testing.assert_close(found[0].double(), expected[0], **tolerance)
-    torch.testing.assert_close(found[1].double(), expected[1], rtol=1e-4, atol=1e-4)  # sums are never in bfloat16
+    for shifted, y in zip(kernels.shift(x, mixes), wanted, strict=True):
+        torch.testing.assert_close(shifted.double(), y, **tolerance)
+    grad_x, *grad_mixes = kernels.shift_gradients(x, grads, mixes)
+    expected = torch.autograd.grad(wanted, leaves, [grad.double() for grad in grads])
+    torch.testing.assert_close(grad_x.double(), expected[0], **tolerance)
+    for grad, y in zip(grad_mixes, expected[1:], strict=True):
+        torch.testing.assert_close(grad.double(), y, rtol=1e-4, atol=1e-4)  # sums are never in bfloat16
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
