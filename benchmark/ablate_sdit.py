@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
 from benchmark.runs import RUNS
 from benchmark.stages import Rehearsal, complete, run_stage
 from leaderboard.records import Record, find_records, read_record, write_atomic
 from leaderboard.table import headline
+from leaderboard.terminal import terminal
 
 VARIANTS = {
     "full": (),
@@ -56,7 +56,7 @@ def ablate_sdit(args: Sequence[str]) -> None:
     )
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # the same lines for each run
 
-    console = Console()
+    console = terminal()
     records: dict[str, list[Record]] = {name: [] for name in options.variants}
     for seed in options.seeds:  # seed by seed, so that a stopped ablation still compares like with like
         for name in options.variants:

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
+from leaderboard.terminal import terminal
 from systems.spiking_transformer import RWKVMix, SoftmaxMix
 
 Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -65,7 +65,7 @@ def attention_speed(
         for name, mix in mixes.items()
     }
     title = f"forward + backward, ({sequences}, N, {embed_dim}), float32, {device}, {torch.get_num_threads()} threads"
-    console = Console()
+    console = terminal()
     console.print(title)
     for quantity in range(len(QUANTITIES)):
         console.print(_table(results, tokens, quantity))

@@ -14,7 +14,7 @@ from benchmark.runs import RUNS, new_run, run_of
 from leaderboard.records import write_atomic
 from systems.ann_snn import ANNSNN
 from systems.ann_unet import ANNUNet, QReLU
-from systems.checkpoints import check_state, read_trained, save_checkpoint
+from systems.checkpoints import check_state, network_state, read_trained, save_checkpoint
 from systems.ddpm import DDPM, check_bits
 
 KEPT = (
@@ -126,5 +126,5 @@ def _check(source: dict[str, Any], checkpoint: str, arguments: dict[str, Any]) -
     steps = ((arguments.get("scheduler") or {}).get("init_args") or {}).get("num_train_timesteps", 1000)
     with torch.device("meta"):
         network = ANNUNet(**sizes, num_train_timesteps=steps, activation=partial(QReLU, bits))
-    state = {key.removeprefix("network."): value for key, value in source["state_dict"].items()}
+    state = network_state(source)
     check_state(state, network, checkpoint)

@@ -10,13 +10,13 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose, Normalize, ToTensor
 
 from datamodules import FMNIST
+from leaderboard.terminal import terminal
 
 SYNTHETIC_IMAGES = {"train": 60_000, "t10k": 256}
 
@@ -59,7 +59,7 @@ def loader_speed(root: str | None = None, batch_size: int = 128, epochs: int = 2
     table.add_row("FMNIST.train_dataloader()", f"{ours:,.0f}")
     table.add_row("image by image (PIL, ToTensor, Normalize)", f"{theirs:,.0f}")
     table.add_row("ratio", f"{ours / theirs:.0f}")
-    Console().print(table)
+    terminal().print(table)
 
 
 def images_per_second(loader: DataLoader[Tensor], epochs: int) -> float:

@@ -14,7 +14,6 @@ from subprocess import STDOUT, Popen
 from typing import Any, Literal
 
 import yaml
-from rich.console import Console
 from rich.table import Table
 
 from benchmark.parents import PARENT
@@ -22,6 +21,7 @@ from benchmark.runs import RUNS, find_checkpoint, newest_run
 from leaderboard.protocols import canonical_sha256
 from leaderboard.records import find_records, read_record
 from leaderboard.table import Entry, headline
+from leaderboard.terminal import terminal
 
 BENCHMARK = (sys.executable, "-m", "benchmark")
 PLACES = (("--data.root=", "--root="), ("--evaluation.fad_dir=", "--fad_dir="))
@@ -116,7 +116,7 @@ def matrix(args: Sequence[str]) -> None:
         lines = [_command(cell, options) for cell in left if cell not in begun]
         print(_slurm(lines) if options.slurm else "\n".join(lines))
         return
-    console = Console()
+    console = terminal()
     states: dict[Cell, State] = {cell: "not begun" if cell in left else "done before" for cell in cells}
     stopped = 0
     for number, cell in enumerate(left, start=1):

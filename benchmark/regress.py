@@ -34,6 +34,7 @@ from leaderboard.regression import (
     write_baseline,
 )
 from leaderboard.table import headline
+from leaderboard.terminal import terminal
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "regress"
 
@@ -86,7 +87,7 @@ def regress(args: Sequence[str]) -> None:
     if options.update and len(set(seeds)) < FEWEST_SEEDS:
         raise ValueError(f"--update --seeds {' '.join(map(str, seeds))}: a spread takes {FEWEST_SEEDS} seeds or more")
     baselines = {} if options.update else {m: read_baseline(options.baselines / m) for m in options.methods}
-    console, started = Console(), time.perf_counter()
+    console, started = terminal(), time.perf_counter()
     folder = options.output / f"{datetime.now():%Y%m%d-%H%M%S}"
     outcomes = []
     with closing(_measure_all(list(_jobs(options.methods, seeds, folder, rest)), options.workers)) as measured:

@@ -24,7 +24,6 @@ import snntorch as snn
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 from snntorch import surrogate
 from torch import Tensor, nn
@@ -36,6 +35,7 @@ from benchmark.graphs import TrainingGraphs
 from benchmark.runs import RUNS
 from benchmark.stages import Rehearsal, fastest_precision, run_stage
 from leaderboard.records import find_records, read_record, write_atomic
+from leaderboard.terminal import terminal
 from systems.base import DiffusionSystem
 from systems.graphs import TrainingReplay
 from systems.neurons import SpikingNeuron, integrate_and_fire, leaky_integrate_and_fire, triangle
@@ -95,7 +95,7 @@ def speed(
         "repetitions": repetitions,
     }
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = terminal()
     console.print(", ".join(f"{key} {value}" for key, value in about.items()), highlight=False)
     results: dict[str, Any] = {"about": about}
     measures: dict[Part, Callable[[], dict[str, Rows]]] = {

@@ -261,6 +261,7 @@ def complete(args: list[str]) -> list[str]:
     rest = [
         a for i, a in enumerate(rest) if not a.startswith("--ckpt_path") and (i == 0 or rest[i - 1] != "--ckpt_path")
     ]
+    _check_config(run / "config.yaml")
     print(f"{stage} of {path}")
     return [stage, "--config", str(run / "config.yaml"), *rest, "--ckpt_path", str(path)]
 
@@ -269,14 +270,16 @@ def _check_config(path: Path) -> None:
     """Looks at what the parser would choke on; what is wrong otherwise, it says itself.
 
     Raises:
-        ValueError: If a configuration is no text, or has aliases that may unfold to any size.
+        ValueError: If a configuration is no text or no YAML, or has aliases that may unfold to any size.
     """
     try:
         text = path.read_text(encoding="utf-8")
         aliases = sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text))
     except UnicodeDecodeError:
         raise ValueError(f"--config {path} is no text in UTF-8; give a YAML file") from None
-    except (OSError, ValueError, yaml.YAMLError):
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {path} is no YAML: {plain(str(error))}") from None
+    except (OSError, ValueError):
         return
     if aliases > MOST_ALIASES:
         raise ValueError(f"--config {path} has {aliases} aliases; write out what they stand for")

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
-from rich.console import Console
 from rich.table import Table
 
 from benchmark.stages import complete, run_stage
 from leaderboard.evaluation import Evaluation
 from leaderboard.records import Record
 from leaderboard.table import headline
+from leaderboard.terminal import terminal
 from systems.checkpoints import load_checkpoint
 
 PAPER_THRESHOLDS = (0.997, 0.998, 0.999, 1.0, 1.001, 1.002, 1.003)
@@ -158,7 +158,7 @@ def _value(record: Record) -> str:
 def _finish(table: Table, figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
-    console = Console()
+    console = terminal()
     console.print(table)
     console.print(f"plot: {path}", soft_wrap=True, highlight=False)
 

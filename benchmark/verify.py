@@ -16,6 +16,7 @@ from leaderboard.compare import show
 from leaderboard.records import ELSEWHERE, Record, file_sha256, portable, read_record, record_text, write_atomic
 from leaderboard.repetition import Repetition
 from leaderboard.table import Entry
+from leaderboard.terminal import terminal
 
 _PLACES = {
     "root": ("data", "init_args"),
@@ -64,7 +65,7 @@ def verify(
     Raises:
         SystemExit: With code 1 if the repetition does not agree, with code 2 if there could be none.
     """
-    console = Console()
+    console = terminal()
     try:
         recorded = read_record(record)
         found = _find_checkpoint(recorded, Path(record), checkpoint)

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from leaderboard.records import MetricValue, Record, read_record
+from leaderboard.terminal import terminal
 
 _HIGHER_IS_BETTER = re.compile(r"(is|precision|recall)(_.*)?|reconstruction_ssim")
 _SHARED = ("dataset", "protocol", "protocol sha256", "data fingerprint", "extractor sha256")
@@ -30,7 +31,7 @@ def compare(first: str, second: str) -> None:
         second: Another one.
     """
     a, b = read_record(first), read_record(second)
-    console = Console()
+    console = terminal()
     for letter, path, record in (("A", first, a), ("B", second, b)):
         line = f"{letter}: {record.method} {record.variant}, {record.dataset.name}, {record.protocol.name}: {path}"
         console.print(Text(line), soft_wrap=True)

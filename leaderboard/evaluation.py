@@ -36,7 +36,8 @@ from leaderboard.records import (
     write_record,
 )
 from leaderboard.reference import build_parts, prepare_reference
-from leaderboard.table import show_records, terminal
+from leaderboard.table import show_records
+from leaderboard.terminal import terminal
 
 VERSIONS = ("torch", "lightning", "snntorch", "diffusers", "torchmetrics", "torch-fidelity", "datasets", "numpy")
 
@@ -254,6 +255,7 @@ class Evaluation(Callback):
     def _record(self, trainer: Trainer, system: Any, metrics: Any) -> Record:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         total = self._total
+        seed = self.config.get("seed_everything")
         description = self.protocol.description()
         return Record(
             method=system.method,
@@ -264,7 +266,7 @@ class Evaluation(Callback):
             config=self.config,
             config_sha256=canonical_sha256(self.config),
             code=code_version(),
-            seeds={"training": self.config.get("seed_everything") or 0, "sampling": data.sample_seed},
+            seeds=({} if seed is None or seed is False else {"training": seed}) | {"sampling": data.sample_seed},
             checkpoint=self._checkpoint,
             extractor=self._extractor(),
             hardware=hardware(system.device),

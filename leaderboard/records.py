@@ -127,7 +127,7 @@ class Record:
         config: Resolved configuration of the run.
         config_sha256: `canonical_sha256(config)`.
         code: Versions of everything that ran.
-        seeds: Seeds by purpose, such as training and sampling.
+        seeds: Seeds by purpose, such as training (absent where it was not seeded) and sampling.
         checkpoint: Weights of the model; `None` for a model tested right after `fit`.
         extractor: Weights of the feature extractor.
         hardware: Device in words.

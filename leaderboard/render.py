@@ -11,7 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.text import Text
 
 from leaderboard.boards import UNKNOWN, Row, published_boards
@@ -19,6 +18,7 @@ from leaderboard.page import render_page
 from leaderboard.published import Published, PublishedResult, read_published
 from leaderboard.records import Record, write_atomic
 from leaderboard.table import Entry, escape, markdown, markdown_line, read_records, tables
+from leaderboard.terminal import terminal
 
 COLUMNS = [
     "source",
@@ -69,7 +69,7 @@ def render(records: list[str] = ["runs", "leaderboard/records"], output: str = "
     Raises:
         SystemExit: If a record is broken; the others are rendered all the same.
     """
-    console = Console()
+    console = terminal()
     entries, broken = read_records(records)
     published = read_published()
     for message in broken:

@@ -31,9 +31,9 @@ from leaderboard.table import (
     table_provenance,
     table_title,
     tables,
-    terminal,
     uncertain_cell,
 )
+from leaderboard.terminal import terminal
 
 COLOURS = ("ddpm", "sddpm", "sdm", "fsddim", "sdit", "spiking-diffusion", "ann-snn")
 """Methods in the order of the plot's colours, the same in every plot."""

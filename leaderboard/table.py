@@ -18,6 +18,7 @@ from rich.text import Text
 from leaderboard.protocols import canonical_sha256
 from leaderboard.records import MetricValue, Record, RecordError, find_records, portable, read_record, write_atomic
 from leaderboard.repetition import Repetition
+from leaderboard.terminal import terminal
 
 _HEADERS = {
     "fid": "FID",
@@ -28,9 +29,9 @@ _HEADERS = {
 }
 RECORDS = "leaderboard/records"
 """Folder of the records that belong to the project, those of others among them."""
+FOLDERS = ("runs", RECORDS)
+"""Folders that are searched for records if none is given."""
 _SCALE = {"kid_mean": 1000.0}
-WIDTH = 160
-"""Columns that a table may take in a log or a pipe."""
 _STACKS = (
     ("T", "Rate"),
     ("Solver", "NFE", "Verified"),
@@ -139,12 +140,6 @@ def _show_run(entry: Entry, console: Console) -> None:
         console.print(f"  tensorboard: tensorboard --logdir {run}", markup=False, soft_wrap=True, highlight=False)
 
 
-def terminal() -> Console:
-    """Returns the console for tables; a log or a pipe has no width of its own, and gets theirs."""
-    console = Console()
-    return console if console.is_terminal else Console(width=max(WIDTH, console.width))
-
-
 def show_records(records: Iterable[tuple[Path, Record]], console: Console) -> None:
     """Prints the tables of records, each given with its file."""
     for group in tables(records):
@@ -168,10 +163,18 @@ def read_records(folders: Iterable[str | Path]) -> tuple[list[tuple[Path, Record
 
     Returns:
         The records, each with its file, and a message for each that is broken.
+
+    Raises:
+        FileNotFoundError: If a folder does not exist, other than those that are searched by default.
     """
+    searched = list(map(str, folders))
+    if missing := [folder for folder in searched if folder not in FOLDERS and not Path(folder).is_dir()]:
+        raise FileNotFoundError(
+            f"--records {', '.join(missing)} is no folder; give folders to search, such as [{', '.join(FOLDERS)}]"
+        )
     entries: dict[str, Entry] = {}
     broken = []
-    for path in find_records(folders):
+    for path in find_records(searched):
         try:
             entry = Entry(path, portable(read_record(path)))
         except RecordError as error:

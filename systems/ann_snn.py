@@ -28,7 +28,7 @@ from torch.optim import Adam
 from systems import ddpm
 from systems.ann_unet import ANNUNet, BlockCall, quantised_relu
 from systems.base import OptimizerFactory
-from systems.checkpoints import check_state, read_trained, rename
+from systems.checkpoints import check_state, network_state, read_trained, rename
 from systems.ddpm import DDPM, QuantisedDiffusion, check_bits
 from systems.neurons import ConvertedNeuron
 
@@ -136,8 +136,7 @@ class ANNSNN(QuantisedDiffusion):
         checkpoint = read_trained(self.init_from, DDPM.method)
         self.check_process(checkpoint, self.init_from)
         check_bits(checkpoint, self.activation_bits, self.init_from)
-        prefix = "network."
-        state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+        state = network_state(checkpoint)
         check_state(state, self.network, self.init_from)
         reference = self._ann().eval().requires_grad_(False)
         reference.load_state_dict(state)

@@ -130,6 +130,13 @@ def read_suite(path: str | Path, *needed: str) -> dict[str, Any]:
     return content
 
 
+def network_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Returns the weights of the network of a checkpoint."""
+    prefix = "network."
+    state = checkpoint["state_dict"]
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
 def read_trained(path: str | Path, method: str) -> dict[str, Any]:
     """Reads a checkpoint of the suite for one method.
 

@@ -14,17 +14,15 @@ batch; only the neurons look along it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from systems.neurons import SpikingNeuron
+from systems.neurons import NeuronFactory
 from systems.norms import add_normed, scaled
 from systems.spiking_unet import double_size, fold, lay_out, unfold
-
-NeuronFactory = Callable[[], SpikingNeuron]
 
 Norm = Literal["plain", "tdbn"]
 """Batch normalisation over `(T, B, H, W)`.

@@ -482,6 +482,10 @@ class ConvertedNeuron(SpikingNeuron):
         return f"threshold={self.threshold} * act_alpha, signed={self.signed}"
 
 
+NeuronFactory = Callable[[], SpikingNeuron]
+"""Makes one spiking layer."""
+
+
 def integrate_and_fire(threshold: float = 1.0, spike_grad: SpikeGrad | str = "atan") -> SpikingNeuron:
     """SpikingJelly's `IFNode`: no leak, hard reset, fires at the threshold, reset not detached (SDDPM, SDM)."""
     return SpikingNeuron(threshold=threshold, spike_grad=spike_grad)

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from systems import sddpm
-from systems.checkpoints import check_state, read_trained
+from systems.checkpoints import check_state, network_state, read_trained
 from systems.sddpm import SDDPM
 from systems.spiking_unet import SpikingUNet, TemporalConv2d
 
@@ -64,9 +64,7 @@ class SDM(SDDPM):
             return
         checkpoint = read_trained(self.init_from, SDDPM.method)
         self.check_process(checkpoint, self.init_from)
-        prefix = "network."
-        state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-        self.network.load_state_dict(from_sddpm(state, self.network, self.init_from))
+        self.network.load_state_dict(from_sddpm(network_state(checkpoint), self.network, self.init_from))
 
     def figures(self) -> dict[str, Figure]:
         """Plots the learned factors by layer and SNN step."""

@@ -21,11 +21,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from systems.compiled import compiled, has_triton, memory
-from systems.neurons import SpikingNeuron, get_surrogate
+from systems.neurons import NeuronFactory, SpikingNeuron, get_surrogate
 from systems.spiking_unet import TimeEmbedding, fold, unfold
 from systems.wkv import bidirectional_wkv, wkv
 
-NeuronFactory = Callable[[], SpikingNeuron]
 MixFactory = Callable[[int], nn.Module]
 """Makes what mixes tokens, `(r, k, v)` each `(M, N, D)` to `(M, N, D)`, from its channels."""
 

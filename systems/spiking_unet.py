@@ -24,10 +24,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from systems.compiled import compiled, dense, laid_out_as, memory
-from systems.neurons import SpikingNeuron, integrate_and_fire, membrane_output
+from systems.neurons import NeuronFactory, integrate_and_fire, membrane_output
 from systems.norms import add_normed
 
-NeuronFactory = Callable[[], SpikingNeuron]
 ConvFactory = Callable[..., nn.Module]
 """Takes the arguments of `nn.Conv2d`."""
 

@@ -11,14 +11,13 @@ Axes: `T` SNN time steps, `B` images, `C` channels, `H`, `W` pixels, `h = H/4`, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from systems.neurons import SpikingNeuron, leaky_integrate_and_fire, membrane_output
+from systems.neurons import NeuronFactory, leaky_integrate_and_fire, membrane_output
 from systems.precision import full_precision
 from systems.spiking_unet import fold, unfold
 
@@ -28,8 +27,6 @@ COMMITMENT = 0.25
 """Weight of the terms that draw the encoder towards what it is quantised to."""
 REDUCTION = 4
 """Pixels per token along each side."""
-
-NeuronFactory = Callable[[], SpikingNeuron]
 
 
 class SpikingConv(nn.Sequential):

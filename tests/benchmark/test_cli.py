@@ -133,6 +133,12 @@ def test_what_is_typed_wins_over_the_checkpoint(runs: Path) -> None:
     assert record.config["model"]["init_args"]["threshold"] == 0.9
 
 
+@pytest.mark.parametrize(("typed", "seeds"), [("0", {"training": 0}), ("false", {})])
+def test_a_training_without_seed_has_none_in_its_record(typed: str, seeds: dict[str, int], runs: Path) -> None:
+    main(["test", "--draft", f"--trainer.default_root_dir={runs}", f"--seed_everything={typed}"])
+    assert read_record(records_of(newest_run(runs))[-1]).seeds == seeds | {"sampling": 0}
+
+
 def test_the_same_test_gives_the_same_metrics(runs: Path) -> None:
     values = []
     for chunk in (60, 17):

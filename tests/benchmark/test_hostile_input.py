@@ -160,8 +160,16 @@ CONFIGS: dict[str, tuple[str | bytes, int, str]] = {
     "unknown option": (with_value(1, *MODEL, "base_chanels"), 2, "Option 'base_chanels' is not accepted"),
     "wrong type": (with_value("many", *MODEL, "base_channels"), 2, "Expected a <class 'int'>. Got value: many"),
     "out of range": (with_value(-2, *MODEL, "num_steps"), 1, "num_steps=-2 SNN time steps; give 1 or more"),
-    "broken syntax": (QUICKSTART.replace("trainer:", "trainer: ["), 2, "while parsing a flow sequence"),
-    "tabs": ("trainer:\n\tmax_steps: 1\n", 2, "found character that cannot start any token"),
+    "broken syntax": (
+        QUICKSTART.replace("trainer:", "trainer: ["),
+        1,
+        "config.yaml is no YAML: while parsing a flow sequence",
+    ),
+    "tabs": (
+        "trainer:\n\tmax_steps: 1\n",
+        1,
+        "config.yaml is no YAML: while scanning for the next token",
+    ),
     "bytes": (bytes(range(256)), 1, "is no text in UTF-8"),
     "empty": ("", 2, "Unexpected config"),
     "list": ("- 1\n", 2, "Unexpected config"),

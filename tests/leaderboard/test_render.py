@@ -93,7 +93,7 @@ def test_markdown_keeps_published_apart(make_record: Make, tmp_path: Path) -> No
 
 
 def test_published_numbers_are_rendered_without_any_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    render([str(tmp_path / "nowhere")], str(tmp_path / "out"))
+    render([str(tmp_path)], str(tmp_path / "out"))
     assert tuple(content(tmp_path / "out")) == FILES
     shown = capsys.readouterr().out
     assert f"0 records and {len(read_published().results)} published results" in shown

@@ -162,9 +162,18 @@ def test_broken_record_is_named_and_the_rest_shown(
 
 
 def test_no_records_says_what_to_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    leaderboard([str(tmp_path / "runs")], str(tmp_path / "out.md"))
+    leaderboard([str(tmp_path)], str(tmp_path / "out.md"))
     assert "An evaluation writes one: python -m benchmark test --config" in capsys.readouterr().out
     assert not (tmp_path / "out.md").exists()
+
+
+def test_a_folder_that_is_not_there_is_named_unless_it_is_a_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(FileNotFoundError, match="^--records .*nowhere is no folder; give folders to search, such as"):
+        leaderboard([str(tmp_path), str(tmp_path / "nowhere")])
+    monkeypatch.chdir(tmp_path)
+    leaderboard()
 
 
 def test_protocol_of_other_content_under_the_same_name_is_another_table(make_record: Make) -> None:
