@@ -16,7 +16,7 @@ and deep copies, weight averaging and data-parallel replicas cannot leak state i
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -127,13 +127,13 @@ def _potentials(x: Tensor, d: _Dynamics, affine: _Affine | None = None) -> tuple
     return potentials, spikes
 
 
-@partial(compiled, sooner=4)
+@compiled
 def _forward(x: Tensor, d: _Dynamics, dtype: torch.dtype, affine: _Affine | None = None) -> Tensor:
     spikes = _potentials(x, d, affine)[1]
     return torch.stack([s.to(dtype) for s in spikes])  # all in one kernel, if converted before
 
 
-@partial(compiled, sooner=4)
+@compiled
 def _backward(
     x: Tensor, grad: Tensor, d: _Dynamics, derivative: Callable[[Tensor], Tensor], affine: _Affine | None = None
 ) -> Tensor:

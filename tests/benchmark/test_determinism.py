@@ -17,8 +17,7 @@ from benchmark.runs import find_checkpoint, newest_run
 from leaderboard.records import find_records, read_record
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
-# so few images that the other process compiles nothing either
-OPTIONS = [*SDDPM, "--trainer.max_epochs=1", "--data.batch_size=8", "--trainer.limit_train_batches=5"]
+OPTIONS = [*SDDPM, "--trainer.max_epochs=1", "--data.batch_size=32", "--trainer.limit_train_batches=5"]
 
 
 @pytest.fixture(scope="module")
