@@ -124,7 +124,7 @@ class ShiftedLinear(nn.Linear):
         super().__init__(in_features, out_features)
         self.mix = nn.Parameter(torch.arange(in_features) / in_features)  # as RWKV-4's first layer starts
 
-    def forward(self, input: Tensor, shifted: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, *, shifted: Tensor | None = None) -> Tensor:
         """Returns the currents of the spikes `input`, whose token shift may be given (see `token_shift`)."""
         if shifted is None:
             (shifted,) = _TokenShift.apply(input, self.mix)
@@ -220,12 +220,14 @@ class Block(nn.Module):
             x = x + self.skip_out(self.skip_neuron(torch.cat([x, skip], dim=-1)))
         s = fold(self.spatial_neuron(x))  # (T*B, N, D)
         for_r, for_k, for_v = token_shift(s, self.spatial_r, self.spatial_k, self.spatial_v)
-        mixed = self.mix(self.spatial_r(s, for_r), self.spatial_k(s, for_k), self.spatial_v(s, for_v))
+        mixed = self.mix(
+            self.spatial_r(s, shifted=for_r), self.spatial_k(s, shifted=for_k), self.spatial_v(s, shifted=for_v)
+        )
         x = x + self.spatial_out(self.mix_neuron(unfold(mixed, len(x))))
         s = self.channel_neuron(x)
         for_r, for_k = token_shift(s, self.channel_r, self.channel_k)
-        hidden = self.hidden_neuron(self.channel_k(s, for_k))
-        return _gated_sum(x, self.channel_r(s, for_r), self.channel_out(hidden), factors)
+        hidden = self.hidden_neuron(self.channel_k(s, shifted=for_k))
+        return _gated_sum(x, self.channel_r(s, shifted=for_r), self.channel_out(hidden), factors)
 
 
 class Reconstruction(nn.Module):

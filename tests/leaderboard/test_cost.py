@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from leaderboard.cost import CostMeter, Counts
 from systems.neurons import ConvertedNeuron, SpikingNeuron
-from systems.spiking_transformer import ShiftedLinear
+from systems.spiking_transformer import ShiftedLinear, SpikingTransformer
 
 
 def spikes(*shape: int, seed: int = 0) -> Tensor:
@@ -185,6 +185,19 @@ def test_token_shift_costs_accumulates_of_two_taps() -> None:
     assert cost.acs == (4 * 2 * 5 + 2 * 3 * 5) / 2  # and a bias for each output
     assert cost.energy_strict_mj == pytest.approx(0.9e-9 * cost.acs)
     assert measure(layer, 0.5 * s + 0.1).macs == 2 * 3 * 5 * 2 * 4
+
+
+def test_layers_of_a_block_count_the_spikes_and_not_their_shift() -> None:
+    torch.manual_seed(0)
+    network = SpikingTransformer(image_size=8, embed_dim=16, depth=3, num_steps=2)
+    with CostMeter(network) as meter:
+        network(torch.randn(2, 1, 8, 8), torch.tensor([3, 3]))
+    of_blocks = {name: counts for name, counts in meter.take().connections.items() if "_block" in name}
+    assert len(of_blocks) == 3 * 7 + 1
+    for name, (spike_fed, sops, macs, _, dense) in of_blocks.items():
+        assert macs == 0, name
+        assert sops < spike_fed == dense, name
+    assert 0 < of_blocks["mid_block.spatial_r"][1] == of_blocks["mid_block.spatial_k"][1]  # of the same spikes
 
 
 def test_parameters_and_what_the_caller_measured() -> None:
