@@ -142,6 +142,8 @@ def _judge(outcome: Outcome, baseline: Baseline) -> tuple[str, str, bool]:
         return "-", outcome.error, True
     if differences := baseline.differences(outcome.record):
         return "-", f"not comparable: {'; '.join(differences)}; measure the baseline anew with --update", True
+    if miscounts := baseline.miscounts(outcome.record):
+        return "-", f"other cost of the same network: {'; '.join(miscounts)}", True
     value, stored = _value(outcome.record)[1], baseline.same_seed(outcome.record)
     change = "" if stored is None else " (=)" if value == stored else f" ({value - stored:+.2f})"
     verdict = baseline.judge(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -76,6 +77,23 @@ class Baseline:
         """Returns the distance of the baseline's record of the same training seed, if there is one."""
         found = [v for r, v in zip(self.records, self.values, strict=True) if r.seeds == record.seeds]
         return found[0] if found else None
+
+    def miscounts(self, record: Record) -> list[str]:
+        """Names what no training changes in the cost of a configuration, and yet differs.
+
+        Multiply-accumulates are among it: which layers see real values is a property of the network.
+        """
+        old, new = self.records[0].cost, record.cost
+        counts = (
+            ("parameters", new.parameters, old.parameters),
+            ("network evaluations", new.nfe, old.nfe),
+            ("MACs", new.macs, old.macs),
+        )
+        return [
+            f"{name}: {now:,.0f}, in the baseline {then:,.0f}"
+            for name, now, then in counts
+            if not math.isclose(now, then)
+        ]
 
     def differences(self, record: Record) -> list[str]:
         """Names what keeps a record from being compared: other data, extractor, protocol or configuration.

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -63,6 +64,15 @@ def test_worse_fails_and_better_does_not(
     assert bad is failed
     assert words in shown(table)
     assert "│ 10.00 ±1.00 │ 14.00 │" in shown(table)
+
+
+def test_a_layer_that_is_counted_otherwise_fails(baseline: Baseline, make_record: MakeRecord) -> None:
+    """Such as one whose input is taken for real values: its distance is what it was."""
+    record = make_record(10.0)
+    changed = replace(record, cost=replace(record.cost, macs=record.cost.macs + 3))
+    table, bad = compare({"sdm": [Outcome("sdm", 0, changed)]}, {"sdm": baseline})
+    assert bad
+    assert re.search(r"other cost of the same network: MACs: [\d,]+, in the baseline [\d,]+ ", shown(table))
 
 
 def test_what_failed_or_differs_fails_beside_what_is_fine(baseline: Baseline, make_record: MakeRecord) -> None:
