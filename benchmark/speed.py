@@ -207,35 +207,49 @@ def _jelly(kind: str, **options: Any) -> Callable[[Tensor], Tensor] | None:
 
 
 class _Clock(Callback):
-    """Times training steps without their loader, then counts the products and the saved memory of one step each."""
+    """Times training steps without their loader, in turn with their floor, and counts the memory that one step saves.
+
+    The first step is there to note the products, the last one for the memory.
+    """
 
     def __init__(self, timed: int) -> None:
-        self.timed = timed
         self.seconds: dict[int, list[float]] = {}
-        self.products: dict[int, Products] = {}
+        self.floors: dict[int, list[float]] = {}
         self.saved: dict[int, _Saved] = {}
+        self._timed = timed
         self._watching = ExitStack()
+        self._products = Products()
+        self._floor: Callable[[], None] | None = None
         self._start = 0.0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Starts the clock, or what else this step is for."""
-        epoch = trainer.current_epoch
-        if batch_idx == self.timed:
-            self.products[epoch] = self._watching.enter_context(Products())
-        elif batch_idx == self.timed + 1:
-            self.saved[epoch] = _Saved(pl_module)
-            self._watching.enter_context(saved_tensors_hooks(self.saved[epoch].keep, lambda tensor: tensor))
+        if batch_idx == 0:
+            self._products, self._floor = self._watching.enter_context(Products()), None
+        elif batch_idx > self._timed:
+            saved = self.saved[trainer.current_epoch] = _Saved(pl_module)
+            self._watching.enter_context(saved_tensors_hooks(saved.keep, lambda tensor: tensor))
         wait(pl_module.device)
         self._start = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stops the clock."""
-        wait(pl_module.device)
-        if batch_idx < self.timed:
-            self.seconds.setdefault(trainer.current_epoch, []).append(time.perf_counter() - self._start)
+        """Stops the clock, and times the floor."""
+        device = pl_module.device
+        wait(device)
+        seconds = time.perf_counter() - self._start
         self._watching.close()
+        if 0 < batch_idx <= self._timed:
+            self._floor = self._floor or self._products.work()
+            floor = median_seconds(self._floor, 1, device, warm_up=0, calls=queued(device))
+            self.seconds.setdefault(trainer.current_epoch, []).append(seconds)
+            self.floors.setdefault(trainer.current_epoch, []).append(floor)
+
+    def median(self, epoch: int = 0, warm_up: int = WARM_UP) -> tuple[float, float]:
+        """Returns the median times of the steps of an epoch, and of their floor, after a warm-up."""
+        seconds, floor = (statistics.median(times[epoch][warm_up:]) for times in (self.seconds, self.floors))
+        return seconds, floor
 
 
 class _Saved:
@@ -265,6 +279,7 @@ def measure_steps(
     """Times the training and the denoising step of configurations, and the floor of each step.
 
     The floor is the time of the step's convolutions and matrix products alone, of the same shapes, dtypes and layouts.
+    Steps and floors take turns, so that what slows the machine slows them alike.
     What a training step saves is compared with plain autograd of neurons stepped by hand, whose spikes take a byte.
     """
     rows = []
@@ -278,20 +293,19 @@ def measure_steps(
         clip = cli.trainer.gradient_clip_val
         clock = _train(system, image_shape, batch_size, WARM_UP + repetitions, precision, clip)
         plain = _train(stepped, image_shape, batch_size, 0, precision, clip)
-        for stage, times in clock.seconds.items():
+        for stage in clock.seconds:
             step = f"training, stage {stage + 1}" if len(clock.seconds) > 1 else "training"
-            floor = clock.products[stage].seconds(repetitions)
             saved, most = clock.saved[stage].bytes, plain.saved[stage].with_small_spikes
             memory = {"saved MiB": saved / 2**20, "of plain autograd": f"{saved / most:.2f}"}
-            rows.append(_row(name, step, statistics.median(times[WARM_UP:]), floor) | memory)
+            rows.append(_row(name, step, *clock.median(stage)) | memory)
         dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in system.modules())
         if device.type == "cuda" and system.automatic_optimization and not dropout:
             warm_up = TrainingReplay.WARM_UP + 2
-            times = _train(system, image_shape, batch_size, warm_up + repetitions, precision, clip, True).seconds[0]
-            seconds = statistics.median(times[warm_up:])
-            rows.append(_row(name, "training, in graphs", seconds, floor) | {"saved MiB": "", "of plain autograd": ""})
-        seconds, floor = _denoising(system.to(device).eval(), image_shape, batch_size, precision, repetitions)
-        rows.append(_row(name, "denoising", seconds, floor) | {"saved MiB": "", "of plain autograd": ""})
+            clock = _train(system, image_shape, batch_size, warm_up + repetitions, precision, clip, True)
+            times = clock.median(warm_up=warm_up)
+            rows.append(_row(name, "training, in graphs", *times) | {"saved MiB": "", "of plain autograd": ""})
+        times = _denoising(system.to(device).eval(), image_shape, batch_size, precision, repetitions)
+        rows.append(_row(name, "denoising", *times) | {"saved MiB": "", "of plain autograd": ""})
     return rows
 
 
@@ -311,8 +325,9 @@ def _denoising(
         next(chain)  # to warm up
         with Products() as products:
             next(chain)
-        seconds = median_seconds(lambda: next(chain), repetitions, system.device, calls=queued(system.device))
-    return seconds, products.seconds(repetitions)
+        works = {"step": lambda: next(chain), "floor": products.work()}
+        seconds = medians(works, repetitions, system.device, WARM_UP, calls=queued(system.device))
+    return seconds["step"], seconds["floor"]
 
 
 def _row(name: str, step: str, seconds: float, floor: float) -> dict[str, Any]:
@@ -437,7 +452,7 @@ def measure_data(repetitions: int) -> Rows:
         cli = run_stage(["fit", *QUICKSTART, *place, "--trainer.max_steps=1"])
         data = cli.datamodule
         clock = _train(cli.model, data.image_shape, data.batch_size, WARM_UP + repetitions, "32-true", None)
-        step = statistics.median(clock.seconds[0][WARM_UP:])
+        step, _ = clock.median()
         loader = data.train_dataloader()
         batch = median_seconds(lambda: deque(loader, maxlen=0), repetitions, torch.device("cpu")) / len(loader)
         for _ in range(2):
