@@ -5,6 +5,9 @@ from __future__ import annotations
 import secrets
 from datetime import datetime
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from leaderboard.records import file_sha256
 
@@ -29,6 +32,15 @@ def run_of(checkpoint: Path) -> Path | None:
     """Returns the run folder that a checkpoint lies in, or nothing for one from elsewhere."""
     run = checkpoint.parent.parent
     return run if (run / "config.yaml").is_file() else None
+
+
+def training_seed(run: Path) -> Any:
+    """Returns the seed of a run's training as its configuration names it, or nothing where that cannot be read."""
+    try:
+        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    return config.get("seed_everything") if isinstance(config, dict) else None
 
 
 def newest_run(folder: Path) -> Path:

@@ -34,7 +34,7 @@ from benchmark.graphs import TrainingGraphs
 from benchmark.messages import plain
 from benchmark.monitor import ImageProgressBar, TrainingMonitor
 from benchmark.png import PNGWriter
-from benchmark.runs import RUNS, find_checkpoint, new_run, newest_run, run_of
+from benchmark.runs import RUNS, find_checkpoint, new_run, newest_run, run_of, training_seed
 from datamodules import ImageDataModule
 from leaderboard.evaluation import Evaluation
 from leaderboard.records import write_atomic
@@ -148,13 +148,16 @@ class BenchmarkCLI(LightningCLI):
         folder = Path(config.trainer.default_root_dir or RUNS)
         checkpoint = Path(config.ckpt_path) if config.get("ckpt_path") else None
         elsewhere = None if self.subcommand == "fit" else checkpoint
-        self.run_folder = (run_of(checkpoint) if checkpoint else None) or new_run(
+        run = run_of(checkpoint) if checkpoint else None
+        self.run_folder = run or new_run(
             folder, _short(config.data.class_path), _short(config.model.class_path), elsewhere
         )
         if self.subcommand == "predict":
             config.return_predictions = False  # written to disk as they come
         dump = self.parser.dump(self.config, skip_link_targets=False, skip_none=False, format="json")
         self.resolved = json.loads(dump, parse_constant=str)[self.subcommand]  # a solver's -Infinity is no JSON
+        if self.subcommand != "fit":
+            self.resolved["seed_everything"] = training_seed(run) if run else None
         if config.evaluation.draft and self.subcommand != "test":
             raise ValueError("--draft is an option of `test`, where images are measured; leave it out here")
 

@@ -146,7 +146,7 @@ def _settings(record: Record, accelerator: str | None, given: dict[str, str]) ->
     if not all(isinstance(part, dict) for part in (*settings.values(), options)):
         raise ValueError(f"its configuration lacks one of {', '.join(parts)}: it was not measured by `benchmark test`")
     assert options is not None
-    settings["seed_everything"] = record.config.get("seed_everything", 0)
+    settings["seed_everything"] = record.seeds.get("training", 0)  # any: it decides nothing of a test
     settings["trainer"] = {name: settings["trainer"].get(name) for name in _TRAINER} | {"devices": 1}
     if accelerator is not None:
         settings["trainer"]["accelerator"] = accelerator

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -133,10 +134,33 @@ def test_what_is_typed_wins_over_the_checkpoint(runs: Path) -> None:
     assert record.config["model"]["init_args"]["threshold"] == 0.9
 
 
-@pytest.mark.parametrize(("typed", "seeds"), [("0", {"training": 0}), ("false", {})])
-def test_a_training_without_seed_has_none_in_its_record(typed: str, seeds: dict[str, int], runs: Path) -> None:
-    main(["test", "--draft", f"--trainer.default_root_dir={runs}", f"--seed_everything={typed}"])
-    assert read_record(records_of(newest_run(runs))[-1]).seeds == seeds | {"sampling": 0}
+def test_a_record_has_the_seed_of_training_whatever_is_typed(runs: Path) -> None:
+    main(["test", "--draft", f"--trainer.default_root_dir={runs}", "--seed_everything=7"])
+    record = read_record(records_of(newest_run(runs))[-1])
+    assert record.seeds == {"training": 42, "sampling": 0}
+    assert record.config["seed_everything"] == 42
+
+
+def test_a_record_has_no_seed_where_that_of_training_is_unknown(runs: Path, tmp_path: Path) -> None:
+    run = newest_run(runs)
+    elsewhere = tmp_path / "weights.ckpt"
+    shutil.copy(find_checkpoint(run), elsewhere)
+    given = [f"--config={run / 'config.yaml'}", f"--ckpt_path={elsewhere}", f"--trainer.default_root_dir={tmp_path}"]
+    main(["test", "--draft", *given])
+    (written,) = tmp_path.glob("*/records/*.json")
+    assert read_record(written).seeds == {"sampling": 0}
+
+
+@pytest.mark.parametrize(("written", "seeds"), [("false", {}), ("null", {}), ("3", {"training": 3})])
+def test_a_training_without_seed_has_none_in_its_record(
+    written: str, seeds: dict[str, int], runs: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(newest_run(runs), tmp_path / "run"))
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("seed_everything: 42", f"seed_everything: {written}"))
+    given = [f"--config={newest_run(runs) / 'config.yaml'}", f"--ckpt_path={find_checkpoint(run)}"]
+    main(["test", "--draft", *given])
+    assert read_record(records_of(run)[-1]).seeds == seeds | {"sampling": 0}
 
 
 def test_the_same_test_gives_the_same_metrics(runs: Path) -> None:
