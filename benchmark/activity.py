@@ -20,7 +20,7 @@ from datamodules import ImageDataModule
 from systems import FSDDIM
 from systems.base import DiffusionSystem
 from systems.checkpoints import read_trained
-from systems.neurons import SpikingNeuron
+from systems.spiking.neurons import SpikingNeuron
 
 
 def activity(

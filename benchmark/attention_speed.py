@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 from leaderboard.terminal import terminal
-from systems.spiking_transformer import RWKVMix, SoftmaxMix
+from systems.networks.spiking_transformer import RWKVMix, SoftmaxMix
 
 Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
 QUANTITIES = (("time, ms", 1e3), ("peak memory, MiB", 2**-20))

@@ -13,9 +13,9 @@ import yaml
 from benchmark.runs import RUNS, new_run, run_of
 from leaderboard.records import write_atomic
 from systems.ann_snn import ANNSNN
-from systems.ann_unet import ANNUNet, QReLU
 from systems.checkpoints import check_state, network_state, read_trained, save_checkpoint
 from systems.ddpm import DDPM, check_bits
+from systems.networks.ann_unet import ANNUNet, QReLU
 
 KEPT = (
     "in_channels",

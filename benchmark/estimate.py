@@ -11,10 +11,10 @@ from lightning.pytorch import Trainer
 from rich.progress import track
 
 from datamodules import ImageDataModule
-from systems.analytic_dpm import estimate_gamma
 from systems.base import DiffusionSystem
 from systems.checkpoints import read_trained, save_checkpoint
-from systems.gaussian import GaussianDiffusion
+from systems.diffusion.analytic_dpm import estimate_gamma
+from systems.diffusion.gaussian import GaussianDiffusion
 
 SUFFIX = "-gamma"
 """Of the copy's name: the checkpoint itself stays as it is, so that records of it can still be verified."""

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from systems.base import DiffusionSystem
-from systems.graphs import TrainingReplay
+from systems.ops.cuda_graphs import TrainingReplay
 
 
 class TrainingGraphs(Callback):

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from leaderboard.pictures import enlargement, grid
 from leaderboard.records import write_atomic
 from systems.base import DiffusionSystem
-from systems.neurons import SpikingNeuron
+from systems.spiking.neurons import SpikingNeuron
 
 
 class ImageProgressBar(TQDMProgressBar):

@@ -37,8 +37,9 @@ from benchmark.stages import Rehearsal, fastest_precision, run_stage
 from leaderboard.records import find_records, read_record, write_atomic
 from leaderboard.terminal import terminal
 from systems.base import DiffusionSystem
-from systems.graphs import TrainingReplay
-from systems.neurons import SpikingNeuron, integrate_and_fire, leaky_integrate_and_fire, triangle
+from systems.ops.cuda_graphs import TrainingReplay
+from systems.spiking.neurons import SpikingNeuron, integrate_and_fire, leaky_integrate_and_fire
+from systems.spiking.surrogates import triangle
 
 Part = Literal["neuron", "step", "sampling", "data", "start"]
 PARTS: tuple[Part, ...] = ("neuron", "step", "sampling", "data", "start")

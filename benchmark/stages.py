@@ -38,7 +38,6 @@ from benchmark.runs import RUNS, find_checkpoint, new_run, newest_run, run_of, t
 from datamodules import ImageDataModule
 from leaderboard.evaluation import Evaluation
 from leaderboard.records import write_atomic
-from systems.analytic_dpm import AnalyticDPMScheduler, StridedDDPMScheduler  # noqa: F401
 from systems.base import DiffusionSystem
 
 for message in (
@@ -69,7 +68,7 @@ class Parser(LightningArgumentParser):
             known = {"model": systems.__all__, "data": datamodules.__all__}
             for key, names in known.items():
                 if f'Parser key "{key}"' in message:
-                    classes = [n for n in names if n != "ImageDataModule" and not n.endswith("Error")]
+                    classes = [n for n in names if n != "ImageDataModule" and not n.endswith(("Error", "Scheduler"))]
                     message += f"\nknown classes of --{key}: {', '.join(classes)}"
         if not self.exit_on_error:
             super().error(message, ex)

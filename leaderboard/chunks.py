@@ -162,7 +162,7 @@ def _is_file(name: str) -> bool:
 def _source_sha256(system: type) -> str:
     """Hash of the code that generates and counts: versions alone do not tell that somebody edits it."""
     root = Path(__file__).parents[1]
-    files = [file for package in ("systems", "datamodules") for file in sorted((root / package).glob("*.py"))]
+    files = [file for package in ("systems", "datamodules") for file in sorted((root / package).rglob("*.py"))]
     return canonical_sha256(
         [file_sha256(f) for f in (*files, root / "leaderboard/cost.py", Path(inspect.getfile(system)))]
     )

@@ -30,10 +30,10 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from leaderboard.records import Cost
-from systems.compiled import compiled, dense, memory
-from systems.graphs import REPLAYABLE
-from systems.neurons import SpikingNeuron
-from systems.spiking_transformer import ShiftedLinear
+from systems.networks.spiking_transformer import ShiftedLinear
+from systems.ops.compiled import compiled, dense, memory
+from systems.ops.cuda_graphs import REPLAYABLE
+from systems.spiking.neurons import SpikingNeuron
 
 PICOJOULES_PER_MAC = 4.6
 PICOJOULES_PER_AC = 0.9

@@ -28,7 +28,7 @@ from torchmetrics import Metric, SumMetric
 from datamodules.images import resize, to_array
 from leaderboard.distances import FrechetDistance
 from leaderboard.records import MetricValue
-from systems.precision import full_precision
+from systems.ops.precision import full_precision
 
 SOURCE = "https://github.com/mil-tokyo/FSDDIM (folder fad)"
 AUTOENCODERS = {"mnist": "mnist", "fmnist": "fashion"}

@@ -18,7 +18,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, Featu
 
 from leaderboard.protocols import INCEPTION, SUITE
 from leaderboard.records import file_sha256
-from systems.precision import full_precision
+from systems.ops.precision import full_precision
 
 EXTRACTORS = Path(__file__).parent / "extractors"
 """Folder of the shipped weights, `<dataset>.safetensors`."""

@@ -12,7 +12,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from systems.precision import full_precision
+from systems.ops.precision import full_precision
 
 Trace = Callable[[Tensor], Tensor]
 

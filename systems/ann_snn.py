@@ -26,11 +26,11 @@ from torch.nn import functional as F
 from torch.optim import Adam
 
 from systems import ddpm
-from systems.ann_unet import ANNUNet, BlockCall, quantised_relu
 from systems.base import OptimizerFactory
 from systems.checkpoints import check_state, network_state, read_trained, rename
 from systems.ddpm import DDPM, QuantisedDiffusion, check_bits
-from systems.neurons import ConvertedNeuron
+from systems.networks.ann_unet import ANNUNet, BlockCall, quantised_relu
+from systems.spiking.neurons import ConvertedNeuron
 
 STEM = ("time_embedding", "head")
 """Blocks that are tuned for one iteration, and that run once for all SNN time steps."""

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from systems.checkpoints import check_method, check_state
-from systems.graphs import TrainingReplay
+from systems.ops.cuda_graphs import TrainingReplay
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 LRSchedulerFactory = Callable[[Optimizer], LRScheduler]

@@ -20,11 +20,11 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 from torch.optim import Adam
 
-from systems.ann_unet import PLAIN_BITS, ANNUNet, quantised_relu
 from systems.base import LRSchedulerFactory, OptimizerFactory
 from systems.checkpoints import CheckpointMismatchError, check_state, rename
-from systems.gaussian import GaussianDiffusion
-from systems.sddpm import read_size
+from systems.diffusion.gaussian import GaussianDiffusion
+from systems.networks.ann_unet import PLAIN_BITS, ANNUNet, quantised_relu
+from systems.networks.unet import read_size
 
 
 class QuantisedDiffusion(GaussianDiffusion):

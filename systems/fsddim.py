@@ -30,11 +30,12 @@ from torch.optim import Adam
 
 from systems.base import DiffusionSystem, LRSchedulerFactory, OptimizerFactory
 from systems.checkpoints import check_state
-from systems.fsddim_fused import FusedRecurrence
-from systems.fsddim_unet import FSDDIMUNet, Norm
-from systems.graphs import Replay
-from systems.neurons import SpikingNeuron, get_surrogate
-from systems.spiking_unet import fold, lay_out, unfold
+from systems.networks.fsddim_fused import FusedRecurrence
+from systems.networks.fsddim_unet import FSDDIMUNet, Norm
+from systems.ops.cuda_graphs import Replay
+from systems.spiking.neurons import SpikingNeuron
+from systems.spiking.steps import fold, lay_out, unfold
+from systems.spiking.surrogates import get_surrogate
 
 
 def cosine_schedule(num_train_timesteps: int) -> Tensor:

@@ -22,9 +22,11 @@ from torch.optim import Adam
 
 from systems.base import LRSchedulerFactory, OptimizerFactory
 from systems.checkpoints import check_state, rename
-from systems.gaussian import GaussianDiffusion
-from systems.neurons import get_surrogate, integrate_and_fire, leaky_integrate_and_fire
-from systems.spiking_unet import SpikingUNet
+from systems.diffusion.gaussian import GaussianDiffusion
+from systems.networks.spiking_unet import SpikingUNet
+from systems.networks.unet import read_size
+from systems.spiking.neurons import integrate_and_fire, leaky_integrate_and_fire
+from systems.spiking.surrogates import get_surrogate
 
 
 class SDDPM(GaussianDiffusion):
@@ -118,35 +120,3 @@ def read_official(state: Mapping[str, Tensor], suffix: str = "") -> tuple[dict[s
         network = SpikingUNet(**arguments, num_train_timesteps=num_train_timesteps, temporal_scaling=bool(suffix))
     check_state(renamed, network, "the official checkpoint")
     return renamed, arguments
-
-
-def read_size(state: Mapping[str, Tensor], stem: str, width: str) -> dict[str, Any]:
-    """Reads the size of a U-Net off its tensors.
-
-    Args:
-        state: Tensors by name.
-        stem: Weight of the first convolution.
-        width: Tensor that has an element for each channel of a residual block, as named within the block.
-
-    Returns:
-        `in_channels`, `base_channels`, `channel_mult` and `num_res_blocks`.
-
-    Raises:
-        KeyError: If there is no such stem.
-    """
-    base_channels, in_channels = state[stem].shape[:2]
-    levels: list[list[int]] = [[]]
-    block = 0
-    while any(key.startswith(f"downblocks.{block}.") for key in state):
-        bias = state.get(f"downblocks.{block}.{width}")
-        if bias is not None:
-            levels[-1].append(len(bias) // base_channels)
-        else:
-            levels.append([])
-        block += 1
-    return {
-        "in_channels": in_channels,
-        "base_channels": base_channels,
-        "channel_mult": [level[-1] for level in levels if level],
-        "num_res_blocks": len(levels[0]),
-    }

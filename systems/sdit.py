@@ -16,9 +16,10 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LinearLR
 
 from systems.base import LRSchedulerFactory, OptimizerFactory
-from systems.gaussian import GaussianDiffusion
-from systems.neurons import SpikingNeuron, get_surrogate
-from systems.spiking_transformer import SpikingTransformer
+from systems.diffusion.gaussian import GaussianDiffusion
+from systems.networks.spiking_transformer import SpikingTransformer
+from systems.spiking.neurons import SpikingNeuron
+from systems.spiking.surrogates import get_surrogate
 
 
 class SDiT(GaussianDiffusion):
@@ -33,8 +34,8 @@ class SDiT(GaussianDiffusion):
 
     The suite's choice: every size and constant below, the time as one more token in front, where neurons and norms
     stand (what enters a weight of a block is a spike, the sums are real), how skips come in (`x + W spikes([x, skip])`,
-    by spikes as well), the equations of the module (`systems.spiking_transformer.Reconstruction`), and averaged weights
-    and clipped gradients, which are options of the trainer and set in the configurations. The defaults are for 28x28
+    by spikes as well), the equations of the module (`spiking_transformer.Reconstruction`), and averaged weights and
+    clipped gradients, which are options of the trainer and set in the configurations. The defaults are for 28x28
     images; 32x32 take embed_dim 512 and depth 13, 64x64 patch_size 4 besides.
 
     Args:

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from systems import sddpm
 from systems.checkpoints import check_state, network_state, read_trained
+from systems.figures import plot_factors
+from systems.networks.spiking_unet import SpikingUNet, TemporalConv2d
 from systems.sddpm import SDDPM
-from systems.spiking_unet import SpikingUNet, TemporalConv2d
 
 
 class SDM(SDDPM):
@@ -100,25 +101,3 @@ def temporal_factors(network: nn.Module) -> dict[str, Tensor]:
         for name, module in network.named_modules()
         if isinstance(module, TemporalConv2d)
     }
-
-
-def plot_factors(factors: Mapping[str, Tensor]) -> Figure:
-    """Draws the factors as a heat map of layers and steps, beside their mean and spread over the layers."""
-    values = torch.stack(list(factors.values()))  # (layers, T)
-    num_layers, num_steps = values.shape
-    figure = Figure(figsize=(3.2 + 0.7 * num_steps + 3.6, max(3.6, 1.2 + 0.16 * num_layers)), layout="constrained")
-    heat, line = figure.subplots(1, 2, width_ratios=[0.7 * num_steps, 3.6])
-    reach = max(float((values - 1).abs().max()), 1e-3)
-    image = heat.imshow(
-        values.numpy(), cmap="RdBu_r", vmin=1 - reach, vmax=1 + reach, aspect="auto", interpolation="nearest"
-    )
-    heat.set_xticks(range(num_steps), [str(k) for k in range(num_steps)])
-    heat.set_yticks(range(num_layers), list(factors), fontsize=7)
-    heat.set(xlabel="SNN step k", title="factor p[k] by layer")
-    figure.colorbar(image, ax=heat)
-    mean, spread = values.mean(0), values.std(0) if num_layers > 1 else torch.zeros(num_steps)
-    line.errorbar(range(num_steps), mean.numpy(), spread.numpy(), marker="o", capsize=4, color="tab:blue")
-    line.axhline(1, color="grey", linewidth=0.8, linestyle=":")
-    line.set_xticks(range(num_steps))
-    line.set(xlabel="SNN step k", ylabel="p[k]", title="mean and spread over layers")
-    return figure

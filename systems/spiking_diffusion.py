@@ -33,13 +33,14 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from systems.absorbing import Objective, denoising_loss, unmask
 from systems.base import DiffusionSystem, OptimizerFactory
 from systems.checkpoints import CheckpointMismatchError, check_state, read_trained
-from systems.codebook import perplexity, plot_reconstructions, plot_usage
-from systems.neurons import get_surrogate, leaky_integrate_and_fire
-from systems.sdid import SDID
-from systems.vq_svae import REDUCTION, VQSVAE, Reconstruction, equilibrium_loss
+from systems.diffusion.absorbing import Objective, denoising_loss, unmask
+from systems.figures import perplexity, plot_reconstructions, plot_usage
+from systems.networks.sdid import SDID
+from systems.networks.vq_svae import REDUCTION, VQSVAE, Reconstruction, equilibrium_loss
+from systems.spiking.neurons import leaky_integrate_and_fire
+from systems.spiking.surrogates import get_surrogate
 
 COLLAPSED = 0.1
 """Share of the codes in use below which the codebook counts as collapsed.

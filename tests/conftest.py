@@ -40,7 +40,7 @@ def reference() -> Callable[[str], dict[str, Tensor]]:
 def uncompiled() -> Iterator[None]:
     """Neurons that start at once: compiling takes longer than the smallest trainings."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("systems.compiled.COMPILE_FROM", 2**62)
+        patch.setattr("systems.ops.compiled.COMPILE_FROM", 2**62)
         yield
 
 

@@ -16,15 +16,16 @@ from benchmark.faults import DivergenceError
 from benchmark.speed import PAPER_SIZE, SMALL, _build
 from leaderboard.cost import CostMeter
 from leaderboard.records import find_records
-from systems import compiled
-from systems.ann_unet import _Quantise
 from systems.base import DiffusionSystem
-from systems.graphs import TrainingReplay
-from systems.neurons import ConvertedNeuron, SpikingNeuron, membrane_output
-from systems.norms import add_normed, normalise, scaled
-from systems.spiking_transformer import _gate, _gated_sum, _TokenShift
-from systems.spiking_unet import _ScaleSteps
-from systems.wkv import wkv
+from systems.networks.spiking_transformer import _gate, _gated_sum
+from systems.ops import compiled
+from systems.ops.cuda_graphs import TrainingReplay
+from systems.ops.norms import add_normed, normalise, scaled
+from systems.ops.quantise import _Quantise
+from systems.ops.scale_steps import _ScaleSteps
+from systems.ops.token_shift import _TokenShift
+from systems.ops.wkv import wkv
+from systems.spiking.neurons import ConvertedNeuron, SpikingNeuron, membrane_output
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmark.cli import main
 from systems.base import DiffusionSystem
-from systems.gaussian import GaussianDiffusion
+from systems.diffusion.gaussian import GaussianDiffusion
 
 
 def loss(system: GaussianDiffusion, images: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -23,7 +23,7 @@ from benchmark.runs import find_checkpoint, newest_run
 from datamodules.loading import FilledBatches, TrainingOrder
 from systems import FSDDIM, SDDPM, SDiT, SpikingDiffusion
 from systems.base import DiffusionSystem
-from systems.gaussian import GaussianDiffusion
+from systems.diffusion.gaussian import GaussianDiffusion
 
 OPTIONS = [
     "--config=configs/ddpm_fmnist.yaml",  # group norm; averaged weights

@@ -11,7 +11,7 @@ from tiny import SDDPM
 from torch import nn
 
 from benchmark.cli import main
-from systems.graphs import APART, Replay, TrainingReplay, _unwatched, distance
+from systems.ops.cuda_graphs import APART, Replay, TrainingReplay, _unwatched, distance
 
 
 def test_graphs_are_refused_where_there_is_no_gpu(tmp_path: Path, uncompiled: None) -> None:

@@ -14,7 +14,7 @@ from benchmark.cli import main
 from leaderboard.records import read_record
 from systems import DDPM, FSDDIM, SDDPM, SDM
 from systems.checkpoints import CheckpointMismatchError
-from systems.spiking_unet import SpikingUNet
+from systems.networks.spiking_unet import SpikingUNet
 
 
 def official(**arguments: object) -> dict[str, Tensor]:
@@ -124,7 +124,7 @@ def test_imported_ann_and_its_conversion_are_tested(method: str, tmp_path: Path)
 def test_imported_pair_is_tested(
     tmp_path: Path, reference: Callable[[str], dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("systems.compiled.COMPILE_FROM", sys.maxsize)  # compilation takes longer than the test
+    monkeypatch.setattr("systems.ops.compiled.COMPILE_FROM", sys.maxsize)  # compilation takes longer than the test
     for name, path in (("vqsvae", tmp_path / "model.pth"), ("sdid", tmp_path / "diff_result" / "diff_model.pth")):
         recorded = reference(f"{name}_small.safetensors")
         path.parent.mkdir(exist_ok=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import SDDPM, fit
 
-from systems.neurons import SpikingNeuron
+from systems.spiking.neurons import SpikingNeuron
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
 LAYER = "network.downblocks.0.neuron2"

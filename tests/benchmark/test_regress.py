@@ -16,10 +16,12 @@ from benchmark.cli import main
 from benchmark.regress import METHODS, Job, Outcome, _jobs, _measure, _update, compare
 from leaderboard.records import MetricValue, Record
 from leaderboard.regression import Baseline, read_baseline
-from systems import absorbing, neurons, spiking_diffusion
-from systems.ann_unet import _Quantise
+from systems import spiking_diffusion
+from systems.diffusion import absorbing
+from systems.diffusion.gaussian import GaussianDiffusion
 from systems.fsddim import FSDDIM
-from systems.gaussian import GaussianDiffusion
+from systems.ops.quantise import _Quantise
+from systems.spiking import neurons
 
 MakeRecord = Callable[..., Record]
 SHIPPED = Path("leaderboard/baselines")

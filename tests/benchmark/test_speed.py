@@ -14,7 +14,7 @@ from benchmark import stages
 from benchmark.cli import main
 from benchmark.floor import Products
 from benchmark.speed import _line, _Saved
-from systems.neurons import integrate_and_fire
+from systems.spiking.neurons import integrate_and_fire
 
 
 def test_floor_counts_convolutions_and_products_of_both_passes() -> None:

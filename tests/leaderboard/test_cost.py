@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from leaderboard.cost import CostMeter, Counts
-from systems.neurons import ConvertedNeuron, SpikingNeuron
-from systems.spiking_transformer import ShiftedLinear, SpikingTransformer
+from systems.networks.spiking_transformer import ShiftedLinear, SpikingTransformer
+from systems.spiking.neurons import ConvertedNeuron, SpikingNeuron
 
 
 def spikes(*shape: int, seed: int = 0) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from systems.neurons import SpikingNeuron
+from systems.spiking.neurons import SpikingNeuron
 
 
 def check_gradients_and_statistics(network: nn.Module, recorded: dict[str, Tensor]) -> None:

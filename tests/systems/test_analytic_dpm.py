@@ -13,8 +13,9 @@ from formula import Formula
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from systems.analytic_dpm import LAST_VARIANCE, AnalyticDPMScheduler, StridedDDPMScheduler, estimate_gamma
-from systems.gaussian import double_tables
+from systems.diffusion.analytic_dpm import LAST_VARIANCE, AnalyticDPMScheduler, estimate_gamma
+from systems.diffusion.gaussian import double_tables
+from systems.diffusion.strided import StridedDDPMScheduler
 
 Reference = Callable[[str], dict[str, Tensor]]
 
@@ -22,7 +23,7 @@ Reference = Callable[[str], dict[str, Tensor]]
 def replay(scheduler: AnalyticDPMScheduler, steps: int, recorded: dict[str, Tensor], monkeypatch: object) -> Tensor:
     """Runs the sampler in float64 on the recorded noise; the network sees float32, as in the released code."""
     draws = iter(recorded["input.noise"].double())
-    monkeypatch.setattr("systems.analytic_dpm.randn_tensor", lambda *_, **__: next(draws))  # type: ignore[attr-defined]
+    monkeypatch.setattr("systems.diffusion.analytic_dpm.randn_tensor", lambda *_, **__: next(draws))  # type: ignore[attr-defined]
     double_tables(scheduler).set_timesteps(steps)
     x, network = recorded["input.x_T"].double(), Formula()
     for t in scheduler.timesteps.tolist():

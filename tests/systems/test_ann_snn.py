@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from systems import ANNSNN, DDPM
 from systems.ann_snn import read_official
 from systems.checkpoints import CheckpointMismatchError, save_checkpoint
-from systems.neurons import ConvertedNeuron
+from systems.spiking.neurons import ConvertedNeuron
 
 Reference = Callable[[str], dict[str, Tensor]]
 SIZE = dict(in_channels=1, base_channels=32, channel_mult=(1,), num_res_blocks=1)

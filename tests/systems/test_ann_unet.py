@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from systems.ann_unet import ANNUNet, QReLU, quantised_relu
-from systems.neurons import ConvertedNeuron
+from systems.networks.ann_unet import ANNUNet, QReLU, quantised_relu
+from systems.spiking.neurons import ConvertedNeuron
 
 Reference = Callable[[str], dict[str, Tensor]]
 SMALL = dict(in_channels=3, base_channels=32, channel_mult=(1, 2), num_res_blocks=1)

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from systems import compiled
-from systems.ann_unet import _Quantise
-from systems.spiking_transformer import _gate, _gated_sum, _TokenShift
-from systems.spiking_unet import _ScaleSteps
+from systems.networks.spiking_transformer import _gate, _gated_sum
+from systems.ops import compiled
+from systems.ops.quantise import _Quantise
+from systems.ops.scale_steps import _ScaleSteps
+from systems.ops.token_shift import _TokenShift
 
 
 def test_works_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from systems import DDPM
 from systems.checkpoints import CheckpointMismatchError
 from systems.ddpm import read_official
-from systems.gaussian import double_tables
+from systems.diffusion.gaussian import double_tables
 
 Reference = Callable[[str], dict[str, Tensor]]
 
@@ -54,7 +54,7 @@ def test_sampler_reproduces_release(reference: Reference, monkeypatch: pytest.Mo
     system.network = Formula()  # type: ignore[assignment]
     draws, start = iter(recorded["input.noise"]), recorded["input.x_T"]
     monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, **__: next(draws))
-    monkeypatch.setattr("systems.gaussian.randn_tensor", lambda *_, **__: start)
+    monkeypatch.setattr("systems.diffusion.gaussian.randn_tensor", lambda *_, **__: start)
     x = system.sample(torch.arange(len(start)), tuple(start.shape[1:]))  # type: ignore[arg-type]
     torch.testing.assert_close(x, recorded["output.ddpm_unclipped.1000.fixedlarge"], rtol=0, atol=1e-5)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from systems import FSDDIM
 from systems.checkpoints import CheckpointMismatchError
 from systems.fsddim import cosine_schedule, ddim_coefficients, decode, encode, read_official
-from systems.neurons import SpikingNeuron
+from systems.spiking.neurons import SpikingNeuron
 
 Reference = Callable[[str], dict[str, Tensor]]
 

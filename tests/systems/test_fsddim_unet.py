@@ -8,9 +8,9 @@ from fsddim_reference import PREFIXES, recorded_system, tiny
 from torch import Tensor, nn
 
 from systems import FSDDIM
-from systems.fsddim_unet import scaled_norm, sinusoids
-from systems.neurons import SpikingNeuron
-from systems.spiking_unet import fold, unfold
+from systems.networks.fsddim_unet import scaled_norm, sinusoids
+from systems.spiking.neurons import SpikingNeuron
+from systems.spiking.steps import fold, unfold
 
 Reference = Callable[[str], dict[str, Tensor]]
 

@@ -16,8 +16,9 @@ from formula import Formula
 from torch import Tensor, nn
 
 from systems import SDDPM
-from systems.analytic_dpm import AnalyticDPMScheduler, StridedDDIMScheduler
-from systems.gaussian import GaussianDiffusion, double_tables
+from systems.diffusion.analytic_dpm import AnalyticDPMScheduler
+from systems.diffusion.gaussian import GaussianDiffusion, double_tables
+from systems.diffusion.strided import StridedDDIMScheduler
 
 Reference = Callable[[str], dict[str, Tensor]]
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
-from types import ModuleType
+import importlib
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-from systems import neurons
-from systems.neurons import SpikingNeuron
-from systems.norms import pixels
-from systems.spiking_transformer import _TokenShift
-from systems.wkv import wkv
+from systems.ops.norms import pixels
+from systems.ops.token_shift import _TokenShift
+from systems.ops.wkv import wkv
+from systems.spiking import multistep, surrogates
+from systems.spiking.neurons import SpikingNeuron
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+NAMES = ("common", "norms", "neurons", "token_shift", "wkv")
 CASES = {
     "IF": dict(beta=1.0),
     "LIF": dict(beta=0.5, input_scale=0.5, threshold=0.7),
@@ -28,16 +30,16 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def kernels() -> ModuleType:
-    """`systems.kernels` as a module of its own, whose functions the interpreter runs."""
+def kernels() -> SimpleNamespace:
+    """The modules of `systems.ops.kernels`, imported anew so that Triton's interpreter runs their functions."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        spec = importlib.util.find_spec("systems.kernels")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return module
+        for name in [name for name in sys.modules if name.startswith("systems.ops.kernels")]:
+            patch.delitem(sys.modules, name)
+        modules = {name: importlib.import_module(f"systems.ops.kernels.{name}") for name in NAMES}
+        for name in NAMES:  # the next one to import them gets those of a GPU
+            del sys.modules[f"systems.ops.kernels.{name}"]
+    return SimpleNamespace(**modules)
 
 
 def case(num_steps: int, name: str, dtype: torch.dtype) -> tuple[SpikingNeuron, Tensor, Tensor]:
@@ -49,14 +51,14 @@ def case(num_steps: int, name: str, dtype: torch.dtype) -> tuple[SpikingNeuron, 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("num_steps", [1, 4, 16])
 @pytest.mark.parametrize("name", CASES)
-def test_neurons(kernels: ModuleType, name: str, num_steps: int, dtype: torch.dtype) -> None:
+def test_neurons(kernels: SimpleNamespace, name: str, num_steps: int, dtype: torch.dtype) -> None:
     neuron, x, grad = case(num_steps, name, dtype)
     assert torch.equal(
-        kernels.spikes(x, neuron._dynamics, dtype), neurons._spikes(x, neuron._dynamics, neuron.spike_grad)
+        kernels.neurons.spikes(x, neuron._dynamics, dtype), multistep._spikes(x, neuron._dynamics, neuron.spike_grad)
     )
-    surrogate = neurons._named(neuron.spike_grad, kernels.SURROGATES)
-    found = kernels.gradients(x, grad, neuron._dynamics, surrogate)
-    wanted = neurons._gradients(x, grad, neuron._dynamics, neuron.spike_grad)
+    surrogate = multistep._named(neuron.spike_grad, kernels.neurons.SURROGATES)
+    found = kernels.neurons.gradients(x, grad, neuron._dynamics, surrogate)
+    wanted = multistep._gradients(x, grad, neuron._dynamics, neuron.spike_grad)
     torch.testing.assert_close(found, wanted)
     assert wanted.abs().max() > 0.1
 
@@ -69,27 +71,27 @@ def laid_out(channels_last: bool, *features: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("shifted", [True, False])
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_neurons_of_norms(kernels: ModuleType, channels_last: bool, shifted: bool) -> None:
+def test_neurons_of_norms(kernels: SimpleNamespace, channels_last: bool, shifted: bool) -> None:
     neuron, *features = case(4, "LIF", torch.float64)
     x, grad = laid_out(channels_last, *features)
     affine, side_by_side = (torch.rand(6).double() + 0.5, torch.rand(6).double()), pixels(x)
     shift = torch.randn(3, 6, dtype=torch.float64) if shifted else None
     assert side_by_side == (1 if channels_last else 35)
-    spikes = kernels.spikes(x, neuron._dynamics, torch.bfloat16, affine, side_by_side, shift)
+    spikes = kernels.neurons.spikes(x, neuron._dynamics, torch.bfloat16, affine, side_by_side, shift)
     assert spikes.dtype == torch.bfloat16
     assert spikes.stride() == x.stride()
     factor, summand = (values[:, None, None] for values in affine)
     normed = x * factor + summand + (0 if shift is None else shift[:, :, None, None])
-    assert torch.equal(spikes.double(), neurons._spikes(normed, neuron._dynamics, neuron.spike_grad))
-    found = kernels.gradients(x, grad, neuron._dynamics, "atan", affine, side_by_side, shift)
-    torch.testing.assert_close(found, neurons._gradients(normed, grad, neuron._dynamics, neuron.spike_grad))
+    assert torch.equal(spikes.double(), multistep._spikes(normed, neuron._dynamics, neuron.spike_grad))
+    found = kernels.neurons.gradients(x, grad, neuron._dynamics, "atan", affine, side_by_side, shift)
+    torch.testing.assert_close(found, multistep._gradients(normed, grad, neuron._dynamics, neuron.spike_grad))
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_sum_of_a_norm_and_a_residual(kernels: ModuleType, channels_last: bool) -> None:
+def test_sum_of_a_norm_and_a_residual(kernels: SimpleNamespace, channels_last: bool) -> None:
     x, residual = laid_out(channels_last, *case(4, "IF", torch.float32)[1:])
     factor, summand = torch.rand(2, 6)
-    found = kernels.normed_sum(x, residual, factor, summand, pixels(x))
+    found = kernels.norms.normed_sum(x, residual, factor, summand, pixels(x))
     assert found.stride() == x.stride()
     torch.testing.assert_close(found, x * factor[:, None, None] + summand[:, None, None] + residual)
 
@@ -97,30 +99,30 @@ def test_sum_of_a_norm_and_a_residual(kernels: ModuleType, channels_last: bool) 
 @pytest.mark.parametrize("name", ["atan", "triangle", "rectangle", "sigmoid"])
 def test_surrogates_are_known_by_name(name: str) -> None:
     known = ("atan", "triangle", "rectangle")
-    assert neurons._named(neurons.get_surrogate(name), known) == (name if name in known else None)
-    assert neurons._named(neurons.triangle(0.3), known) is None, "of another width"
+    assert multistep._named(surrogates.get_surrogate(name), known) == (name if name in known else None)
+    assert multistep._named(surrogates.triangle(0.3), known) is None, "of another width"
 
 
-def test_factor_and_summand_of_a_norm(kernels: ModuleType) -> None:
+def test_factor_and_summand_of_a_norm(kernels: SimpleNamespace) -> None:
     mean, var, weight, bias = torch.rand(4, 150) + 0.1
     inverse = (var.double() + 1e-3).rsqrt().float()
-    found = kernels.affine(mean, var, weight, bias, 1e-3)
+    found = kernels.norms.affine(mean, var, weight, bias, 1e-3)
     for a, b in zip(found, (inverse, weight * inverse, bias - mean * weight * inverse), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("num_mixes", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_token_shift(kernels: ModuleType, dtype: torch.dtype, num_mixes: int) -> None:
+def test_token_shift(kernels: SimpleNamespace, dtype: torch.dtype, num_mixes: int) -> None:
     torch.manual_seed(0)
     x, *grads = torch.randn(1 + num_mixes, 4, 3, 11, 130).to(dtype).unbind()
     mixes = torch.rand(num_mixes, 130, dtype=torch.promote_types(dtype, torch.float32)).unbind()
     leaves = [y.double().requires_grad_() for y in (x, *mixes)]
     wanted = _TokenShift.apply(*leaves)
     tolerance = dict(rtol=1e-2, atol=1e-2) if dtype == torch.bfloat16 else dict(rtol=1e-12, atol=1e-12)
-    for shifted, y in zip(kernels.shift(x, mixes), wanted, strict=True):
+    for shifted, y in zip(kernels.token_shift.shift(x, mixes), wanted, strict=True):
         torch.testing.assert_close(shifted.double(), y, **tolerance)
-    grad_x, *grad_mixes = kernels.shift_gradients(x, grads, mixes)
+    grad_x, *grad_mixes = kernels.token_shift.shift_gradients(x, grads, mixes)
     expected = torch.autograd.grad(wanted, leaves, [grad.double() for grad in grads])
     torch.testing.assert_close(grad_x.double(), expected[0], **tolerance)
     for grad, y in zip(grad_mixes, expected[1:], strict=True):
@@ -128,14 +130,14 @@ def test_token_shift(kernels: ModuleType, dtype: torch.dtype, num_mixes: int) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_wkv(kernels: ModuleType, dtype: torch.dtype) -> None:
+def test_wkv(kernels: SimpleNamespace, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     k, v, grad = torch.randn(3, 3, 23, 70).to(dtype)
     w, u = torch.rand(2, 70).to(torch.promote_types(dtype, torch.float32))
     leaves = [x.clone().requires_grad_() for x in (k, v, w, u)]
     wanted = wkv(*leaves)
     tolerance = dict(rtol=2e-2, atol=2e-2) if dtype == torch.bfloat16 else {}
-    torch.testing.assert_close(kernels.wkv(k, v, w, u), wanted, **tolerance)
-    found, expected = kernels.wkv_gradients(k, v, w, u, grad), torch.autograd.grad(wanted, leaves, grad)
+    torch.testing.assert_close(kernels.wkv.wkv(k, v, w, u), wanted, **tolerance)
+    found, expected = kernels.wkv.wkv_gradients(k, v, w, u, grad), torch.autograd.grad(wanted, leaves, grad)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, **tolerance or dict(rtol=1e-5, atol=1e-5))

@@ -11,16 +11,15 @@ import torch
 from snntorch import surrogate
 from torch import Tensor, nn
 
-from systems import neurons
-from systems.neurons import (
+from systems.spiking import multistep, neurons
+from systems.spiking.neurons import (
     ConvertedNeuron,
     SpikingNeuron,
     integrate_and_fire,
     leaky_integrate_and_fire,
-    rectangle,
     set_threshold,
-    triangle,
 )
+from systems.spiking.surrogates import rectangle, triangle
 
 
 def gradient(f: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,7 +118,7 @@ def test_equality_fires_only_where_asked() -> None:
 
 def test_leaky_check_values() -> None:
     x = torch.tensor([0.8, 1.4, 1.0, 0.3], dtype=torch.float64).view(4, 1)
-    potentials, _ = neurons._potentials(x, leaky_integrate_and_fire(tau=2.0)._dynamics)
+    potentials, _ = multistep._potentials(x, leaky_integrate_and_fire(tau=2.0)._dynamics)
     torch.testing.assert_close(torch.cat(potentials), torch.tensor([0.4, 0.9, 0.95, 0.625], dtype=torch.float64))
 
 
@@ -141,7 +140,7 @@ def test_fsddim_neuron_reproduces_reference(reset: str, reference: Callable[[str
 def test_surrogates_have_their_shape() -> None:
     u = torch.tensor([-0.6, -0.25, 0.0, 0.25, 0.6], dtype=torch.float64)
     for spike_grad, expected in ((triangle(0.5), [0, 0.5, 1, 0.5, 0]), (rectangle(0.5), [0, 1, 1, 1, 0])):
-        derivative = neurons._derivative(spike_grad, u.dtype)(u)
+        derivative = multistep._derivative(spike_grad, u.dtype)(u)
         torch.testing.assert_close(derivative, torch.tensor(expected, dtype=u.dtype))
 
 
@@ -151,14 +150,14 @@ def test_compiled_kernel_equals_plain(case: str, monkeypatch: pytest.MonkeyPatch
     neuron = SpikingNeuron(**CASES[case])
     x = torch.randn(4, 2, 3, 8, 8)
     plain, plain_grad = gradient(neuron, x)
-    monkeypatch.setattr("systems.compiled.COMPILE_FROM", 0)
+    monkeypatch.setattr("systems.ops.compiled.COMPILE_FROM", 0)
     compiled, compiled_grad = gradient(neuron, x)
     assert torch.equal(compiled, plain)
     torch.testing.assert_close(compiled_grad, plain_grad, rtol=1e-5, atol=1e-6)
 
 
 def test_neurons_of_a_network_share_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("systems.compiled.COMPILE_FROM", 0)
+    monkeypatch.setattr("systems.ops.compiled.COMPILE_FROM", 0)
     x = torch.randn(3, 2, 4, 8, 8)
     gradient(integrate_and_fire(), x)  # the kernel is made here
     inputs = [
@@ -233,7 +232,7 @@ def test_norm_inside_the_neuron_equals_norm_then_neuron(
     norm.train(training)
     neuron = SpikingNeuron(beta=0.8, detach_reset=True, fire_at_threshold=False, spike_grad="triangle")
     expected = passes(neuron, norm, x, lambda neuron, norm, x: neuron.stepwise(x, norm))
-    monkeypatch.setattr("systems.compiled.COMPILE_FROM", 0 if kernel else 2**62)
+    monkeypatch.setattr("systems.ops.compiled.COMPILE_FROM", 0 if kernel else 2**62)
     found = passes(neuron, norm, x, lambda neuron, norm, x: neuron(x, norm))
     assert 0.05 < found[0].mean() < 0.95
     for one, other in zip(found, expected, strict=True):
@@ -243,7 +242,7 @@ def test_norm_inside_the_neuron_equals_norm_then_neuron(
 @pytest.mark.parametrize("kernel", [False, True])
 def test_norm_inside_the_neuron_computes_in_float32(kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr("systems.compiled.COMPILE_FROM", 0 if kernel else 2**62)
+    monkeypatch.setattr("systems.ops.compiled.COMPILE_FROM", 0 if kernel else 2**62)
     x, norm, neuron = torch.randn(4, 2, 6, 5, 5).bfloat16(), nn.BatchNorm2d(6).eval(), integrate_and_fire()
     nn.init.uniform_(norm.weight, 1, 2)
     spikes, grad = gradient(lambda x: neuron(x, norm), x)
@@ -341,7 +340,7 @@ def test_converted_neuron_compiled_equals_plain(monkeypatch: pytest.MonkeyPatch)
     neuron.act_alpha.fill_(0.9)
     plain = neuron(x)
     assert plain.unique().tolist() == [-neuron.amplitude, 0, neuron.amplitude]
-    monkeypatch.setattr("systems.compiled.COMPILE_FROM", 0)
+    monkeypatch.setattr("systems.ops.compiled.COMPILE_FROM", 0)
     assert torch.equal(neuron(x), plain)
     assert torch.equal(neuron(x[:, :1]), plain[:, :1])
     with pytest.raises(ValueError, match=r"takes \(T, B, \.\.\.\)"):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from systems.neurons import SpikingNeuron
-from systems.norms import add_normed, normalise, scaled
+from systems.ops.norms import add_normed, normalise, scaled
+from systems.spiking.neurons import SpikingNeuron
 
 
 def features(layout: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:

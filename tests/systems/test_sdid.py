@@ -8,7 +8,7 @@ import torch
 from spiking_diffusion_reference import check_gradients, check_statistics, load
 from torch import Tensor
 
-from systems.sdid import SDID
+from systems.networks.sdid import SDID
 from systems.spiking_diffusion import _rename
 
 Reference = Callable[[str], dict[str, Tensor]]
@@ -16,7 +16,7 @@ Reference = Callable[[str], dict[str, Tensor]]
 
 @pytest.fixture(autouse=True)
 def _uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("systems.compiled.COMPILE_FROM", sys.maxsize)  # compilation takes longer than these tests
+    monkeypatch.setattr("systems.ops.compiled.COMPILE_FROM", sys.maxsize)  # compilation takes longer than these tests
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
-from systems.neurons import SpikingNeuron
 from systems.sdit import SDiT
+from systems.spiking.neurons import SpikingNeuron
 
 SIZES = {"image_size": 8, "embed_dim": 16, "depth": 3, "num_steps": 2, "num_inference_steps": 4}
 

@@ -12,9 +12,9 @@ from benchmark.cli import main
 from benchmark.runs import find_checkpoint, newest_run
 from systems import SDDPM, SDM
 from systems.checkpoints import CheckpointMismatchError
-from systems.neurons import set_threshold
+from systems.networks.spiking_unet import SpikingUNet, TemporalConv2d
 from systems.sdm import from_sddpm, read_official, temporal_factors
-from systems.spiking_unet import SpikingUNet, TemporalConv2d
+from systems.spiking.neurons import set_threshold
 
 SIZE = dict(in_channels=1, base_channels=8, channel_mult=(1, 2), num_res_blocks=1, num_steps=3)
 

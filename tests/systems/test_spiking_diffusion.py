@@ -20,9 +20,9 @@ from benchmark.runs import find_checkpoint, newest_run
 from leaderboard.cost import CostMeter
 from leaderboard.records import read_record
 from systems import SpikingDiffusion
-from systems.absorbing import _draw, denoising_loss, unmask
 from systems.checkpoints import CheckpointMismatchError
-from systems.codebook import perplexity
+from systems.diffusion.absorbing import _draw, denoising_loss, unmask
+from systems.figures import perplexity
 from systems.spiking_diffusion import _rename, _variance
 
 Reference = Callable[[str], dict[str, Tensor]]
@@ -33,7 +33,7 @@ SHAPE = (1, 8, 8)
 @pytest.fixture(autouse=True, scope="module")
 def _uncompiled() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("systems.compiled.COMPILE_FROM", sys.maxsize)  # compilation takes longer than these tests
+        patch.setattr("systems.ops.compiled.COMPILE_FROM", sys.maxsize)  # compilation takes longer than these tests
         yield
 
 

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from systems.neurons import SpikingNeuron
-from systems.spiking_transformer import Block, Reconstruction, ShiftedLinear, SpikingTransformer
+from systems.networks.spiking_transformer import Block, Reconstruction, ShiftedLinear, SpikingTransformer
+from systems.spiking.neurons import SpikingNeuron
 
 VARIANTS = [
     {},

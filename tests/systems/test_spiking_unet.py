@@ -8,9 +8,11 @@ from recordings import check_firing_rates, check_gradients_and_statistics
 from torch import Tensor
 from torch.nn import functional as F
 
-from systems.neurons import SpikingNeuron, set_threshold
+from systems.networks.spiking_unet import SpikingUNet
+from systems.networks.unet import TimeEmbedding, double_size
 from systems.sddpm import read_official
-from systems.spiking_unet import SpikingUNet, TimeEmbedding, concatenate, double_size
+from systems.spiking.neurons import SpikingNeuron, set_threshold
+from systems.spiking.steps import concatenate
 
 Reference = Callable[[str], dict[str, Tensor]]
 

@@ -9,16 +9,16 @@ from spiking_diffusion_reference import check_gradients, check_statistics, load
 from torch import Tensor
 from torch.nn import functional as F
 
-from systems.neurons import membrane_output
+from systems.networks.vq_svae import VQSVAE, Reconstruction, equilibrium_loss, postsynaptic_potential
+from systems.spiking.neurons import membrane_output
 from systems.spiking_diffusion import _rename
-from systems.vq_svae import VQSVAE, Reconstruction, equilibrium_loss, postsynaptic_potential
 
 Reference = Callable[[str], dict[str, Tensor]]
 
 
 @pytest.fixture(autouse=True)
 def _uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("systems.compiled.COMPILE_FROM", sys.maxsize)  # compilation takes longer than these tests
+    monkeypatch.setattr("systems.ops.compiled.COMPILE_FROM", sys.maxsize)  # compilation takes longer than these tests
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from systems.wkv import bidirectional_wkv, wkv
+from systems.ops.wkv import bidirectional_wkv, wkv
 
 
 def plain(k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ def test_compiled_kernel_equals_plain(num_tokens: int, monkeypatch: pytest.Monke
     grad = torch.randn(3, num_tokens, 4, generator=torch.Generator().manual_seed(0))
     results = []
     for least in (2**62, 0):
-        monkeypatch.setattr("systems.compiled.COMPILE_FROM", least)
+        monkeypatch.setattr("systems.ops.compiled.COMPILE_FROM", least)
         out = wkv(*arguments)
         results.append((out, *torch.autograd.grad(out, arguments, grad)))
     for ours, theirs in zip(*results, strict=True):

@@ -11,19 +11,21 @@ norms and attention see `T` folded into the batch; only neurons and the Reconstr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial, reduce
-from typing import Any, Literal
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from systems.compiled import compiled, has_triton, memory
-from systems.neurons import NeuronFactory, SpikingNeuron, get_surrogate
-from systems.spiking_unet import TimeEmbedding, fold, unfold
-from systems.wkv import bidirectional_wkv, wkv
+from systems.networks.unet import TimeEmbedding
+from systems.ops.compiled import compiled
+from systems.ops.token_shift import _TokenShift
+from systems.ops.wkv import bidirectional_wkv, wkv
+from systems.spiking.neurons import NeuronFactory, SpikingNeuron
+from systems.spiking.steps import fold, unfold
+from systems.spiking.surrogates import get_surrogate
 
 MixFactory = Callable[[int], nn.Module]
 """Makes what mixes tokens, `(r, k, v)` each `(M, N, D)` to `(M, N, D)`, from its channels."""
@@ -43,58 +45,6 @@ class NormedNeuron(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Returns spikes in the shape of the features `x`."""
         return self.neuron(x, self.norm)
-
-
-def _previous(x: Tensor) -> Tensor:
-    return F.pad(x[:, :-1], (0, 0, 0, 0, 1, 0))
-
-
-@compiled
-def _shift(x: Tensor, mixes: Sequence[Tensor]) -> list[Tensor]:
-    before, tokens = _previous(x).to(mixes[0].dtype), x.to(mixes[0].dtype)
-    return [torch.lerp(before, tokens, mix).to(x.dtype) for mix in mixes]
-
-
-@compiled
-def _shift_backward(x: Tensor, grads: Sequence[Tensor], mixes: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    change = x - _previous(x)
-    grads_x, grad_mixes = [], []
-    for grad, mix in zip(grads, mixes, strict=True):
-        grad = grad.to(mix.dtype)
-        following = F.pad(grad[:, 1:], (0, 0, 0, 0, 0, 1))
-        grads_x.append(torch.lerp(following, grad, mix))
-        grad_mixes.append((grad * change).sum((0, 1)))
-    return reduce(torch.add, grads_x).to(x.dtype), grad_mixes
-
-
-class _TokenShift(torch.autograd.Function):
-    """`mix * x[n] + (1 - mix) * x[n-1]` of `(..., N, D)` for each `mix` `(D,)`, one pass over memory each way."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *mixes: Tensor) -> tuple[Tensor, ...]:
-        x = x.contiguous()
-        ctx.save_for_backward(x, *mixes)
-        if x.is_cuda and has_triton():
-            from systems import kernels
-
-            return kernels.shift(x, mixes)
-        shifted = _shift(memory(x, -1, *x.shape[-2:]), [memory(mix, -1) for mix in mixes])
-        return tuple(y.view(x.shape) for y in shifted)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        x, *mixes = ctx.saved_tensors
-        dense = [grad.contiguous() for grad in grads]
-        if x.is_cuda and has_triton():
-            from systems import kernels
-
-            return kernels.shift_gradients(x, dense, mixes)
-        shape = (-1, *x.shape[-2:])
-        grad_x, grad_mixes = _shift_backward(
-            memory(x, *shape), [memory(grad, *shape) for grad in dense], [memory(mix, -1) for mix in mixes]
-        )
-        return grad_x.view(x.shape), *(grad.flatten() for grad in grad_mixes)
 
 
 @compiled

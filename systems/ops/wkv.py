@@ -16,7 +16,7 @@ are weights of the forward pass in [0, 1].
 All sequences and channels go at once, token after token; `CHUNK` tokens are one compiled kernel, in which `s` and `y`
 stay in registers. For 197 tokens of SDiT's size that takes a third of the time of a parallel scan (pairs of tokens,
 then pairs of pairs), which computes each token twice and writes every level to memory. On GPUs all tokens are one
-kernel each way (`systems.kernels`).
+kernel each way (`systems.ops.kernels.neurons`).
 
 Compared with what installs from the registry, and not used:
 
@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from systems.compiled import compiled, has_triton, memory
+from systems.ops.compiled import compiled, has_triton, memory
 
 CHUNK = 7
 """Tokens of a kernel: what divides the patches of 28x28 images, whatever their size."""
@@ -88,7 +88,7 @@ class _WKV(torch.autograd.Function):
         shape = k.shape
         k, v, w, u = (x.contiguous() for x in (k, v, w, u))
         if k.is_cuda and has_triton():
-            from systems import kernels
+            from systems.ops.kernels import wkv as kernels
 
             ctx.save_for_backward(k, v, w, u)
             return kernels.wkv(k, v, w, u)
@@ -110,7 +110,7 @@ class _WKV(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         k, v, w, u, *states = ctx.saved_tensors
         if not states:
-            from systems import kernels
+            from systems.ops.kernels import wkv as kernels
 
             return kernels.wkv_gradients(k, v, w, u, grad.contiguous())
         shape, grad = grad.shape, memory(grad.contiguous(), *grad.shape)

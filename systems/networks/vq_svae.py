@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from systems.neurons import NeuronFactory, leaky_integrate_and_fire, membrane_output
-from systems.precision import full_precision
-from systems.spiking_unet import fold, unfold
+from systems.ops.precision import full_precision
+from systems.spiking.neurons import NeuronFactory, leaky_integrate_and_fire, membrane_output
+from systems.spiking.steps import fold, unfold
 
 SYNAPSE_DECAY = 0.5
 """Decay per SNN step of the postsynaptic potential, `1 - 1/tau` with tau = 2."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from systems.compiled import dense, has_triton, laid_out_as, memory
+from systems.ops.compiled import dense, has_triton, laid_out_as, memory
 
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
 
@@ -58,7 +58,7 @@ def batch_statistics(norm: BatchNorm, x: Tensor, weight: Tensor, bias: Tensor) -
         norm.get_buffer("num_batches_tracked").add_(1)
         mean, var = torch.batch_norm_update_stats(_images(x), mean, var, norm.momentum)
     if x.is_cuda and has_triton():
-        from systems import kernels
+        from systems.ops.kernels import norms as kernels
 
         return BatchStatistics(mean, *kernels.affine(mean, var, weight, bias, norm.eps))
     inverse_deviation = (var.double() + norm.eps).rsqrt().to(var.dtype)
@@ -122,7 +122,7 @@ class _AddNormed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, norm: BatchNorm) -> Tensor:
-        from systems import kernels
+        from systems.ops.kernels import norms as kernels
 
         x = dense(x)
         statistics = batch_statistics(norm, x, weight, bias)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from systems.graphs import Replay
+from systems.ops.cuda_graphs import Replay
 
 Objective = Literal["reweighted_elbo", "elbo"]
 

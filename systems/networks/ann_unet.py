@@ -12,15 +12,15 @@ activation looks along `T`. The image is a constant current and the output the m
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from systems.compiled import compiled, dense, laid_out_as, memory
-from systems.neurons import SpikingNeuron
-from systems.spiking_unet import TimeEmbedding, assemble, check_images, double_size, fold, lay_out, unfold
+from systems.networks.unet import TimeEmbedding, assemble, check_images, double_size
+from systems.ops.quantise import _Quantise
+from systems.spiking.neurons import SpikingNeuron
+from systems.spiking.steps import fold, lay_out, unfold
 
 GROUPS = 32
 """Groups of every group norm."""
@@ -29,40 +29,6 @@ PLAIN_BITS = 32
 """Bits that stand for a plain ReLU."""
 
 ActivationFactory = Callable[[], nn.Module]
-
-
-@compiled
-def _round(x: Tensor, scale: Tensor, levels: int) -> Tensor:
-    ratio = x.to(torch.promote_types(x.dtype, torch.float32)).relu() / scale
-    return (ratio.clamp(0, 1).mul(levels).round() * (scale / levels)).to(x.dtype)
-
-
-@compiled
-def _round_backward(x: Tensor, grad: Tensor, scale: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    ratio = x.to(torch.promote_types(x.dtype, torch.float32)).relu() / scale
-    inside = (ratio > 0) & (ratio < 1)
-    error = (ratio.clamp(0, 1) * levels).round() / levels - ratio
-    above = (ratio >= 1).to(ratio.dtype)
-    return grad * inside, (grad * torch.where(inside, error, above)).sum()
-
-
-class _Quantise(torch.autograd.Function):
-    """`(s/n) round(n clamp(relu(x)/s, 0, 1))`, ties to even, with straight-through gradients of `x` and `s`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, levels: int) -> Tensor:
-        x = dense(x)
-        ctx.save_for_backward(x, scale)
-        ctx.levels = levels
-        return _round(memory(x, 1, -1), scale, levels).as_strided(x.shape, x.stride())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, scale = ctx.saved_tensors
-        grad = laid_out_as(x, grad)
-        grad_x, grad_scale = _round_backward(memory(x, 1, -1), memory(grad, 1, -1), scale, ctx.levels)
-        return grad_x.as_strided(x.shape, x.stride()), grad_scale.to(scale.dtype), None
 
 
 class QReLU(nn.Module):

@@ -33,6 +33,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from systems.diffusion.prediction import to_noise
+
 LAST_VARIANCE = (2 * (2 / 255) * math.sqrt(math.pi / 2)) ** 2
 """Bound of the variance into `t = 0`: mean absolute noise of 2 grey levels of 255 on the range of 2 (section 4.2)."""
 
@@ -184,124 +186,6 @@ class AnalyticDPMScheduler(DDPMScheduler):
         else:
             raise ValueError(f"prediction_type={kind!r}; give epsilon, sample or v_prediction")
         return x_0.clamp(-1, 1) if self.config.clip_sample else x_0
-
-
-class StridedDDPMScheduler(AnalyticDPMScheduler):
-    """Strided ancestral sampler on the grid of the released samplers.
-
-    As released with SDDPM (`ddpm2`) its steps have the right mean for their length but the variance of a single step,
-    so that chains of fewer steps than in training are too narrow; `strided_variance` gives them that of their length.
-
-    Args:
-        num_train_timesteps: Diffusion steps of training.
-        beta_start: First value of the noise schedule.
-        beta_end: Last value of the noise schedule.
-        beta_schedule: Noise schedule, as in DDPMScheduler.
-        prediction_type: What the network predicts: `epsilon`, `sample` or `v_prediction`.
-        clip_sample: Whether the predicted x_0 is clamped to [-1, 1].
-        variance_type: `fixed_large` (released default) or `fixed_small`.
-        strided_variance: Whether the variance is that of the whole step, not of a single one as released.
-    """
-
-    @register_to_config
-    def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        prediction_type: str = "epsilon",
-        clip_sample: bool = True,
-        variance_type: Literal["fixed_large", "fixed_small"] = "fixed_large",
-        strided_variance: bool = False,
-    ) -> None:
-        if variance_type not in ("fixed_large", "fixed_small"):
-            raise ValueError(f"variance_type={variance_type!r} is unknown; choose 'fixed_large' or 'fixed_small'")
-        super().__init__(num_train_timesteps, beta_start, beta_end, beta_schedule, prediction_type, clip_sample)
-        self.register_to_config(variance_type=variance_type)  # DDPMScheduler has put its own default there
-
-    def _variance(self, t: int, s: int, own: float, spread: float) -> float:
-        s = s if self.config.strided_variance else t - 1
-        cumulative_t, cumulative_s = float(self.alphas_cumprod[t]), float(self.alphas_cumprod[s])
-        beta = 1 - cumulative_t / cumulative_s if s < t - 1 else float(self.betas[t])
-        if self.config.variance_type == "fixed_large":
-            return beta
-        return beta * (1 - cumulative_s) / (1 - cumulative_t)
-
-
-class StridedDDIMScheduler(AnalyticDPMScheduler):
-    """DDIM without noise, on the grid of the released samplers and as released with SDDPM.
-
-    The grid ends at 0, where DDIMScheduler of diffusers ends one stride before it: the image keeps the noise of step 0,
-    a deviation of 0.01, and may leave [-1, 1]. The noise is the network's, also where the predicted `x_0` was clamped.
-
-    Args:
-        num_train_timesteps: Diffusion steps of training.
-        beta_start: First value of the noise schedule.
-        beta_end: Last value of the noise schedule.
-        beta_schedule: Noise schedule, as in DDPMScheduler.
-        prediction_type: What the network predicts: `epsilon`, `sample` or `v_prediction`.
-        clip_sample: Whether the predicted x_0 is clamped to [-1, 1].
-        final_denoise: Whether one more network evaluation, at step 0, takes the rest of the noise away, as the released
-            noisy samplers do.
-    """
-
-    @register_to_config
-    def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        prediction_type: str = "epsilon",
-        clip_sample: bool = True,
-        final_denoise: bool = False,
-    ) -> None:
-        super().__init__(num_train_timesteps, beta_start, beta_end, beta_schedule, prediction_type, clip_sample, "ddim")
-
-    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """Sets the time grid; step 0 is evaluated with `final_denoise` alone."""
-        super().set_timesteps(num_inference_steps, device)
-        if not self.config.final_denoise and len(self.grid) > 1:
-            self.timesteps = self.timesteps[:-1]
-
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: int | Tensor,
-        sample: Tensor,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        return_dict: bool = True,
-    ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
-        """Takes one step of the chain; see `AnalyticDPMScheduler.step`, `generator` is not used."""
-        t = int(timestep)
-        s = self.previous_timestep(t)
-        x_0 = self._predict_x0(model_output, t, sample)
-        if s < 0:
-            previous = x_0.clamp(-1, 1)
-        else:
-            a = float(self.alphas_cumprod[s].sqrt().float())  # rounded before it is squared, as released
-            previous = a * x_0 + math.sqrt(1 - a**2) * self._predict_noise(model_output, t, sample)
-        return DDPMSchedulerOutput(prev_sample=previous, pred_original_sample=x_0) if return_dict else (previous, x_0)
-
-    def _predict_noise(self, prediction: Tensor, t: int, x_t: Tensor) -> Tensor:
-        cumulative = float(self.alphas_cumprod[t])
-        return to_noise(prediction, x_t, math.sqrt(cumulative), math.sqrt(1 - cumulative), self.config.prediction_type)
-
-
-def to_noise(prediction: Tensor, x_t: Tensor, a: float | Tensor, sigma: float | Tensor, kind: str) -> Tensor:
-    """Turns what a network predicts of `x_t = a x_0 + sigma noise` into the noise.
-
-    Args:
-        prediction: Prediction `(B, C, H, W)`.
-        x_t: Noisy images `(B, C, H, W)`.
-        a: Factor of the image.
-        sigma: Factor of the noise.
-        kind: What is predicted: `epsilon`, `sample` or `v_prediction`.
-    """
-    if kind == "sample":
-        return (x_t - a * prediction) / sigma
-    return a * prediction + sigma * x_t if kind == "v_prediction" else prediction
 
 
 @torch.no_grad()

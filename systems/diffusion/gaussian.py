@@ -15,12 +15,12 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from systems.analytic_dpm import AnalyticDPMScheduler
 from systems.base import DiffusionSystem, LRSchedulerFactory, OptimizerFactory
 from systems.checkpoints import CheckpointMismatchError
-from systems.dpm_solver import DPMSolverScheduler  # noqa: F401  # a choice for --model.scheduler
-from systems.graphs import Replay
-from systems.neurons import SpikingNeuron
+from systems.diffusion.analytic_dpm import AnalyticDPMScheduler
+from systems.diffusion.dpm_solver import DPMSolverScheduler  # noqa: F401  # a choice for --model.scheduler
+from systems.ops.cuda_graphs import Replay
+from systems.spiking.neurons import SpikingNeuron
 
 PROCESS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
 

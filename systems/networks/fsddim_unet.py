@@ -20,9 +20,10 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from systems.neurons import NeuronFactory
-from systems.norms import add_normed, scaled
-from systems.spiking_unet import double_size, fold, lay_out, unfold
+from systems.networks.unet import double_size
+from systems.ops.norms import add_normed, scaled
+from systems.spiking.neurons import NeuronFactory
+from systems.spiking.steps import fold, lay_out, unfold
 
 Norm = Literal["plain", "tdbn"]
 """Batch normalisation over `(T, B, H, W)`.

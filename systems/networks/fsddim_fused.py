@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from systems.fsddim_unet import FSDDIMUNet
-from systems.spiking_unet import fold, unfold
+from systems.networks.fsddim_unet import FSDDIMUNet
+from systems.spiking.steps import fold, unfold
 
 
 class _Merged(nn.Conv2d):

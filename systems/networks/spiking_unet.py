@@ -12,134 +12,23 @@ batch; only the neurons look along it.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from systems.compiled import compiled, dense, laid_out_as, memory
-from systems.neurons import NeuronFactory, integrate_and_fire, membrane_output
-from systems.norms import add_normed
+from systems.networks.unet import TimeEmbedding, assemble, check_images, double_size
+from systems.ops.norms import add_normed
+from systems.ops.scale_steps import _ScaleSteps
+from systems.spiking.neurons import NeuronFactory, integrate_and_fire, membrane_output
+from systems.spiking.steps import concatenate, fold, lay_out, unfold
 
 ConvFactory = Callable[..., nn.Module]
 """Takes the arguments of `nn.Conv2d`."""
-
-
-def fold(x: Tensor) -> Tensor:
-    """`(T, B, ...)` to `(T*B, ...)`."""
-    return x.flatten(0, 1)
-
-
-def unfold(x: Tensor, num_steps: int) -> Tensor:
-    """`(T*B, ...)` to `(T, B, ...)`."""
-    return x.unflatten(0, (num_steps, -1))
-
-
-def concatenate(*parts: Tensor) -> Tensor:
-    """Joins `(T, B, C1, H, W)`, `(T, B, C2, H, W)`, ... along `C`; folded, which keeps channels-last memory."""
-    return unfold(torch.cat([fold(x) for x in parts], dim=1), len(parts[0]))
-
-
-def lay_out(x: Tensor) -> Tensor:
-    """Lays the features of a stem `(N, C, H, W)` out channels-last on GPUs, whose half-precision kernels want it.
-
-    All later features follow. On CPUs it does not pay (`python -m benchmark speed` measures what does).
-    """
-    return x.contiguous(memory_format=torch.channels_last) if x.is_cuda else x
-
-
-def double_size(x: Tensor) -> Tensor:
-    """Nearest neighbour, `(N, C, H, W)` to `(N, C, 2H, 2W)`, in the dtype of `x`, which autocast would make float32."""
-    with torch.autocast(x.device.type, enabled=False):
-        return F.interpolate(x, scale_factor=2, mode="nearest")
-
-
-def assemble(
-    base_channels: int,
-    channel_mult: Sequence[int],
-    num_res_blocks: int,
-    res_block: Callable[[int, int], nn.Module],
-    downsample: Callable[[int], nn.Module],
-    upsample: Callable[[int], nn.Module],
-) -> tuple[nn.ModuleList, nn.ModuleList, nn.ModuleList]:
-    """Returns the blocks of a U-Net on its way down, in the middle and on its way up.
-
-    Every output of the way down, and that of the stem, is the skip of one residual block of the way up.
-
-    Args:
-        base_channels: Channels of the stem's output.
-        channel_mult: Channels of each level, as multiples of `base_channels`.
-        num_res_blocks: Residual blocks per level on the way down; one more on the way up.
-        res_block: Makes a residual block from its channels in and out.
-        downsample: Makes what halves the image, from its channels.
-        upsample: Makes what doubles the image, from its channels.
-    """
-    channels, skips = base_channels, [base_channels]
-    down, up = nn.ModuleList(), nn.ModuleList()
-    for level, multiple in enumerate(channel_mult):
-        for _ in range(num_res_blocks):
-            down.append(res_block(channels, multiple * base_channels))
-            channels = multiple * base_channels
-            skips.append(channels)
-        if level + 1 < len(channel_mult):
-            down.append(downsample(channels))
-            skips.append(channels)
-    middle = nn.ModuleList(res_block(channels, channels) for _ in range(2))
-    for level, multiple in reversed(list(enumerate(channel_mult))):
-        for _ in range(num_res_blocks + 1):
-            up.append(res_block(channels + skips.pop(), multiple * base_channels))
-            channels = multiple * base_channels
-        if level > 0:
-            up.append(upsample(channels))
-    return down, middle, up
-
-
-def check_images(x: Tensor, in_channels: int, num_levels: int) -> None:
-    """Checks that images `(B, C, H, W)` fit a U-Net.
-
-    Raises:
-        ValueError: If they do not.
-    """
-    multiple = 2 ** (num_levels - 1)
-    if x.dim() != 4 or x.shape[1] != in_channels or x.shape[2] % multiple or x.shape[3] % multiple:
-        raise ValueError(
-            f"images have shape {tuple(x.shape)}; this U-Net takes (B, {in_channels}, H, W) with H and W "
-            f"multiples of {multiple}: set --data.image_size, or give fewer channel_mult"
-        )
-
-
-@compiled
-def _scale(x: Tensor, factors: Tensor) -> Tensor:
-    return (x * factors[:, None, None]).to(x.dtype)
-
-
-@compiled
-def _scale_backward(x: Tensor, grad: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
-    return (grad * factors[:, None, None]).to(x.dtype), (grad.to(factors.dtype) * x).sum((1, 2))
-
-
-class _ScaleSteps(torch.autograd.Function):
-    """Multiplies each step of `(T, ...)` by its factor `(T,)`: in the factors' precision, but the result is as `x`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factors: Tensor) -> Tensor:
-        x = dense(x)
-        ctx.save_for_backward(x, factors)
-        return _scale(memory(x, len(x), -1), factors).as_strided(x.shape, x.stride())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, factors = ctx.saved_tensors
-        grad = laid_out_as(x, grad)
-        grad_x, grad_factors = _scale_backward(memory(x, len(x), -1), memory(grad, len(x), -1), factors)
-        return grad_x.as_strided(x.shape, x.stride()), grad_factors
 
 
 class TemporalConv2d(nn.Module):
@@ -165,44 +54,6 @@ class TemporalConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Returns `p[k] * (conv(x[k]) + bias)` for each step `k`, folded."""
         return fold(_ScaleSteps.apply(unfold(self.tsmconv(x), len(self.tsmp)), self.tsmp.flatten()))
-
-
-class TimeEmbedding(nn.Module):
-    """Sinusoidal embedding of the diffusion step (sine and cosine interleaved) and a two-layer swish MLP, not spiking.
-
-    Integer steps read the table that the checkpoints hold; real-valued ones (DPM-Solver) evaluate the same sinusoids.
-
-    Shapes:
-        `(B,)` steps to `(B, 4 * channels)`.
-    """
-
-    def __init__(self, channels: int, num_train_timesteps: int) -> None:
-        super().__init__()
-        frequencies = torch.exp(torch.arange(0, channels, 2) / channels * -math.log(10000))
-        table = self._sinusoids(torch.arange(num_train_timesteps), frequencies)
-        self.register_buffer("frequencies", frequencies, persistent=False)
-        self.timembedding = nn.Sequential(
-            nn.Embedding.from_pretrained(table),  # frozen, as released
-            nn.Linear(channels, 4 * channels),
-            nn.SiLU(),
-            nn.Linear(4 * channels, 4 * channels),
-        )
-
-    @staticmethod
-    def _sinusoids(t: Tensor, frequencies: Tensor) -> Tensor:
-        angle = t[:, None] * frequencies
-        return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)
-
-    def sinusoids(self, t: Tensor) -> Tensor:
-        """Returns what the MLP takes, `(B, channels)`, of diffusion steps `t` `(B,)`."""
-        table = cast(nn.Embedding, self.timembedding[0])
-        if not t.is_floating_point():
-            return table(t)
-        return self._sinusoids(t, self.get_buffer("frequencies")).type_as(table.weight)
-
-    def forward(self, t: Tensor) -> Tensor:
-        """Returns the embedding `(B, 4 * channels)` of diffusion steps `t` `(B,)`."""
-        return self.timembedding[1:](self.sinusoids(t))
 
 
 class ResBlock(nn.Module):

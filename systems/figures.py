@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -38,4 +40,26 @@ def plot_reconstructions(images: Tensor, reconstructions: Tensor) -> Figure:
         for axes, picture in zip(row, pictures, strict=True):
             axes.imshow(((picture + 1) / 2).movedim(0, -1).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
             axes.axis("off")
+    return figure
+
+
+def plot_factors(factors: Mapping[str, Tensor]) -> Figure:
+    """Draws the factors as a heat map of layers and steps, beside their mean and spread over the layers."""
+    values = torch.stack(list(factors.values()))  # (layers, T)
+    num_layers, num_steps = values.shape
+    figure = Figure(figsize=(3.2 + 0.7 * num_steps + 3.6, max(3.6, 1.2 + 0.16 * num_layers)), layout="constrained")
+    heat, line = figure.subplots(1, 2, width_ratios=[0.7 * num_steps, 3.6])
+    reach = max(float((values - 1).abs().max()), 1e-3)
+    image = heat.imshow(
+        values.numpy(), cmap="RdBu_r", vmin=1 - reach, vmax=1 + reach, aspect="auto", interpolation="nearest"
+    )
+    heat.set_xticks(range(num_steps), [str(k) for k in range(num_steps)])
+    heat.set_yticks(range(num_layers), list(factors), fontsize=7)
+    heat.set(xlabel="SNN step k", title="factor p[k] by layer")
+    figure.colorbar(image, ax=heat)
+    mean, spread = values.mean(0), values.std(0) if num_layers > 1 else torch.zeros(num_steps)
+    line.errorbar(range(num_steps), mean.numpy(), spread.numpy(), marker="o", capsize=4, color="tab:blue")
+    line.axhline(1, color="grey", linewidth=0.8, linestyle=":")
+    line.set_xticks(range(num_steps))
+    line.set(xlabel="SNN step k", ylabel="p[k]", title="mean and spread over layers")
     return figure

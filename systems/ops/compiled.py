@@ -29,7 +29,7 @@ compiler_failed = False
 
 @cache
 def has_triton() -> bool:
-    """Whether `systems.kernels` can be imported; PyTorch brings Triton along where it has kernels for GPUs."""
+    """Whether `systems.ops.kernels` can be imported; PyTorch brings Triton along where it has kernels for GPUs."""
     return importlib.util.find_spec("triton") is not None
 
 

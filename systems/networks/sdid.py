@@ -12,9 +12,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from systems.neurons import NeuronFactory, leaky_integrate_and_fire
-from systems.spiking_unet import concatenate, fold, unfold
-from systems.vq_svae import SpikingConv
+from systems.networks.vq_svae import SpikingConv
+from systems.spiking.neurons import NeuronFactory, leaky_integrate_and_fire
+from systems.spiking.steps import concatenate, fold, unfold
 
 WIDTHS = (1, 2, 4, 8, 4)
 """Channels of the spiking layers, as multiples of the first."""

@@ -28,7 +28,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from torch import Tensor
 
-from systems.analytic_dpm import to_noise
+from systems.diffusion.prediction import to_noise
 
 
 class Point(NamedTuple):

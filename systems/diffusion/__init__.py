@@ -1,0 +1,1 @@
+"""Diffusion processes and the samplers that diffusers does not have."""

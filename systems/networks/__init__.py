@@ -1,0 +1,1 @@
+"""Networks: pure `nn.Module`s, one file per architecture; none imports Lightning."""

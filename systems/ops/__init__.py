@@ -1,0 +1,1 @@
+"""Operations below the layers: autograd functions, compilation, CUDA graphs, precision."""
