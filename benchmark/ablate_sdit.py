@@ -14,9 +14,10 @@ from rich.table import Table
 
 from benchmark.runs import RUNS
 from benchmark.stages import Rehearsal, complete, run_stage
-from leaderboard.records import Record, find_records, read_record, write_atomic
-from leaderboard.table import headline
-from leaderboard.terminal import terminal
+from leaderboard.files import write_atomic
+from leaderboard.record.entries import headline
+from leaderboard.record.records import Record, find_records, read_record
+from leaderboard.reports.terminal import terminal
 
 VARIANTS = {
     "full": (),

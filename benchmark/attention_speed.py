@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-from leaderboard.terminal import terminal
+from leaderboard.reports.terminal import terminal
 from systems.networks.spiking_transformer import RWKVMix, SoftmaxMix
 
 Mix = Callable[[Tensor, Tensor, Tensor], Tensor]

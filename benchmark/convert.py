@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from benchmark.runs import RUNS, new_run, run_of
-from leaderboard.records import write_atomic
+from leaderboard.files import write_atomic
 from systems.ann_snn import ANNSNN
 from systems.checkpoints import check_state, network_state, read_trained, save_checkpoint
 from systems.ddpm import DDPM, check_bits

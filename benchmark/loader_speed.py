@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose, Normalize, ToTensor
 
 from datamodules import FMNIST
-from leaderboard.terminal import terminal
+from leaderboard.reports.terminal import terminal
 
 SYNTHETIC_IMAGES = {"train": 60_000, "t10k": 256}
 

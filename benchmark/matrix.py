@@ -18,10 +18,10 @@ from rich.table import Table
 
 from benchmark.parents import PARENT
 from benchmark.runs import RUNS, find_checkpoint, newest_run
-from leaderboard.protocols import canonical_sha256
-from leaderboard.records import find_records, read_record
-from leaderboard.table import Entry, headline
-from leaderboard.terminal import terminal
+from leaderboard.files import canonical_sha256
+from leaderboard.record.entries import Entry, headline
+from leaderboard.record.records import find_records, read_record
+from leaderboard.reports.terminal import terminal
 
 BENCHMARK = (sys.executable, "-m", "benchmark")
 PLACES = (("--data.root=", "--root="), ("--evaluation.fad_dir=", "--fad_dir="))

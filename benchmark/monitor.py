@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from leaderboard.files import write_atomic
 from leaderboard.pictures import enlargement, grid
-from leaderboard.records import write_atomic
 from systems.base import DiffusionSystem
 from systems.spiking.neurons import SpikingNeuron
 

@@ -22,7 +22,8 @@ from rich.table import Table
 from benchmark.parents import end_with
 from benchmark.runs import find_checkpoint, newest_run
 from benchmark.stages import complete, run_stage
-from leaderboard.records import Record, find_records, read_record
+from leaderboard.record.entries import headline
+from leaderboard.record.records import Record, find_records, read_record
 from leaderboard.regression import (
     BASELINES,
     FEWEST_SEEDS,
@@ -33,8 +34,7 @@ from leaderboard.regression import (
     read_baseline,
     write_baseline,
 )
-from leaderboard.table import headline
-from leaderboard.terminal import terminal
+from leaderboard.reports.terminal import terminal
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "regress"
 

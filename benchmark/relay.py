@@ -18,8 +18,7 @@ from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, Timer
 from torch import Tensor, nn
 
 from benchmark.stages import Rehearsal, run_stage
-from leaderboard.protocols import canonical_sha256
-from leaderboard.records import write_atomic
+from leaderboard.files import canonical_sha256, write_atomic
 from systems.base import DiffusionSystem
 
 PROGRESS = "progress.json"

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from leaderboard.records import file_sha256
+from leaderboard.files import file_sha256
 
 RUNS = Path("runs")
 

@@ -34,8 +34,9 @@ from benchmark.floor import Products, median_seconds, medians, queued, wait
 from benchmark.graphs import TrainingGraphs
 from benchmark.runs import RUNS
 from benchmark.stages import Rehearsal, fastest_precision, run_stage
-from leaderboard.records import find_records, read_record, write_atomic
-from leaderboard.terminal import terminal
+from leaderboard.files import write_atomic
+from leaderboard.record.records import find_records, read_record
+from leaderboard.reports.terminal import terminal
 from systems.base import DiffusionSystem
 from systems.ops.cuda_graphs import TrainingReplay
 from systems.spiking.neurons import SpikingNeuron, integrate_and_fire, leaky_integrate_and_fire

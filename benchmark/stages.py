@@ -36,8 +36,8 @@ from benchmark.monitor import ImageProgressBar, TrainingMonitor
 from benchmark.png import PNGWriter
 from benchmark.runs import RUNS, find_checkpoint, new_run, newest_run, run_of, training_seed
 from datamodules import ImageDataModule
-from leaderboard.evaluation import Evaluation
-from leaderboard.records import write_atomic
+from leaderboard.evaluation.callback import Evaluation
+from leaderboard.files import write_atomic
 from systems.base import DiffusionSystem
 
 for message in (

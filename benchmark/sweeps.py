@@ -13,10 +13,10 @@ from matplotlib.ticker import LogFormatter
 from rich.table import Table
 
 from benchmark.stages import complete, run_stage
-from leaderboard.evaluation import Evaluation
-from leaderboard.records import Record
-from leaderboard.table import headline
-from leaderboard.terminal import terminal
+from leaderboard.evaluation.callback import Evaluation
+from leaderboard.record.entries import headline
+from leaderboard.record.records import Record
+from leaderboard.reports.terminal import terminal
 from systems.checkpoints import load_checkpoint
 
 PAPER_THRESHOLDS = (0.997, 0.998, 0.999, 1.0, 1.001, 1.002, 1.003)

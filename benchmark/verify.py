@@ -12,11 +12,12 @@ from rich.console import Console
 from rich.text import Text
 
 from benchmark.runs import RUNS
-from leaderboard.compare import show
-from leaderboard.records import ELSEWHERE, Record, file_sha256, portable, read_record, record_text, write_atomic
-from leaderboard.repetition import Repetition
-from leaderboard.table import Entry
-from leaderboard.terminal import terminal
+from leaderboard.files import file_sha256, write_atomic
+from leaderboard.record.entries import Entry
+from leaderboard.record.records import ELSEWHERE, Record, portable, read_record, record_text
+from leaderboard.record.repetition import Repetition
+from leaderboard.reports.compare import show
+from leaderboard.reports.terminal import terminal
 
 _PLACES = {
     "root": ("data", "init_args"),
@@ -182,7 +183,7 @@ def _repeat(settings: dict[str, Any], checkpoint: Path, folder: Path) -> Record:
         ValueError: If this version of the suite does not take the configuration.
     """
     from benchmark.stages import run_stage  # Lightning takes seconds to import
-    from leaderboard.evaluation import Evaluation
+    from leaderboard.evaluation.callback import Evaluation
 
     logger = {"save_dir": str(folder.parent), "name": "", "version": folder.name}
     settings["trainer"]["logger"] = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": logger}

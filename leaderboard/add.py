@@ -11,11 +11,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from leaderboard.cost import strict_energy_mj
-from leaderboard.metrics import metric_keys
-from leaderboard.protocols import PROTOCOLS, SUITE, canonical_sha256
-from leaderboard.records import Record, RecordError, find_records, portable, read_record, write_atomic, write_record
-from leaderboard.table import RECORDS, Entry
+from leaderboard.evaluation.cost import strict_energy_mj
+from leaderboard.files import canonical_sha256, write_atomic
+from leaderboard.metrics.generation import metric_keys
+from leaderboard.protocols import PROTOCOLS, SUITE
+from leaderboard.record.entries import RECORDS, Entry
+from leaderboard.record.records import Record, RecordError, find_records, portable, read_record, write_record
 
 _OPTIONAL = "fid_newton_schulz"
 """Left out of a record where its iterations diverge."""

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from leaderboard.records import write_atomic
+from leaderboard.files import write_atomic
 
 
 def grid(images: Tensor, columns: int, scale: int = 1) -> Tensor:

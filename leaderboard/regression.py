@@ -10,10 +10,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from leaderboard.records import Record, find_records, read_record, write_record
-from leaderboard.table import headline
+from leaderboard.record.entries import headline
+from leaderboard.record.records import Record, find_records, read_record, write_record
 
-BASELINES = Path(__file__).parent / "baselines"
+BASELINES = Path(__file__).parent / "data" / "baselines"
 """Folder of the shipped baselines, `<configuration>/*.json`, one record for each seed."""
 
 SPREADS = 4.0

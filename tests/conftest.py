@@ -80,5 +80,5 @@ def random_weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def small_inception(monkeypatch: pytest.MonkeyPatch) -> int:
     """Has every Inception network see 75x75 pixels, its least, in place of 299x299: a sixteenth of the time."""
     monkeypatch.setattr("torch_fidelity.feature_extractor_inceptionv3.FeatureExtractorInceptionV3.INPUT_IMAGE_SIZE", 75)
-    monkeypatch.setattr("leaderboard.inception.SIZE", 75)
+    monkeypatch.setattr("leaderboard.extractors.inception.SIZE", 75)
     return 75

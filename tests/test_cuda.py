@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from benchmark.cli import main
 from benchmark.faults import DivergenceError
 from benchmark.speed import PAPER_SIZE, SMALL, _build
-from leaderboard.cost import CostMeter
-from leaderboard.records import find_records
+from leaderboard.evaluation.cost import CostMeter
+from leaderboard.record.records import find_records
 from systems.base import DiffusionSystem
 from systems.networks.spiking_transformer import _gate, _gated_sum
 from systems.ops import compiled

@@ -6,7 +6,6 @@ entry (solver, number of function evaluations, SNN time steps) is part of the re
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, Literal
 
 import yaml
 
+from leaderboard.files import canonical_sha256
 from leaderboard.schema import SchemaError, from_json
 
 INCEPTION = "inception-v3-compat"
@@ -38,12 +38,6 @@ LOCKED = {
 """Hash of each shipped description. A protocol never changes: another one gets another name."""
 
 ProtocolName = Literal["standard-v1", "offline-v1", "paper-sddpm", "paper-fsddim", "paper-spiking-diffusion"]
-
-
-def canonical_sha256(value: Any) -> str:
-    """Returns the SHA-256 of a JSON value, independent of key order and spacing."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -71,12 +65,12 @@ class View:
         extractor: `"inception-v3-compat"`, `"torchvision"`, or `"suite"` for the one shipped for the dataset.
         weights: Beginning of the SHA-256 of the file of weights; empty where the suite ships its own.
         input: How images reach the network: `"torch-fidelity"`, `"bilinear"`, `"clean"`, `"twice"`, `"unit"` or `"own"`
-            (`leaderboard.inception`).
+            (`leaderboard.extractors.inception`).
         about: The same in words.
         kept_images: Images, generated (the first) and real (evenly spread over the reference), whose features are kept
             for kernel distance, precision and recall.
-        metrics: Families of metrics with their parameters (`leaderboard.metrics`); `datasets` names those on which a
-            metric means something, where it does not on all.
+        metrics: Families of metrics with their parameters (`leaderboard.metrics.generation`); `datasets` names those on
+            which a metric means something, where it does not on all.
     """
 
     extractor: str

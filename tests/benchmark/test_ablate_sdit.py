@@ -7,7 +7,7 @@ from PIL import Image
 
 from benchmark.ablate_sdit import _spread
 from benchmark.cli import main
-from leaderboard.records import find_records, read_record
+from leaderboard.record.records import find_records, read_record
 
 TINY = [
     "--trainer.max_steps=1",

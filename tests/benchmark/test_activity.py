@@ -15,9 +15,9 @@ from benchmark.activity import draw_denoising, draw_spikes, load_run, measure_sp
 from benchmark.cli import main
 from benchmark.runs import find_checkpoint, newest_run
 from datamodules import Digits
-from leaderboard.cost import CostMeter
-from leaderboard.fad import FADEncoder
-from leaderboard.records import read_record
+from leaderboard.evaluation.cost import CostMeter
+from leaderboard.metrics.fad import FADEncoder
+from leaderboard.record.records import read_record
 from systems import DDPM, FSDDIM, SDDPM
 
 

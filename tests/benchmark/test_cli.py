@@ -12,9 +12,9 @@ from PIL import Image
 from benchmark import __version__
 from benchmark.cli import COMMANDS, STAGES, main
 from benchmark.runs import find_checkpoint, new_run, newest_run
-from leaderboard.features import Extractor
+from leaderboard.extractors.base import Extractor
 from leaderboard.protocols import PROTOCOLS
-from leaderboard.records import read_record
+from leaderboard.record.records import read_record
 from systems.checkpoints import CheckpointMismatchError
 
 TINY = [

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from benchmark.cli import main
 from benchmark.runs import find_checkpoint, newest_run
-from leaderboard.records import Record, read_record
+from leaderboard.record.records import Record, read_record
 from systems import DDPM
 from systems.checkpoints import CheckpointMismatchError
 

@@ -14,7 +14,7 @@ from tiny import CALM, SDDPM, equal, fit, weights
 from benchmark.cli import main
 from benchmark.regress import METHODS
 from benchmark.runs import find_checkpoint, newest_run
-from leaderboard.records import find_records, read_record
+from leaderboard.record.records import find_records, read_record
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
 OPTIONS = [*SDDPM, "--trainer.max_epochs=1", "--data.batch_size=32", "--trainer.limit_train_batches=5"]

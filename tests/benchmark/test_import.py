@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmark.cli import main
-from leaderboard.records import read_record
+from leaderboard.record.records import read_record
 from systems import DDPM, FSDDIM, SDDPM, SDM
 from systems.checkpoints import CheckpointMismatchError
 from systems.networks.spiking_unet import SpikingUNet

@@ -17,7 +17,7 @@ from tiny import SDDPM, forked
 from benchmark import matrix
 from benchmark.cli import main
 from benchmark.runs import find_checkpoint, newest_run
-from leaderboard.records import find_records
+from leaderboard.record.records import find_records
 from systems.checkpoints import load_checkpoint
 
 SMALL = [option.removeprefix("--") for option in SDDPM[1:]]

@@ -14,10 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from benchmark.cli import main
-from leaderboard.evaluation import quantise
-from leaderboard.features import Extractor
-from leaderboard.inception import view_extractor
-from leaderboard.records import Record, read_record
+from leaderboard.evaluation.callback import quantise
+from leaderboard.extractors.base import Extractor
+from leaderboard.extractors.inception import view_extractor
+from leaderboard.record.records import Record, read_record
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is not the published Inception file.*")
 
@@ -74,7 +74,9 @@ def measure(
     trained: Path, random_weights: dict[str, Path], small_inception: int, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Record]:
     """Tests the run under a protocol and returns the record."""
-    monkeypatch.setattr("leaderboard.reference.view_extractor", lambda *given: Narrow(view_extractor(*given)))
+    monkeypatch.setattr(
+        "leaderboard.evaluation.reference.view_extractor", lambda *given: Narrow(view_extractor(*given))
+    )
 
     def test(protocol: str, *options: str) -> Record:
         before = set(trained.glob("runs/*/records/*.json"))

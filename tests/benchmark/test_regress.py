@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmark.cli import main
 from benchmark.regress import METHODS, Job, Outcome, _jobs, _measure, _update, compare
-from leaderboard.records import MetricValue, Record
+from leaderboard.record.records import MetricValue, Record
 from leaderboard.regression import Baseline, read_baseline
 from systems import spiking_diffusion
 from systems.diffusion import absorbing
@@ -24,7 +24,7 @@ from systems.ops.quantise import _Quantise
 from systems.spiking import neurons
 
 MakeRecord = Callable[..., Record]
-SHIPPED = Path("leaderboard/baselines")
+SHIPPED = Path("leaderboard/data/baselines")
 TINY = ("--trainer.max_steps=1", "--model.num_inference_steps=1", "--data.sample_batch_size=500")
 SPIKING = ("sddpm", "sdm", "fsddim", "spiking_diffusion", "sdit")
 

@@ -20,9 +20,9 @@ from tiny import forked, kill_after
 
 from benchmark.cli import main
 from benchmark.runs import new_run, newest_run
-from leaderboard.chunks import Chunks
-from leaderboard.evaluation import Evaluation
-from leaderboard.records import Record, find_records, read_record, write_record
+from leaderboard.evaluation.callback import Evaluation
+from leaderboard.evaluation.chunks import Chunks
+from leaderboard.record.records import Record, find_records, read_record, write_record
 
 BATCHES = 8  # the last of 4 images
 
@@ -198,7 +198,7 @@ def test_model_without_a_file_leaves_no_batches(runs: Path, monkeypatch: pytest.
     cli = run_stage(
         ["test", "--draft", f"--config={run / 'config.yaml'}", f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}"]
     )
-    monkeypatch.setattr("leaderboard.chunks.Chunks.write", None)
+    monkeypatch.setattr("leaderboard.evaluation.chunks.Chunks.write", None)
     cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
     (evaluation,) = (c for c in cli.trainer.callbacks if isinstance(c, Evaluation))  # type: ignore[attr-defined]
     assert evaluation.record is not None

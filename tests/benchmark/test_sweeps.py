@@ -11,7 +11,7 @@ from PIL import Image
 from benchmark.cli import main
 from benchmark.runs import find_checkpoint, newest_run
 from benchmark.sweeps import SOLVERS
-from leaderboard.records import read_record
+from leaderboard.record.records import read_record
 from systems.checkpoints import CheckpointMismatchError
 
 FEW = ["--data.num_samples=24", "--trainer.enable_progress_bar=false"]

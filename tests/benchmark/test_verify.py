@@ -12,8 +12,8 @@ from benchmark.cli import main
 from benchmark.runs import newest_run
 from benchmark.sweeps import SOLVERS
 from benchmark.verify import verify
-from leaderboard.records import MetricValue, Record, find_records, portable, read_record
-from leaderboard.repetition import agree
+from leaderboard.record.records import MetricValue, Record, find_records, portable, read_record
+from leaderboard.record.repetition import agree
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def test_checkpoint_is_found_by_its_hash(
 
 
 def _hash(config: Any) -> str:
-    from leaderboard.protocols import canonical_sha256
+    from leaderboard.files import canonical_sha256
 
     return canonical_sha256(config)
 

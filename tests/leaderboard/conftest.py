@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from leaderboard.protocols import OFFLINE_V1, Protocol, canonical_sha256
-from leaderboard.records import Artefact, Code, Cost, Dataset, MetricValue, ProtocolEntry, Record
+from leaderboard.files import canonical_sha256
+from leaderboard.protocols import OFFLINE_V1, Protocol
+from leaderboard.record.records import Artefact, Code, Cost, Dataset, MetricValue, ProtocolEntry, Record
 
 
 @pytest.fixture(scope="session")

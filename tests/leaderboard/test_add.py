@@ -11,10 +11,11 @@ import pytest
 
 from benchmark.cli import main
 from leaderboard.add import add, find_problems
-from leaderboard.cost import strict_energy_mj
-from leaderboard.protocols import OFFLINE_V1, STANDARD_V1, canonical_sha256
-from leaderboard.records import Artefact, MetricValue, Record, read_record, record_text, write_atomic, write_record
-from leaderboard.table import Entry
+from leaderboard.evaluation.cost import strict_energy_mj
+from leaderboard.files import canonical_sha256, write_atomic
+from leaderboard.protocols import OFFLINE_V1, STANDARD_V1
+from leaderboard.record.entries import Entry
+from leaderboard.record.records import Artefact, MetricValue, Record, read_record, record_text, write_record
 
 Make = Callable[..., Record]
 
@@ -218,5 +219,5 @@ def test_added_records_are_shown_by_default(
     monkeypatch.chdir(tmp_path)
     add(str(write_record(sound, tmp_path / "elsewhere")))
     main(["leaderboard"])
-    assert "leaderboard/records/20250102T030405Z-SDDPM-digits-" in capsys.readouterr().out
+    assert "leaderboard/data/records/20250102T030405Z-SDDPM-digits-" in capsys.readouterr().out
     assert OFFLINE_V1.name in sound.protocol.name

@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from leaderboard.boards import Row, measured_boards, picture, published_boards
 from leaderboard.pictures import grid, save_png
 from leaderboard.protocols import STANDARD_V1
-from leaderboard.published import Published, read_published
-from leaderboard.records import MetricValue, Record, write_record
+from leaderboard.record.records import MetricValue, Record, write_record
+from leaderboard.reports.boards import Row, measured_boards, picture, published_boards
+from leaderboard.reports.published import Published, read_published
 
 Make = Callable[..., Record]
 

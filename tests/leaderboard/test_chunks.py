@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from leaderboard.chunks import Chunks, Share, generation_key
-from leaderboard.cost import Counts
+from leaderboard.evaluation.chunks import Chunks, Share, generation_key
+from leaderboard.evaluation.cost import Counts
 from systems import SDDPM
 
 IMAGES = torch.randint(256, (3, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

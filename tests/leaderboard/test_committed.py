@@ -8,8 +8,8 @@ import pytest
 
 from benchmark.cli import main
 from leaderboard.add import find_problems
-from leaderboard.records import find_records, read_record
-from leaderboard.table import RECORDS, Entry
+from leaderboard.record.entries import RECORDS, Entry
+from leaderboard.record.records import find_records, read_record
 
 SITE = Path("leaderboard/site")
 

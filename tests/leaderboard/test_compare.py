@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from leaderboard.compare import compare, incomparable
-from leaderboard.protocols import OFFLINE_V1, STANDARD_V1, canonical_sha256
-from leaderboard.records import Artefact, Code, Dataset, MetricValue, Record, write_record
-from leaderboard.table import Entry
+from leaderboard.files import canonical_sha256
+from leaderboard.protocols import OFFLINE_V1, STANDARD_V1
+from leaderboard.record.entries import Entry
+from leaderboard.record.records import Artefact, Code, Dataset, MetricValue, Record, write_record
+from leaderboard.reports.compare import compare, incomparable
 
 Make = Callable[..., Record]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from leaderboard.cost import CostMeter, Counts
+from leaderboard.evaluation.cost import CostMeter, Counts
 from systems.networks.spiking_transformer import ShiftedLinear, SpikingTransformer
 from systems.spiking.neurons import ConvertedNeuron, SpikingNeuron
 

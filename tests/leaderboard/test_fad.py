@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from datamodules import FMNIST
-from leaderboard.distances import FrechetDistance
-from leaderboard.fad import (
+from leaderboard.metrics.fad import (
     FADEncoder,
     FrechetAutoencoderDistance,
     add_reference_statistics,
     load_encoder,
     to_encoder_input,
 )
+from leaderboard.metrics.streaming import FrechetDistance
 
 Reference = Callable[[str], dict[str, Tensor]]
 Update = Callable[[Tensor, Tensor], None]

@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 
 from benchmark.cli import main
 from datamodules import Digits
-from leaderboard import train_extractor as training
-from leaderboard.features import EXTRACTORS, InceptionExtractor, SmallExtractor, SmallNetwork, load_extractor
-from leaderboard.records import find_records, read_record
-from leaderboard.train_extractor import RECIPES, Recipe, train_extractor
+from leaderboard.extractors import train as training
+from leaderboard.extractors.base import EXTRACTORS, InceptionExtractor, SmallExtractor, SmallNetwork, load_extractor
+from leaderboard.extractors.train import RECIPES, Recipe, train_extractor
+from leaderboard.record.records import find_records, read_record
 
 
 def images(*shape: int) -> torch.Tensor:

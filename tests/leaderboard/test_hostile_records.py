@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from leaderboard.protocols import canonical_sha256
-from leaderboard.records import LARGEST_FILE, Record, RecordError, read_record, write_record
-from leaderboard.table import markdown, show_records
+from leaderboard.files import canonical_sha256
+from leaderboard.record.records import LARGEST_FILE, Record, RecordError, read_record, write_record
+from leaderboard.reports.table import markdown, show_records
 
 Make = Callable[..., Record]
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.models import inception_v3
 
-from leaderboard.features import InceptionExtractor, SmallExtractor
-from leaderboard.inception import ResizedInception, TorchvisionInception, _bilinear, _clean, view_extractor
+from leaderboard.extractors.base import InceptionExtractor, SmallExtractor
+from leaderboard.extractors.inception import ResizedInception, TorchvisionInception, _bilinear, _clean, view_extractor
 from leaderboard.protocols import OFFLINE_V1, PROTOCOLS, STANDARD_V1
 
 Weights = dict[str, Path]

@@ -13,11 +13,11 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from leaderboard.distances import FeatureTable, FrechetDistance, StreamingInceptionScore
-from leaderboard.features import Extractor
-from leaderboard.metrics import GenerationMetrics
+from leaderboard.extractors.base import Extractor
+from leaderboard.metrics.generation import GenerationMetrics
+from leaderboard.metrics.streaming import FeatureTable, FrechetDistance, StreamingInceptionScore
 from leaderboard.protocols import INCEPTION
-from leaderboard.records import MetricValue
+from leaderboard.record.records import MetricValue
 
 WIDTH = 6
 KEPT = 150

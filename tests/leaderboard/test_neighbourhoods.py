@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch_fidelity.metric_prc import calculate_precision_recall_full
 
-from leaderboard.neighbourhoods import precision_recall
+from leaderboard.metrics.feature_metrics import precision_recall
 
 
 def points(count: int, seed: int, shift: float = 0.0) -> Tensor:
@@ -30,7 +30,7 @@ def test_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     reference, generated = points(230, 1), points(210, 2, 1.0)
     groups = torch.arange(210) % 10
     expected = precision_recall(reference, generated, groups)
-    monkeypatch.setattr("leaderboard.neighbourhoods._BLOCK", 64)
+    monkeypatch.setattr("leaderboard.metrics.feature_metrics._BLOCK", 64)
     assert precision_recall(reference, generated, groups) == expected
 
 

@@ -14,12 +14,13 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from leaderboard.page import render_page
+from leaderboard.files import canonical_sha256
 from leaderboard.pictures import grid, save_png
-from leaderboard.protocols import STANDARD_V1, canonical_sha256
-from leaderboard.published import Published, PublishedResult, Source, read_published
-from leaderboard.records import Artefact, Dataset, MetricValue, Record, write_record
-from leaderboard.table import read_records
+from leaderboard.protocols import STANDARD_V1
+from leaderboard.record.entries import read_records
+from leaderboard.record.records import Artefact, Dataset, MetricValue, Record, write_record
+from leaderboard.reports.page import render_page
+from leaderboard.reports.published import Published, PublishedResult, Source, read_published
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the browser's driver is not installed")
 
@@ -62,7 +63,7 @@ def write_records(make: Make, root: Path) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def any_name() -> Iterator[None]:
     """Records refuse names with markup; the page must hold even if one slips through."""
-    with patch("leaderboard.records.check_name"):
+    with patch("leaderboard.record.records.check_name"):
         yield
 
 

@@ -6,7 +6,7 @@ from itertools import combinations
 
 import pytest
 
-from leaderboard.pareto import BOTTOM, LEFT, RIGHT, TOP, Label, Point, pareto_front, plot
+from leaderboard.reports.pareto import BOTTOM, LEFT, RIGHT, TOP, Label, Point, pareto_front, plot
 
 
 def point(energy: float, quality: float, label: str = "a", **fields: bool) -> Point:

@@ -6,6 +6,7 @@ from typing import get_args
 
 import pytest
 
+from leaderboard.files import canonical_sha256
 from leaderboard.protocols import (
     FOLDER,
     LOCKED,
@@ -14,7 +15,6 @@ from leaderboard.protocols import (
     STANDARD_V1,
     Protocol,
     ProtocolName,
-    canonical_sha256,
     read_protocol,
 )
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from leaderboard.published import Published, PublishedError, PublishedResult, read_published
+from leaderboard.reports.published import Published, PublishedError, PublishedResult, read_published
 
 METHODS = Path(__file__).parents[3] / "shared" / "methods"
 SMALL: dict[str, Any] = {

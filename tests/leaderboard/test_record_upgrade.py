@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from leaderboard.records import read_record
+from leaderboard.record.records import read_record
 
 
 def test_a_record_of_version_1_is_read() -> None:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from leaderboard.protocols import PROTOCOLS, Protocol, canonical_sha256
-from leaderboard.records import (
+from leaderboard.files import canonical_sha256
+from leaderboard.protocols import PROTOCOLS, Protocol
+from leaderboard.record.records import (
     Code,
     Dataset,
     MetricValue,

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from benchmark.cli import main
 from datamodules import MNIST, Digits, ImageDataModule
-from leaderboard.fad import FADEncoder
+from leaderboard.evaluation.reference import build_parts, num_reference, prepare_reference, reference, reference_batches
+from leaderboard.metrics.fad import FADEncoder
 from leaderboard.protocols import OFFLINE_V1, PROTOCOLS, Reference
-from leaderboard.reference import build_parts, num_reference, prepare_reference, reference, reference_batches
 
 CPU = torch.device("cpu")
 NONE = (None, None, None)
@@ -141,7 +141,7 @@ def test_folder_that_cannot_be_written_only_warns(digits: Digits, kept: Path, mo
         raise OSError("no space left on device")
 
     kept.unlink()
-    monkeypatch.setattr("leaderboard.reference.write_atomic", full)
+    monkeypatch.setattr("leaderboard.evaluation.reference.write_atomic", full)
     with pytest.warns(UserWarning, match=r"cannot be kept .*no space left.* --data\.cache_dir"):
         assert len(states(prepare(digits))) == STATES
 

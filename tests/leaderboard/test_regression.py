@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from leaderboard.protocols import canonical_sha256
-from leaderboard.records import Artefact, Dataset, Record, write_record
+from leaderboard.files import canonical_sha256
+from leaderboard.record.records import Artefact, Dataset, Record, write_record
 from leaderboard.regression import Baseline, Verdict, read_baseline, write_baseline
 
 MakeRecord = Callable[..., Record]

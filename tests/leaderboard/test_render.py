@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from leaderboard.protocols import canonical_sha256
-from leaderboard.published import read_published
-from leaderboard.records import Dataset, MetricValue, Record, read_record, write_record
-from leaderboard.render import COLUMNS, render, to_csv
-from leaderboard.table import read_records
+from leaderboard.files import canonical_sha256
+from leaderboard.record.entries import read_records
+from leaderboard.record.records import Dataset, MetricValue, Record, read_record, write_record
+from leaderboard.reports.published import read_published
+from leaderboard.reports.render import COLUMNS, render, to_csv
 
 Make = Callable[..., Record]
 FILES = ("index.html", "leaderboard.csv", "leaderboard.json", "leaderboard.md")

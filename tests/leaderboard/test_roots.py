@@ -6,7 +6,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from leaderboard.roots import exact, newton_schulz, svd
+from leaderboard.metrics.matrix_sqrt import exact, newton_schulz, svd
 
 
 def covariance(width: int, count: int, seed: int) -> Tensor:

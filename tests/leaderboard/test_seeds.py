@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from benchmark.cli import main
-from leaderboard.protocols import canonical_sha256
-from leaderboard.records import Record, write_record
-from leaderboard.seeds import seed_rows
-from leaderboard.table import Entry
+from leaderboard.files import canonical_sha256
+from leaderboard.record.entries import Entry
+from leaderboard.record.records import Record, write_record
+from leaderboard.reports.seeds import seed_rows
 
 Make = Callable[..., Record]
 

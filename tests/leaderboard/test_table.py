@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from leaderboard.protocols import OFFLINE_V1, STANDARD_V1
-from leaderboard.records import Artefact, Dataset, MetricValue, Record, write_record
-from leaderboard.table import leaderboard, markdown
+from leaderboard.record.records import Artefact, Dataset, MetricValue, Record, write_record
+from leaderboard.reports.table import leaderboard, markdown
 
 Make = Callable[..., Record]
 

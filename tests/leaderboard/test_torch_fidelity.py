@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 from torch_fidelity.fidelity import main
 
-from leaderboard.features import InceptionExtractor
-from leaderboard.metrics import GenerationMetrics
+from leaderboard.extractors.base import InceptionExtractor
+from leaderboard.metrics.generation import GenerationMetrics
 
 COUNT = 40
 

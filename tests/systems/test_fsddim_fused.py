@@ -7,8 +7,8 @@ import torch
 from fsddim_reference import tiny
 from torch import Tensor
 
-from leaderboard.cost import CostMeter
-from leaderboard.records import Cost
+from leaderboard.evaluation.cost import CostMeter
+from leaderboard.record.records import Cost
 from systems import FSDDIM
 from systems.checkpoints import check_state
 from systems.fsddim import decode

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from benchmark.activity import measure_spikes
 from benchmark.cli import main
 from benchmark.runs import find_checkpoint, newest_run
-from leaderboard.cost import CostMeter
-from leaderboard.records import read_record
+from leaderboard.evaluation.cost import CostMeter
+from leaderboard.record.records import read_record
 from systems import SpikingDiffusion
 from systems.checkpoints import CheckpointMismatchError
 from systems.diffusion.absorbing import _draw, denoising_loss, unmask

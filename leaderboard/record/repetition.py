@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from leaderboard.compare import Row, differences, provenance
-from leaderboard.records import MetricValue, Record
+from leaderboard.record.differences import Row, differences, provenance
+from leaderboard.record.records import MetricValue, Record
 
 ROUNDING = 1e-6
 """Relative difference of equal metrics; for those whose uncertainty is 0."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,10 +12,9 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
-import datamodules
-from datamodules import ImageDataModule
-from leaderboard.features import EXTRACTORS, METADATA_KEY, SmallNetwork, training_command
-from leaderboard.records import write_atomic
+from datamodules.registry import make_data
+from leaderboard.extractors.base import EXTRACTORS, METADATA_KEY, SmallNetwork, training_command
+from leaderboard.files import write_atomic
 
 _BATCH_SIZE = 128
 _LEARNING_RATE = 3e-3
@@ -115,30 +113,6 @@ def train_extractor(
     write_atomic(path, save(state, {METADATA_KEY: json.dumps(description, sort_keys=True)}))
     learned = "test images classified" if recipe.task == "classes" else "quarter turns of test images recognised"
     print(f"{path}: {accuracy:.2%} of the {learned} correctly")
-
-
-def data_module(name: str) -> type[ImageDataModule]:
-    """Finds a data module by its dataset's name, or its own."""
-    kinds = [
-        kind for kind in vars(datamodules).values() if isinstance(kind, type) and issubclass(kind, ImageDataModule)
-    ]
-    known = {kind.name: kind for kind in kinds if kind is not ImageDataModule}
-    if name.lower() not in known:
-        raise ValueError(f"data={name!r} is not a dataset of the suite; choose one of: {', '.join(sorted(known))}")
-    return known[name.lower()]
-
-
-def make_data(name: str, options: Mapping[str, Any]) -> ImageDataModule:
-    """Makes the data module of a dataset.
-
-    Raises:
-        ValueError: If there is no such dataset, or it has no such option.
-    """
-    try:
-        return data_module(name)(**options)
-    except TypeError as error:
-        wrong = str(error).rsplit(") ", 1)[-1]
-        raise ValueError(f"the options {', '.join(options)} are not those of data={name!r}: {wrong}") from None
 
 
 def _fit(network: SmallNetwork, images: Tensor, labels: Tensor, recipe: Recipe, bfloat16: bool) -> SmallNetwork:

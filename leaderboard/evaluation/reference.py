@@ -24,12 +24,12 @@ from torchmetrics import Metric
 
 from datamodules import ImageDataModule
 from datamodules.base import Split
-from leaderboard.fad import FrechetAutoencoderDistance
-from leaderboard.inception import view_extractor
-from leaderboard.metrics import GenerationMetrics
-from leaderboard.protocols import PROTOCOLS, Protocol, ProtocolName, canonical_sha256
-from leaderboard.records import write_atomic
-from leaderboard.train_extractor import data_module, make_data
+from datamodules.registry import data_module, make_data
+from leaderboard.extractors.inception import view_extractor
+from leaderboard.files import canonical_sha256, write_atomic
+from leaderboard.metrics.fad import FrechetAutoencoderDistance
+from leaderboard.metrics.generation import GenerationMetrics
+from leaderboard.protocols import PROTOCOLS, Protocol, ProtocolName
 
 VERSION = 1
 """Number that changes with the meaning of what is kept."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from leaderboard.distances import jackknife_error
+from leaderboard.metrics.streaming import jackknife_error
 
 _BLOCK = 1000
 """Images whose distances to all others are held at once."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from leaderboard.roots import ROOTS, Trace
+from leaderboard.metrics.matrix_sqrt import ROOTS, Trace
 
 
 class FrechetDistance(Metric):

@@ -1,7 +1,7 @@
 """The Inception networks as the papers' programs feed them, for the papers' own protocols.
 
-`leaderboard.features.InceptionExtractor` is the one of `standard-v1`. Here are the same 2015 weights behind other
-resizes, and torchvision's network, which was trained otherwise.
+`leaderboard.extractors.base.InceptionExtractor` is the one of `standard-v1`. Here are the same 2015 weights behind
+other resizes, and torchvision's network, which was trained otherwise.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import Inception_V3_Weights, inception_v3
 
-from leaderboard.features import Extractor, InceptionExtractor, load_extractor, published_weights
+from leaderboard.extractors.base import Extractor, InceptionExtractor, load_extractor, published_weights
 from leaderboard.protocols import SUITE, TORCHVISION, View
 
 URL_TORCHVISION = str(Inception_V3_Weights.IMAGENET1K_V1.url)

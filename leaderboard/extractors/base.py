@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
+from leaderboard.files import file_sha256
 from leaderboard.protocols import INCEPTION, SUITE
-from leaderboard.records import file_sha256
 from systems.ops.precision import full_precision
 
-EXTRACTORS = Path(__file__).parent / "extractors"
+EXTRACTORS = Path(__file__).parent / "weights"
 """Folder of the shipped weights, `<dataset>.safetensors`."""
 
 METADATA_KEY = "extractor"

@@ -10,10 +10,10 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from leaderboard import pareto
-from leaderboard.boards import MEANINGS, UNKNOWN, Board, measured_boards, published_boards
-from leaderboard.published import Published
-from leaderboard.records import Record
+from leaderboard.record.records import Record
+from leaderboard.reports import pareto
+from leaderboard.reports.boards import MEANINGS, UNKNOWN, Board, measured_boards, published_boards
+from leaderboard.reports.published import Published
 
 
 def render_page(records: Iterable[tuple[Path, Record]], published: Published) -> str:

@@ -15,20 +15,12 @@ from typing import Any, Literal
 import yaml
 from PIL import Image
 
-from leaderboard import pareto
-from leaderboard.protocols import canonical_sha256
-from leaderboard.published import Published, PublishedResult
-from leaderboard.records import Record
-from leaderboard.table import (
-    Cell,
-    Entry,
-    metric_name,
-    order_metrics,
-    table_provenance,
-    table_rows,
-    table_title,
-    tables,
-)
+from leaderboard.files import canonical_sha256
+from leaderboard.record.entries import Entry, order_metrics
+from leaderboard.record.records import Record
+from leaderboard.reports import pareto
+from leaderboard.reports.published import Published, PublishedResult
+from leaderboard.reports.table import Cell, metric_name, table_provenance, table_rows, table_title, tables
 
 UNKNOWN = "?"
 """Stands for the uncertainty of a published value."""

@@ -16,24 +16,21 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from rich.table import Table
 
-from leaderboard.records import Record, write_atomic
-from leaderboard.table import (
-    RECORDS,
+from leaderboard.files import write_atomic
+from leaderboard.record.entries import RECORDS, Entry, headline, order_metrics, read_records
+from leaderboard.record.records import Record
+from leaderboard.reports.table import (
     Cell,
-    Entry,
     escape,
-    headline,
     markdown_line,
     metric_name,
     number_cell,
-    order_metrics,
-    read_records,
     table_provenance,
     table_title,
     tables,
     uncertain_cell,
 )
-from leaderboard.terminal import terminal
+from leaderboard.reports.terminal import terminal
 
 COLOURS = ("ddpm", "sddpm", "sdm", "fsddim", "sdit", "spiking-diffusion", "ann-snn")
 """Methods in the order of the plot's colours, the same in every plot."""

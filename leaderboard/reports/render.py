@@ -13,12 +13,14 @@ from typing import Any
 
 from rich.text import Text
 
-from leaderboard.boards import UNKNOWN, Row, published_boards
-from leaderboard.page import render_page
-from leaderboard.published import Published, PublishedResult, read_published
-from leaderboard.records import Record, write_atomic
-from leaderboard.table import Entry, escape, markdown, markdown_line, read_records, tables
-from leaderboard.terminal import terminal
+from leaderboard.files import write_atomic
+from leaderboard.record.entries import RECORDS, Entry, read_records
+from leaderboard.record.records import Record
+from leaderboard.reports.boards import UNKNOWN, Row, published_boards
+from leaderboard.reports.page import render_page
+from leaderboard.reports.published import Published, PublishedResult, read_published
+from leaderboard.reports.table import escape, markdown, markdown_line, tables
+from leaderboard.reports.terminal import terminal
 
 COLUMNS = [
     "source",
@@ -59,7 +61,7 @@ COLUMNS = [
 """Columns of the CSV file, one line for each value of a metric; what a source does not have is empty."""
 
 
-def render(records: list[str] = ["runs", "leaderboard/records"], output: str = "build/leaderboard") -> None:  # noqa: B006 (never changed)
+def render(records: list[str] = ["runs", RECORDS], output: str = "build/leaderboard") -> None:  # noqa: B006 (never changed)
     """Writes the leaderboard as `index.html`, `leaderboard.md`, `leaderboard.csv` and `leaderboard.json`.
 
     Args:

@@ -16,13 +16,15 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
 from datamodules.loading import to_bytes
-from leaderboard.chunks import Chunks, Share, generation_key
-from leaderboard.cost import CostMeter
-from leaderboard.fad import FrechetAutoencoderDistance
-from leaderboard.metrics import GenerationMetrics
+from leaderboard.evaluation.chunks import Chunks, Share, generation_key
+from leaderboard.evaluation.cost import CostMeter
+from leaderboard.evaluation.reference import build_parts, prepare_reference
+from leaderboard.files import canonical_sha256, file_sha256
+from leaderboard.metrics.fad import FrechetAutoencoderDistance
+from leaderboard.metrics.generation import GenerationMetrics
 from leaderboard.pictures import enlargement, grid, save_png
-from leaderboard.protocols import INCEPTION, PROTOCOLS, SUITE, TORCHVISION, ProtocolName, canonical_sha256
-from leaderboard.records import (
+from leaderboard.protocols import INCEPTION, PROTOCOLS, SUITE, TORCHVISION, ProtocolName
+from leaderboard.record.records import (
     Artefact,
     Code,
     Dataset,
@@ -30,14 +32,12 @@ from leaderboard.records import (
     ProtocolEntry,
     Record,
     check_name,
-    file_sha256,
     portable,
     record_name,
     write_record,
 )
-from leaderboard.reference import build_parts, prepare_reference
-from leaderboard.table import show_records
-from leaderboard.terminal import terminal
+from leaderboard.reports.table import show_records
+from leaderboard.reports.terminal import terminal
 
 VERSIONS = ("torch", "lightning", "snntorch", "diffusers", "torchmetrics", "torch-fidelity", "datasets", "numpy")
 

@@ -15,11 +15,11 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torchmetrics import Metric, SumMetric
 
-from leaderboard.distances import FeatureTable, FrechetDistance, StreamingInceptionScore
-from leaderboard.features import Extractor
-from leaderboard.neighbourhoods import kernel_distance, precision_recall
+from leaderboard.extractors.base import Extractor
+from leaderboard.metrics.feature_metrics import kernel_distance, precision_recall
+from leaderboard.metrics.streaming import FeatureTable, FrechetDistance, StreamingInceptionScore
 from leaderboard.protocols import INCEPTION, TORCHVISION
-from leaderboard.records import MetricValue
+from leaderboard.record.records import MetricValue
 
 FRECHET = {"fid": "exact", "fd": "exact", "fid_newton_schulz": "newton_schulz", "fid_svd": "svd"}
 """Root of each Fréchet distance."""

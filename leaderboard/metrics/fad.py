@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torchmetrics import Metric, SumMetric
 
 from datamodules.images import resize, to_array
-from leaderboard.distances import FrechetDistance
-from leaderboard.records import MetricValue
+from leaderboard.metrics.streaming import FrechetDistance
+from leaderboard.record.records import MetricValue
 from systems.ops.precision import full_precision
 
 SOURCE = "https://github.com/mil-tokyo/FSDDIM (folder fad)"

@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 
 from datamodules.loading import world_size
-from leaderboard.cost import Counts
-from leaderboard.protocols import canonical_sha256
-from leaderboard.records import file_sha256, write_atomic
+from leaderboard.evaluation.cost import Counts
+from leaderboard.files import canonical_sha256, file_sha256, write_atomic
 
 
 @dataclass(frozen=True)
@@ -161,8 +160,8 @@ def _is_file(name: str) -> bool:
 
 def _source_sha256(system: type) -> str:
     """Hash of the code that generates and counts: versions alone do not tell that somebody edits it."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     files = [file for package in ("systems", "datamodules") for file in sorted((root / package).rglob("*.py"))]
     return canonical_sha256(
-        [file_sha256(f) for f in (*files, root / "leaderboard/cost.py", Path(inspect.getfile(system)))]
+        [file_sha256(f) for f in (*files, root / "leaderboard/evaluation/cost.py", Path(inspect.getfile(system)))]
     )

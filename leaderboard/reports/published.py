@@ -10,7 +10,7 @@ import yaml
 
 from leaderboard.schema import SchemaError, from_json
 
-PUBLISHED: Final = Path(__file__).parent / "published.yaml"
+PUBLISHED: Final = Path(__file__).parents[1] / "data" / "published.yaml"
 
 
 class PublishedError(ValueError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -12,7 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from leaderboard.protocols import LOCKED, canonical_sha256
+from leaderboard.files import canonical_sha256, write_atomic
+from leaderboard.protocols import LOCKED
 from leaderboard.schema import SchemaError, from_json
 
 SCHEMA_VERSION: Final = 1
@@ -47,7 +47,7 @@ class MetricValue:
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of one generated image over its whole denoising chain (rules of counting: `leaderboard.cost`).
+    """Cost of one generated image over its whole denoising chain (rules of counting: `leaderboard.evaluation.cost`).
 
     Args:
         parameters: Parameters of the network.
@@ -265,23 +265,6 @@ def find_records(folders: Iterable[str | Path]) -> list[Path]:
     for folder in map(Path, folders):
         found.update(folder.glob("*.json"), folder.glob("**/records/*.json"))
     return sorted(found)
-
-
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Writes a file so that a reader sees all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def file_sha256(path: Path) -> str:
-    """Returns the SHA-256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from leaderboard.records import Cost
+from leaderboard.record.records import Cost
 from systems.networks.spiking_transformer import ShiftedLinear
 from systems.ops.compiled import compiled, dense, memory
 from systems.ops.cuda_graphs import REPLAYABLE

@@ -14,13 +14,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from leaderboard.records import MetricValue, Record, read_record
-from leaderboard.terminal import terminal
+from leaderboard.record.differences import Row, differences, provenance
+from leaderboard.record.records import MetricValue, Record, read_record
+from leaderboard.reports.terminal import terminal
 
 _HIGHER_IS_BETTER = re.compile(r"(is|precision|recall)(_.*)?|reconstruction_ssim")
 _SHARED = ("dataset", "protocol", "protocol sha256", "data fingerprint", "extractor sha256")
-"""What records of one table share (`leaderboard.table.Entry.table_key`)."""
-Row = tuple[str, str, str]
+"""What records of one table share (`leaderboard.record.entries.Entry.table_key`)."""
 
 
 def compare(first: str, second: str) -> None:
@@ -54,36 +54,6 @@ def incomparable(a: Record, b: Record) -> list[str]:
     if counts[0] != counts[1]:
         problems.append(f"{counts[0]:,} generated images against {counts[1]:,}")
     return problems
-
-
-def provenance(record: Record) -> dict[str, str]:
-    """Returns all that a result may depend on besides the configuration, by name."""
-    checkpoint = record.checkpoint
-    return {
-        "method": record.method,
-        "dataset": record.dataset.name,
-        "data fingerprint": record.dataset.fingerprint,
-        "data source": record.dataset.source,
-        "protocol": record.protocol.name,
-        "protocol sha256": record.protocol.sha256,
-        "draft": str(record.draft),
-        "extractor": record.extractor.name,
-        "extractor sha256": record.extractor.sha256,
-        "checkpoint sha256": checkpoint.sha256 if checkpoint else "none",
-        "solver": record.solver,
-        "NFE": str(record.nfe),
-        "SNN time steps": str(record.num_steps),
-        "code commit": f"{record.code.git_commit or 'unknown'}{' and changes' * bool(record.code.git_dirty)}",
-        "device": record.hardware,
-        **{f"version of {name}": number for name, number in record.code.versions.items()},
-        **{f"seed of {name}": str(seed) for name, seed in record.seeds.items()},
-    }
-
-
-def differences(a: dict[str, str], b: dict[str, str]) -> list[Row]:
-    """Returns the names whose values differ, with both; what one lacks is a dash."""
-    names = dict.fromkeys([*a, *b])
-    return [(name, a.get(name, "-"), b.get(name, "-")) for name in names if a.get(name) != b.get(name)]
 
 
 def show(console: Console, title: str, header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:

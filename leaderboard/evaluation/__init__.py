@@ -1,0 +1,1 @@
+"""Evaluation of a trained method: reference statistics, generation in chunks, cost, and the record at its end."""

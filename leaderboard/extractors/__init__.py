@@ -1,0 +1,1 @@
+"""Feature extractors: Inception, and small networks that are shipped with the suite."""

@@ -1,0 +1,1 @@
+"""Reports rendered from records and published numbers: tables, plots, the page."""
