@@ -4,8 +4,7 @@ import os
 import sys
 
 from benchmark.cli import main
-from benchmark.memory import keep_freed_memory
-from benchmark.parents import PARENT, end_with
+from benchmark.process import PARENT, end_with, keep_freed_memory
 
 FAULTS = ("MisconfigurationException", "YAMLError")
 """Errors of libraries that are slow to import, by name."""

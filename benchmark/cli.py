@@ -16,9 +16,12 @@ STAGES = {
     "estimate-gamma": "add the statistic of Analytic-DPM to a checkpoint",
 }
 COMMANDS = {
-    "speed": ("benchmark.speed:speed", "measure neurons, steps, sampling, data and start, as ratios in one run"),
-    "import": ("benchmark.import_checkpoint:import_checkpoint", "turn an authors' checkpoint into one of the suite"),
-    "convert": ("benchmark.convert:convert", "turn a quantised DDPM into a spiking network"),
+    "speed": ("benchmark.speed.suite:speed", "measure neurons, steps, sampling, data and start, as ratios in one run"),
+    "import": (
+        "benchmark.commands.import_checkpoint:import_checkpoint",
+        "turn an authors' checkpoint into one of the suite",
+    ),
+    "convert": ("benchmark.commands.convert:convert", "turn a quantised DDPM into a spiking network"),
     "leaderboard": ("leaderboard.reports.table:leaderboard", "show the records as tables"),
     "leaderboard render": (
         "leaderboard.reports.render:render",
@@ -28,22 +31,31 @@ COMMANDS = {
         "leaderboard.evaluation.reference:reference",
         "measure the real images of a dataset, once for all tests",
     ),
-    "leaderboard verify": ("benchmark.verify:verify", "repeat the evaluation of a record and compare"),
+    "leaderboard verify": ("benchmark.commands.verify:verify", "repeat the evaluation of a record and compare"),
     "leaderboard seeds": ("leaderboard.reports.seeds:seeds", "show means and spreads over training seeds"),
     "leaderboard compare": ("leaderboard.reports.compare:compare", "show what differs between two records"),
     "leaderboard add": ("leaderboard.add:add", "check a record and take it into the leaderboard"),
     "train-extractor": ("leaderboard.extractors.train:train_extractor", "train the suite's own feature extractor"),
-    "activity": ("benchmark.activity:activity", "draw spikes per layer and diffusion step, and a denoising strip"),
-    "loader-speed": ("benchmark.loader_speed:loader_speed", "measure the train loader, in images/s"),
-    "attention-speed": ("benchmark.attention_speed:attention_speed", "measure RWKV against softmax attention"),
+    "activity": (
+        "benchmark.commands.activity:activity",
+        "draw spikes per layer and diffusion step, and a denoising strip",
+    ),
+    "loader-speed": ("benchmark.speed.loader:loader_speed", "measure the train loader, in images/s"),
+    "attention-speed": ("benchmark.speed.attention:attention_speed", "measure RWKV against softmax attention"),
 }
 SWEEPS = {
-    "sweep-threshold": ("benchmark.sweeps:sweep_threshold", "test one checkpoint at several firing thresholds"),
-    "sweep-solvers": ("benchmark.sweeps:sweep_solvers", "test one checkpoint with several solvers and NFE"),
-    "matrix": ("benchmark.matrix:matrix", "train and test methods on datasets with several seeds"),
-    "relay": ("benchmark.relay:relay", "train in legs of some minutes, on machines that keep nothing"),
-    "regress": ("benchmark.regress:regress", "train every method small and compare it with its baseline"),
-    "ablate-sdit": ("benchmark.ablate_sdit:ablate_sdit", "train and test SDiT and its ablations with several seeds"),
+    "sweep-threshold": (
+        "benchmark.commands.sweeps:sweep_threshold",
+        "test one checkpoint at several firing thresholds",
+    ),
+    "sweep-solvers": ("benchmark.commands.sweeps:sweep_solvers", "test one checkpoint with several solvers and NFE"),
+    "matrix": ("benchmark.commands.matrix:matrix", "train and test methods on datasets with several seeds"),
+    "relay": ("benchmark.commands.relay:relay", "train in legs of some minutes, on machines that keep nothing"),
+    "regress": ("benchmark.commands.regress:regress", "train every method small and compare it with its baseline"),
+    "ablate-sdit": (
+        "benchmark.commands.ablate_sdit:ablate_sdit",
+        "train and test SDiT and its ablations with several seeds",
+    ),
 }
 
 EXAMPLES = """\

@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import ArgumentParser
 
+from datamodules import ImageDataModule
 from leaderboard.files import file_sha256
+from systems.base import DiffusionSystem
+from systems.checkpoints import read_trained
 
 RUNS = Path("runs")
 
@@ -74,3 +78,27 @@ def find_checkpoint(run: Path, which: str = "last") -> Path:
         there = ", ".join(sorted(path.name for path in (run / "checkpoints").glob("*.ckpt"))) or "none"
         raise FileNotFoundError(f"run {run} has no {which!r} checkpoint; it has: {there}")
     return found[-1]
+
+
+def load_run(checkpoint: Path) -> tuple[DiffusionSystem, ImageDataModule]:
+    """Builds the system of a run with the weights of one of its checkpoints, ready to sample, and its datamodule.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint.
+        ValueError: If it lies in no run folder.
+    """
+    if not checkpoint.is_file():
+        raise FileNotFoundError(f"--ckpt_path {checkpoint} is not a file; give a checkpoint (*.ckpt)")
+    run = run_of(checkpoint)
+    if run is None:
+        raise ValueError(f"--ckpt_path {checkpoint} lies in no run folder; give one under runs/RUN/checkpoints/")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(DiffusionSystem, "model")
+    parser.add_subclass_arguments(ImageDataModule, "data")
+    built = parser.instantiate_classes(parser.parse_object({key: config[key] for key in ("model", "data")}))
+    system: DiffusionSystem = built.model
+    content = read_trained(checkpoint, system.method)
+    system.on_load_checkpoint(content)
+    system.load_state_dict(content["state_dict"])
+    return system.eval(), built.data

@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmark.callbacks.checkpointing import DivergenceError
 from benchmark.cli import main
-from benchmark.faults import DivergenceError
-from benchmark.speed import PAPER_SIZE, SMALL, _build
+from benchmark.speed.sampling import SMALL
+from benchmark.speed.suite import PAPER_SIZE
+from benchmark.speed.timing import _build
 from leaderboard.evaluation.cost import CostMeter
 from leaderboard.record.records import find_records
 from systems.base import DiffusionSystem

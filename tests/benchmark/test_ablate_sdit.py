@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmark.ablate_sdit import _spread
 from benchmark.cli import main
+from benchmark.commands.ablate_sdit import _spread
 from leaderboard.record.records import find_records, read_record
 
 TINY = [

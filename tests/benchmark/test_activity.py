@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmark.activity import draw_denoising, draw_spikes, load_run, measure_spikes
 from benchmark.cli import main
-from benchmark.runs import find_checkpoint, newest_run
+from benchmark.commands.activity import draw_denoising, draw_spikes, measure_spikes
+from benchmark.runs import find_checkpoint, load_run, newest_run
 from datamodules import Digits
 from leaderboard.evaluation.cost import CostMeter
 from leaderboard.metrics.fad import FADEncoder

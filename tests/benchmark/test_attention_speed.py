@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmark.attention_speed import _peak_bytes
 from benchmark.cli import main
+from benchmark.speed.attention import _peak_bytes
 
 
 def test_table_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ import torch
 from tiny import CALM, SDDPM, equal, fit, weights
 
 from benchmark.cli import main
-from benchmark.regress import METHODS
+from benchmark.commands.regress import METHODS
 from benchmark.runs import find_checkpoint, newest_run
 from leaderboard.record.records import find_records, read_record
 

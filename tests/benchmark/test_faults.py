@@ -19,7 +19,7 @@ import yaml
 from tiny import SDDPM, SPIKING_DIFFUSION, equal, fit, forked, kill_after, resume, weights
 from torch import Tensor
 
-from benchmark.faults import DivergenceError, LastCheckpoint
+from benchmark.callbacks.checkpointing import DivergenceError, LastCheckpoint
 from benchmark.runs import find_checkpoint, newest_run
 from datamodules import Digits
 from systems import SDDPM as SDDPM_System
@@ -152,7 +152,7 @@ def test_a_second_signal_ends_at_once(tmp_path: Path, monkeypatch: pytest.Monkey
         return loss
 
     at_step(monkeypatch, 2, stop)
-    monkeypatch.setattr("benchmark.faults.SAME_SIGNAL", 0.1)
+    monkeypatch.setattr("benchmark.callbacks.checkpointing.SAME_SIGNAL", 0.1)
     process = forked(partial(fit, tmp_path, *SDDPM), tmp_path / "log")
     process.join(60)
     assert process.exitcode == -signal.SIGTERM
@@ -221,7 +221,8 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 def test_a_checkpoint_every_few_steps_protects_a_long_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[int] = []
     monkeypatch.setattr(
-        "benchmark.faults.save_checkpoint", lambda content, path: saved.append(int(content["global_step"]))
+        "benchmark.callbacks.checkpointing.save_checkpoint",
+        lambda content, path: saved.append(int(content["global_step"])),
     )
     with contextlib.suppress(FileNotFoundError):  # no checkpoint, no newest run
         fit(tmp_path, *SDDPM, "--last.every_n_train_steps=2", "--data.val_size=0")

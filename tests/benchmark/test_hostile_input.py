@@ -20,7 +20,7 @@ import torch
 import yaml
 from tiny import SDDPM, fit
 
-from benchmark.faults import WholeCheckpointIO
+from benchmark.callbacks.checkpointing import WholeCheckpointIO
 from systems.checkpoints import CheckpointMismatchError
 
 QUICKSTART = Path("configs/quickstart.yaml").read_text()

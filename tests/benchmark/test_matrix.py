@@ -14,8 +14,8 @@ import pytest
 import yaml
 from tiny import SDDPM, forked
 
-from benchmark import matrix
 from benchmark.cli import main
+from benchmark.commands import matrix
 from benchmark.runs import find_checkpoint, newest_run
 from leaderboard.record.records import find_records
 from systems.checkpoints import load_checkpoint

@@ -17,7 +17,7 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 fill()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
-KEEP = "from benchmark.memory import keep_freed_memory; keep_freed_memory()"
+KEEP = "from benchmark.process import keep_freed_memory; keep_freed_memory()"
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")

@@ -31,7 +31,7 @@ def stick(monkeypatch: pytest.MonkeyPatch, value: float, forward_calls: int | No
         return spikes
 
     monkeypatch.setattr(SpikingNeuron, "forward", stuck)
-    from benchmark.monitor import TrainingMonitor
+    from benchmark.callbacks.monitor import TrainingMonitor
 
     start = TrainingMonitor.on_train_start
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from tiny import SDDPM
 
-from benchmark.parents import end_with
+from benchmark.process import end_with
 from benchmark.runs import newest_run
 from systems.checkpoints import load_checkpoint
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmark.cli import main
-from benchmark.regress import METHODS, Job, Outcome, _jobs, _measure, _update, compare
+from benchmark.commands.regress import METHODS, Job, Outcome, _jobs, _measure, _update, compare
 from leaderboard.record.records import MetricValue, Record
 from leaderboard.regression import Baseline, read_baseline
 from systems import spiking_diffusion

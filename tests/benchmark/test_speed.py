@@ -12,8 +12,9 @@ from torch import nn
 
 from benchmark import stages
 from benchmark.cli import main
-from benchmark.floor import Products
-from benchmark.speed import _line, _Saved
+from benchmark.speed.sampling import _line
+from benchmark.speed.steps import _Saved
+from benchmark.speed.timing import Products
 from systems.spiking.neurons import integrate_and_fire
 
 

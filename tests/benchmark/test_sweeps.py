@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from benchmark.cli import main
+from benchmark.commands.sweeps import SOLVERS
 from benchmark.runs import find_checkpoint, newest_run
-from benchmark.sweeps import SOLVERS
 from leaderboard.record.records import read_record
 from systems.checkpoints import CheckpointMismatchError
 

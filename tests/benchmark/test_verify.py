@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from benchmark.cli import main
+from benchmark.commands.sweeps import SOLVERS
+from benchmark.commands.verify import verify
 from benchmark.runs import newest_run
-from benchmark.sweeps import SOLVERS
-from benchmark.verify import verify
 from leaderboard.record.records import MetricValue, Record, find_records, portable, read_record
 from leaderboard.record.repetition import agree
 
@@ -39,7 +39,7 @@ def repeated(record: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, An
         asked.append(settings | {"checkpoint": checkpoint, "folder": folder})
         return read_record(record)
 
-    monkeypatch.setattr("benchmark.verify._repeat", repeat)
+    monkeypatch.setattr("benchmark.commands.verify._repeat", repeat)
     return asked
 
 
@@ -91,7 +91,7 @@ def test_a_repetition_that_does_not_agree_is_not_kept(
     record: Path, copied: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = replace(read_record(record), nfe=1)
-    monkeypatch.setattr("benchmark.verify._repeat", lambda *_: other)
+    monkeypatch.setattr("benchmark.commands.verify._repeat", lambda *_: other)
     with pytest.raises(SystemExit):
         main([*copied, "--keep=true"])
     assert not (tmp_path / "repetitions").exists()

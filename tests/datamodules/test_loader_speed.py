@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from jsonargparse import auto_cli
 
-from benchmark import loader_speed
+from benchmark.speed import loader as loader_speed
 
 
 def test_command_shows_speeds_and_their_ratio(

@@ -14,8 +14,8 @@ from spiking_diffusion_reference import check_gradients, load
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmark.activity import measure_spikes
 from benchmark.cli import main
+from benchmark.commands.activity import measure_spikes
 from benchmark.runs import find_checkpoint, newest_run
 from leaderboard.evaluation.cost import CostMeter
 from leaderboard.record.records import read_record

@@ -35,7 +35,7 @@ OPTIONS = [
 
 def numbers(run: Path) -> dict[str, float]:
     """Loss of eight images and the sum of two samples of a run's last checkpoint."""
-    from benchmark.activity import load_run
+    from benchmark.runs import load_run
 
     system, _ = load_run(run / "checkpoints" / "last.ckpt")
     images = torch.linspace(-1, 1, 8 * 64).view(8, 1, 8, 8)

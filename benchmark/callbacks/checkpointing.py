@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.cli import SaveConfigCallback
 from torch import Tensor
 
+from leaderboard.files import write_atomic
 from systems.checkpoints import read_suite, save_checkpoint
 
 LOST = re.compile("gloo|nccl|peer|heartbeat", re.IGNORECASE)
@@ -218,3 +220,26 @@ class DivergenceGuard(Callback):
             f"{good}. Lower the learning rate, clip gradients (--trainer.gradient_clip_val 1.0) or raise --trainer."
             "precision; the same step with the same options diverges again"
         )
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps the weights of the lowest validation loss; none where no image is held out."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Looks for validation images when training starts."""
+        if stage == "fit" and not trainer.datamodule.val_dataloader():  # type: ignore[attr-defined]
+            self.monitor, self.save_top_k = None, 0
+        super().setup(trainer, pl_module, stage)
+
+
+class SaveFitConfig(SaveConfigCallback):
+    """Keeps the configuration of training in the run folder; later stages leave it as it is."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Waits: what is refused later must not have replaced the configuration of a run that shall go on."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves when training starts, whole or not at all."""
+        folder = trainer.log_dir  # asks all processes
+        if folder is not None and trainer.is_global_zero:
+            write_atomic(Path(folder) / self.config_filename, self.parser.dump(self.config, skip_none=False))

@@ -9,17 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from jsonargparse import ArgumentParser
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
-from benchmark.runs import RUNS, find_checkpoint, newest_run, run_of
+from benchmark.runs import RUNS, find_checkpoint, load_run, newest_run
 from datamodules import ImageDataModule
 from systems import FSDDIM
 from systems.base import DiffusionSystem
-from systems.checkpoints import read_trained
 from systems.spiking.neurons import SpikingNeuron
 
 
@@ -63,30 +60,6 @@ def activity(
     ):
         figure.savefig(folder / f"{name}.png", dpi=150)
         print(f"{folder / name}.png")
-
-
-def load_run(checkpoint: Path) -> tuple[DiffusionSystem, ImageDataModule]:
-    """Builds the system of a run with the weights of one of its checkpoints, ready to sample, and its datamodule.
-
-    Raises:
-        FileNotFoundError: If there is no such checkpoint.
-        ValueError: If it lies in no run folder.
-    """
-    if not checkpoint.is_file():
-        raise FileNotFoundError(f"--ckpt_path {checkpoint} is not a file; give a checkpoint (*.ckpt)")
-    run = run_of(checkpoint)
-    if run is None:
-        raise ValueError(f"--ckpt_path {checkpoint} lies in no run folder; give one under runs/RUN/checkpoints/")
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(DiffusionSystem, "model")
-    parser.add_subclass_arguments(ImageDataModule, "data")
-    built = parser.instantiate_classes(parser.parse_object({key: config[key] for key in ("model", "data")}))
-    system: DiffusionSystem = built.model
-    content = read_trained(checkpoint, system.method)
-    system.on_load_checkpoint(content)
-    system.load_state_dict(content["state_dict"])
-    return system.eval(), built.data
 
 
 @dataclass

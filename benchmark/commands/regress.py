@@ -19,9 +19,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmark.parents import end_with
+from benchmark.command_line import complete
+from benchmark.process import end_with
 from benchmark.runs import find_checkpoint, newest_run
-from benchmark.stages import complete, run_stage
+from benchmark.stages import run_stage
 from leaderboard.record.entries import headline
 from leaderboard.record.records import Record, find_records, read_record
 from leaderboard.regression import (
@@ -36,7 +37,7 @@ from leaderboard.regression import (
 )
 from leaderboard.reports.terminal import terminal
 
-CONFIGS = Path(__file__).parents[1] / "configs" / "regress"
+CONFIGS = Path(__file__).parents[2] / "configs" / "regress"
 
 METHODS = {
     "sddpm": None,

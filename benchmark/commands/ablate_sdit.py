@@ -12,8 +12,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from benchmark.command_line import complete
 from benchmark.runs import RUNS
-from benchmark.stages import Rehearsal, complete, run_stage
+from benchmark.stages import Rehearsal, run_stage
 from leaderboard.files import write_atomic
 from leaderboard.record.entries import headline
 from leaderboard.record.records import Record, find_records, read_record

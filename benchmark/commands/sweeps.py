@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 from rich.table import Table
 
-from benchmark.stages import complete, run_stage
+from benchmark.command_line import complete
+from benchmark.stages import run_stage
 from leaderboard.evaluation.callback import Evaluation
 from leaderboard.record.entries import headline
 from leaderboard.record.records import Record

@@ -1,15 +1,40 @@
-"""The floor under a network's time: its convolutions and matrix products alone, same shapes, dtype and layout."""
+"""Timing of work in turns, and the floor under a network's time: its convolutions and matrix products alone."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmark.stages import Rehearsal, run_stage
+
+WARM_UP = 2
+"""Steps before the timed ones."""
+
+Rows = list[dict[str, Any]]
+
+
+def _config(name: str) -> Path:
+    return Path("configs") / f"{name}.yaml"
+
+
+def _build(name: str, *options: str) -> Rehearsal:
+    """Builds what a configuration describes; of Spiking-Diffusion both stages with an epoch each."""
+    if "spiking_diffusion" in name:
+        options += ("--model.autoencoder_epochs=1", "--model.denoiser_epochs=1", "--model.data_variance=0.1")
+    args = ["fit", f"--config={_config(name)}", "--trainer.logger=false", *options]
+    return cast(Rehearsal, run_stage(args, Rehearsal))
+
+
+def _autocast(precision: str, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
+
 
 PRODUCTS = frozenset(
     {

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import yaml
 from rich.table import Table
 
-from benchmark.parents import PARENT
+from benchmark.process import PARENT
 from benchmark.runs import RUNS, find_checkpoint, newest_run
 from leaderboard.files import canonical_sha256
 from leaderboard.record.entries import Entry, headline

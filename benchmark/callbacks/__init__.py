@@ -1,0 +1,1 @@
+"""Callbacks of training: progress, monitoring, checkpoints, images."""

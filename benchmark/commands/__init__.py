@@ -1,0 +1,1 @@
+"""Commands beside Lightning's stages, one file each."""

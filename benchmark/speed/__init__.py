@@ -1,0 +1,1 @@
+"""`python -m benchmark speed`: how fast the suite is, as ratios within one run."""

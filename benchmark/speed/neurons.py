@@ -1,0 +1,90 @@
+"""Speed of neurons, against snnTorch by hand and SpikingJelly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import snntorch as snn
+import torch
+from snntorch import surrogate
+from torch import Tensor, nn
+
+from benchmark.speed.timing import Rows, medians, queued
+from systems.spiking.neurons import SpikingNeuron, integrate_and_fire, leaky_integrate_and_fire
+from systems.spiking.surrogates import triangle
+
+# Neuron
+
+
+def measure_neurons(device: torch.device, repetitions: int) -> Rows:
+    """Times forward and backward passes of layers against snnTorch by hand and SpikingJelly's layers.
+
+    Features are `(T, 4, 128, 32, 32)`, and on GPUs, whose caches would hold those, `(T, 128, 128, 32, 32)`. The bound
+    is the time of copying as much memory as the two passes have to read and write.
+    """
+    shape = (4 if device.type == "cpu" else 128, 128, 32, 32)
+    rows = []
+    for name, ours, by_hand, jelly in _neurons():
+        for num_steps in (4, 8, 16):
+            x, grad = (torch.randn(num_steps, *shape, device=device, requires_grad=on) for on in (True, False))
+            layers = {"suite": ours, "snnTorch": by_hand, "SpikingJelly": jelly}
+            works = {kind: _passes(layer, x, grad) for kind, layer in layers.items() if layer is not None}
+            seconds = medians(works | {"copy": grad.clone}, repetitions, device, warm_up=2, calls=queued(device))
+            row: dict[str, Any] = {"neuron": name, "T": num_steps, "suite ms": 1e3 * seconds["suite"]}
+            for kind in ("snnTorch", "SpikingJelly"):
+                times = f"{seconds[kind] / seconds['suite']:.1f}x" if kind in seconds else "not installed"
+                row[f"{kind} takes"] = times
+            rows.append(row | {"of bandwidth bound": 2.5 * seconds["copy"] / seconds["suite"]})
+    return rows
+
+
+def _passes(layer: Any, x: Tensor, grad: Tensor) -> Callable[[], Any]:
+    """Returns a forward and a backward pass."""
+    return lambda: torch.autograd.grad(layer(x), x, grad)
+
+
+def _neurons() -> Iterator[tuple[str, nn.Module, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor] | None]]:
+    """Yields the published neurons: the suite's, snnTorch's stepped by hand, SpikingJelly's if it is installed."""
+    fsddim = SpikingNeuron(beta=0.8, detach_reset=True, fire_at_threshold=False, spike_grad="triangle")
+    hard = {"reset_mechanism": "zero", "reset_delay": False}
+    yield "IF", integrate_and_fire(), _step(snn.Leaky(1.0, spike_grad=surrogate.atan(2.0), **hard)), _jelly("IFNode")
+    yield (
+        "LIF",
+        leaky_integrate_and_fire(),
+        _step(snn.Leaky(0.5, spike_grad=surrogate.atan(2.0), **hard), input_scale=0.5),
+        _jelly("LIFNode", tau=2.0),
+    )
+    yield (
+        "FSDDIM's LIF",
+        fsddim,
+        _step(snn.Leaky(0.8, spike_grad=triangle(), **hard)),
+        _jelly("LIFNode", tau=5.0, decay_input=False, detach_reset=True),
+    )
+
+
+def _step(leaky: nn.Module, input_scale: float = 1.0) -> Callable[[Tensor], Tensor]:
+    def layer(x: Tensor) -> Tensor:
+        mem = torch.zeros_like(x[0])
+        spikes = []
+        for x_k in x:
+            spike, mem = leaky(x_k * input_scale if input_scale != 1 else x_k, mem)
+            spikes.append(spike)
+        return torch.stack(spikes)
+
+    return layer
+
+
+def _jelly(kind: str, **options: Any) -> Callable[[Tensor], Tensor] | None:
+    try:
+        from spikingjelly.activation_based import functional, neuron
+        from spikingjelly.activation_based import surrogate as theirs
+    except ImportError:
+        return None
+    node = getattr(neuron, kind)(surrogate_function=theirs.ATan(), step_mode="m", **options)
+
+    def layer(x: Tensor) -> Tensor:
+        functional.reset_net(node)
+        return cast(Tensor, node(x))
+
+    return layer
