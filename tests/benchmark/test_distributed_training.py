@@ -44,7 +44,7 @@ OPTIONS = [
     "--data.val_size=300",
 ]
 TWO = ["--data.batch_size=64", "--trainer.strategy=ddp", "--trainer.limit_train_batches=4"]
-SCRIPT = str(Path(__file__).with_name("layout.py"))
+SCRIPT = str(Path(layout.__file__))
 
 
 def curves(run: Path) -> dict[str, list[float]]:

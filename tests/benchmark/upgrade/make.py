@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).resolve().parent
-RECORD = HERE.parents[1] / "leaderboard" / "record_v1.json"
+RECORD = HERE.parents[1] / "leaderboard" / "record" / "record_v1.json"
 OPTIONS = [
     "--trainer.accelerator=cpu",
     "--trainer.max_steps=6",

@@ -11,7 +11,7 @@ import yaml
 
 from leaderboard.reports.published import Published, PublishedError, PublishedResult, read_published
 
-METHODS = Path(__file__).parents[3] / "shared" / "methods"
+METHODS = Path(__file__).parents[4] / "shared" / "methods"
 SMALL: dict[str, Any] = {
     "sources": {"paper": {"name": "Paper", "citation": "A. Author", "url": "https://example.org"}},
     "protocols": {"theirs": "Some images."},
