@@ -1,13 +1,13 @@
 """Fréchet autoencoder distance (FAD): the Fréchet distance in the latent space of a small autoencoder of each dataset.
 
 H. Kamata, Y. Mukuta, T. Harada, "Fully Spiking Variational Autoencoder", AAAI 2022, https://arxiv.org/abs/2110.00375.
-Autoencoders and statistics are published at https://github.com/kamata1729/FullySpikingVAE, folder `metrics` (MIT licence):
-`stat_checkpoints/{mnist_64,fashion_64,cifar10_128,celeba_128}.pth` and `stats/<name>_test_<D>.npz`, where `D` is the width
-of the latent vector. FSDDIM redistributes files of the same names (https://github.com/mil-tokyo/FSDDIM, folder `fad`).
-`stats/mnist_test_128.npz` belongs to an autoencoder that the published program does not use.
+Autoencoders and statistics are published at https://github.com/kamata1729/FullySpikingVAE, folder `metrics` (MIT
+licence): `stat_checkpoints/{mnist_64,fashion_64,cifar10_128,celeba_128}.pth` and `stats/<name>_test_<D>.npz`, where `D`
+is the width of the latent vector. FSDDIM redistributes files of the same names (https://github.com/mil-tokyo/FSDDIM,
+folder `fad`). `stats/mnist_test_128.npz` belongs to an autoencoder that the published program does not use.
 
-The files of MNIST and Fashion-MNIST reproduce recorded values of the published program. The weights of CIFAR-10 and CelebA
-have not been tried here yet: their loading is tested with random weights of the published shapes.
+The files of MNIST and Fashion-MNIST reproduce recorded values of the published program. The weights of CIFAR-10 and
+CelebA have not been tried here yet: their loading is tested with random weights of the published shapes.
 
 Two values, never to be confused:
 
@@ -117,7 +117,7 @@ def load_encoder(path: Path) -> FADEncoder:
 
 
 def to_encoder_input(images: Tensor, size: int = 32) -> Tensor:
-    """Converts uint8 images `(B, C, H, W)` to float `(B, C, size, size)` in [-1, 1], resized bilinearly on 8 bits by PIL."""
+    """Converts uint8 images `(B, C, H, W)` to float `(B, C, size, size)` in [-1, 1], resized by PIL (bilinear, 8 bits)."""
     if images.shape[-2:] != (size, size):
         pixels = images.cpu().movedim(1, -1).squeeze(-1).numpy()  # (B, H, W) or (B, H, W, 3)
         resized = [to_array(resize(Image.fromarray(image), size)) for image in pixels]
