@@ -227,7 +227,7 @@ def _facts(record: Record) -> dict[str, str]:
         "Protocol": f"{record.protocol.name}, sha256 {record.protocol.sha256}",
         "Configuration": f"sha256 {record.config_sha256}",
         "Per image": f"{cost.sops:.4g} SOPs, {cost.macs:.4g} MACs, {cost.acs:.4g} ACs",
-        "Energy": f"{cost.energy_strict_mj:.4g} mJ, 45 nm arithmetic by strict count; {paper} by the formula of SDDPM's paper",
+        "Energy": f"{cost.energy_strict_mj:.4g} mJ (45 nm arithmetic, strict count), {paper} by SDDPM's formula",
         "Parameters": f"{cost.parameters:,}, of which {cost.trainable_parameters:,} trainable",
     }
     if cost.peak_memory_bytes is not None:

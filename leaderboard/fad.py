@@ -117,7 +117,7 @@ def load_encoder(path: Path) -> FADEncoder:
 
 
 def to_encoder_input(images: Tensor, size: int = 32) -> Tensor:
-    """Converts uint8 images `(B, C, H, W)` to float `(B, C, size, size)` in [-1, 1], resized by PIL (bilinear, 8 bits)."""
+    """Converts uint8 images `(B, C, H, W)` to float `(B, C, size, size)` in [-1, 1]; PIL resizes (bilinear, 8 bits)."""
     if images.shape[-2:] != (size, size):
         pixels = images.cpu().movedim(1, -1).squeeze(-1).numpy()  # (B, H, W) or (B, H, W, 3)
         resized = [to_array(resize(Image.fromarray(image), size)) for image in pixels]

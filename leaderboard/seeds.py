@@ -70,11 +70,13 @@ def seeds(records: list[str] = ["runs", RECORDS], output: str | None = None) -> 
         for row in rows:
             table.add_row(*map(str, row.values()))
         console.print(table)
+        notes = [f"* {note}" for note in sorted({row["Method"].note for row in rows} - {""})]
+        for note in notes:
+            console.print(note, markup=False, soft_wrap=True)
         lines += ["", f"## {escape(table_title(group[0]))}", "", escape(table_provenance(group[0])), ""]
         lines += [markdown_line(map(label, rows[0])), markdown_line("---" for _ in rows[0])]
         lines += [markdown_line(map(str, row.values())) for row in rows]
-        notes = sorted({row["Method"].note for row in rows} - {""})
-        lines += [part for note in notes for part in ("", escape(f"* {note}"))]
+        lines += [part for note in notes for part in ("", escape(note))]
         if output is not None:
             content = BytesIO()
             quality = metric_name(headline(group[0].record)[0])
