@@ -3,6 +3,9 @@
 J. Cao, Z. Wang, H. Guo, H. Cheng, Q. Zhang, R. Xu, "Spiking Denoising Diffusion Probabilistic Models", WACV 2024,
 https://arxiv.org/abs/2306.17046; authors' code https://github.com/AndyCao1125/SDDPM.
 
+Official weights: the README of the authors' repository links weights for CIFAR-10 on Google Drive. `read_official` is
+written for their format and tested with a small state dict of it; the linked file has not been tried here yet.
+
 Departures: neurons start from zero in every network call (the released sampler keeps the potentials of the last call
 of a batch for the next batch), and a real seed option. The recipe defaults to the released learning rate with the
 paper's batch size; `configs/presets/` holds both recipes unmixed.

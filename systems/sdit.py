@@ -1,8 +1,14 @@
 """SDiT: a denoising diffusion model whose noise predictor is a spiking transformer with RWKV in place of attention.
 
 S. Yang, H. Ma, C. Yu, A. Wang, E.-P. Li, "SDiT: Spiking Diffusion Model with Transformer", 2024,
-https://arxiv.org/abs/2402.11588. No code was released and the text leaves sizes, neurons and equations open, so this is
-a reading of it: `SDiT` says which parts are published and which are the suite's choice.
+https://arxiv.org/abs/2402.11588.
+
+This network is the suite's own, fully spiking design after the paper's text, which leaves sizes, neurons and equations
+open: `SDiT` says which parts are published and which are the suite's choice. It is not the network of the public code
+https://github.com/foolLain/SDiT (CC-BY-NC; it names no authors). There the network is class-conditional and predicts
+variances too; every weight matrix receives real values, and neurons quantise the output of each mixer; images are 28x28
+with 3 channels, CIFAR-10 included; sampling takes 250 respaced steps; and training uses AdamW with learning rate 1e-4,
+without warm-up or averaged weights. Measurements of this network are not measurements of that code.
 """
 
 from __future__ import annotations
@@ -51,7 +57,8 @@ class SDiT(GaussianDiffusion):
         reset_mechanism: Reset of the potential to zero (hard), or subtract the threshold (soft).
         spike_grad: Surrogate gradient: a name of snntorch.surrogate, triangle or rectangle.
         inner_norm: Batch norm before the neurons behind RWKV and in the channel mix too: they then fire from the start
-            at a rate near 0.17, without it next to never at first.
+            at a rate near 0.17, without it next to never at first. The small configurations use it because the network
+            trains faster with it.
         reconstruction: Reconstruction Module; false is the ablation.
         attention: Mix of the tokens: rwkv (published), or softmax of every token to every token, the ablation.
         num_heads: Heads of softmax attention; divides embed_dim.

@@ -6,7 +6,7 @@ https://arxiv.org/abs/2408.16467; authors' code https://github.com/AndyCao1125/S
 The temporal-wise spiking mechanism (TSM) scales the current of step `k` by `p[k]`, 1.0 before training, so that an SDM
 starts as the SDDPM it comes from. Weights and factors are trained together with a fresh optimiser for less than a tenth
 of the SDDPM's steps. The other parts of the paper belong to no single method: threshold guidance is the option
-`threshold`, the solvers are schedulers (`systems/analytic_dpm.py` and diffusers), the conversion of an ANN is
+`threshold`, the solvers are schedulers (`systems/diffusion/` and diffusers), the conversion of an ANN is
 `systems/ann_snn.py`.
 """
 

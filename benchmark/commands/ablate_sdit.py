@@ -1,4 +1,7 @@
-"""`python -m benchmark ablate-sdit`: SDiT and its ablations, each trained and tested with several seeds."""
+"""`python -m benchmark ablate-sdit`: SDiT and its ablations, each trained and tested with several seeds.
+
+They are ablations of the suite's own design (`systems/sdit.py`), not of the public code of SDiT.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,8 @@ def ablate_sdit(args: Sequence[str]) -> None:
     """
     parser = argparse.ArgumentParser(
         "python -m benchmark ablate-sdit",
-        description="Trains and tests SDiT and its ablations with several seeds, each a variant on the leaderboard. "
+        description="Trains and tests the suite's own design of SDiT and its ablations with several seeds, each a "
+        "variant on the leaderboard. "
         "All other options are those of `fit`. Runs that are finished are skipped when it is started again.",
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

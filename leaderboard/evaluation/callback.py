@@ -57,7 +57,8 @@ class Evaluation(Callback):
         variant: Name that tells this entry from others of the same method.
         grid_images: Generated images in the saved grid.
         fad_dir: Folder of the published autoencoders (`stat_checkpoints/`, `stats/`): adds the protocol's Fréchet
-            autoencoder distance, for MNIST and Fashion-MNIST.
+            autoencoder distance, for MNIST, Fashion-MNIST, CIFAR-10 and CelebA (`leaderboard/metrics/fad.py` says where
+            them).
         keep_samples: Keeps the generated images under `evaluation/` in the run folder, so that a test of the same
             model under another protocol does not generate them again; else they go when the record is written.
     """

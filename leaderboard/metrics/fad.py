@@ -1,8 +1,13 @@
 """Fréchet autoencoder distance (FAD): the Fréchet distance in the latent space of a small autoencoder of each dataset.
 
 H. Kamata, Y. Mukuta, T. Harada, "Fully Spiking Variational Autoencoder", AAAI 2022, https://arxiv.org/abs/2110.00375.
-Autoencoders and statistics are those redistributed with FSDDIM (https://github.com/mil-tokyo/FSDDIM, folder `fad`, MIT
-licence): weights exist for MNIST and Fashion-MNIST alone.
+Autoencoders and statistics are published at https://github.com/kamata1729/FullySpikingVAE, folder `metrics` (MIT
+licence): `stat_checkpoints/{mnist_64,fashion_64,cifar10_128,celeba_128}.pth` and `stats/<name>_test_<D>.npz`, where `D`
+is the width of the latent vector. FSDDIM redistributes files of the same names (https://github.com/mil-tokyo/FSDDIM,
+folder `fad`). `stats/mnist_test_128.npz` belongs to an autoencoder that the published program does not use.
+
+The files of MNIST and Fashion-MNIST reproduce recorded values of the published program. The weights of CIFAR-10 and
+CelebA have not been tried here yet: their loading is tested with random weights of the published shapes.
 
 Two values, never to be confused:
 
@@ -16,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -30,15 +36,38 @@ from leaderboard.metrics.streaming import FrechetDistance
 from leaderboard.record.records import MetricValue
 from systems.ops.precision import full_precision
 
-SOURCE = "https://github.com/mil-tokyo/FSDDIM (folder fad)"
-AUTOENCODERS = {"mnist": "mnist", "fmnist": "fashion"}
-"""Name that the distributed files have for a dataset of the suite."""
+SOURCE = "https://github.com/kamata1729/FullySpikingVAE (folder metrics)"
 
-LATENT = 64
+
+@dataclass(frozen=True)
+class Autoencoder:
+    """A published autoencoder.
+
+    Args:
+        name: Name of the dataset in the published file names.
+        num_features: Width `D` of the latent vector.
+        channels: Image channels.
+        depth: Convolutions of the encoder.
+        test_images: Images of the test split, from which the published statistics were computed.
+    """
+
+    name: str
+    num_features: int
+    channels: int
+    depth: int
+    test_images: int
+
+
+AUTOENCODERS = {
+    "mnist": Autoencoder("mnist", 64, 1, 4, 10_000),
+    "fmnist": Autoencoder("fashion", 64, 1, 4, 10_000),
+    "cifar10": Autoencoder("cifar10", 128, 3, 4, 10_000),
+    "celeba": Autoencoder("celeba", 128, 3, 5, 19_962),
+}
+"""Published autoencoders by the suite's name of the dataset."""
+
 BATCH = 250
 """Images that share the statistics of batch norm in `fad_published`."""
-
-_PUBLISHED_COUNT = 10_000  # images of the test split behind the distributed statistics
 
 
 class FADEncoder(nn.Module):
@@ -49,14 +78,13 @@ class FADEncoder(nn.Module):
     Args:
         in_channels: Channels of the images.
         num_features: Width `D` of the latent vector.
+        depth: Convolutions; each halves the side length, the last one returns 2x2 pixels.
     """
 
-    size = 32
-    """Side length of its images in pixels."""
-
-    def __init__(self, in_channels: int, num_features: int) -> None:
+    def __init__(self, in_channels: int, num_features: int, depth: int = 4) -> None:
         super().__init__()
-        widths = (in_channels, 32, 64, 128, 256)
+        self.size = 2 ** (depth + 1)  # side length of the images in pixels
+        widths = (in_channels, *(32 * 2**level for level in range(depth)))
         self.encoder = nn.Sequential()
         for c_in, c_out in pairwise(widths):
             norm = nn.BatchNorm2d(c_out, momentum=0.0)  # training mode leaves the running statistics as they are
@@ -64,13 +92,13 @@ class FADEncoder(nn.Module):
         self.latent_layer = nn.Linear(4 * widths[-1], num_features)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Returns latent vectors `(B, D)` of images `(B, C, 32, 32)` in [-1, 1]."""
+        """Returns latent vectors `(B, D)` of images `(B, C, size, size)` in [-1, 1]."""
         features: Tensor = self.latent_layer(self.encoder(images).flatten(1))
         return features
 
 
 def load_encoder(path: Path) -> FADEncoder:
-    """Loads the encoder of a distributed autoencoder; nothing but tensors is unpickled.
+    """Loads the encoder of a published autoencoder; nothing but tensors is unpickled.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -79,7 +107,8 @@ def load_encoder(path: Path) -> FADEncoder:
     _require(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        encoder = FADEncoder(state["encoder.0.0.weight"].shape[1], len(state["latent_layer.bias"]))
+        depth = sum(key.startswith("encoder.") and key.endswith(".0.weight") for key in state)
+        encoder = FADEncoder(state["encoder.0.0.weight"].shape[1], len(state["latent_layer.bias"]), depth)
         encoder.load_state_dict({k: v for k, v in state.items() if k.startswith(("encoder.", "latent_layer."))})
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, IndexError) as error:
         reason = str(error).splitlines()[0]
@@ -87,11 +116,11 @@ def load_encoder(path: Path) -> FADEncoder:
     return encoder.requires_grad_(False)
 
 
-def to_encoder_input(images: Tensor) -> Tensor:
-    """Brings uint8 images `(B, C, H, W)` to float `(B, C, 32, 32)` in [-1, 1]: resized bilinearly on 8 bits by PIL."""
-    if images.shape[-2:] != (FADEncoder.size, FADEncoder.size):
+def to_encoder_input(images: Tensor, size: int = 32) -> Tensor:
+    """Converts uint8 images `(B, C, H, W)` to float `(B, C, size, size)` in [-1, 1]; PIL resizes (bilinear, 8 bits)."""
+    if images.shape[-2:] != (size, size):
         pixels = images.cpu().movedim(1, -1).squeeze(-1).numpy()  # (B, H, W) or (B, H, W, 3)
-        resized = [to_array(resize(Image.fromarray(image), FADEncoder.size)) for image in pixels]
+        resized = [to_array(resize(Image.fromarray(image), size)) for image in pixels]
         images = torch.from_numpy(np.stack(resized)).to(images.device)
     return images.float() / 255 * 2 - 1
 
@@ -100,8 +129,8 @@ class FrechetAutoencoderDistance(nn.Module):
     """Both FADs of one evaluation, fed batch by batch; memory does not grow with the number of images.
 
     Args:
-        dataset: Name of the dataset, `mnist` or `fmnist`.
-        folder: Folder with `stat_checkpoints/` and `stats/` as distributed.
+        dataset: Name of the dataset, one of `AUTOENCODERS`.
+        folder: Folder with `stat_checkpoints/` and `stats/` as published.
         num_groups: Groups of generated images behind the jackknife error; image `k` belongs to group `k % num_groups`.
         is_first_process: Whether this process adds the published statistics; exactly one of several must.
         keys: Which of both are measured.
@@ -122,20 +151,26 @@ class FrechetAutoencoderDistance(nn.Module):
         super().__init__()
         if dataset not in AUTOENCODERS:
             raise ValueError(
-                f"the autoencoder of {dataset!r} was never published, only those of {' and '.join(AUTOENCODERS)}; "
+                f"{SOURCE} has no autoencoder of {dataset!r}, only of {', '.join(AUTOENCODERS)}; "
                 "leave out --evaluation.fad_dir"
             )
-        name = f"{AUTOENCODERS[dataset]}_{LATENT}.pth"
+        published = AUTOENCODERS[dataset]
+        name = f"{published.name}_{published.num_features}.pth"
         path = Path(folder) / "stat_checkpoints" / name
         self.encoder = load_encoder(path)
+        if (found := _shape(self.encoder)) != (published.channels, published.num_features, published.depth):
+            raise ValueError(
+                f"{path} has {found[0]} channels, {found[1]} features and {found[2]} convolutions; the autoencoder of "
+                f"{dataset} has {published.channels}, {published.num_features} and {published.depth}"
+            )
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         self.identity, self.note, self.keys = f"fad {digest}", f"autoencoder {name} ({digest[:8]})", keys
         width = self.encoder.latent_layer.out_features
         self.published, self.own = FrechetDistance(width, num_groups), FrechetDistance(width, num_groups)
-        statistics = Path(folder) / "stats" / f"{AUTOENCODERS[dataset]}_test_{width}.npz"
+        statistics = Path(folder) / "stats" / f"{published.name}_test_{width}.npz"
         mean, covariance = _published_statistics(statistics, width)
         if is_first_process:
-            add_reference_statistics(self.published, mean, covariance, _PUBLISHED_COUNT)
+            add_reference_statistics(self.published, mean, covariance, published.test_images)
         self.generated_count = SumMetric()
         self._waiting: list[tuple[Tensor, Tensor]] = []
 
@@ -145,12 +180,12 @@ class FrechetAutoencoderDistance(nn.Module):
 
     def update_reference(self, images: Tensor, indices: Tensor) -> None:
         """Adds real images, uint8 `(B, C, H, W)`, with their places `(B,)`, to those that `fad_eval` compares with."""
-        self.own.update(self.features(to_encoder_input(images), train=False), indices, real=True)
+        self.own.update(self.features(to_encoder_input(images, self.encoder.size), train=False), indices, real=True)
 
     def update_generated(self, images: Tensor, indices: Tensor) -> None:
         """Adds generated images, uint8 `(B, C, H, W)`, with their indices `(B,)`."""
         self.generated_count.update(len(images))
-        x = to_encoder_input(images)
+        x = to_encoder_input(images, self.encoder.size)
         if "fad_eval" in self.keys:
             self.own.update(self.features(x, train=False), indices, real=False)
         if "fad_published" in self.keys:
@@ -177,7 +212,7 @@ class FrechetAutoencoderDistance(nn.Module):
         return values
 
     def features(self, x: Tensor, train: bool) -> Tensor:
-        """Returns latent vectors `(B, D)` of `x` `(B, C, 32, 32)`, batch norm in training or evaluation mode."""
+        """Returns latent vectors `(B, D)` of `x` `(B, C, size, size)`, batch norm in training or evaluation mode."""
         self.encoder.train(train)
         with torch.no_grad(), full_precision(x.device.type):
             return self.encoder(x)
@@ -194,6 +229,12 @@ def add_reference_statistics(distance: FrechetDistance, mean: Tensor, covariance
     distance.reference_sum += count * mean
     distance.reference_outer += (count - 1) * covariance + count * torch.outer(mean, mean)
     distance.reference_count += count
+
+
+def _shape(encoder: FADEncoder) -> tuple[int, int, int]:
+    """Returns the image channels, the width of the latent vector and the number of convolutions of an encoder."""
+    convolutions = [layer for layer in encoder.encoder.modules() if isinstance(layer, nn.Conv2d)]
+    return convolutions[0].in_channels, encoder.latent_layer.out_features, len(convolutions)
 
 
 def _published_statistics(path: Path, width: int) -> tuple[Tensor, Tensor]:

@@ -175,7 +175,7 @@ def write_record(record: Record, folder: str | Path) -> Path:
     name, text = _file(record)
     path = Path(folder) / name
     if path.exists():
-        raise FileExistsError(f"{path} exists; records are append-only, so evaluate again to make a new one")
+        raise FileExistsError(f"{path} exists; a record is never overwritten; evaluate again to write a new one")
     write_atomic(path, text)
     return path
 

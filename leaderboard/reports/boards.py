@@ -20,7 +20,7 @@ from leaderboard.record.entries import Entry, order_metrics
 from leaderboard.record.records import Record
 from leaderboard.reports import pareto
 from leaderboard.reports.published import Published, PublishedResult
-from leaderboard.reports.table import Cell, metric_name, table_provenance, table_rows, table_title, tables
+from leaderboard.reports.table import Cell, label, metric_name, table_provenance, table_rows, table_title, tables
 
 UNKNOWN = "?"
 """Stands for the uncertainty of a published value."""
@@ -34,13 +34,15 @@ MEANINGS = {
     "NFE": "network evaluations per image",
     "Steps": "diffusion steps of the chain",
     "G SOPs": "10^9 synaptic operations per image: accumulates caused by spikes",
-    "mJ": "energy per image at 45 nm in millijoules, strict count: 4.6 pJ per MAC, 0.9 pJ per accumulate",
+    "45 nm arithmetic, mJ": "arithmetic per image at 45 nm in millijoules, strict count: 4.6 pJ per MAC, 0.9 pJ per "
+    "accumulate; no memory access, no neuron updates",
     "mJ, published": "energy in millijoules as the paper counts it; see the footnotes",
     "M params": "parameters in millions",
     "Images/s": "measured throughput",
     "Samples": "generated images",
     "Seed": "seed of training",
-    "Verified": "day on which the evaluation was repeated and agreed with the record",
+    "Repeated": "day on which this project evaluated the same checkpoint again, in agreement with the record; not an "
+    "independent verification",
     "Pixels": "side of the compared images",
     "FID": "Fréchet Inception distance",
     "1000 KID": "kernel Inception distance times 1000",
@@ -63,6 +65,11 @@ class Column:
     numeric: bool
     meaning: str = ""
     better: Literal["lower", "higher", ""] = ""
+
+    @property
+    def label(self) -> str:
+        """The header as shown."""
+        return label(self.name)
 
 
 @dataclass(frozen=True)
@@ -169,7 +176,7 @@ def _measured(group: list[Entry]) -> Board:
         columns=_columns(rows),
         rows=rows,
         footnotes=sorted({cell.note for cell in cells if cell.note}),
-        plot=pareto.plot(points, "Fréchet distance", "energy per image, strict count (mJ)"),
+        plot=pareto.plot(points, "Fréchet distance", "45 nm arithmetic per image, strict count (mJ)"),
     )
 
 
@@ -191,6 +198,7 @@ def _measured_row(entry: Entry, cells: dict[str, Cell]) -> Row:
         json=_pretty(data),
         config=yaml.safe_dump(record.config, allow_unicode=True),
         picture=picture(entry.samples),
+        caveats=[note] if (note := cells["Method"].note) else [],
     )
 
 
@@ -210,7 +218,7 @@ def _facts(record: Record) -> dict[str, str]:
         "Protocol": f"{record.protocol.name}, sha256 {record.protocol.sha256}",
         "Configuration": f"sha256 {record.config_sha256}",
         "Per image": f"{cost.sops:.4g} SOPs, {cost.macs:.4g} MACs, {cost.acs:.4g} ACs",
-        "Energy": f"{cost.energy_strict_mj:.4g} mJ by strict count, {paper} by the formula of SDDPM's paper",
+        "Energy": f"{cost.energy_strict_mj:.4g} mJ (45 nm arithmetic, strict count), {paper} by SDDPM's formula",
         "Parameters": f"{cost.parameters:,}, of which {cost.trainable_parameters:,} trainable",
     }
     if cost.peak_memory_bytes is not None:
@@ -225,7 +233,7 @@ def _verification(repeated: Record | None) -> dict[str, str]:
         return {}
     code = repeated.code.git_commit or "no git checkout"
     return {
-        "Verified": f"{repeated.created} on {repeated.hardware}, with code {code}: it agrees in every metric and count"
+        "Repeated": f"{repeated.created} on {repeated.hardware}, with code {code}: it agrees in every metric and count"
     }
 
 
@@ -322,7 +330,7 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
         better: Literal["lower", "higher", ""] = (
             "lower" if re.fullmatch(_LOWER, name) else "higher" if re.fullmatch(_HIGHER, name, re.IGNORECASE) else ""
         )
-        columns.append(Column(name, numeric, MEANINGS.get(name, ""), better))
+        columns.append(Column(name, numeric, MEANINGS.get(label(name), ""), better))
     return columns
 
 

@@ -20,8 +20,10 @@ from leaderboard.files import write_atomic
 from leaderboard.record.entries import RECORDS, Entry, headline, order_metrics, read_records
 from leaderboard.record.records import Record
 from leaderboard.reports.table import (
+    METHOD_NOTES,
     Cell,
     escape,
+    label,
     markdown_line,
     metric_name,
     number_cell,
@@ -65,9 +67,13 @@ def seeds(records: list[str] = ["runs", RECORDS], output: str | None = None) -> 
         for row in rows:
             table.add_row(*map(str, row.values()))
         console.print(table)
+        notes = [f"* {note}" for note in sorted({row["Method"].note for row in rows} - {""})]
+        for note in notes:
+            console.print(note, markup=False, soft_wrap=True)
         lines += ["", f"## {escape(table_title(group[0]))}", "", escape(table_provenance(group[0])), ""]
-        lines += [markdown_line(rows[0]), markdown_line("---" for _ in rows[0])]
+        lines += [markdown_line(map(label, rows[0])), markdown_line("---" for _ in rows[0])]
         lines += [markdown_line(map(str, row.values())) for row in rows]
+        lines += [part for note in notes for part in ("", escape(note))]
         if output is not None:
             content = BytesIO()
             quality = metric_name(headline(group[0].record)[0])
@@ -115,7 +121,7 @@ def _row(records: Sequence[Record], keys: Sequence[str]) -> dict[str, Cell]:
     shared = {record.variant for record in records} - {"default"}
     variant = f", {first.variant}" if shared == {first.variant} else ""
     return {
-        "Method": Cell(first.method + variant),
+        "Method": Cell(first.method + variant, note=METHOD_NOTES.get(first.method, "")),
         "Solver": Cell(f"{first.solver}, {first.nfe}"),
         "Seeds": Cell(str(len({r.seeds.get("training") for r in records}))),
         **{metric_name(key): _spread([r.metrics[key].value for r in records if key in r.metrics]) for key in keys},
@@ -145,13 +151,13 @@ def _plot(rows: Sequence[dict[str, Cell]], quality: str) -> Figure:
     axes.step(*zip(*front, strict=True), where="post", color="0.6", lw=1, label="Pareto front")
     shown: Counter[str] = Counter()
     for x, y, row in points:
-        method = str(row["Method"]).split(",")[0]
+        method = row["Method"].text.split(",")[0]
         colour = f"C{COLOURS.index(method) if method in COLOURS else len(COLOURS)}"
         marker = MARKERS[shown[method] % len(MARKERS)]
         shown[method] += 1
-        label = f"{row['Method']}, {row['Solver']}"
-        axes.errorbar(x, y, yerr=float(row[quality].uncertainty or 0), fmt=marker, color=colour, capsize=3, label=label)
-    axes.set(xlabel="energy per image, strict count (mJ)", ylabel=f"{quality} (lower is better)", xscale="log")
+        name = f"{row['Method'].text}, {row['Solver']}"
+        axes.errorbar(x, y, yerr=float(row[quality].uncertainty or 0), fmt=marker, color=colour, capsize=3, label=name)
+    axes.set(xlabel="45 nm arithmetic per image, strict (mJ)", ylabel=f"{quality} (lower is better)", xscale="log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())

@@ -25,10 +25,17 @@ _HEADERS = {
     "reconstruction_mse": "Rec. MSE",
     "reconstruction_ssim": "Rec. SSIM",
 }
+METHOD_NOTES = {
+    "sdit": "SDiT: the suite's own, fully spiking design after the paper's text, not the network of the public code "
+    "(https://github.com/foolLain/SDiT).",
+}
+"""What a reader should know about a method, by its name in records."""
+LABELS = {"mJ": "45 nm arithmetic, mJ"}
+"""Column headers of pages and files, where the terminal has a shorter one."""
 _SCALE = {"kid_mean": 1000.0}
 _STACKS = (
     ("T", "Rate"),
-    ("Solver", "NFE", "Verified"),
+    ("Solver", "NFE", "Repeated"),
     ("G SOPs", "mJ"),
     ("M params", "Images/s"),
     ("Samples", "Seed", "File"),
@@ -105,7 +112,7 @@ def markdown(records: Iterable[tuple[Path, Record]]) -> str:
     for group in tables(records):
         rows = table_rows(group)
         lines += ["", f"## {escape(table_title(group[0]))}", "", escape(table_provenance(group[0])), ""]
-        lines += [markdown_line(rows[0].keys()), markdown_line("---" for _ in rows[0])]
+        lines += [markdown_line(map(label, rows[0])), markdown_line("---" for _ in rows[0])]
         lines += [markdown_line(map(str, row.values())) for row in rows]
         lines += [part for note in _notes(group) for part in ("", escape(note))]
     return "\n".join(lines) + "\n"
@@ -136,6 +143,11 @@ def metric_name(key: str) -> str:
     return _HEADERS.get(key, key)
 
 
+def label(column: str) -> str:
+    """Returns the header of a column in pages and files."""
+    return LABELS.get(column, column)
+
+
 def _rank(position: int, entry: Entry) -> Cell:
     if entry.record.draft:
         return Cell("draft")
@@ -147,7 +159,7 @@ def _cells(entry: Entry, keys: list[str]) -> dict[str, Cell]:
     samples = max((v.num_samples for v in record.metrics.values()), default=0)
     seed = record.seeds.get("training")
     return {
-        "Method": Cell(record.method),
+        "Method": Cell(record.method, note=METHOD_NOTES.get(record.method, "")),
         "Variant": Cell(record.variant),
         **{metric_name(key): metric_cell(key, record.metrics.get(key)) for key in keys},
         "T": Cell("-") if cost.firing_rate is None else Cell(str(record.num_steps), record.num_steps),
@@ -160,7 +172,7 @@ def _cells(entry: Entry, keys: list[str]) -> dict[str, Cell]:
         "Images/s": number_cell(cost.images_per_second),
         "Samples": Cell(f"{samples:,}", samples),
         "Seed": Cell("-" if seed is None else str(seed), seed),
-        "Verified": Cell("-" if entry.verified is None else entry.verified.created[:10]),
+        "Repeated": Cell("-" if entry.verified is None else entry.verified.created[:10]),
     }
 
 
@@ -195,12 +207,14 @@ def table_provenance(entry: Entry) -> str:
     r = entry.record
     return (
         f"Reference: {r.dataset.fingerprint[:12]} from {r.dataset.source}. Extractor: {r.extractor.name} "
-        f"({r.extractor.sha256[:8]}). Protocol: {r.protocol.sha256[:8]}. mJ: energy per image at 45 nm, strict count."
+        f"({r.extractor.sha256[:8]}). Protocol: {r.protocol.sha256[:8]}. mJ: MACs and "
+        "accumulates per image at 45 nm, strict count, without memory access."
     )
 
 
 def _notes(group: list[Entry]) -> list[str]:
     notes = {v.note for entry in group for v in entry.record.metrics.values() if v.note}
+    notes |= {METHOD_NOTES[entry.record.method] for entry in group if entry.record.method in METHOD_NOTES}
     return [f"* {note}" for note in sorted(notes)]
 
 

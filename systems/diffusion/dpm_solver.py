@@ -2,7 +2,7 @@
 
 C. Lu, Y. Zhou, F. Bao, J. Chen, C. Li, J. Zhu, "DPM-Solver: A Fast ODE Solver for Diffusion Probabilistic Model
 Sampling in Around 10 Steps", NeurIPS 2022, https://arxiv.org/abs/2206.00927; SDM (arXiv 2408.16467) samples with its
-"default setting", of which no code was released. Here that is read as order 3, steps uniform in the logarithm of the
+"default setting" and releases no code of it. Here that is read as order 3, steps uniform in the logarithm of the
 signal-to-noise ratio, no clamping.
 
 With `lambda = ln(a / sigma)` and `h` its growth from `s` to `t`, a step of order 1 is DDIM,

@@ -1,8 +1,9 @@
-"""Spiking transformer of SDiT: a noise predictor of RWKV blocks whose weights see spikes alone.
+"""Spiking transformer after SDiT's paper: a noise predictor of RWKV blocks whose weights receive only spikes.
 
 S. Yang, H. Ma, C. Yu, A. Wang, E.-P. Li, "SDiT: Spiking Diffusion Model with Transformer", 2024,
-https://arxiv.org/abs/2402.11588, of which no code was released; `systems/sdit.py` says what is published and what is
-the suite's choice. Backgrounds: U-ViT (https://arxiv.org/abs/2209.12152: tokens, long skips, final convolution), RWKV-4
+https://arxiv.org/abs/2402.11588. It is the suite's own design, not the network of the public code
+https://github.com/foolLain/SDiT; `systems/sdit.py` says what is published and what is the suite's choice. Backgrounds:
+U-ViT (https://arxiv.org/abs/2209.12152: tokens, long skips, final convolution), RWKV-4
 (https://arxiv.org/abs/2305.13048: token shift, WKV, receptance), SpikeGPT (https://arxiv.org/abs/2302.13939).
 
 Axes: `T` SNN time steps, `B` images, `N` tokens (patches, and the diffusion step in front), `D` channels. Weights,

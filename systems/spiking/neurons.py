@@ -1,6 +1,6 @@
 """Multi-step spiking neurons: snnTorch's `Leaky` semantics and surrogates over a leading time axis.
 
-One layer covers every neuron of the published spiking diffusion models. With input `X[k]`, carried potential `V[-1] =
+One layer covers the neurons of all methods of the suite. With input `X[k]`, carried potential `V[-1] =
 0`, membrane decay `beta` and threshold `th`, each step `k` of the `T` SNN time steps computes
 
     U[k] = beta * V[k-1] + input_scale * X[k]       charge

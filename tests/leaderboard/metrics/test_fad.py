@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from datamodules import FMNIST
 from leaderboard.metrics.fad import (
+    AUTOENCODERS,
     FADEncoder,
     FrechetAutoencoderDistance,
     add_reference_statistics,
@@ -159,19 +161,58 @@ def test_only_what_the_protocol_names_is_measured(tmp_path: Path, key: str) -> N
     assert set(fad.compute()) == {key}
 
 
+@pytest.mark.parametrize("dataset", ["cifar10", "celeba"])
+def test_coloured_images_are_measured_against_the_published_statistics(
+    dataset: str, tmp_path: Path, published: Path
+) -> None:
+    """With random weights, because the weights of these datasets are not at hand, and the published statistics."""
+    about = AUTOENCODERS[dataset]
+    name, size = f"{about.name}_{about.num_features}", 2 ** (about.depth + 1)
+    torch.manual_seed(0)
+    encoder = FADEncoder(about.channels, about.num_features, about.depth)
+    assert encoder.latent_layer.in_features == {"cifar10": 256, "celeba": 512}[dataset] * 4
+    (tmp_path / "stat_checkpoints").mkdir()
+    torch.save(encoder.state_dict() | {"decoder_input.bias": torch.zeros(2)}, tmp_path / f"stat_checkpoints/{name}.pth")
+    statistics = f"stats/{about.name}_test_{about.num_features}.npz"
+    (tmp_path / "stats").mkdir()
+    shutil.copy(published / statistics, tmp_path / statistics)
+
+    images = torch.randint(256, (300, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    fad = FrechetAutoencoderDistance(dataset, tmp_path, num_groups=10)
+    fad.update_reference(images, torch.arange(300))
+    fad.update_generated(images, torch.arange(300))
+    values = fad.compute()
+    assert f"autoencoder {name}.pth" in values["fad_published"].note
+    assert values["fad_eval"].value == pytest.approx(0, abs=1e-6)
+
+    x = images.double() / 127.5 - 1  # the same distance, from its definition
+    with torch.no_grad():
+        latent = torch.cat([encoder.double().train()(part) for part in (x[:250], x[250:])])
+    real = np.load(published / statistics)
+    mean, covariance = torch.from_numpy(real["mu"]).double(), torch.from_numpy(real["sigma"])
+    root = torch.linalg.eigvals(latent.T.cov() @ covariance).real.clamp(min=0).sqrt().sum()
+    expected = (latent.mean(0) - mean).square().sum() + latent.T.cov().trace() + covariance.trace() - 2 * root
+    assert values["fad_published"].value == pytest.approx(float(expected), rel=1e-4)
+
+
 class Malicious:
     def __reduce__(self) -> tuple:
         return (Path.touch, (Path("owned"),))
 
 
 def test_faulty_folders_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="of 'cifar10' was never published, only those of mnist and fmnist"):
-        FrechetAutoencoderDistance("cifar10", tmp_path, 10)
+    with pytest.raises(ValueError, match="has no autoencoder of 'kmnist', only of mnist, fmnist, cifar10, celeba"):
+        FrechetAutoencoderDistance("kmnist", tmp_path, 10)
     with pytest.raises(FileNotFoundError, match=r"mnist_64\.pth is not there; --evaluation\.fad_dir takes the folder"):
         FrechetAutoencoderDistance("mnist", tmp_path, 10)
     with pytest.raises(ValueError, match="has statistics of 3 features, but the autoencoder has 64"):
         FrechetAutoencoderDistance("mnist", folder_of(tmp_path / "a", width=3), 10)
     folder = folder_of(tmp_path / "b")
+    torch.save(FADEncoder(3, 128, 5).state_dict(), folder / "stat_checkpoints" / "cifar10_128.pth")
+    with pytest.raises(
+        ValueError, match="128 features and 5 convolutions; the autoencoder of cifar10 has 3, 128 and 4"
+    ):
+        FrechetAutoencoderDistance("cifar10", folder, 10)
     (folder / "stats" / "mnist_test_64.npz").write_bytes(b"no archive")
     with pytest.raises(ValueError, match="holds no statistics of the FAD"):
         FrechetAutoencoderDistance("mnist", folder, 10)

@@ -45,7 +45,7 @@ def test_file_name_is_safe_and_in_utc(make_record: Make, tmp_path: Path) -> None
 
 def test_never_overwrites(make_record: Make, tmp_path: Path) -> None:
     write_record(make_record(), tmp_path)
-    with pytest.raises(FileExistsError, match="append-only"):
+    with pytest.raises(FileExistsError, match="never overwritten"):
         write_record(make_record(), tmp_path)
     write_record(make_record(variant="other"), tmp_path)
     assert len(find_records([tmp_path])) == 2

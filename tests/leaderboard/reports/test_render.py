@@ -87,7 +87,7 @@ def test_markdown_keeps_published_apart(make_record: Make, tmp_path: Path) -> No
     assert r"a\|b" in measured
     assert "SDiT" not in measured
     assert "## cifar10, paper-sddpm (published)" in published
-    assert "| SDDPM (1, 4, 5, 6) |" in published
+    assert "| SDDPM (1, 4, 5, 6, 7) |" in published
     assert "19.73 ±?" in published
     assert "https://arxiv.org/abs/2402.11588" in published
 

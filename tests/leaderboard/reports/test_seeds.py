@@ -51,6 +51,15 @@ def test_a_variant_is_named_where_all_seeds_share_it(make_record: Make) -> None:
     assert [str(row["Method"]) for row in rows] == ["SDDPM, strictly spiking", "SDDPM"]
 
 
+def test_a_method_that_is_not_the_published_one_says_so(make_record: Make, tmp_path: Path) -> None:
+    write_record(trained(make_record, 1.0, 0, method="sdit", variant="small"), tmp_path / "records")
+    main(["leaderboard", "seeds", f"--records=[{tmp_path}]", f"--output={tmp_path / 'out'}"])
+    text = (tmp_path / "out" / "seeds.md").read_text()
+    assert "| sdit, small\\* |" in text
+    assert "45 nm arithmetic, mJ" in text
+    assert "not the network of the public code (https://github.com/foolLain/SDiT)" in text
+
+
 def test_command_leaves_out_drafts_and_writes_table_and_plot(
     make_record: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

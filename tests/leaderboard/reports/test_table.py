@@ -58,10 +58,17 @@ def test_columns_and_number_formats(make_record: Make) -> None:
     assert cells["NFE"] == "50"
     assert cells["Rate"] == "0.123"
     assert cells["G SOPs"] == "3.2"
-    assert cells["mJ"] == "8.5"
+    assert cells["45 nm arithmetic, mJ"] == "8.5"
     assert cells["M params"] == "63.5"
     assert cells["Images/s"] == "12.3"
     assert cells["Samples"] == "2,000"
+
+
+def test_a_method_that_is_not_the_published_one_says_so(make_record: Make) -> None:
+    text = markdown([(Path("a.json"), make_record(method="sdit")), (Path("b.json"), make_record(method="sddpm"))])
+    assert [row[1] for row in rows(text)[1:]] == ["sdit\\*", "sddpm"]
+    assert "not the network of the public code (https://github.com/foolLain/SDiT)" in text
+    assert "public code" not in markdown([(Path("b.json"), make_record(method="sddpm"))])
 
 
 def test_network_without_neurons_shows_no_steps(make_record: Make) -> None:
