@@ -16,9 +16,9 @@ setup: .venv/installed
 	touch $@
 
 quickstart: setup
-	$(BIN)/python -m benchmark fit --config configs/quickstart.yaml
-	$(BIN)/python -m benchmark test
-	$(BIN)/python -m benchmark leaderboard
+	@$(BIN)/python -m benchmark fit --config configs/quickstart.yaml
+	@$(BIN)/python -m benchmark test
+	@$(BIN)/python -m benchmark leaderboard
 
 test: setup lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
+from inspect import signature
+from typing import Any
 
 from benchmark import __version__
 
@@ -22,7 +24,7 @@ COMMANDS = {
         "turn an authors' checkpoint into one of the suite",
     ),
     "convert": ("benchmark.commands.convert:convert", "turn a quantised DDPM into a spiking network"),
-    "leaderboard": ("leaderboard.reports.table:leaderboard", "show the records as tables"),
+    "leaderboard": ("leaderboard.reports.table:leaderboard", "show the table of the newest run (--wide, --all: more)"),
     "leaderboard render": (
         "leaderboard.reports.render:render",
         "write records and published numbers as a web page and files",
@@ -79,6 +81,13 @@ def print_help() -> None:
     print(f"\nto begin:\n{EXAMPLES}")
 
 
+def complete_flags(command: Callable[..., Any], args: Sequence[str]) -> list[str]:
+    """Accepts boolean options without a value: `--wide` is short for `--wide true`."""
+    flags = {f"--{name}" for name, option in signature(command).parameters.items() if isinstance(option.default, bool)}
+    pairs = zip(args, [*args[1:], "--"], strict=False)
+    return [f"{arg}=true" if arg in flags and following.startswith("-") else arg for arg, following in pairs]
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Runs one command.
 
@@ -106,7 +115,8 @@ def main(args: Sequence[str] | None = None) -> None:
         from jsonargparse import auto_cli
 
         module, function = COMMANDS[args[0]][0].split(":")
-        auto_cli(getattr(import_module(module), function), args=args[1:], prog=f"python -m benchmark {args[0]}")
+        command = getattr(import_module(module), function)
+        auto_cli(command, args=complete_flags(command, args[1:]), prog=f"python -m benchmark {args[0]}")
     else:
         known = ", ".join([*STAGES, *SWEEPS, *COMMANDS])
         print(f"error: unknown command {args[0]!r}; choose one of: {known}", file=sys.stderr)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ from benchmark.callbacks.checkpointing import (
     WholeCheckpointIO,
 )
 from benchmark.callbacks.graphs import TrainingGraphs
-from benchmark.callbacks.monitor import ImageProgressBar, TrainingMonitor
+from benchmark.callbacks.monitor import ImageProgressBar, ProgressLines, TrainingMonitor
 from benchmark.callbacks.png import PNGWriter
 from benchmark.command_line import Parser, complete
 from benchmark.runs import RUNS, new_run, run_of, training_seed
@@ -50,9 +52,33 @@ for message in (
     ".*Checkpoint directory .* exists and is not empty.*",  # resumed runs
     ".*your dataloader is not resumable.*",  # its sampler is: datamodules.loading.TrainingOrder
     ".*algorithm_type.* is deprecated.*",  # DPM-Solver of noise prediction, which the papers use
+    ".*smaller than the logging interval.*",  # steps are counted across epochs
 ):
     warnings.filterwarnings("ignore", message)
 diffusers.utils.logging.set_verbosity_error()  # orders that a solver lowers at the end of a chain
+
+BANNERS = (
+    "GPU available: ",  # the first line of `fit` names the device
+    "TPU available: ",
+    "Seed set to ",  # in config.yaml and the record
+    "💡 Tip: ",
+    "Restoring states from ",  # the first line of a stage names the checkpoint
+    "Restored all states ",
+    "Loaded model weights ",
+    "`Trainer.fit` stopped: `max_",  # as configured
+    "No CUDA runtime is found",  # the compiler looks for it even for code on the CPU
+)
+"""Prefixes of log messages that are not printed."""
+
+
+def is_no_banner(message: logging.LogRecord) -> bool:
+    """Returns whether a log message is printed."""
+    return not message.getMessage().startswith(BANNERS)
+
+
+for name in ("lightning.pytorch", "lightning.fabric", "torch"):
+    for handler in logging.getLogger(name).handlers:
+        handler.addFilter(is_no_banner)
 
 
 def fastest_precision(accelerator: str | Accelerator) -> str:
@@ -126,7 +152,9 @@ class BenchmarkCLI(LightningCLI):
         if config.logger is not False:
             self.trainer_defaults["callbacks"].append(LearningRateMonitor("step"))
         if config.enable_progress_bar is not False:
-            self.trainer_defaults["callbacks"].append(ImageProgressBar())
+            drawn = config.enable_progress_bar or sys.stdout.isatty()
+            self.trainer_defaults["callbacks"].append(ImageProgressBar() if drawn else ProgressLines())
+        kwargs["enable_model_summary"] = config.enable_model_summary or False
         trainer = super().instantiate_trainer(**kwargs)
         if config.sync_batchnorm and trainer.world_size > 1 and trainer.strategy.root_device.type == "cpu":
             raise ValueError(
@@ -147,6 +175,14 @@ class BenchmarkCLI(LightningCLI):
                 elif self.subcommand == "predict":
                     self.datamodule.num_samples = self.datamodule.num_samples or callback.protocol.num_samples
 
+    def before_fit(self) -> None:
+        """Prints what is trained, and where."""
+        if self.trainer.is_global_zero:
+            size = _rounded(sum(p.numel() for p in self.model.parameters()))
+            device, number = self.trainer.strategy.root_device.type, self.trainer.world_size
+            device += f" x {number}" if number > 1 else ""
+            print(f"fit in {self.run_folder}: {size} parameters, {device}, {self.trainer.precision}", flush=True)
+
 
 class Rehearsal(BenchmarkCLI):
     """Builds all that a stage needs and checks it, but does not run it."""
@@ -157,6 +193,11 @@ class Rehearsal(BenchmarkCLI):
 
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _rounded(count: int) -> str:
+    """Shows a count with three digits."""
+    return f"{count / 1e6:.3g} M" if count >= 999_500 else f"{count / 1e3:.3g} K"
 
 
 def _short(class_path: str) -> str:

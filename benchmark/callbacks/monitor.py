@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
+from datetime import timedelta
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.optim import Optimizer
@@ -62,6 +64,92 @@ class ImageProgressBar(TQDMProgressBar):
         if batch_idx == 0:
             bar.unit = "img"
             bar.reset(total=len(loader.sampler))
+
+
+class ProgressLines(ProgressBar):
+    """Progress as lines, for a log or a pipe, where a bar cannot be redrawn: after 2, 4 and 8 minutes, then every 10.
+
+    The end of training has a line as well.
+    """
+
+    FIRST = 120.0
+    """Seconds until the first line; the time between two lines doubles up to `LONGEST`."""
+    LONGEST = 600.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._enabled = True
+        self._done = self._start = 0
+        self._clock = self._next = 0.0
+
+    def enable(self) -> None:
+        """Writes lines."""
+        self._enabled = True
+
+    def disable(self) -> None:
+        """Writes nothing, as in every process but the first."""
+        self._enabled = False
+
+    def on_train_start(self, trainer: Trainer, *args: Any) -> None:
+        """Starts the clock; a resumed training starts it at the step it resumes from."""
+        self._begin(trainer.global_step)
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        """Writes a line when one is due."""
+        if self._is_due():
+            self._write("step", trainer.global_step, trainer.estimated_stepping_batches, self._losses())
+
+    def on_train_end(self, trainer: Trainer, *args: Any) -> None:
+        """Writes the last line."""
+        if self._enabled and trainer.global_step > self._start:
+            self._write("step", trainer.global_step, trainer.global_step, self._losses())
+
+    def on_test_start(self, *args: Any) -> None:
+        """Starts the clock."""
+        self._begin()
+
+    def on_predict_start(self, *args: Any) -> None:
+        """Starts the clock."""
+        self._begin()
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        """Counts the images of a batch."""
+        self._count_images(len(batch), trainer.test_dataloaders)
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        """Counts the images of a batch."""
+        self._count_images(len(batch), trainer.predict_dataloaders)
+
+    def _begin(self, done: int = 0) -> None:
+        self._done = self._start = done
+        self._clock, self._next = time.monotonic(), self.FIRST
+
+    def _count_images(self, count: int, loader: Any) -> None:
+        self._done += count
+        if self._is_due():
+            self._write("image", self._done, len(loader.sampler))
+
+    def _is_due(self) -> bool:
+        seconds = time.monotonic() - self._clock
+        if not self._enabled or seconds < self._next:
+            return False
+        self._next = seconds + min(seconds, self.LONGEST)
+        return True
+
+    def _losses(self) -> str:
+        return "".join(f", {name} {float(value):.4g}" for name, value in self.trainer.progress_bar_metrics.items())
+
+    def _write(self, unit: str, done: int, total: float, values: str = "") -> None:
+        seconds = time.monotonic() - self._clock
+        line = f"{unit} {done:,}"
+        if done < total < math.inf:
+            left = seconds / max(1, done - self._start) * (total - done)
+            line += f" of {total:,}, {timedelta(seconds=round(left))} left"
+        print(f"{line}, after {timedelta(seconds=round(seconds))}{values}", flush=True)
 
 
 class TrainingMonitor(Callback):

@@ -24,6 +24,7 @@ from leaderboard.metrics.fad import FrechetAutoencoderDistance
 from leaderboard.metrics.generation import GenerationMetrics
 from leaderboard.pictures import enlargement, grid, save_png
 from leaderboard.protocols import INCEPTION, PROTOCOLS, SUITE, TORCHVISION, ProtocolName
+from leaderboard.record.entries import Entry
 from leaderboard.record.records import (
     Artefact,
     Code,
@@ -36,8 +37,8 @@ from leaderboard.record.records import (
     record_name,
     write_record,
 )
-from leaderboard.reports.table import show_records
-from leaderboard.reports.terminal import terminal
+from leaderboard.reports.table import show_result
+from leaderboard.reports.terminal import SHORT, terminal
 
 VERSIONS = ("torch", "lightning", "snntorch", "diffusers", "torchmetrics", "torch-fidelity", "datasets", "numpy")
 
@@ -182,20 +183,13 @@ class Evaluation(Callback):
         metrics |= self._reconstruction(trainer, cast(Any, pl_module))
         folder = self._folder
         self.record = record = portable(self._record(trainer, pl_module, metrics))
-        grid_path = self._save_grid((folder / "samples" / record_name(record)).with_suffix(".png"))
+        self._save_grid((folder / "samples" / record_name(record)).with_suffix(".png"))
         path = write_record(record, folder / "records")  # last: where there is a record, nothing is missing
         if self._chunks is not None and not self.keep_samples:
             self._chunks.clear()
         if isinstance(trainer.logger, TensorBoardLogger):
             trainer.logger.log_metrics({f"test/{k}": v.value for k, v in metrics.items()}, trainer.global_step)
-        console = terminal()
-        show_records([(path, record)], console)
-        for line in (
-            f"record:      {path}",
-            f"samples:     {grid_path}",
-            f"tensorboard: tensorboard --logdir {folder}",
-        ):
-            console.print(line, soft_wrap=True, highlight=False)
+        show_result(Entry(path, record), terminal(SHORT))
 
     def _open_chunks(self, trainer: Trainer, system: LightningModule) -> Chunks | None:
         """Returns what an interrupted test of the same left; nothing for a model that no file and options describe."""
@@ -248,10 +242,9 @@ class Evaluation(Callback):
         name = " + ".join(used)
         return Artefact(name, used[name] if len(used) == 1 else canonical_sha256(used))
 
-    def _save_grid(self, path: Path) -> Path:
+    def _save_grid(self, path: Path) -> None:
         images = torch.cat(self._first)
         save_png(grid(images, columns=8, scale=enlargement(images.shape[-1])), path)
-        return path
 
     def _record(self, trainer: Trainer, system: Any, metrics: Any) -> Record:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]

@@ -178,11 +178,12 @@ def prepare_reference(
         elif kept is not None:
             for name, state in _states(part).items():
                 state.copy_(kept[name])
-            _tell(f"reference:   {path}")
+            _tell(f"reference: {path.name}")
     if not missing:
         return
     batches = reference_batches(data, protocol)
-    for i, (images, indices) in enumerate(track(batches, "reference images", total=None, transient=True)):
+    shown = track(batches, "reference images", total=None, transient=True, disable=not Console().is_terminal)
+    for i, (images, indices) in enumerate(shown):
         if i % world == rank:
             for part, _, _ in missing:
                 part.update_reference(images.to(device), indices)
@@ -232,7 +233,7 @@ def _keep(part: Part, path: Path, key: str, rank: int) -> None:
             stacklevel=2,
         )
     else:
-        _tell(f"reference:   {path} (new)")
+        _tell(f"reference: {path.name} (new)")
 
 
 def _read(path: Path, key: str, part: Part) -> dict[str, Tensor] | None:

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 
@@ -49,6 +50,18 @@ class Entry:
     def repetition(self) -> Path:
         """File of the repetition that `leaderboard verify --keep` leaves."""
         return self.path.parent.parent / "repetitions" / self.path.name
+
+    @property
+    def in_run(self) -> bool:
+        """Whether the record is in a run folder, which has a configuration or a TensorBoard log."""
+        run = self.path.parent.parent
+        return self.path.parent.name == "records" and (
+            (run / "config.yaml").is_file() or any(run.glob("events.out.tfevents*"))
+        )
+
+    def time(self) -> datetime:
+        """Returns the time of the evaluation."""
+        return datetime.fromisoformat(self.record.created)
 
     @cached_property
     def verified(self) -> Record | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -16,7 +17,7 @@ from rich.text import Text
 from leaderboard.files import write_atomic
 from leaderboard.record.entries import RECORDS, Entry, order_metrics, read_records
 from leaderboard.record.records import MetricValue, Record
-from leaderboard.reports.terminal import terminal
+from leaderboard.reports.terminal import SHORT, WIDTH, terminal
 
 _HEADERS = {
     "fid": "FID",
@@ -32,6 +33,9 @@ METHOD_NOTES = {
 """What a reader should know about a method, by its name in records."""
 LABELS = {"mJ": "45 nm arithmetic, mJ"}
 """Column headers of pages and files, where the terminal has a shorter one."""
+SHORT_ROWS = 8
+"""Lines of the short table at most, so that it fits a terminal with what is printed before and after it."""
+NO_BREAK = "\N{NO-BREAK SPACE}"
 _SCALE = {"kid_mean": 1000.0}
 _STACKS = (
     ("T", "Rate"),
@@ -61,17 +65,27 @@ class Cell(NamedTuple):
         return f"{self.text}{'*' if self.note else ''}{f' ±{self.uncertainty}' if self.uncertainty else ''}"
 
 
-def leaderboard(records: list[str] = ["runs", RECORDS], output: str | None = None) -> None:  # noqa: B006 (never changed)
-    """Shows every record as tables, one per dataset and protocol, best Fréchet distance first and drafts last.
+def leaderboard(
+    records: list[str] = ["runs", RECORDS],  # noqa: B006 (never changed)
+    output: str | None = None,
+    wide: bool = False,
+    all: bool = False,
+) -> None:
+    """Shows records as tables, one per dataset and protocol, best Fréchet distance first and drafts last.
+
+    By default it shows the table of the newest run, with few columns, the best rows and those around the newest run,
+    which is marked by `>`. Without runs it shows the table with the most rows.
 
     Args:
         records: Folders to search, each for its own `*.json` and those of any `records` folder below it.
-        output: Markdown file to write the same tables to.
+        output: Markdown file to write all tables to, with every column and row.
+        wide: Shows every column and row, the origin of the reference images and the files of the records.
+        all: Shows the tables of all datasets and protocols, with every row.
 
     Raises:
         SystemExit: If a record is broken; the others are shown all the same.
     """
-    console = terminal()
+    console = terminal(WIDTH if wide else SHORT)
     entries, broken = read_records(records)
     for message in broken:
         console.print(Text(f"skipped: {message}", style="red"), soft_wrap=True)
@@ -83,8 +97,18 @@ def leaderboard(records: list[str] = ["runs", RECORDS], output: str | None = Non
             soft_wrap=True,
         )
     else:
-        show_records(entries, console)
-        _show_run(Entry(*max(entries, key=lambda entry: entry[1].created)), console)
+        groups = tables(entries)
+        newest = max((entry for group in groups for entry in group if entry.in_run), key=Entry.time, default=None)
+        chosen = next((group for group in groups if newest in group), max(groups, key=len))
+        for group in groups if all else [chosen]:
+            if wide:
+                _print(console, group)
+            else:
+                _print_short(console, group, newest, every_row=all)
+        if not all:
+            _show_hidden(console, chosen, groups, newest, wide)
+        if newest is not None:
+            _show_run(newest, console)
         if output is not None:
             write_atomic(Path(output), markdown(entries))
             console.print(f"wrote {output}", markup=False, soft_wrap=True)
@@ -93,11 +117,47 @@ def leaderboard(records: list[str] = ["runs", RECORDS], output: str | None = Non
 
 
 def _show_run(entry: Entry, console: Console) -> None:
-    """Says where the samples and the TensorBoard log of the run behind a record lie, if it lies in one."""
+    """Prints the paths of the samples and of the TensorBoard log of a record's run."""
     if entry.samples.is_file():
-        run = entry.path.parent.parent
-        console.print(f"newest run:\n  samples:     {entry.samples}", markup=False, soft_wrap=True, highlight=False)
-        console.print(f"  tensorboard: tensorboard --logdir {run}", markup=False, soft_wrap=True, highlight=False)
+        print_line(console, f"samples: {entry.samples}")
+    print_line(console, f"tensorboard --logdir {entry.path.parent.parent}")
+
+
+def _show_hidden(
+    console: Console, chosen: list[Entry], groups: list[list[Entry]], newest: Entry | None, wide: bool
+) -> None:
+    """Prints one line about what is not shown, and the options that show it."""
+    rows = 0 if wide else len(chosen) - len([i for i in short_rows(chosen, newest) if i is not None])
+    others = [group[0].record for group in groups if group is not chosen]
+    dataset = chosen[0].record.dataset.name
+    names = ", ".join(dict.fromkeys(r.protocol.name if r.dataset.name == dataset else r.dataset.name for r in others))
+    hidden = [f"{rows} more rows"] * (rows > 0)
+    hidden += [f"{len(others)} more table{'s' * (len(others) > 1)} ({names})"] * bool(others)
+    hints = ["--wide: every column"] * (not wide) + [f"--all: {' and '.join(hidden)}"] * bool(hidden)
+    if hints:
+        console.print(Text("  ".join(hints), style="dim"), no_wrap=True, overflow="ellipsis")
+
+
+def print_line(console: Console, line: str) -> None:
+    """Prints a line as it is, in one piece for copying."""
+    console.print(line, markup=False, soft_wrap=True, highlight=False)
+
+
+def show_result(entry: Entry, console: Console) -> None:
+    """Prints metrics and cost of a record, its run folder, and the files of the record and of its samples there."""
+    record, row = entry.record, table_rows([entry])[0]
+    names = list(row)[3 : list(row).index("T")]
+    values = [f"{name} {row[name]}" for name in names] + [f"{record.nfe} NFE", f"{row['mJ']} mJ"]
+    if record.cost.firing_rate is not None:
+        values.insert(len(names), f"T {row['T']}, rate {row['Rate']}")
+    title = f"{table_title(entry)}{' (draft, not ranked)' if record.draft else ''}"
+    sentence = f"{title}: {', '.join(value.replace(' ', NO_BREAK) for value in values)}"
+    print_line(console, textwrap.fill(sentence, console.width).replace(NO_BREAK, " "))
+    for note in _notes([entry]):
+        console.print(Text(note, style="dim"))
+    run = entry.path.parent.parent
+    for line in (f"in {run}:", f"  {entry.path.relative_to(run)}", f"  {entry.samples.relative_to(run)}"):
+        print_line(console, line)
 
 
 def show_records(records: Iterable[tuple[Path, Record]], console: Console) -> None:
@@ -245,6 +305,58 @@ def _print(console: Console, group: list[Entry]) -> None:
     for line in (table_provenance(group[0]), *_notes(group), *(f"[{n}] {e.path}" for n, e in enumerate(group, 1))):
         console.print(Text(line, style="dim"), soft_wrap=True)
     console.print()
+
+
+def short_rows(group: list[Entry], newest: Entry | None) -> list[int | None]:
+    """Returns the positions of the rows of the short table; None is a gap.
+
+    The first rows are always shown, and the newest run with its neighbours.
+    """
+    if len(group) <= SHORT_ROWS:
+        return list(range(len(group)))
+    place = group.index(newest) if newest in group else 0
+    if place < SHORT_ROWS - 1:
+        return [*range(SHORT_ROWS - 1), None]
+    first, last = place - 1, min(place + 1, len(group) - 1)
+    top = SHORT_ROWS - 1 - (last - first + 1) - (last < len(group) - 1)
+    return [*range(top), None, *range(first, last + 1), *[None] * (last < len(group) - 1)]
+
+
+def _print_short(console: Console, group: list[Entry], newest: Entry | None, every_row: bool) -> None:
+    """Prints a table with one line per row: the newest run is marked, names that do not fit are cropped."""
+    rows = table_rows(group)
+    metrics = list(rows[0])[3 : list(rows[0]).index("T")][:1]
+    numbers = [*metrics, "T", "Rate", "NFE", "mJ", "Seed"]
+    title = table_title(group[0]) + (f": best {metrics[0]} first" if math.isfinite(group[0].frechet) else "")
+    title += ", > is the newest run" if newest in group else ""
+    console.print(Text(title, style="italic"), no_wrap=True, overflow="ellipsis")
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
+    table.add_column("#", justify="right", no_wrap=True)
+    table.add_column("Method")
+    for name in numbers:
+        table.add_column(Text(name), justify="right", no_wrap=True)
+    notes: list[str] = []
+    for place in range(len(group)) if every_row else short_rows(group, newest):
+        if place is None:
+            table.add_row("...")
+            continue
+        row, marked = rows[place], group[place] == newest
+        cells = [
+            f"{'> ' if marked else ''}{row['#']}",
+            entry_name(group[place].record),
+            *(str(row[n]) for n in numbers),
+        ]
+        table.add_row(*(Text(c, no_wrap=True, overflow="ellipsis") for c in cells), style="bold" if marked else None)
+        notes += [row[name].note for name in metrics if row[name].note not in ("", *notes)]
+    console.print(table)
+    for note in notes:
+        console.print(Text(f"* {note}", style="dim"))
+
+
+def entry_name(record: Record) -> str:
+    """Returns method and variant in one line."""
+    named = record.variant not in ("", "default")
+    return " ".join(f"{record.method}, {record.variant}".split()) if named else record.method
 
 
 def markdown_line(cells: Iterable[str]) -> str:

@@ -5,10 +5,16 @@ from __future__ import annotations
 from rich.console import Console
 
 WIDTH = 160
-"""Columns that a table may take in a log or a pipe."""
+"""Columns of a full table in a log or a pipe."""
+SHORT = 80
+"""Columns of the short table in a log or a pipe."""
 
 
-def terminal() -> Console:
-    """Returns the console for tables; a log or a pipe has no width of its own, and gets theirs."""
+def terminal(width: int = WIDTH) -> Console:
+    """Returns the console for tables.
+
+    Args:
+        width: Columns in a log or a pipe, which have no width of their own.
+    """
     console = Console()
-    return console if console.is_terminal else Console(width=max(WIDTH, console.width))
+    return console if console.is_terminal else Console(width=max(width, console.width))

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -222,10 +226,54 @@ def test_leaderboard_shows_the_records(runs: Path, tmp_path: Path, capsys: pytes
     main(["leaderboard", f"--records=[{runs}]", f"--output={tmp_path / 'board.md'}"])
     shown = capsys.readouterr().out
     assert "digits, offline-v1" in shown
-    (samples,) = re.findall(r"samples: +(\S+\.png)", shown.split("newest run:")[1])
+    (samples,) = re.findall(r"^samples: +(\S+\.png)", shown, re.MULTILINE)
     assert Path(samples).is_file()
     assert f"tensorboard --logdir {newest_run(runs)}" in shown
     assert "sddpm" in (tmp_path / "board.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("typed", "wide", "all_tables"),
+    [
+        ("", False, False),
+        ("--wide", True, False),
+        ("--all --wide", True, True),
+        ("--wide false --all true", False, True),
+    ],
+)
+def test_options_of_the_leaderboard_need_no_value(
+    typed: str, wide: bool, all_tables: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["leaderboard", "--records=[leaderboard/records]", *typed.split()])
+    shown = capsys.readouterr().out
+    assert ("Reference: " in shown) == wide
+    assert ("mnist, offline-v1" in shown) == all_tables
+
+
+def test_the_output_of_a_quickstart_fits_25_lines_of_80_columns(tmp_path: Path) -> None:
+    """In a pipe, with nothing but the size of the training changed."""
+    root = Path.cwd()
+    shorter = [o for o in TINY if not any(part in o for part in ("--config", "enable", "val_every", "sample"))]
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    environment["PYTHONPATH"] = str(root)
+    written = b""
+    for command in (
+        ["fit", f"--config={root / 'configs/quickstart.yaml'}", *shorter, "--trainer.max_steps=6"],
+        ["test"],
+        ["leaderboard", f"--records=[runs,{root / 'leaderboard/records'}]"],
+    ):
+        python = [sys.executable, "-m", "benchmark", *command]
+        done = subprocess.run(python, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        written += done.stdout
+        assert done.returncode == 0, written.decode()
+    assert b"\r" not in written
+    lines = written.decode().splitlines()
+    assert sum(max(1, math.ceil(len(line) / 80)) for line in lines) <= 25, written.decode()
+    assert re.match(r"fit in runs/digits-sddpm-\S+: \S+ K parameters, cpu, 32-true$", lines[0])
+    assert re.match(r"step 6, after 0:\d\d:\d\d, train/loss 0\.\d+", lines[1])
+    assert sum(bool(re.match(r"> +\d+  sddpm ", line)) for line in lines) == 1
+    assert re.fullmatch(r"samples: runs/\S+/samples/\S+\.png", lines[-2])
+    assert re.fullmatch(r"tensorboard --logdir runs/digits-sddpm-\S+", lines[-1])
 
 
 def test_leaderboard_renders_the_records(runs: Path, tmp_path: Path) -> None:

@@ -77,10 +77,10 @@ def test_measured_once_and_the_same_bit_for_bit(
     kept.unlink()
     capsys.readouterr()
     fresh = prepare(digits)
-    assert f"reference:   {kept} (new)" in capsys.readouterr().out
+    assert f"reference: {kept.name} (new)" in capsys.readouterr().out
     no_images()
     again = prepare(digits)
-    assert capsys.readouterr().out.strip() == f"reference:   {kept}"
+    assert capsys.readouterr().out.strip() == f"reference: {kept.name}"
     assert len(states(fresh)) == STATES
     assert same(states(fresh), states(again))
     images = torch.randint(256, (50, 1, 8, 8), dtype=torch.uint8)

@@ -5,12 +5,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from leaderboard.protocols import OFFLINE_V1, STANDARD_V1
+from leaderboard.record.entries import Entry
 from leaderboard.record.records import Artefact, Dataset, MetricValue, Record, write_record
-from leaderboard.reports.table import leaderboard, markdown
+from leaderboard.reports.table import SHORT_ROWS, leaderboard, markdown, short_rows, show_result
 
 Make = Callable[..., Record]
+LONG = "a name of fifty letters, which no table can show whole"
 
 
 @pytest.fixture(autouse=True)
@@ -126,7 +129,7 @@ def test_terminal_fits_100_columns_and_names_the_files(
     }
     path = write_record(make_record(protocol=STANDARD_V1, metrics=metrics, method="SpikingDiffusion"), tmp_path)
     write_record(make_record(method="Short", solver="[red]"), tmp_path / "a" / "records")
-    leaderboard([str(tmp_path)])
+    leaderboard([str(tmp_path)], wide=True, all=True)
     out = capsys.readouterr().out
     tables = [line for line in out.splitlines() if not line.startswith(("Reference", "[1] "))]
     assert max(map(len, tables)) <= 100
@@ -187,3 +190,134 @@ def test_protocol_of_other_content_under_the_same_name_is_another_table(make_rec
     changed = replace(OFFLINE_V1, sample_seed=7)
     text = markdown([(Path("a.json"), make_record()), (Path("b.json"), make_record(protocol=changed))])
     assert text.count("\n## ") == 2
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., list[str]]:
+    """Runs the command in a pipe of no known width, and returns its lines."""
+    monkeypatch.delenv("COLUMNS")
+
+    def run(folder: Path, **options: bool) -> list[str]:
+        leaderboard([str(folder)], **options)
+        return capsys.readouterr().out.splitlines()
+
+    return run
+
+
+def new_run(folder: Path, record: Record) -> Path:
+    """Writes a record to a run folder of its own and returns the folder."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").touch()
+    path = write_record(record, folder / "records")
+    (folder / "samples").mkdir()
+    (folder / "samples" / f"{path.stem}.png").touch()
+    return folder
+
+
+def table_lines(lines: list[str]) -> list[str]:
+    """Returns what is not a path, which is printed in one piece."""
+    return [line for line in lines if not line.startswith(("samples: ", "tensorboard "))]
+
+
+def test_short_table_has_one_line_per_row_and_marks_the_newest_run(
+    make_record: Make, tmp_path: Path, short: Callable[..., list[str]]
+) -> None:
+    write_record(make_record(fd=1.0, method="DDPM", created="2026-01-01T00:00:00+00:00"), tmp_path / "data" / "records")
+    new_run(tmp_path / "old", make_record(fd=3.0, seeds={"training": 1}))
+    run = new_run(tmp_path / "new", make_record(fd=2.0, variant="tdBN", created="2025-02-02T00:00:00+00:00"))
+    title, header, *body = short(tmp_path)
+    assert title == "digits, offline-v1: best fd_digits first, > is the newest run"
+    assert header.split() == ["#", "Method", "fd_digits", "T", "Rate", "NFE", "mJ", "Seed"]
+    assert [line.split() for line in body[:3]] == [
+        ["1", "DDPM", "1.000", "±0.012", "4", "0.123", "50", "8.5", "-"],
+        [">", "2", "SDDPM,", "tdBN", "2.000", "±0.012", "4", "0.123", "50", "8.5", "-"],
+        ["3", "SDDPM", "3.000", "±0.012", "4", "0.123", "50", "8.5", "1"],
+    ]
+    assert body[3] == "--wide: every column"
+    assert body[4].startswith(f"samples: {run}/samples/")
+    assert body[5:] == [f"tensorboard --logdir {run}"]
+
+
+@pytest.mark.parametrize("options", [{}, {"all": True}])
+def test_long_names_and_numbers_are_cropped(
+    options: dict[str, bool], make_record: Make, tmp_path: Path, short: Callable[..., list[str]]
+) -> None:
+    record = make_record(method=LONG, variant=LONG, nfe=10**17, created="2025-02-02T00:00:00+00:00")
+    record = replace(record, cost=replace(record.cost, energy_strict_mj=1e12))
+    new_run(tmp_path / "run", record)
+    write_record(make_record(), tmp_path)
+    write_record(make_record(dataset=Dataset(LONG, "f" * 64, "hub"), metrics={LONG: MetricValue(1, 0.1, 9)}), tmp_path)
+    write_record(make_record(dataset=Dataset(LONG[1:], "f" * 64, "hub"), metrics={}), tmp_path)
+    lines = table_lines(short(tmp_path, **options))
+    assert len(lines) == (10 if options else 5)  # titles, headers and rows, or one table and what is hidden
+    assert max(map(len, lines)) <= 80
+    assert "…" in next(line for line in lines if line.startswith(">"))
+
+
+def test_other_tables_are_hidden_and_named(make_record: Make, tmp_path: Path, short: Callable[..., list[str]]) -> None:
+    new_run(tmp_path / "run", make_record(created="2025-02-02T00:00:00+00:00"))
+    write_record(make_record(dataset=Dataset("mnist", "f" * 64, "hub")), tmp_path)
+    write_record(make_record(protocol=STANDARD_V1), tmp_path)
+    lines = short(tmp_path)
+    assert "--wide: every column  --all: 2 more tables (standard-v1, mnist)" in lines
+    assert sum("best fd_digits first" in line for line in lines) == 1
+    lines = short(tmp_path, all=True)
+    titles = [line.split(":")[0] for line in lines if "best fd_digits first" in line]
+    assert titles == ["digits, offline-v1", "digits, standard-v1", "mnist, offline-v1"]
+    assert sum(line.startswith(">") for line in lines) == 1
+    assert not any("--all" in line for line in lines)
+    assert any("Reference:" in line for line in short(tmp_path, wide=True))
+
+
+def test_without_runs_the_table_of_most_rows_is_shown(
+    make_record: Make, tmp_path: Path, short: Callable[..., list[str]]
+) -> None:
+    write_record(make_record(created="2025-02-02T00:00:00+00:00"), tmp_path)
+    for fd in (1.0, 2.0):
+        write_record(make_record(fd=fd, dataset=Dataset("mnist", "f" * 64, "hub")), tmp_path)
+    title, _, *body = short(tmp_path)
+    assert title == "mnist, offline-v1: best fd_digits first"
+    assert body[2:] == ["--wide: every column  --all: 1 more table (digits)"]
+
+
+def test_a_draft_is_last_with_the_reason_for_its_star(
+    make_record: Make, tmp_path: Path, short: Callable[..., list[str]]
+) -> None:
+    metrics = {"fd_digits": MetricValue(0.5, 0.1, 60, "few images")}
+    new_run(tmp_path / "run", make_record(draft=True, metrics=metrics))
+    write_record(make_record(), tmp_path)
+    lines = short(tmp_path)
+    assert lines[3].split()[:4] == [">", "draft", "SDDPM", "0.50*"]
+    assert lines[4] == "* few images"
+
+
+@pytest.mark.parametrize("place", [None, 0, 3, SHORT_ROWS - 2, SHORT_ROWS - 1, 15, 18, 19])
+def test_short_table_shows_the_first_rows_and_those_around_the_newest_run(place: int | None, make_record: Make) -> None:
+    group = [Entry(Path(f"{i}.json"), make_record(fd=i)) for i in range(20)]
+    rows = short_rows(group, None if place is None else group[place])
+    assert len(rows) == SHORT_ROWS
+    shown = [row for row in rows if row is not None]
+    assert shown == sorted(set(shown))
+    assert {0, 1, 2} <= set(shown)
+    if place is not None:
+        assert {max(0, place - 1), place} <= set(shown)
+    previous = -1
+    for row in [*rows, 20]:  # a gap is where rows are missing, and nowhere else
+        if row is not None:
+            assert row == previous + 1 or previous == -2
+        previous = -2 if row is None else row
+    assert short_rows(group[:SHORT_ROWS], None) == list(range(SHORT_ROWS))
+
+
+def test_a_result_is_wrapped_between_values(make_record: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = {"fd_digits": MetricValue(1.5, 0.012, 2000, "a note")}
+    show_result(Entry(Path("runs/a/records/b.json"), make_record(draft=True, metrics=metrics)), Console(width=50))
+    assert capsys.readouterr().out.splitlines() == [
+        "digits, offline-v1 (draft, not ranked):",
+        "fd_digits 1.500* ±0.012, T 4, rate 0.123, 50 NFE,",
+        "8.5 mJ",
+        "* a note",
+        "in runs/a:",
+        "  records/b.json",
+        "  samples/b.png",
+    ]
