@@ -1,10 +1,12 @@
 # make quickstart: set-up, then train, evaluate and rank a small SDDPM on embedded digits.
+# make quick: lint, types, and the tests that train nothing, in about a minute.
 # make test: lint, types, tests.   make regress: every method trained small and compared with its baseline.   CI runs both.
+# make lowest: the quick tests and the command line on the lowest versions that pyproject.toml allows.   CI runs it too.
 # make gpu: on a GPU, its tests and the speed suite, with the packages of PYTHON.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup quickstart test lint regress gpu clean
+.PHONY: setup quickstart quick test lint regress lowest gpu clean
 
 setup: .venv/installed
 
@@ -20,20 +22,34 @@ quickstart: setup
 	@$(BIN)/python -m benchmark test
 	@$(BIN)/python -m benchmark leaderboard
 
+PYTEST := -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+quick: setup lint
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m 'not regress and not slow'
+
 test: setup lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(BIN)/mypy
+	$(BIN)/python -m pytest -q --noconftest tests/test_repository.py tests/test_language.py
 
 regress: setup
 	$(BIN)/python -m benchmark regress
+
+lowest:
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet uv
+	.venv-lowest/bin/python -m uv pip install --quiet --python .venv-lowest --resolution lowest-direct -e '.[dev,benchmark]'
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python $(PYTEST) -m 'not regress and not slow'
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest tests/benchmark/test_cli.py
 
 gpu:
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 8 --dist worksteal tests/test_cuda.py
 	$(PYTHON) -m benchmark speed
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-lowest build *.egg-info

@@ -1,3 +1,3 @@
 """Command line of the spiking diffusion benchmark (`python -m benchmark`)."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

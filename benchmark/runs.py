@@ -96,7 +96,7 @@ def load_run(checkpoint: Path) -> tuple[DiffusionSystem, ImageDataModule]:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(DiffusionSystem, "model")
     parser.add_subclass_arguments(ImageDataModule, "data")
-    built = parser.instantiate_classes(parser.parse_object({key: config[key] for key in ("model", "data")}))
+    built = parser.instantiate(parser.parse_object({key: config[key] for key in ("model", "data")}))
     system: DiffusionSystem = built.model
     content = read_trained(checkpoint, system.method)
     system.on_load_checkpoint(content)

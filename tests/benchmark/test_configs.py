@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,6 +41,60 @@ TINY_TWO_STAGES = [
 ]
 
 
+FULL = [path for path in CONFIGS if path.stem not in ("quickstart", "sdit_digits")]  # both are examples for a CPU
+SMALL = sorted(Path("configs/small").glob("*.yaml"))
+OF_THE_DATASET = {
+    "data.class_path": "the dataset itself",
+    "data.center_crop": "CelebA is cropped to faces",
+    "data.fit": "how 28 pixels become 32",
+    "data.flip": "colour images are mirrored, characters and clothes are not",
+    "data.image_size": "size of the generated images",
+    "data.orientation": "Letters is stored transposed",
+    "data.root": "Digits is embedded in scikit-learn",
+    "data.val_size": "CelebA has a validation split of its own; Digits has 1,797 images",
+    "model.in_channels": "grey or colour",
+}
+OF_THE_METHOD = {
+    "fsddim": {
+        "model.num_steps": "as published: T = 4 on CelebA, 8 elsewhere",
+        "model.optimizer.lr": "as released: 0.001 for grey, 0.0005 for colour images",
+        "trainer.max_steps": "1,500 epochs; 300,000 steps on CelebA",
+    },
+    "sdit": {
+        "model.image_size": "the position embedding has one entry per patch",
+        "model.patch_size": "CelebA has 64 x 64 pixels and would have four times the tokens",
+        "model.embed_dim": "larger for colour images",
+        "model.depth": "larger for colour images",
+    },
+    "spiking_diffusion": {
+        "model.num_train_timesteps": "one diffusion step per token, (image_size / 4)^2",
+        "model.num_inference_steps": "as num_train_timesteps",
+        "monitor.num_inference_steps": "as num_train_timesteps",
+    },
+}
+OF_THE_SMALL_TRACK = {
+    "trainer.max_steps": "as many as fit into the time of the track",
+    "trainer.check_val_every_n_epoch": "an epoch of Digits is short",
+    "model.lr_scheduler.T_max": "as trainer.max_steps",
+    "model.base_channels": "1 M parameters at each depth",
+    "model.channel_mult": "8 x 8 pixels are halved once, 28 x 28 twice",
+}
+OF_THE_METHOD_ON_THE_SMALL_TRACK = {
+    "sdit": {
+        "model.image_size": "the position embedding has one entry per patch",
+        "model.patch_size": "4 x 4 tokens of 8 x 8 pixels, 7 x 7 of 28 x 28",
+    },
+    "spiking_diffusion": {
+        "model.autoencoder_epochs": "as many as fit into the time of the track",
+        "model.denoiser_epochs": "as many as fit into the time of the track",
+        "model.num_codes": "8 x 8 pixels have 4 tokens and need fewer codes",
+        "model.num_train_timesteps": "one diffusion step per token, (image_size / 4)^2",
+        "model.num_inference_steps": "as num_train_timesteps",
+        "trainer.limit_train_batches": "an epoch of 60,000 images takes longer than the track allows",
+    },
+}
+
+
 def tiny(config: Path) -> list[str]:
     """Options that make a config small."""
     method = yaml.safe_load(config.read_text())["model"]["class_path"]
@@ -73,6 +129,7 @@ def data_options(config: Path, tmp_path: Path) -> list[str]:
     return options
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_config_trains_one_step(config: Path, tmp_path: Path) -> None:
     options = data_options(config, tmp_path) + tiny(config) + [f"--trainer.default_root_dir={tmp_path / 'runs'}"]
@@ -82,6 +139,7 @@ def test_config_trains_one_step(config: Path, tmp_path: Path) -> None:
     assert (run / "checkpoints" / "last.ckpt").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
 def test_preset_changes_the_recipe_alone(preset: Path, tmp_path: Path) -> None:
     options = data_options(Path("configs/sddpm_cifar10.yaml"), tmp_path)
@@ -110,6 +168,59 @@ def test_config_is_flat_and_headed(config: Path) -> None:
     assert text.startswith("# ")
     sections = [key for key in yaml.safe_load(text) if key in ("seed_everything", "trainer", "model", "data")]
     assert sections == ["seed_everything", "trainer", "model", "data"]
+
+
+def method_of(config: Path) -> str:
+    """What the file name says before the dataset: `fsddim_strict` of `fsddim_strict_mnist.yaml`."""
+    return config.stem.rpartition("_")[0]
+
+
+def flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of a config under dotted keys, without `init_args`."""
+    if isinstance(value, dict):
+        for name, child in value.items():
+            yield from flatten(child, key if name == "init_args" else f"{key}.{name}".lstrip("."))
+    else:
+        yield key, value
+
+
+def differences(configs: list[Path]) -> dict[str, dict[str, Any]]:
+    """Keys that differ between configs, each with its value per file; a missing key differs from every value."""
+    flat = {path.stem: dict(flatten(yaml.safe_load(path.read_text()))) for path in configs}
+    keys = sorted({key for values in flat.values() for key in values})
+    values = {key: {name: content.get(key, "(missing)") for name, content in flat.items()} for key in keys}
+    return {key: found for key, found in values.items() if len({repr(value) for value in found.values()}) > 1}
+
+
+@pytest.mark.parametrize("method", sorted({method_of(path) for path in FULL}))
+def test_configs_of_a_method_differ_only_where_listed(method: str) -> None:
+    found = differences([path for path in FULL if method_of(path) == method])
+    own = OF_THE_METHOD.get(method, {})
+    unexpected = {key: values for key, values in found.items() if key not in OF_THE_DATASET | own}
+    assert not unexpected
+    assert own.keys() <= found.keys()  # else the list is out of date
+
+
+@pytest.mark.parametrize("method", sorted({method_of(path) for path in SMALL}))
+def test_small_configs_of_a_method_differ_only_where_listed(method: str) -> None:
+    found = differences([path for path in SMALL if method_of(path) == method])
+    own = OF_THE_METHOD_ON_THE_SMALL_TRACK.get(method, {})
+    unexpected = {key: values for key, values in found.items() if key not in OF_THE_DATASET | OF_THE_SMALL_TRACK | own}
+    assert not unexpected
+    assert own.keys() <= found.keys()
+
+
+def test_a_changed_value_and_a_missing_key_are_differences(tmp_path: Path) -> None:
+    texts = {
+        "a": "{model: {init_args: {lr: 1, beta: 0.5}}}",
+        "b": "{model: {init_args: {lr: 2}}}",
+    }
+    for name, text in texts.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    assert differences(sorted(tmp_path.glob("*.yaml"))) == {
+        "model.beta": {"a": 0.5, "b": "(missing)"},
+        "model.lr": {"a": 1, "b": 2},
+    }
 
 
 @pytest.mark.parametrize("method", ["SDDPM", "SDM", "SDiT", "FSDDIM", "SpikingDiffusion", "DDPM", "ANNSNN"])
