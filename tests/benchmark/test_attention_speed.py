@@ -10,6 +10,8 @@ from PIL import Image
 from benchmark.attention_speed import _peak_bytes
 from benchmark.cli import main
 
+pytestmark = pytest.mark.slow
+
 
 def test_table_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plot = tmp_path / "new" / "speed.png"

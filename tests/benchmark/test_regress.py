@@ -21,6 +21,8 @@ from systems.ann_unet import _Quantise
 from systems.fsddim import FSDDIM
 from systems.gaussian import GaussianDiffusion
 
+pytestmark = pytest.mark.slow
+
 MakeRecord = Callable[..., Record]
 SHIPPED = Path("leaderboard/baselines")
 TINY = ("--trainer.max_steps=1", "--model.num_inference_steps=1", "--data.sample_batch_size=500")

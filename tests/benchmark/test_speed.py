@@ -16,6 +16,8 @@ from benchmark.floor import Products
 from benchmark.speed import _line, _Saved
 from systems.neurons import integrate_and_fire
 
+pytestmark = pytest.mark.slow
+
 
 def test_floor_counts_convolutions_and_products_of_both_passes() -> None:
     network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))

@@ -18,6 +18,8 @@ from leaderboard.fad import (
     to_encoder_input,
 )
 
+pytestmark = pytest.mark.slow
+
 Reference = Callable[[str], dict[str, Tensor]]
 Update = Callable[[Tensor, Tensor], None]
 

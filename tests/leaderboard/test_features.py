@@ -17,6 +17,8 @@ from leaderboard.features import EXTRACTORS, InceptionExtractor, SmallExtractor,
 from leaderboard.records import find_records, read_record
 from leaderboard.train_extractor import RECIPES, Recipe, train_extractor
 
+pytestmark = pytest.mark.slow
+
 
 def images(*shape: int) -> torch.Tensor:
     return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

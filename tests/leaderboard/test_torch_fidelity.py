@@ -15,6 +15,8 @@ from torch_fidelity.fidelity import main
 from leaderboard.features import InceptionExtractor
 from leaderboard.metrics import GenerationMetrics
 
+pytestmark = pytest.mark.slow
+
 COUNT = 40
 
 

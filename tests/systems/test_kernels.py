@@ -15,6 +15,8 @@ from systems.norms import pixels
 from systems.spiking_transformer import _TokenShift
 from systems.wkv import wkv
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton", reason="Triton is not installed")
 
 CASES = {

@@ -12,6 +12,8 @@ from systems.neurons import SpikingNeuron, set_threshold
 from systems.sddpm import read_official
 from systems.spiking_unet import SpikingUNet, TimeEmbedding, concatenate, double_size
 
+pytestmark = pytest.mark.slow
+
 Reference = Callable[[str], dict[str, Tensor]]
 
 
