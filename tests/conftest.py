@@ -23,6 +23,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=2, help="kills of each kind of process at random moments")
 
 
+TRAINING_FIXTURES = {"run", "runs", "trained"}
+"""Fixtures that train a network, so that every test that uses one is slow."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks tests as slow by their fixtures; other slow tests and modules carry the mark themselves."""
+    for item in items:
+        if not TRAINING_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def reference() -> Callable[[str], dict[str, Tensor]]:
     """Loads a file of recorded reference numbers, or skips where the recordings are not at hand."""

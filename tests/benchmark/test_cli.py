@@ -287,6 +287,7 @@ def test_leaderboard_renders_the_records(runs: Path, tmp_path: Path) -> None:
     assert "SDDPM" in (tmp_path / "leaderboard.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [5, 6])
 @pytest.mark.parametrize("limit", [[], ["--trainer.limit_train_batches=4"], ["--trainer.accumulate_grad_batches=2"]])
 def test_resume_goes_on_where_training_stopped(stop: int, limit: list[str], tmp_path: Path, uncompiled: None) -> None:

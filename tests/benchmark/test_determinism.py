@@ -16,7 +16,7 @@ from benchmark.commands.regress import METHODS
 from benchmark.runs import find_checkpoint, newest_run
 from leaderboard.record.records import find_records, read_record
 
-pytestmark = pytest.mark.usefixtures("uncompiled")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("uncompiled")]
 OPTIONS = [*SDDPM, "--trainer.max_epochs=1", "--data.batch_size=32", "--trainer.limit_train_batches=5"]
 
 

@@ -25,6 +25,8 @@ from systems import FSDDIM, SDDPM, SDiT, SpikingDiffusion
 from systems.base import DiffusionSystem
 from systems.diffusion.gaussian import GaussianDiffusion
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = [
     "--config=configs/ddpm_fmnist.yaml",  # group norm; averaged weights
     *CALM,

@@ -18,6 +18,8 @@ from benchmark.process import end_with
 from benchmark.runs import newest_run
 from systems.checkpoints import load_checkpoint
 
+pytestmark = pytest.mark.slow
+
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGKILL]
 SMALL = [option.removeprefix("--") for option in SDDPM[1:] if "max_epochs" not in option]
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(UPGRADE))
 
 from make import RECORD, numbers  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("uncompiled")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("uncompiled")]
 
 
 def test_a_checkpoint_gives_the_numbers_that_it_gave() -> None:

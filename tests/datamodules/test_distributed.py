@@ -15,6 +15,8 @@ from lightning.pytorch import LightningModule, Trainer
 
 from datamodules import MNIST
 
+pytestmark = pytest.mark.slow
+
 
 class Recorder(LightningModule):
     """Writes what each process is given to files."""

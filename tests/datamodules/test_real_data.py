@@ -10,6 +10,8 @@ from dataset_layouts import write_idx
 
 from datamodules import CIFAR10, FMNIST, KMNIST, MNIST, CelebA, DatasetError, ImageDataModule, Letters
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> str:

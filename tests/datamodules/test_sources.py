@@ -184,6 +184,7 @@ def test_a_revision_can_be_chosen(tmp_path: Path, fake_hub: Callable[..., object
 # Nothing found
 
 
+@pytest.mark.slow
 def test_offline_without_root_is_one_error_that_names_the_ways_out(tmp_path: Path) -> None:
     code = f"from datamodules import FMNIST\nFMNIST(cache_dir={str(tmp_path)!r}).prepare_data()"
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}

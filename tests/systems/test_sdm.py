@@ -16,6 +16,8 @@ from systems.networks.spiking_unet import SpikingUNet, TemporalConv2d
 from systems.sdm import from_sddpm, read_official, temporal_factors
 from systems.spiking.neurons import set_threshold
 
+pytestmark = pytest.mark.slow
+
 SIZE = dict(in_channels=1, base_channels=8, channel_mult=(1, 2), num_res_blocks=1, num_steps=3)
 
 

@@ -25,6 +25,8 @@ from systems.diffusion.absorbing import _draw, denoising_loss, unmask
 from systems.figures import perplexity
 from systems.spiking_diffusion import _rename, _variance
 
+pytestmark = pytest.mark.slow
+
 Reference = Callable[[str], dict[str, Tensor]]
 SIZE = dict(num_codes=8, code_channels=4, autoencoder_channels=4, base_channels=4, num_steps=2, num_train_timesteps=4)
 SHAPE = (1, 8, 8)

@@ -25,7 +25,7 @@ from datamodules import Digits
 from systems import SDDPM as SDDPM_System
 from systems.checkpoints import load_checkpoint, save_checkpoint
 
-pytestmark = [pytest.mark.filterwarnings("ignore:.*fork.*"), pytest.mark.usefixtures("uncompiled")]
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*fork.*"), pytest.mark.usefixtures("uncompiled")]
 METHODS = {"sddpm": [*SDDPM, "--data.flip=true"], "spiking-diffusion": SPIKING_DIFFUSION}
 
 

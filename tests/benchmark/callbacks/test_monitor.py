@@ -12,7 +12,7 @@ from tiny import SDDPM, fit
 
 from systems.spiking.neurons import SpikingNeuron
 
-pytestmark = pytest.mark.usefixtures("uncompiled")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("uncompiled")]
 LAYER = "network.downblocks.0.neuron2"
 
 

@@ -9,6 +9,8 @@ from benchmark.cli import main
 from benchmark.commands.ablate_sdit import _spread
 from leaderboard.record.records import find_records, read_record
 
+pytestmark = pytest.mark.slow
+
 TINY = [
     "--trainer.max_steps=1",
     "--trainer.enable_progress_bar=false",

@@ -20,6 +20,8 @@ from leaderboard.metrics.fad import FADEncoder
 from leaderboard.record.records import read_record
 from systems import DDPM, FSDDIM, SDDPM
 
+pytestmark = pytest.mark.slow
+
 
 def tiny(method: type[FSDDIM] | type[SDDPM]) -> FSDDIM | SDDPM:
     torch.manual_seed(0)

@@ -16,6 +16,8 @@ from systems import DDPM, FSDDIM, SDDPM, SDM
 from systems.checkpoints import CheckpointMismatchError
 from systems.networks.spiking_unet import SpikingUNet
 
+pytestmark = pytest.mark.slow
+
 
 def official(**arguments: object) -> dict[str, Tensor]:
     """A state dict laid out as the released code does, of a tiny network."""

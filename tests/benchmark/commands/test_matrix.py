@@ -20,6 +20,8 @@ from benchmark.runs import find_checkpoint, newest_run
 from leaderboard.record.records import find_records
 from systems.checkpoints import load_checkpoint
 
+pytestmark = pytest.mark.slow
+
 SMALL = [option.removeprefix("--") for option in SDDPM[1:]]
 
 

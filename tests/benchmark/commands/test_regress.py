@@ -23,6 +23,8 @@ from systems.fsddim import FSDDIM
 from systems.ops.quantise import _Quantise
 from systems.spiking import neurons
 
+pytestmark = pytest.mark.slow
+
 MakeRecord = Callable[..., Record]
 SHIPPED = Path("leaderboard/data/baselines")
 TINY = ("--trainer.max_steps=1", "--model.num_inference_steps=1", "--data.sample_batch_size=500")

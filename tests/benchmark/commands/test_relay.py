@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmark.cli import main
 from benchmark.runs import find_checkpoint, newest_run
 
-pytestmark = pytest.mark.usefixtures("uncompiled")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("uncompiled")]
 WIDE = [option for option in SDDPM if "base_channels" not in option] + ["--model.base_channels=32"]
 
 

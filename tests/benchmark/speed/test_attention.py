@@ -10,6 +10,8 @@ from PIL import Image
 from benchmark.cli import main
 from benchmark.speed.attention import _peak_bytes
 
+pytestmark = pytest.mark.slow
+
 
 def test_table_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plot = tmp_path / "new" / "speed.png"

@@ -17,6 +17,8 @@ from benchmark.speed.steps import _Saved
 from benchmark.speed.timing import Products
 from systems.spiking.neurons import integrate_and_fire
 
+pytestmark = pytest.mark.slow
+
 
 def test_floor_counts_convolutions_and_products_of_both_passes() -> None:
     network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))

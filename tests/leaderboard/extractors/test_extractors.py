@@ -17,6 +17,8 @@ from leaderboard.extractors.base import EXTRACTORS, InceptionExtractor, SmallExt
 from leaderboard.extractors.train import RECIPES, Recipe, train_extractor
 from leaderboard.record.records import find_records, read_record
 
+pytestmark = pytest.mark.slow
+
 
 def images(*shape: int) -> torch.Tensor:
     return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

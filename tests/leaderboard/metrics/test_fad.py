@@ -20,6 +20,8 @@ from leaderboard.metrics.fad import (
 )
 from leaderboard.metrics.streaming import FrechetDistance
 
+pytestmark = pytest.mark.slow
+
 Reference = Callable[[str], dict[str, Tensor]]
 Update = Callable[[Tensor, Tensor], None]
 

@@ -15,6 +15,8 @@ from torch_fidelity.fidelity import main
 from leaderboard.extractors.base import InceptionExtractor
 from leaderboard.metrics.generation import GenerationMetrics
 
+pytestmark = pytest.mark.slow
+
 COUNT = 40
 
 

@@ -13,6 +13,8 @@ from systems import FSDDIM
 from systems.checkpoints import check_state
 from systems.fsddim import decode
 
+pytestmark = pytest.mark.slow
+
 SHAPE = (1, 8, 8)
 
 

@@ -14,6 +14,8 @@ from systems.sddpm import read_official
 from systems.spiking.neurons import SpikingNeuron, set_threshold
 from systems.spiking.steps import concatenate
 
+pytestmark = pytest.mark.slow
+
 Reference = Callable[[str], dict[str, Tensor]]
 
 

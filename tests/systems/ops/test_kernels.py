@@ -16,6 +16,8 @@ from systems.ops.wkv import wkv
 from systems.spiking import multistep, surrogates
 from systems.spiking.neurons import SpikingNeuron
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton", reason="Triton is not installed")
 
 NAMES = ("common", "norms", "neurons", "token_shift", "wkv")

@@ -6,6 +6,8 @@ from torch import Tensor
 
 from systems.ops.wkv import bidirectional_wkv, wkv
 
+pytestmark = pytest.mark.slow
+
 
 def plain(k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
     """The recurrence as printed, one token after the other, without any care for overflow."""
