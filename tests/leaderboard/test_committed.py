@@ -9,9 +9,11 @@ import pytest
 from benchmark.cli import main
 from leaderboard.add import find_problems
 from leaderboard.records import find_records, read_record
+from leaderboard.seeds import FIGURES
 from leaderboard.table import RECORDS, Entry
 
 SITE = Path("leaderboard/site")
+RESULTS = Path("leaderboard/RESULTS.md")
 
 
 def test_committed_records_are_sound_and_have_their_samples() -> None:
@@ -39,4 +41,6 @@ def test_committed_pages_are_those_of_the_records(name: str, tmp_path: Path) -> 
 
 def test_committed_means_are_those_of_the_records(tmp_path: Path) -> None:
     main(["leaderboard", "seeds", f"--records=[{RECORDS}]", f"--output={tmp_path}"])
-    assert (tmp_path / "seeds.md").read_text() == (SITE / "seeds.md").read_text()
+    assert (tmp_path / "RESULTS.md").read_text() == RESULTS.read_text()
+    for figure in (tmp_path / FIGURES).iterdir():
+        assert (RESULTS.parent / FIGURES / figure.name).is_file()
