@@ -7,14 +7,13 @@ import re
 import shlex
 from collections.abc import Iterator
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import jsonargparse
 import pytest
-from jsonargparse import auto_parser
 
-from benchmark.cli import COMMANDS, STAGES, SWEEPS
+from benchmark.cli import COMMANDS, STAGES, SWEEPS, main
 from benchmark.stages import BenchmarkCLI, run_stage
 
 FOLDERS = (".github", "benchmark", "configs", "datamodules", "leaderboard", "systems", "tests")
@@ -82,11 +81,10 @@ def check(args: list[str], run: str) -> str:
     if name in STAGES:
         return check_stage(name, rest, run, follows=name != "fit" or "--ckpt_path" in rest)
     if name in COMMANDS:
-        module, function = COMMANDS[name][0].split(":")
-        auto_parser(getattr(import_module(module), function)).parse_args(rest)
+        parsed(args, jsonargparse.ArgumentParser, "parse_args")
         return run
     assert name in SWEEPS, f"unknown command {name}"
-    options, rest = known_options(name, rest)
+    ((options, rest),) = parsed(args, argparse.ArgumentParser, "parse_known_args")
     if name == "matrix":
         assert not rest, rest
         config = options.configs / f"{options.methods[0]}_{options.datasets[0]}.yaml"
@@ -108,20 +106,18 @@ def check_stage(stage: str, rest: list[str], run: str, follows: bool = True) -> 
     return rest[rest.index("--config") + 1]
 
 
-def known_options(name: str, rest: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Runs a command until its own options are parsed; returns them and the options that it passes on."""
-    module, function = SWEEPS[name][0].split(":")
-    parse = argparse.ArgumentParser.parse_known_args
+def parsed(args: list[str], parser: type[argparse.ArgumentParser], method: str) -> tuple[Any, ...]:
+    """Runs a command until a method of its parser has parsed its options; returns what this method returned."""
+    parse = getattr(parser, method)
 
-    def stop(self: argparse.ArgumentParser, *args: Any) -> None:
-        raise ParsedError(*parse(self, *args))
+    def stop(self: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> None:
+        raise ParsedError(parse(self, *args, **kwargs))
 
-    command = getattr(import_module(module), function)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(argparse.ArgumentParser, "parse_known_args", stop)
-        with pytest.raises(ParsedError) as parsed:
-            command(rest)
-    return parsed.value.args  # type: ignore[return-value]
+        patch.setattr(parser, method, stop)
+        with pytest.raises(ParsedError) as result:
+            main(args)
+    return result.value.args
 
 
 def anchors(page: str) -> set[str]:
