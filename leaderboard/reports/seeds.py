@@ -12,8 +12,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
+from PIL import Image
 from rich.table import Table
 
 from leaderboard.files import write_atomic
@@ -39,6 +41,19 @@ COLOURS = ("ddpm", "sddpm", "sdm", "fsddim", "sdit", "spiking-diffusion", "ann-s
 MARKERS = "osD^vPX*"
 """Of the first, second, ... row of a method."""
 
+FIGURES = "data/figures"
+"""Folder of the figures, below the folder of `RESULTS.md`."""
+_PREAMBLE = """\
+# Results
+
+Rendered from the records by `python -m benchmark leaderboard seeds`; not edited by hand.
+
+One row per method, solver and configuration, lowest Fréchet distance first. ± is the sample standard deviation over
+training seeds; a row with one seed has none. The error of each single evaluation is in its record and in the tables of
+`python -m benchmark leaderboard`. mJ counts 45 nm arithmetic only: no memory access, no neuron updates. Recall rises
+steeply with a few outlying images and does not rank methods. `leaderboard/README.md` defines the columns and states
+what these tables do not show.
+"""
 _PLACES = {"default_root_dir", "init_from", "ckpt_path", "seed_everything", "cache_dir", "variant"}
 """Keys of a configuration that may differ between seeds."""
 
@@ -51,7 +66,8 @@ def seeds(records: list[str] = ["runs", RECORDS], output: str | None = None) -> 
 
     Args:
         records: Folders to search, each for its own `*.json` and those of any `records` folder below it.
-        output: Folder for `seeds.md` and a plot of quality against energy for each table.
+        output: Folder for `RESULTS.md` and, in its subfolder `data/figures`, two figures for each table: samples of
+            every method, and quality against energy.
 
     Raises:
         SystemExit: If a record is broken; the others are shown all the same.
@@ -60,7 +76,7 @@ def seeds(records: list[str] = ["runs", RECORDS], output: str | None = None) -> 
     entries, broken = read_records(records)
     for message in broken:
         console.print(f"skipped: {message}", style="red", markup=False, soft_wrap=True)
-    lines = ["# Means over training seeds", "", "Value ± standard deviation over the seeds, where there are several."]
+    lines = [_PREAMBLE.rstrip()]
     for group in tables((path, record) for path, record in entries if not record.draft):
         rows = seed_rows(group)
         table = Table(*rows[0], title=table_title(group[0]), title_justify="left")
@@ -75,13 +91,14 @@ def seeds(records: list[str] = ["runs", RECORDS], output: str | None = None) -> 
         lines += [markdown_line(map(str, row.values())) for row in rows]
         lines += [part for note in notes for part in ("", escape(note))]
         if output is not None:
-            content = BytesIO()
-            quality = metric_name(headline(group[0].record)[0])
-            _plot(rows, quality).savefig(content, format="png", dpi=130, metadata={"Software": None})
-            dataset, protocol = group[0].table_key[:2]
-            write_atomic(Path(output) / f"quality-energy-{dataset}-{protocol}.png", content.getvalue())
+            for name, figure in _figures(group, rows).items():
+                content = BytesIO()
+                figure.savefig(content, format="png", dpi=130, metadata={"Software": None})
+                path = f"{FIGURES}/{name}-{'-'.join(group[0].table_key[:2])}.png"
+                write_atomic(Path(output) / path, content.getvalue())
+                lines += ["", f"![{name}]({path})"]
     if output is not None:
-        write_atomic(Path(output) / "seeds.md", "\n".join(lines) + "\n")
+        write_atomic(Path(output) / "RESULTS.md", "\n".join(lines) + "\n")
     if broken:
         raise SystemExit(1)
 
@@ -138,6 +155,27 @@ def _spread(values: Sequence[float]) -> Cell:
         return Cell("-")
     mean = statistics.fmean(values)
     return uncertain_cell(mean, statistics.stdev(values)) if len(values) > 1 else Cell(f"{mean:.3g}", mean)
+
+
+def _figures(group: Sequence[Entry], rows: Sequence[dict[str, Cell]]) -> dict[str, Figure]:
+    """Returns the figures of a table by name; without samples at hand there is no strip."""
+    figures = {"quality-energy": _plot(rows, metric_name(headline(group[0].record)[0]))}
+    best = {e.record.method: e for e in reversed(group) if e.record.variant == "default" and e.samples.is_file()}
+    if best:
+        figures["samples"] = _strip(sorted(best.values(), key=lambda entry: entry.frechet))
+    return figures
+
+
+def _strip(entries: Sequence[Entry]) -> Figure:
+    """Shows the upper left quarter of the sample grid of each entry side by side."""
+    figure = Figure(figsize=(1.3 * len(entries), 1.45), layout="constrained")
+    for axes, entry in zip(figure.subplots(1, len(entries), squeeze=False)[0], entries, strict=True):
+        with Image.open(entry.samples) as page:
+            quarter = page.convert("RGB").crop((0, 0, page.width // 2 + 1, page.height // 2 + 1))
+        axes.imshow(np.asarray(quarter))
+        axes.set_title(entry.record.method, fontsize=8)
+        axes.set_axis_off()
+    return figure
 
 
 def _plot(rows: Sequence[dict[str, Cell]], quality: str) -> Figure:

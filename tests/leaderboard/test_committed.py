@@ -8,8 +8,10 @@ from benchmark.cli import main
 from leaderboard.add import find_problems
 from leaderboard.record.entries import RECORDS, Entry
 from leaderboard.record.records import find_records, read_record
+from leaderboard.reports.seeds import FIGURES
 
-SITE = Path("leaderboard/site")
+DATA = Path("leaderboard/data")
+RESULTS = Path("leaderboard/RESULTS.md")
 
 
 def test_committed_records_are_sound_and_have_their_samples() -> None:
@@ -31,12 +33,14 @@ def test_committed_repetitions_agree() -> None:
 
 def test_committed_tables_show_the_records(tmp_path: Path) -> None:
     main(["leaderboard", "render", f"--records=[{RECORDS}]", f"--output={tmp_path}"])
-    assert (tmp_path / "leaderboard.md").read_text() == (SITE / "leaderboard.md").read_text()
+    assert (tmp_path / "leaderboard.md").read_text() == (DATA / "leaderboard.md").read_text()
     for name in ("index.html", "leaderboard.csv", "leaderboard.json"):  # built by CI, not committed
         assert (tmp_path / name).stat().st_size > 0
-        assert not (SITE / name).exists()
+        assert not (DATA / name).exists()
 
 
 def test_committed_means_are_those_of_the_records(tmp_path: Path) -> None:
     main(["leaderboard", "seeds", f"--records=[{RECORDS}]", f"--output={tmp_path}"])
-    assert (tmp_path / "seeds.md").read_text() == (SITE / "seeds.md").read_text()
+    assert (tmp_path / "RESULTS.md").read_text() == RESULTS.read_text()
+    for figure in (tmp_path / FIGURES).iterdir():
+        assert (RESULTS.parent / FIGURES / figure.name).is_file()

@@ -7,11 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from benchmark.cli import main
 from leaderboard.files import canonical_sha256
 from leaderboard.record.entries import Entry
-from leaderboard.record.records import Record, write_record
+from leaderboard.record.records import Record, read_record, write_record
 from leaderboard.reports.seeds import seed_rows
 
 Make = Callable[..., Record]
@@ -54,7 +55,7 @@ def test_a_variant_is_named_where_all_seeds_share_it(make_record: Make) -> None:
 def test_a_method_that_is_not_the_published_one_says_so(make_record: Make, tmp_path: Path) -> None:
     write_record(trained(make_record, 1.0, 0, method="sdit", variant="small"), tmp_path / "records")
     main(["leaderboard", "seeds", f"--records=[{tmp_path}]", f"--output={tmp_path / 'out'}"])
-    text = (tmp_path / "out" / "seeds.md").read_text()
+    text = (tmp_path / "out" / "RESULTS.md").read_text()
     assert "| sdit, small\\* |" in text
     assert "45 nm arithmetic, mJ" in text
     assert "not the network of the public code (https://github.com/foolLain/SDiT)" in text
@@ -68,8 +69,25 @@ def test_command_leaves_out_drafts_and_writes_table_and_plot(
     write_record(replace(trained(make_record, 100.0, 2), draft=True), tmp_path / "records")
     main(["leaderboard", "seeds", f"--records=[{tmp_path}]", f"--output={tmp_path / 'out'}"])
     assert "2.0 ±1.4" in capsys.readouterr().out
-    assert "2.0 ±1.4" in (tmp_path / "out" / "seeds.md").read_text()
-    assert (tmp_path / "out" / "quality-energy-digits-offline-v1.png").read_bytes().startswith(b"\x89PNG")
+    assert "2.0 ±1.4" in (tmp_path / "out" / "RESULTS.md").read_text()
+    plot = "data/figures/quality-energy-digits-offline-v1.png"
+    assert (tmp_path / "out" / plot).read_bytes().startswith(b"\x89PNG")
+    assert f"]({plot})" in (tmp_path / "out" / "RESULTS.md").read_text()
+
+
+def test_strip_has_a_panel_for_the_best_default_run_of_each_method(make_record: Make, tmp_path: Path) -> None:
+    runs = [("SDDPM", 2.0, 0, "default", 80), ("SDDPM", 1.0, 1, "default", 120), ("SDDPM", 0.5, 2, "longer", 160)]
+    runs += [("SDM", 3.0, 0, "default", 200)]
+    for method, fd, seed, variant, grey in runs:
+        path = write_record(trained(make_record, fd, seed, method=method, variant=variant), tmp_path / "records")
+        samples = Entry(path, read_record(path)).samples
+        samples.parent.mkdir(exist_ok=True)
+        Image.new("L", (40, 40), grey).save(samples)
+    main(["leaderboard", "seeds", f"--records=[{tmp_path}]", f"--output={tmp_path / 'out'}"])
+    with Image.open(tmp_path / "out" / "data" / "figures" / "samples-digits-offline-v1.png") as strip:
+        seen = strip.convert("L").histogram()
+    large = [grey for _, _, _, _, grey in runs if seen[grey] > 5000]
+    assert large == [120, 200]
 
 
 def test_broken_record_is_named_and_the_others_are_shown(
