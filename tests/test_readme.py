@@ -78,6 +78,9 @@ def check(args: list[str], run: str) -> str:
         return run
     name = " ".join(args[:2]) if " ".join(args[:2]) in COMMANDS else args[0]
     rest = args[len(name.split()) :]
+    if {"-h", "--help"} & set(rest):
+        assert name in STAGES | COMMANDS | SWEEPS, f"unknown command {name}"
+        return run
     if name in STAGES:
         return check_stage(name, rest, run, follows=name != "fit" or "--ckpt_path" in rest)
     if name in COMMANDS:
@@ -94,8 +97,6 @@ def check(args: list[str], run: str) -> str:
 
 
 def check_stage(stage: str, rest: list[str], run: str, follows: bool = True) -> str:
-    if {"-h", "--help"} & set(rest):
-        return run
     rest = [word for word in rest if word != "--draft"]  # `run_stage` spells it out
     rest = [run if re.fullmatch(PLACEHOLDER_CONFIG, word) else word for word in rest]
     if "--config" not in rest and follows:
