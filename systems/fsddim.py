@@ -215,7 +215,7 @@ class FSDDIM(DiffusionSystem):
         power, factor = self.get_buffer("signal_power")[t], self.get_buffer("reconstruction_factor")[t]
         signal, sigma = (self.get_buffer(name)[t].view(-1, 1, 1, 1) for name in ("signal", "sigma"))
         noisy, v = signal * images + sigma * noise, signal * noise - sigma * images
-        out = (self.replay or self.network)(encode(noisy, self.num_steps), t).to(v.dtype)  # (T, B, C, H, W)
+        out = self.network(encode(noisy, self.num_steps), t).to(v.dtype)  # (T, B, C, H, W)
         decoded = decode(out)
         spread = (out - decoded).square().mean((0, 2, 3, 4))  # (B,): decoding and encoding again leaves the mean
         image = (decoded - v).square().mean((1, 2, 3))

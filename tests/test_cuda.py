@@ -21,7 +21,6 @@ from leaderboard.record.records import find_records
 from systems.base import DiffusionSystem
 from systems.networks.spiking_transformer import _gate, _gated_sum
 from systems.ops import compiled
-from systems.ops.cuda_graphs import TrainingReplay
 from systems.ops.norms import add_normed, normalise, scaled
 from systems.ops.quantise import _Quantise
 from systems.ops.scale_steps import _ScaleSteps
@@ -252,29 +251,6 @@ def test_losses_have_the_gradients_of_the_cpu(
             torch.testing.assert_close(b.grad.cpu(), a.grad, rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("name", ["sddpm", "sdm", "fsddim", "sdit"])
-def test_replayed_training_gives_the_same_weights(name: str) -> None:
-    """Six steps, the first three and one of another batch size as they are, with and without the replay."""
-    cli = _build(f"small/{name}_mnist")
-    first = cast(DiffusionSystem, cli.model).double().cuda().train()
-    replayed = copy.deepcopy(first)
-    replayed.replay = TrainingReplay(cast(nn.Module, replayed.network))
-    images = torch.rand(6, 4, *cli.datamodule.image_shape, dtype=torch.float64, device="cuda") * 2 - 1
-    for system in (first, replayed):
-        optimizer = torch.optim.SGD(system.parameters(), lr=1e-2, momentum=0.9)
-        for step, batch in enumerate(images):
-            torch.cuda.manual_seed(step)
-            loss = system.loss(batch[:2] if step == 4 else batch)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            del loss  # nodes of its graph belong to another stream than what is recorded
-    assert replayed.replay is not None
-    assert replayed.replay._graph is not None
-    for (key, a), b in zip(first.state_dict().items(), replayed.state_dict().values(), strict=True):
-        torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-8, msg=lambda m, key=key: f"{key}: {m}")
-
-
 def _drawn_on_the_cpu(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def drawn(*args: Any, device: Any = None, generator: Any = None, **kwargs: Any) -> Tensor:
         return draw(*args, generator=torch.Generator().manual_seed(0), **kwargs).to(device)
@@ -339,7 +315,7 @@ def test_a_hook_that_is_not_replayable_sees_every_call(plain: None) -> None:
 def test_commands_run(tmp_path: Path) -> None:
     place = [f"--trainer.default_root_dir={tmp_path}", "--trainer.enable_progress_bar=false"]
     fit = ["fit", "--config=configs/quickstart.yaml", "--trainer.max_steps=20", "--trainer.accelerator=gpu", *place]
-    main([*fit, "--monitor.every_n_epochs=1", "--monitor.num_inference_steps=2", "--graphs.enabled=true"])
+    main([*fit, "--monitor.every_n_epochs=1", "--monitor.num_inference_steps=2"])
     main(["test", *place, "--draft", "--data.num_samples=200"])
     (record,) = map(Path.read_text, find_records([tmp_path]))
     assert torch.cuda.get_device_name() in record

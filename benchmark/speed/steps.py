@@ -16,10 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.data import DataLoader
 
-from benchmark.callbacks.graphs import TrainingGraphs
 from benchmark.speed.timing import WARM_UP, Products, Rows, _autocast, _build, median_seconds, medians, queued, wait
 from systems.base import DiffusionSystem
-from systems.ops.cuda_graphs import TrainingReplay
 from systems.spiking.neurons import SpikingNeuron
 
 # Training and denoising steps
@@ -65,9 +63,9 @@ class _Clock(Callback):
             self.seconds.setdefault(trainer.current_epoch, []).append(seconds)
             self.floors.setdefault(trainer.current_epoch, []).append(floor)
 
-    def median(self, epoch: int = 0, warm_up: int = WARM_UP) -> tuple[float, float]:
+    def median(self, epoch: int = 0) -> tuple[float, float]:
         """Returns the median times of the steps of an epoch, and of their floor, after a warm-up."""
-        seconds, floor = (statistics.median(times[epoch][warm_up:]) for times in (self.seconds, self.floors))
+        seconds, floor = (statistics.median(times[epoch][WARM_UP:]) for times in (self.seconds, self.floors))
         return seconds, floor
 
 
@@ -117,12 +115,6 @@ def measure_steps(
             saved, most = clock.saved[stage].bytes, plain.saved[stage].with_small_spikes
             memory = {"saved MiB": saved / 2**20, "of plain autograd": f"{saved / most:.2f}"}
             rows.append(_row(name, step, *clock.median(stage)) | memory)
-        dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in system.modules())
-        if device.type == "cuda" and system.automatic_optimization and not dropout:
-            warm_up = TrainingReplay.WARM_UP + 2
-            clock = _train(system, image_shape, batch_size, warm_up + repetitions, precision, clip, True)
-            times = clock.median(warm_up=warm_up)
-            rows.append(_row(name, "training, in graphs", *times) | {"saved MiB": "", "of plain autograd": ""})
         times = _denoising(system.to(device).eval(), image_shape, batch_size, precision, repetitions)
         rows.append(_row(name, "denoising", *times) | {"saved MiB": "", "of plain autograd": ""})
     return rows
@@ -160,9 +152,8 @@ def _train(
     timed: int,
     precision: Any,
     clip: float | None,
-    replayed: bool = False,
 ) -> _Clock:
-    """Trains on random images, in CUDA graphs if wanted."""
+    """Trains on random images."""
     clock = _Clock(timed)
     images = list(torch.rand((timed + 2) * batch_size, *image_shape) * 2 - 1)
     trainer = Trainer(
@@ -170,7 +161,7 @@ def _train(
         devices=1,
         precision=precision,
         gradient_clip_val=clip,
-        callbacks=[clock, TrainingGraphs(replayed)],
+        callbacks=[clock],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -9,7 +9,6 @@ driver and what else the process does.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -89,85 +88,6 @@ class Replay:
         return self._function(*inputs)
 
 
-class TrainingReplay:
-    """A network that is trained, recorded with its backward pass after some steps, then replayed.
-
-    It is called as it is where a graph would do something else: in evaluation mode, for batches of another size, and in
-    steps in which hooks watch it. It is no part of the network, and a copy has a graph of its own.
-
-    Args:
-        network: Takes tensors, returns a tensor.
-    """
-
-    WARM_UP = 3
-    """Steps before the recording, in which kernels are compiled and chosen."""
-
-    def __init__(self, network: nn.Module) -> None:
-        self._network = network
-        self._steps = 0
-        self._graph: nn.Module | None = None
-        self._recorded: tuple[Any, ...] = ()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> TrainingReplay:
-        """Copies the network, not the graph, which has the addresses of the weights."""
-        return type(self)(copy.deepcopy(self._network, memo))
-
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        """Returns what the network returns."""
-        if not (inputs[0].is_cuda and torch.is_grad_enabled() and self._network.training) or _watched(self._network):
-            return self._network(*inputs)
-        self._steps += 1
-        kind = tuple((x.shape, x.dtype) for x in inputs), _autocast_dtype(), self._addresses()
-        if self._graph is None and self._steps > self.WARM_UP:
-            self._graph, self._recorded = self._record(inputs), kind
-        if self._graph is None or self._recorded != kind:
-            return self._network(*inputs)
-        return self._graph(*inputs)
-
-    def _addresses(self) -> tuple[int, ...]:
-        return tuple(p.data_ptr() for p in (*self._network.parameters(), *self._network.buffers()))
-
-    def _record(self, inputs: tuple[Tensor, ...]) -> nn.Module:
-        """Records the passes of a step, which takes some; running statistics and random numbers are as before.
-
-        Raises:
-            RuntimeError: If outputs or gradients are not those of the network.
-        """
-        buffers = [(buffer, buffer.clone()) for buffer in self._network.buffers()]
-        random = torch.cuda.get_rng_state(inputs[0].device)
-        graph = _Held(self._network)
-        with _uncached_autocast():
-            torch.cuda.make_graphed_callables(graph, tuple(x.clone() for x in inputs), allow_unused_input=True)
-        apart = distance(*(self._passes(network, inputs) for network in (graph, self._network)))
-        torch.cuda.set_rng_state(random, inputs[0].device)
-        for buffer, before in buffers:
-            buffer.copy_(before)
-        if not apart <= APART:
-            raise RuntimeError(f"a CUDA graph of training is wrong by {apart:.2g}; leave out --graphs.enabled true")
-        return graph
-
-    def _passes(self, network: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-        """Returns the output and all gradients of one forward and backward pass, two tensors.
-
-        Those of biases before a norm are nothing but rounding, so gradients are compared as a whole.
-        """
-        trained = [p for p in self._network.parameters() if p.requires_grad]
-        output = network(*inputs)
-        grads = torch.autograd.grad(output, trained, torch.ones_like(output), allow_unused=True)
-        return [output.detach().clone(), torch.cat([grad.flatten().float() for grad in grads if grad is not None])]
-
-
-class _Held(nn.Module):
-    """Takes the `forward` that replays, so that the network keeps its own."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.network(*inputs)
-
-
 def _watched(network: nn.Module) -> bool:
     """Whether a hook does more in a forward pass than a graph can repeat."""
     return any(
@@ -203,11 +123,7 @@ def _listed(output: Any) -> list[Tensor]:
     return [output] if isinstance(output, Tensor) else list(output)
 
 
-def _autocast_dtype() -> torch.dtype | None:
-    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-
-
 def _uncached_autocast() -> torch.autocast:
     """The autocast that is on, without its cache: casts of weights are recorded, and not left to the cache's life."""
-    dtype = _autocast_dtype()
-    return torch.autocast("cuda", dtype, enabled=dtype is not None, cache_enabled=False)
+    enabled = torch.is_autocast_enabled("cuda")
+    return torch.autocast("cuda", torch.get_autocast_dtype("cuda"), enabled=enabled, cache_enabled=False)
