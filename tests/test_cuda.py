@@ -15,16 +15,16 @@ from benchmark.callbacks.checkpointing import DivergenceError
 from benchmark.cli import main
 from benchmark.speed.sampling import SMALL
 from benchmark.speed.suite import PAPER_SIZE
-from benchmark.speed.timing import _build
+from benchmark.speed.timing import build_config
 from leaderboard.evaluation.cost import CostMeter
 from leaderboard.record.records import find_records
 from systems.base import DiffusionSystem
 from systems.networks.spiking_transformer import _gate, _gated_sum
 from systems.ops import compiled
 from systems.ops.norms import add_normed, normalise, scaled
-from systems.ops.quantise import _Quantise
-from systems.ops.scale_steps import _ScaleSteps
-from systems.ops.token_shift import _TokenShift
+from systems.ops.quantise import Quantise
+from systems.ops.scale_steps import ScaleSteps
+from systems.ops.token_shift import TokenShift
 from systems.ops.wkv import wkv
 from systems.spiking.neurons import ConvertedNeuron, SpikingNeuron, membrane_output
 
@@ -141,16 +141,16 @@ def _with(norm: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
 
 
 def stepped(x: Tensor, factors: Tensor) -> Tensor:
-    return _ScaleSteps.apply(x, factors)
+    return ScaleSteps.apply(x, factors)
 
 
 def shifted(x: Tensor, mix: Tensor) -> Tensor:
-    first, second, third = _TokenShift.apply(x, mix, mix**2, 1 - mix)
+    first, second, third = TokenShift.apply(x, mix, mix**2, 1 - mix)
     return first - 2 * second + third
 
 
 def quantised(x: Tensor, scale: Tensor) -> Tensor:
-    return _Quantise.apply(x, scale.abs().sum(), 3)
+    return Quantise.apply(x, scale.abs().sum(), 3)
 
 
 def gated(x: Tensor, weight: Tensor) -> Tensor:
@@ -209,7 +209,7 @@ def test_readouts_are_not_rounded_to_tf32() -> None:
 @pytest.fixture(params=SMALL)
 def small(request: pytest.FixtureRequest) -> tuple[DiffusionSystem, DiffusionSystem, tuple[int, int, int]]:
     """A method of the small track in float64, on the CPU and on the GPU, with trained-like weights, and its images."""
-    cli = _build(f"small/{request.param}", "--model.num_inference_steps=5")
+    cli = build_config(f"small/{request.param}", "--model.num_inference_steps=5")
     system = cast(DiffusionSystem, cli.model).double().eval()
     with torch.no_grad():
         for parameter in system.parameters():
@@ -261,7 +261,7 @@ def _drawn_on_the_cpu(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
 @pytest.mark.parametrize("name", SMALL)
 def test_steps_of_a_sampler_do_not_wait(name: str, plain: None) -> None:
     solver = ["--model.scheduler=DDIMScheduler"] if "ddpm" in name or "sdm" in name or "sdit" in name else []
-    cli = _build(f"small/{name}", "--model.num_inference_steps=4", *solver)
+    cli = build_config(f"small/{name}", "--model.num_inference_steps=4", *solver)
     system = cast(DiffusionSystem, cli.model).cuda().eval()
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
         chain = system.trajectory(torch.arange(4), cli.datamodule.image_shape)
@@ -278,7 +278,7 @@ def test_steps_of_a_sampler_do_not_wait(name: str, plain: None) -> None:
 @pytest.mark.parametrize("name", PAPER_SIZE)
 def test_networks_of_paper_size_train_channels_last(name: str) -> None:
     """One step in bfloat16, with kernels; all convolutions but those of images are given channels-last features."""
-    cli = _build(name)
+    cli = build_config(name)
     system = cast(DiffusionSystem, cli.model).cuda().train()
     layouts: list[bool] = []
     for module in system.modules():
@@ -294,7 +294,7 @@ def test_networks_of_paper_size_train_channels_last(name: str) -> None:
 
 
 def test_cost_is_that_of_the_cpu_though_replayed() -> None:
-    cli = _build("small/sddpm_mnist", "--model.num_inference_steps=5")
+    cli = build_config("small/sddpm_mnist", "--model.num_inference_steps=5")
     counts = []
     for device in ("cpu", "cuda"):
         system = copy.deepcopy(cast(DiffusionSystem, cli.model)).double().to(device).eval()
@@ -305,7 +305,7 @@ def test_cost_is_that_of_the_cpu_though_replayed() -> None:
 
 
 def test_a_hook_that_is_not_replayable_sees_every_call(plain: None) -> None:
-    cli = _build("small/sddpm_mnist", "--model.num_inference_steps=5")
+    cli = build_config("small/sddpm_mnist", "--model.num_inference_steps=5")
     system, calls = cast(DiffusionSystem, cli.model).cuda().eval(), []
     cast(nn.Module, system.network).register_forward_hook(lambda *_: calls.append(None))
     system.sample(torch.arange(2), cli.datamodule.image_shape)

@@ -36,5 +36,5 @@ def test_peak_memory_of_a_known_function() -> None:
 
 
 def test_numbers_below_1_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"tokens=\[64, 0\], .* give numbers above 0"):
+    with pytest.raises(ValueError, match=r"tokens=\[64, 0\], .* use numbers above 0"):
         main(["attention-speed", "--tokens=[64, 0]"])

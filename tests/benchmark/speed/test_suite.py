@@ -35,8 +35,8 @@ def test_floor_reads_the_memory_that_the_products_read() -> None:
     with Products() as products:
         for y in (weight, weight.T, weight, other):
             x @ y
-    places = [[arg.place for arg in args] for _, args in products.calls]
-    assert places == [[x.data_ptr(), y.data_ptr()] for y in (weight, weight, weight, other)]
+    addresses = [[arg.address for arg in args] for _, args in products.calls]
+    assert addresses == [[x.data_ptr(), y.data_ptr()] for y in (weight, weight, weight, other)]
     assert products.calls[0] == products.calls[2] != products.calls[1]
 
 
@@ -94,7 +94,7 @@ def test_neurons_keep_less_than_plain_autograd() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--repetitions=0"], "give 1 or more"),
+        (["--repetitions=0"], "use 1 or more"),
         (["--configs=[nothing]"], "nothing is unknown"),
         (["--parts=[wheels]"], "wheels"),
     ],

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from systems.ops.cuda_graphs import APART, Replay, _unwatched, distance
+from systems.ops.cuda_graphs import MAX_RELATIVE_ERROR, Replay, _without_hooks, relative_error
 
 
-def test_a_cpu_is_asked_every_time() -> None:
+def test_runs_eagerly_on_cpus() -> None:
     network, calls = nn.Linear(2, 2), []
     network.register_forward_hook(lambda *_: calls.append(None))
     replay = Replay(network, network)
@@ -19,17 +19,17 @@ def test_a_cpu_is_asked_every_time() -> None:
     assert len(calls) == 12
 
 
-def test_distance_is_relative_to_each_tensor() -> None:
-    wanted = [torch.tensor([3.0, 4.0]), torch.tensor([100.0])]
-    assert distance(wanted, wanted) == 0
-    assert distance([torch.tensor([3.0, 4.5]), torch.tensor([101.0])], wanted) == pytest.approx(0.1)
-    assert not distance([torch.tensor([3.0, float("nan")]), wanted[1]], wanted) <= APART
+def test_error_is_relative_to_each_tensor() -> None:
+    expected = [torch.tensor([3.0, 4.0]), torch.tensor([100.0])]
+    assert relative_error(expected, expected) == 0
+    assert relative_error([torch.tensor([3.0, 4.5]), torch.tensor([101.0])], expected) == pytest.approx(0.1)
+    assert not relative_error([torch.tensor([3.0, float("nan")]), expected[1]], expected) <= MAX_RELATIVE_ERROR
 
 
 def test_comparing_does_not_call_hooks() -> None:
     network, calls = nn.Sequential(nn.Linear(2, 2)), []
     network[0].register_forward_hook(lambda *_: calls.append(None))
-    with _unwatched(network):
+    with _without_hooks(network):
         network(torch.ones(1, 2))
     assert not calls
     network(torch.ones(1, 2))

@@ -52,13 +52,13 @@ def test_sum_with_a_residual(layout: str, training: bool) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_shift_after_the_norm_of_a_neuron(layout: str, training: bool) -> None:
+def test_time_embedding_after_the_norm_of_a_neuron(layout: str, training: bool) -> None:
     inputs = [features(layout)[0].requires_grad_(), torch.randn(3, 8, dtype=torch.float64, requires_grad=True)]
     norm, plain = norms(training)
     neuron = SpikingNeuron(beta=0.5)
     spikes = neuron(inputs[0], norm, inputs[1])
     assert 0.1 < spikes.mean() < 0.9
-    assert not torch.equal(spikes, neuron(inputs[0], copy.deepcopy(plain))), "the shift matters"
+    assert not torch.equal(spikes, neuron(inputs[0], copy.deepcopy(plain))), "the time embedding matters"
     check(spikes, neuron.stepwise(inputs[0], plain, inputs[1]), inputs, (norm, plain))
 
 
@@ -71,10 +71,10 @@ def test_gain_scales_the_norm_but_its_bias() -> None:
 
 def test_other_norms_are_applied_as_they_are() -> None:
     x, y = features("contiguous", torch.float32)
-    norm, shift = nn.GroupNorm(2, 8), torch.randn(3, 8)
+    norm, temb = nn.GroupNorm(2, 8), torch.randn(3, 8)
     assert torch.equal(add_normed(norm, x, y), normalise(norm, x) + y)
     neuron = SpikingNeuron()
-    assert torch.equal(neuron(x, norm, shift), neuron(normalise(norm, x) + shift[:, :, None, None]))
+    assert torch.equal(neuron(x, norm, temb), neuron(normalise(norm, x) + temb[:, :, None, None]))
 
 
 def test_residual_keeps_its_type_under_mixed_precision() -> None:

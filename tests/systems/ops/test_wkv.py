@@ -147,5 +147,5 @@ def test_memory_is_linear() -> None:
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(shapes: tuple[tuple[int, ...], ...]) -> None:
-    with pytest.raises(ValueError, match=r"wkv takes \(M, N, D\) twice"):
+    with pytest.raises(ValueError, match=r"wkv takes \(M, N, D\) for keys and values"):
         wkv(*map(torch.zeros, shapes))

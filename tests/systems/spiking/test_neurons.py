@@ -118,7 +118,7 @@ def test_equality_fires_only_where_asked() -> None:
 
 def test_leaky_check_values() -> None:
     x = torch.tensor([0.8, 1.4, 1.0, 0.3], dtype=torch.float64).view(4, 1)
-    potentials, _ = multistep._potentials(x, leaky_integrate_and_fire(tau=2.0)._dynamics)
+    potentials, _ = multistep.potentials_and_spikes(x, leaky_integrate_and_fire(tau=2.0)._dynamics)
     torch.testing.assert_close(torch.cat(potentials), torch.tensor([0.4, 0.9, 0.95, 0.625], dtype=torch.float64))
 
 
@@ -140,7 +140,7 @@ def test_fsddim_neuron_reproduces_reference(reset: str, reference: Callable[[str
 def test_surrogates_have_their_shape() -> None:
     u = torch.tensor([-0.6, -0.25, 0.0, 0.25, 0.6], dtype=torch.float64)
     for spike_grad, expected in ((triangle(0.5), [0, 0.5, 1, 0.5, 0]), (rectangle(0.5), [0, 1, 1, 1, 0])):
-        derivative = multistep._derivative(spike_grad, u.dtype)(u)
+        derivative = multistep.surrogate_derivative(spike_grad, u.dtype)(u)
         torch.testing.assert_close(derivative, torch.tensor(expected, dtype=u.dtype))
 
 
