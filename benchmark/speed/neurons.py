@@ -46,22 +46,27 @@ def _neurons() -> Iterator[tuple[str, nn.Module, Callable[[Tensor], Tensor], Cal
     """Yields name and layers of each published neuron: ours, snnTorch's, and SpikingJelly's if installed, else None."""
     fsddim = SpikingNeuron(beta=0.8, detach_reset=True, fire_at_threshold=False, spike_grad="triangle")
     hard = {"reset_mechanism": "zero", "reset_delay": False}
-    yield "IF", integrate_and_fire(), _step(snn.Leaky(1.0, spike_grad=surrogate.atan(2.0), **hard)), _jelly("IFNode")
+    yield (
+        "IF",
+        integrate_and_fire(),
+        _step_by_hand(snn.Leaky(1.0, spike_grad=surrogate.atan(2.0), **hard)),
+        _spikingjelly("IFNode"),
+    )
     yield (
         "LIF",
         leaky_integrate_and_fire(),
-        _step(snn.Leaky(0.5, spike_grad=surrogate.atan(2.0), **hard), input_scale=0.5),
-        _jelly("LIFNode", tau=2.0),
+        _step_by_hand(snn.Leaky(0.5, spike_grad=surrogate.atan(2.0), **hard), input_scale=0.5),
+        _spikingjelly("LIFNode", tau=2.0),
     )
     yield (
         "FSDDIM's LIF",
         fsddim,
-        _step(snn.Leaky(0.8, spike_grad=triangle(), **hard)),
-        _jelly("LIFNode", tau=5.0, decay_input=False, detach_reset=True),
+        _step_by_hand(snn.Leaky(0.8, spike_grad=triangle(), **hard)),
+        _spikingjelly("LIFNode", tau=5.0, decay_input=False, detach_reset=True),
     )
 
 
-def _step(leaky: nn.Module, input_scale: float = 1.0) -> Callable[[Tensor], Tensor]:
+def _step_by_hand(leaky: nn.Module, input_scale: float = 1.0) -> Callable[[Tensor], Tensor]:
     def layer(x: Tensor) -> Tensor:
         mem = torch.zeros_like(x[0])
         spikes = []
@@ -73,7 +78,7 @@ def _step(leaky: nn.Module, input_scale: float = 1.0) -> Callable[[Tensor], Tens
     return layer
 
 
-def _jelly(kind: str, **options: Any) -> Callable[[Tensor], Tensor] | None:
+def _spikingjelly(kind: str, **options: Any) -> Callable[[Tensor], Tensor] | None:
     try:
         from spikingjelly.activation_based import functional, neuron
         from spikingjelly.activation_based import surrogate as theirs

@@ -116,8 +116,8 @@ def measure_steps(
             if isinstance(module, SpikingNeuron):
                 module.forward = module.stepwise  # type: ignore[method-assign]
         clip = cli.trainer.gradient_clip_val
-        clock = train_on_noise(system, image_shape, batch_size, WARM_UP + repetitions, precision, clip)
-        plain = train_on_noise(stepped, image_shape, batch_size, 0, precision, clip)
+        clock = train_on_random_images(system, image_shape, batch_size, WARM_UP + repetitions, precision, clip)
+        plain = train_on_random_images(stepped, image_shape, batch_size, 0, precision, clip)
         for stage in clock.seconds:
             step = f"training, stage {stage + 1}" if len(clock.seconds) > 1 else "training"
             saved, most = clock.saved[stage].bytes, plain.saved[stage].with_small_spikes
@@ -153,7 +153,7 @@ def _row(name: str, step: str, seconds: float, floor: float) -> dict[str, Any]:
     return {"config": name, "step": step, "ms": 1e3 * seconds, "floor ms": 1e3 * floor, "over floor": seconds / floor}
 
 
-def train_on_noise(
+def train_on_random_images(
     system: DiffusionSystem,
     image_shape: tuple[int, int, int],
     batch_size: int,

@@ -22,7 +22,7 @@ from rich.table import Table
 from benchmark.runs import RUNS
 from benchmark.speed.neurons import measure_neurons
 from benchmark.speed.sampling import measure_sampling
-from benchmark.speed.steps import measure_steps, train_on_noise
+from benchmark.speed.steps import measure_steps, train_on_random_images
 from benchmark.speed.timing import WARM_UP, Rows, config_path, median_seconds
 from benchmark.stages import fastest_precision, run_stage
 from leaderboard.files import write_atomic
@@ -115,7 +115,9 @@ def measure_data(repetitions: int) -> Rows:
         run_options = (f"--trainer.default_root_dir={folder}", "--trainer.enable_progress_bar=false")
         cli = run_stage(["fit", *QUICKSTART, *run_options, "--trainer.max_steps=1"])
         data = cli.datamodule
-        clock = train_on_noise(cli.model, data.image_shape, data.batch_size, WARM_UP + repetitions, "32-true", None)
+        clock = train_on_random_images(
+            cli.model, data.image_shape, data.batch_size, WARM_UP + repetitions, "32-true", None
+        )
         step, _ = clock.median()
         loader = data.train_dataloader()
         batch = median_seconds(lambda: deque(loader, maxlen=0), repetitions, torch.device("cpu")) / len(loader)

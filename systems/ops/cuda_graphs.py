@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 REPLAYABLE = "replayable"
-"""Attribute of hooks that only modify tensors in place, so that a graph repeats their work."""
+"""Attribute that marks hooks which only update tensors in place, so that a graph repeats their work."""
 
 MAX_RELATIVE_ERROR = 0.05
 """A replay that deviates more than this from eager execution is rejected.

@@ -135,7 +135,7 @@ def _chunks(x: Tensor) -> list[tuple[int, int]]:
 def _run_chunk(eager: Chunk, kernel: Chunk, start: int, stop: int, tokens: Sequence[Tensor], *args: Any) -> Any:
     """Runs the kernel on a full chunk, else the eager function.
 
-    The kernel takes all tokens and `stop`, not `start`, because Dynamo would specialise on a start of 0.
+    The kernel receives all tokens and `stop`; with `start` instead, Dynamo would specialise on a start of 0.
     """
     if stop - start == CHUNK:
         return kernel(tokens[0], tokens, stop, *args)

@@ -1,7 +1,7 @@
 """Multi-step spiking neurons: snnTorch's `Leaky` semantics and surrogates over a leading time axis.
 
-One layer covers the neurons of all methods of the suite. With input `X[k]`, carried potential `V[-1] =
-0`, membrane decay `beta` and threshold `th`, each step `k` of the `T` SNN time steps computes
+One layer covers the neurons of all methods of the suite. With input `X[k]`, carried potential `V[-1] = 0`, membrane
+decay `beta` and threshold `th`, each step `k` of the `T` SNN time steps computes
 
     U[k] = beta * V[k-1] + input_scale * X[k]       charge
     S[k] = 1 if U[k] > th (or >=) else 0            fire
@@ -12,7 +12,7 @@ reference: spikes and gradients equal those of its `Leaky` stepped by hand. It i
 the potential in a buffer between calls. Here the potential exists only during the forward pass, so there is nothing to
 reset, and deep copies, weight averaging and data-parallel replicas cannot share state.
 
-`SpikingNeuron.stepwise` is the definition; `systems.spiking.multistep` computes all steps at once.
+`SpikingNeuron.stepwise` defines the result; `systems.spiking.multistep` computes all steps at once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The speed of the train loader, and the command that measures it."""
+"""The command that measures the speed of the train loader."""
 
 from __future__ import annotations
 

@@ -25,11 +25,11 @@ def test_works_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.warns(UserWarning, match="no working compiler"):
         assert double(torch.ones(2)).tolist() == [2, 2]
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # it is tried and told once
+        warnings.simplefilter("error")  # it is tried, and warns, only once
         assert double(torch.ones(2)).tolist() == [2, 2]
 
 
-def test_memory_of_any_layout_is_seen_in_its_order() -> None:
+def test_memory_preserves_the_order_of_any_layout() -> None:
     last = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     for x in (last, last.unflatten(0, (2, 1)), torch.randn(2, 3, 4)):
         assert compiled.dense(x) is x

@@ -31,13 +31,13 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def kernels() -> SimpleNamespace:
-    """The modules of `systems.ops.kernels`, imported anew so that Triton's interpreter runs their functions."""
+    """The modules of `systems.ops.kernels`, imported again so that Triton's interpreter runs their functions."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         for name in [name for name in sys.modules if name.startswith("systems.ops.kernels")]:
             patch.delitem(sys.modules, name)
         modules = {name: importlib.import_module(f"systems.ops.kernels.{name}") for name in NAMES}
-        for name in NAMES:  # the next one to import them gets those of a GPU
+        for name in NAMES:  # later imports get the compiled kernels
             del sys.modules[f"systems.ops.kernels.{name}"]
     return SimpleNamespace(**modules)
 
@@ -103,7 +103,7 @@ def test_sum_of_a_norm_and_a_residual(kernels: SimpleNamespace, channels_last: b
 def test_surrogates_are_known_by_name(name: str) -> None:
     known = ("atan", "triangle", "rectangle")
     assert multistep.surrogate_name(surrogates.get_surrogate(name), known) == (name if name in known else None)
-    assert multistep.surrogate_name(surrogates.triangle(0.3), known) is None, "of another width"
+    assert multistep.surrogate_name(surrogates.triangle(0.3), known) is None, "not in the default width"
 
 
 def test_scale_and_shift_of_a_norm(kernels: SimpleNamespace) -> None:
@@ -129,7 +129,7 @@ def test_token_shift(kernels: SimpleNamespace, dtype: torch.dtype, num_mixes: in
     expected = torch.autograd.grad(wanted, leaves, [grad.double() for grad in grads])
     torch.testing.assert_close(grad_x.double(), expected[0], **tolerance)
     for grad, y in zip(grad_mixes, expected[1:], strict=True):
-        torch.testing.assert_close(grad.double(), y, rtol=1e-4, atol=1e-4)  # sums are never in bfloat16
+        torch.testing.assert_close(grad.double(), y, rtol=1e-4, atol=1e-4)  # sums are computed in float32 or more
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

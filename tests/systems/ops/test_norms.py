@@ -1,4 +1,4 @@
-"""Norms that go into a neuron or a sum, against the norms themselves; `tests/test_cuda.py` has their kernels."""
+"""Norms fused into a neuron or a sum, against separate norms; `tests/test_cuda.py` tests their kernels."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ def test_time_embedding_after_the_norm_of_a_neuron(layout: str, training: bool) 
     check(spikes, neuron.stepwise(inputs[0], plain, inputs[1]), inputs, (norm, plain))
 
 
-def test_gain_scales_the_norm_but_its_bias() -> None:
+def test_gain_scales_all_but_the_bias_of_the_norm() -> None:
     inputs = [x.requires_grad_() for x in features("contiguous")]
     norm, plain = norms(True)
     y = scaled(plain, normalise(plain, inputs[0]), 0.7) + inputs[1]
     check(add_normed(norm, *inputs, gain=0.7), y, inputs, (norm, plain))
 
 
-def test_other_norms_are_applied_as_they_are() -> None:
+def test_other_norms_are_called() -> None:
     x, y = features("contiguous", torch.float32)
     norm, temb = nn.GroupNorm(2, 8), torch.randn(3, 8)
     assert torch.equal(add_normed(norm, x, y), normalise(norm, x) + y)
@@ -77,7 +77,7 @@ def test_other_norms_are_applied_as_they_are() -> None:
     assert torch.equal(neuron(x, norm, temb), neuron(normalise(norm, x) + temb[:, :, None, None]))
 
 
-def test_residual_keeps_its_type_under_mixed_precision() -> None:
+def test_residual_keeps_its_dtype_under_mixed_precision() -> None:
     x, residual = features("contiguous", torch.bfloat16)
     residual = residual.float().requires_grad_()
     total = add_normed(nn.BatchNorm2d(8), x, residual)
@@ -88,7 +88,7 @@ def test_residual_keeps_its_type_under_mixed_precision() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_gradients_are_those_of_the_mode_of_the_forward_pass(training: bool) -> None:
+def test_gradients_follow_the_mode_of_the_forward_pass(training: bool) -> None:
     x = features("contiguous")[0].requires_grad_()
     neuron, grads = SpikingNeuron(beta=0.5), []
     for layer, norm in zip((neuron, neuron.stepwise), norms(training), strict=True):
