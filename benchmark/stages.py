@@ -33,7 +33,6 @@ from benchmark.callbacks.checkpointing import (
     SaveFitConfig,
     WholeCheckpointIO,
 )
-from benchmark.callbacks.graphs import TrainingGraphs
 from benchmark.callbacks.monitor import ImageProgressBar, ProgressLines, TrainingMonitor
 from benchmark.callbacks.png import PNGWriter
 from benchmark.command_line import Parser, complete
@@ -104,13 +103,12 @@ class BenchmarkCLI(LightningCLI):
         return {**LightningCLI.subcommands(), "estimate_gamma": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds `checkpoint`, `last`, `monitor`, `evaluation`, `png` and `graphs`."""
+        """Adds `checkpoint`, `last`, `monitor`, `evaluation` and `png`."""
         parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
         parser.add_lightning_class_args(LastCheckpoint, "last")
         parser.add_lightning_class_args(TrainingMonitor, "monitor")
         parser.add_lightning_class_args(Evaluation, "evaluation")
         parser.add_lightning_class_args(PNGWriter, "png")
-        parser.add_lightning_class_args(TrainingGraphs, "graphs")
         parser.set_defaults(
             {
                 "checkpoint.monitor": "val/loss",

@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from systems.checkpoints import check_method, check_state
-from systems.ops.cuda_graphs import TrainingReplay
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 LRSchedulerFactory = Callable[[Optimizer], LRScheduler]
@@ -46,8 +45,6 @@ class DiffusionSystem(L.LightningModule):
     """Whether the images of the batch to test exist already, from a test that was interrupted."""
     trains_in_parts: bool = False
     """Whether a step of training leaves parameters without a gradient, of which several processes must know."""
-    replay: TrainingReplay | None = None
-    """What the network is trained through, where its passes are CUDA graphs."""
 
     def __init__(self, optimizer: OptimizerFactory, lr_scheduler: LRSchedulerFactory | None = None) -> None:
         super().__init__()

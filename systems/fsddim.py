@@ -34,7 +34,7 @@ from systems.networks.fsddim_fused import FusedRecurrence
 from systems.networks.fsddim_unet import FSDDIMUNet, Norm
 from systems.ops.cuda_graphs import Replay
 from systems.spiking.neurons import SpikingNeuron
-from systems.spiking.steps import fold, lay_out, unfold
+from systems.spiking.steps import fold, to_channels_last_on_gpu, unfold
 from systems.spiking.surrogates import get_surrogate
 
 
@@ -215,7 +215,7 @@ class FSDDIM(DiffusionSystem):
         power, factor = self.get_buffer("signal_power")[t], self.get_buffer("reconstruction_factor")[t]
         signal, sigma = (self.get_buffer(name)[t].view(-1, 1, 1, 1) for name in ("signal", "sigma"))
         noisy, v = signal * images + sigma * noise, signal * noise - sigma * images
-        out = (self.replay or self.network)(encode(noisy, self.num_steps), t).to(v.dtype)  # (T, B, C, H, W)
+        out = self.network(encode(noisy, self.num_steps), t).to(v.dtype)  # (T, B, C, H, W)
         decoded = decode(out)
         spread = (out - decoded).square().mean((0, 2, 3, 4))  # (B,): decoding and encoding again leaves the mean
         image = (decoded - v).square().mean((1, 2, 3))
@@ -276,7 +276,7 @@ class FSDDIM(DiffusionSystem):
         layer, `W` the input layer after the output layer, and `M` the output layer's bias seen through the input layer.
         """
         recurrence.merge(self.network, x.shape[-2:])
-        current = unfold(lay_out(self.network.conv_in(fold(x))), self.num_steps)
+        current = unfold(to_channels_last_on_gpu(self.network.conv_in(fold(x))), self.num_steps)
         step = Replay(lambda current, t: recurrence(self.network.features(current, t)), self.network)
         for t, p_t, q_t in chain:
             into_current, into_x = step(current, self._at(t, x))

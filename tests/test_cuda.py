@@ -1,4 +1,4 @@
-"""What runs on GPUs alone: kernels against their definitions, networks and samplers against the CPU, the commands."""
+"""Tests that need a GPU: kernels against their definitions, networks and samplers against the CPU, the commands."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ from benchmark.callbacks.checkpointing import DivergenceError
 from benchmark.cli import main
 from benchmark.speed.sampling import SMALL
 from benchmark.speed.suite import PAPER_SIZE
-from benchmark.speed.timing import _build
+from benchmark.speed.timing import build_config
 from leaderboard.evaluation.cost import CostMeter
 from leaderboard.record.records import find_records
 from systems.base import DiffusionSystem
 from systems.networks.spiking_transformer import _gate, _gated_sum
 from systems.ops import compiled
-from systems.ops.cuda_graphs import TrainingReplay
 from systems.ops.norms import add_normed, normalise, scaled
-from systems.ops.quantise import _Quantise
-from systems.ops.scale_steps import _ScaleSteps
-from systems.ops.token_shift import _TokenShift
+from systems.ops.quantise import Quantise
+from systems.ops.scale_steps import ScaleSteps
+from systems.ops.token_shift import TokenShift
 from systems.ops.wkv import wkv
 from systems.spiking.neurons import ConvertedNeuron, SpikingNeuron, membrane_output
 
@@ -37,7 +36,7 @@ NEURONS = {
     "FSDDIM": dict(beta=0.8, detach_reset=True, fire_at_threshold=False, spike_grad="triangle"),
     "soft": dict(beta=0.9, reset_mechanism="subtract"),
 }
-"""Published neurons, and one of the other reset."""
+"""Published neurons, and one with soft reset."""
 
 
 @pytest.fixture(autouse=True)
@@ -46,13 +45,13 @@ def _seed() -> None:
 
 
 @pytest.fixture
-def plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Functions as they are: kernels of networks in float64 would be compiled for nothing."""
+def uncompiled_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs element-wise functions uncompiled, since compiling for float64 networks takes longer than the test."""
     monkeypatch.setattr(compiled, "COMPILE_FROM", 2**62)
 
 
 def gradients(f: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Returns what a function returns, and gradients of its inputs for weights that differ in every place."""
+    """Returns the output of a function, and the gradients of its inputs for a sum with different weights."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     y = f(*leaves)
     weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view(y.shape)
@@ -85,7 +84,7 @@ def test_neurons_in_float32_differ_only_at_the_threshold(name: str) -> None:
     torch.testing.assert_close(fast_grad[:, same], plain_grad[:, same], rtol=1e-4, atol=1e-5)
 
 
-def test_spikes_come_in_the_type_of_autocast() -> None:
+def test_spikes_have_the_dtype_of_autocast() -> None:
     neuron, x = SpikingNeuron(), random(4, 8, 16, 32, 32, dtype=torch.bfloat16)
     with torch.autocast("cuda", torch.bfloat16):
         spikes = neuron(x.float())
@@ -95,7 +94,7 @@ def test_spikes_come_in_the_type_of_autocast() -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "tokens"])
-def test_norms_in_neurons_equal_norms_before(layout: str, training: bool) -> None:
+def test_norms_fused_into_neurons_equal_separate_norms(layout: str, training: bool) -> None:
     shape = (4, 3, 100, 48) if layout == "tokens" else (4, 3, 48, 10, 12)
     x = random(*shape)
     if layout == "channels_last":
@@ -118,14 +117,14 @@ def test_norms_in_neurons_equal_norms_before(layout: str, training: bool) -> Non
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_shifts_after_norms_and_residuals_equal_plain_sums(layout: str, training: bool) -> None:
-    x, residual, shift = random(4, 3, 48, 10, 12), random(4, 3, 48, 10, 12), random(3, 48)
+def test_time_embeddings_and_residuals_after_norms_equal_plain_sums(layout: str, training: bool) -> None:
+    x, residual, temb = random(4, 3, 48, 10, 12), random(4, 3, 48, 10, 12), random(3, 48)
     if layout == "channels_last":
         x = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).view(x.shape)
     norm = nn.BatchNorm2d(48).to("cuda", torch.float64).train(training)
     neuron, weight, bias = SpikingNeuron(beta=0.5), norm.weight.detach() + 0.2, norm.bias.detach() + 0.3
-    fast = gradients(lambda x, s, w, b: neuron(x, _with(norm, w, b), s), x, shift, weight, bias)
-    plain = gradients(lambda x, s, w, b: neuron.stepwise(x, _with(norm, w, b), s), x, shift, weight, bias)
+    fast = gradients(lambda x, e, w, b: neuron(x, _with(norm, w, b), e), x, temb, weight, bias)
+    plain = gradients(lambda x, e, w, b: neuron.stepwise(x, _with(norm, w, b), e), x, temb, weight, bias)
     torch.testing.assert_close(fast, plain, rtol=1e-9, atol=1e-9)
 
     def plain_sum(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> Tensor:
@@ -136,22 +135,22 @@ def test_shifts_after_norms_and_residuals_equal_plain_sums(layout: str, training
 
 
 def _with(norm: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
-    """Lets the parameters of a norm be inputs of a function."""
+    """Replaces the parameters of a norm, so that a function can take them as inputs."""
     norm._parameters["weight"], norm._parameters["bias"] = weight, bias  # type: ignore[assignment]
     return norm
 
 
 def stepped(x: Tensor, factors: Tensor) -> Tensor:
-    return _ScaleSteps.apply(x, factors)
+    return ScaleSteps.apply(x, factors)
 
 
 def shifted(x: Tensor, mix: Tensor) -> Tensor:
-    first, second, third = _TokenShift.apply(x, mix, mix**2, 1 - mix)
+    first, second, third = TokenShift.apply(x, mix, mix**2, 1 - mix)
     return first - 2 * second + third
 
 
 def quantised(x: Tensor, scale: Tensor) -> Tensor:
-    return _Quantise.apply(x, scale.abs().sum(), 3)
+    return Quantise.apply(x, scale.abs().sum(), 3)
 
 
 def gated(x: Tensor, weight: Tensor) -> Tensor:
@@ -188,7 +187,7 @@ def test_kernels_equal_the_functions_on_the_cpu(function: Callable[..., Tensor],
     tolerance = dict(rtol=1e-9, atol=1e-9) if dtype == torch.float64 else dict(rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(found.cpu(), wanted, **tolerance)
     torch.testing.assert_close(found_grads[0].cpu(), wanted_grads[0], **tolerance)
-    if dtype == torch.float64:  # sums of many rounded numbers differ by their order
+    if dtype == torch.float64:  # in bfloat16, long sums depend on their order
         torch.testing.assert_close(found_grads[1].cpu(), wanted_grads[1], rtol=1e-8, atol=1e-8)
 
 
@@ -209,8 +208,8 @@ def test_readouts_are_not_rounded_to_tf32() -> None:
 
 @pytest.fixture(params=SMALL)
 def small(request: pytest.FixtureRequest) -> tuple[DiffusionSystem, DiffusionSystem, tuple[int, int, int]]:
-    """A method of the small track in float64, on the CPU and on the GPU, with trained-like weights, and its images."""
-    cli = _build(f"small/{request.param}", "--model.num_inference_steps=5")
+    """A method of the small track in float64 with perturbed weights, on the CPU and on the GPU, and its image shape."""
+    cli = build_config(f"small/{request.param}", "--model.num_inference_steps=5")
     system = cast(DiffusionSystem, cli.model).double().eval()
     with torch.no_grad():
         for parameter in system.parameters():
@@ -218,9 +217,9 @@ def small(request: pytest.FixtureRequest) -> tuple[DiffusionSystem, DiffusionSys
     return system, copy.deepcopy(system).cuda(), cli.datamodule.image_shape
 
 
-def test_samples_are_those_of_the_cpu_though_replayed(
+def test_replayed_samples_equal_those_of_the_cpu(
     small: tuple[DiffusionSystem, DiffusionSystem, tuple[int, int, int]],
-    plain: None,
+    uncompiled_gpu: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cpu, gpu, shape = small
@@ -232,14 +231,14 @@ def test_samples_are_those_of_the_cpu_though_replayed(
     assert len(replays) == 4
 
 
-def test_losses_have_the_gradients_of_the_cpu(
+def test_gradients_of_losses_equal_those_of_the_cpu(
     small: tuple[DiffusionSystem, DiffusionSystem, tuple[int, int, int]],
-    plain: None,
+    uncompiled_gpu: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cpu, gpu, shape = small
     images = torch.rand(4, *shape, dtype=torch.float64) * 2 - 1
-    for name in ("randn", "randint", "rand"):  # a GPU draws other numbers
+    for name in ("randn", "randint", "rand"):  # the GPU's generator draws other numbers
         monkeypatch.setattr(torch, name, _drawn_on_the_cpu(getattr(torch, name)))
     if not hasattr(cpu, "scheduler") and hasattr(cpu, "data_variance"):
         cpu.data_variance = gpu.data_variance = 0.1
@@ -252,29 +251,6 @@ def test_losses_have_the_gradients_of_the_cpu(
             torch.testing.assert_close(b.grad.cpu(), a.grad, rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("name", ["sddpm", "sdm", "fsddim", "sdit"])
-def test_replayed_training_gives_the_same_weights(name: str) -> None:
-    """Six steps, the first three and one of another batch size as they are, with and without the replay."""
-    cli = _build(f"small/{name}_mnist")
-    first = cast(DiffusionSystem, cli.model).double().cuda().train()
-    replayed = copy.deepcopy(first)
-    replayed.replay = TrainingReplay(cast(nn.Module, replayed.network))
-    images = torch.rand(6, 4, *cli.datamodule.image_shape, dtype=torch.float64, device="cuda") * 2 - 1
-    for system in (first, replayed):
-        optimizer = torch.optim.SGD(system.parameters(), lr=1e-2, momentum=0.9)
-        for step, batch in enumerate(images):
-            torch.cuda.manual_seed(step)
-            loss = system.loss(batch[:2] if step == 4 else batch)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            del loss  # nodes of its graph belong to another stream than what is recorded
-    assert replayed.replay is not None
-    assert replayed.replay._graph is not None
-    for (key, a), b in zip(first.state_dict().items(), replayed.state_dict().values(), strict=True):
-        torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-8, msg=lambda m, key=key: f"{key}: {m}")
-
-
 def _drawn_on_the_cpu(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def drawn(*args: Any, device: Any = None, generator: Any = None, **kwargs: Any) -> Tensor:
         return draw(*args, generator=torch.Generator().manual_seed(0), **kwargs).to(device)
@@ -283,13 +259,13 @@ def _drawn_on_the_cpu(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_steps_of_a_sampler_do_not_wait(name: str, plain: None) -> None:
+def test_sampler_steps_do_not_synchronise(name: str, uncompiled_gpu: None) -> None:
     solver = ["--model.scheduler=DDIMScheduler"] if "ddpm" in name or "sdm" in name or "sdit" in name else []
-    cli = _build(f"small/{name}", "--model.num_inference_steps=4", *solver)
+    cli = build_config(f"small/{name}", "--model.num_inference_steps=4", *solver)
     system = cast(DiffusionSystem, cli.model).cuda().eval()
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
         chain = system.trajectory(torch.arange(4), cli.datamodule.image_shape)
-        for _ in range(3):  # noise, a step as it is, one that is recorded
+        for _ in range(3):  # noise, an eager step, a recorded step
             next(chain)
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -301,8 +277,8 @@ def test_steps_of_a_sampler_do_not_wait(name: str, plain: None) -> None:
 
 @pytest.mark.parametrize("name", PAPER_SIZE)
 def test_networks_of_paper_size_train_channels_last(name: str) -> None:
-    """One step in bfloat16, with kernels; all convolutions but those of images are given channels-last features."""
-    cli = _build(name)
+    """In one bfloat16 step, all convolutions except on images receive channels-last features."""
+    cli = build_config(name)
     system = cast(DiffusionSystem, cli.model).cuda().train()
     layouts: list[bool] = []
     for module in system.modules():
@@ -317,8 +293,8 @@ def test_networks_of_paper_size_train_channels_last(name: str) -> None:
     assert all(layouts)
 
 
-def test_cost_is_that_of_the_cpu_though_replayed() -> None:
-    cli = _build("small/sddpm_mnist", "--model.num_inference_steps=5")
+def test_replayed_cost_equals_that_of_the_cpu() -> None:
+    cli = build_config("small/sddpm_mnist", "--model.num_inference_steps=5")
     counts = []
     for device in ("cpu", "cuda"):
         system = copy.deepcopy(cast(DiffusionSystem, cli.model)).double().to(device).eval()
@@ -328,8 +304,8 @@ def test_cost_is_that_of_the_cpu_though_replayed() -> None:
     assert counts[0] == counts[1]
 
 
-def test_a_hook_that_is_not_replayable_sees_every_call(plain: None) -> None:
-    cli = _build("small/sddpm_mnist", "--model.num_inference_steps=5")
+def test_a_hook_that_is_not_replayable_sees_every_call(uncompiled_gpu: None) -> None:
+    cli = build_config("small/sddpm_mnist", "--model.num_inference_steps=5")
     system, calls = cast(DiffusionSystem, cli.model).cuda().eval(), []
     cast(nn.Module, system.network).register_forward_hook(lambda *_: calls.append(None))
     system.sample(torch.arange(2), cli.datamodule.image_shape)
@@ -337,17 +313,17 @@ def test_a_hook_that_is_not_replayable_sees_every_call(plain: None) -> None:
 
 
 def test_commands_run(tmp_path: Path) -> None:
-    place = [f"--trainer.default_root_dir={tmp_path}", "--trainer.enable_progress_bar=false"]
-    fit = ["fit", "--config=configs/quickstart.yaml", "--trainer.max_steps=20", "--trainer.accelerator=gpu", *place]
-    main([*fit, "--monitor.every_n_epochs=1", "--monitor.num_inference_steps=2", "--graphs.enabled=true"])
-    main(["test", *place, "--draft", "--data.num_samples=200"])
+    options = [f"--trainer.default_root_dir={tmp_path}", "--trainer.enable_progress_bar=false"]
+    fit = ["fit", "--config=configs/quickstart.yaml", "--trainer.max_steps=20", "--trainer.accelerator=gpu", *options]
+    main([*fit, "--monitor.every_n_epochs=1", "--monitor.num_inference_steps=2"])
+    main(["test", *options, "--draft", "--data.num_samples=200"])
     (record,) = map(Path.read_text, find_records([tmp_path]))
     assert torch.cuda.get_device_name() in record
 
 
-def test_divergence_is_told_one_step_later(tmp_path: Path) -> None:
-    place = [f"--trainer.default_root_dir={tmp_path}", "--trainer.enable_progress_bar=false"]
-    fit = ["fit", "--config=configs/quickstart.yaml", "--trainer.max_steps=9", "--trainer.accelerator=gpu", *place]
+def test_divergence_is_reported_one_step_later(tmp_path: Path) -> None:
+    options = [f"--trainer.default_root_dir={tmp_path}", "--trainer.enable_progress_bar=false"]
+    fit = ["fit", "--config=configs/quickstart.yaml", "--trainer.max_steps=9", "--trainer.accelerator=gpu", *options]
     with pytest.raises(DivergenceError, match=r"the loss is nan at step [1-9]"):
         main([*fit, "--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=1e30", "--monitor.every_n_epochs=0"])
     assert not list(tmp_path.glob("*/checkpoints/last.ckpt"))

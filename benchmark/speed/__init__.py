@@ -1,1 +1,1 @@
-"""`python -m benchmark speed`: how fast the suite is, as ratios within one run."""
+"""`python -m benchmark speed`: speed of the suite as ratios within one run."""

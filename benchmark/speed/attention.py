@@ -1,9 +1,7 @@
-"""`python -m benchmark attention-speed`: RWKV's mix of tokens against softmax attention, in time and memory."""
+"""`python -m benchmark attention-speed`: time and memory of RWKV's token mixing against softmax attention."""
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,12 +13,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
+from benchmark.speed.timing import median_seconds, wait
 from leaderboard.reports.terminal import terminal
 from systems.networks.spiking_transformer import RWKVMix, SoftmaxMix
 
 Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
 QUANTITIES = (("time, ms", 1e3), ("peak memory, MiB", 2**-20))
-"""Labels of what is measured, and factors from seconds and bytes."""
+"""Labels of the measured quantities, and factors from seconds and bytes."""
 
 
 def attention_speed(
@@ -34,15 +33,15 @@ def attention_speed(
 ) -> None:
     """Measures a forward and backward pass of both mixes of SDiT's blocks at several numbers of tokens.
 
-    Softmax is measured twice: the fused kernel that SDiT calls, which never holds the matrix of weights, and the plain
-    products that do. Memory is the peak of what a pass allocates beyond its inputs.
+    Softmax attention is measured twice: with the fused kernel that SDiT calls, which never stores the attention
+    matrix, and with plain products, which store it. Memory is the peak allocated in a pass, excluding its inputs.
 
     Args:
         tokens: Numbers of tokens N.
-        sequences: Sequences at once, T x B.
-        embed_dim: Channels D.
+        sequences: Number of sequences T x B.
+        embed_dim: Number of channels D.
         num_heads: Heads of softmax attention; divides embed_dim.
-        repetitions: Timed repetitions; the median counts.
+        repetitions: Timed repetitions, whose median is reported.
         device: Device to run on.
         output: Plot (.png).
 
@@ -51,7 +50,7 @@ def attention_speed(
     """
     if min(*tokens, sequences, embed_dim, repetitions, len(tokens)) < 1:
         raise ValueError(
-            f"tokens={list(tokens)}, sequences={sequences}, embed_dim={embed_dim}, repetitions={repetitions}; give "
+            f"tokens={list(tokens)}, sequences={sequences}, embed_dim={embed_dim}, repetitions={repetitions}; use "
             "numbers above 0"
         )
     softmax = SoftmaxMix(embed_dim, num_heads)
@@ -84,29 +83,22 @@ def _measure(mix: Mix, rkv: Tensor, repetitions: int) -> tuple[float, int]:
     r, k, v = (x.clone().requires_grad_() for x in rkv)
     grad = torch.randn_like(r)
 
-    def once() -> None:
+    def run() -> None:
         torch.autograd.grad(mix(r, k, v), (r, k, v), grad)
-        if r.is_cuda:
-            torch.cuda.synchronize()
 
-    once()  # to warm up
-    seconds = []
-    for _ in range(repetitions):
-        start = time.perf_counter()
-        once()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds), _peak_bytes(once, r.device)
+    return median_seconds(run, repetitions, r.device), _peak_bytes(run, r.device)
 
 
-def _peak_bytes(once: Callable[[], None], device: torch.device) -> int:
-    """Peak of the memory that a function allocates: from CUDA's counter, else from the profiler's allocations."""
+def _peak_bytes(run: Callable[[], None], device: torch.device) -> int:
+    """Peak memory allocated by a function: from CUDA's counter, else from the allocations that the profiler records."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        once()
+        run()
+        wait(device)
         return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        once()
+        run()
     assert profiler.profiler is not None
     events = profiler.profiler.kineto_results.events()
     now = peak = 0

@@ -1,13 +1,13 @@
-"""Speed of the train loader, beside a loader that prepares images one by one."""
+"""Speed of the train loader, against a loader that prepares images one by one."""
 
 from __future__ import annotations
 
 import struct
-import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from rich.table import Table
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose, Normalize, ToTensor
 
+from benchmark.speed.timing import median_seconds
 from datamodules import FMNIST
 from leaderboard.reports.terminal import terminal
 
@@ -22,7 +23,7 @@ SYNTHETIC_IMAGES = {"train": 60_000, "t10k": 256}
 
 
 class _ImageByImage(Dataset[Tensor]):
-    """The common way: each image from PIL to a tensor, normalised, and collated."""
+    """The usual dataset: converts each image from PIL to a tensor and normalises it."""
 
     def __init__(self, images: Tensor) -> None:
         self.images = images
@@ -39,12 +40,12 @@ def loader_speed(root: str | None = None, batch_size: int = 128, epochs: int = 2
     """Measures the train loader of FashionMNIST, in images/s, against one that prepares images one by one.
 
     Args:
-        root: Folder of FashionMNIST; none takes as many random images.
+        root: Folder of FashionMNIST; if not given, the same number of random images is used.
         batch_size: Images per batch.
-        epochs: Passes over the training images.
+        epochs: Timed passes over the training images, whose median time is reported.
     """
     if epochs < 1:
-        raise ValueError(f"epochs={epochs} is too small; give 1 or more")
+        raise ValueError(f"epochs={epochs} is too small; use 1 or more")
     with TemporaryDirectory() as folder:
         if root is None:
             write_random_images(Path(folder))
@@ -63,14 +64,18 @@ def loader_speed(root: str | None = None, batch_size: int = 128, epochs: int = 2
 
 
 def images_per_second(loader: DataLoader[Tensor], epochs: int) -> float:
-    """Serves all batches `epochs` times, and returns the mean speed."""
-    start = time.perf_counter()
-    served = sum(len(batch) for _ in range(epochs) for batch in loader)
-    return served / (time.perf_counter() - start)
+    """Returns the images of an epoch over the median time of `epochs` epochs."""
+    counts: list[int] = []
+
+    def epoch() -> None:
+        counts.append(sum(len(batch) for batch in loader))
+
+    seconds = median_seconds(epoch, epochs, torch.device("cpu"), warm_up=0)
+    return counts[0] / seconds
 
 
 def write_random_images(folder: Path) -> None:
-    """Writes random images of FashionMNIST's size and number into IDX files."""
+    """Writes random images and labels to IDX files, in FashionMNIST's sizes and numbers."""
     random = np.random.default_rng(0)
     for split, count in SYNTHETIC_IMAGES.items():
         images = random.integers(0, 256, (count, 28, 28), dtype=np.uint8)

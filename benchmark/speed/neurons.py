@@ -1,4 +1,4 @@
-"""Speed of neurons, against snnTorch by hand and SpikingJelly."""
+"""Speed of neurons, against snnTorch stepped by hand and SpikingJelly."""
 
 from __future__ import annotations
 
@@ -14,14 +14,12 @@ from benchmark.speed.timing import Rows, medians, queued
 from systems.spiking.neurons import SpikingNeuron, integrate_and_fire, leaky_integrate_and_fire
 from systems.spiking.surrogates import triangle
 
-# Neuron
-
 
 def measure_neurons(device: torch.device, repetitions: int) -> Rows:
-    """Times forward and backward passes of layers against snnTorch by hand and SpikingJelly's layers.
+    """Times forward and backward passes of layers against snnTorch stepped by hand and SpikingJelly's layers.
 
-    Features are `(T, 4, 128, 32, 32)`, and on GPUs, whose caches would hold those, `(T, 128, 128, 32, 32)`. The bound
-    is the time of copying as much memory as the two passes have to read and write.
+    Features are `(T, 4, 128, 32, 32)`, or `(T, 128, 128, 32, 32)` on GPUs, to exceed their caches. The bandwidth bound
+    is the time to copy as much memory as both passes must read and write.
     """
     shape = (4 if device.type == "cpu" else 128, 128, 32, 32)
     rows = []
@@ -40,30 +38,35 @@ def measure_neurons(device: torch.device, repetitions: int) -> Rows:
 
 
 def _passes(layer: Any, x: Tensor, grad: Tensor) -> Callable[[], Any]:
-    """Returns a forward and a backward pass."""
+    """Returns a function that runs a forward and a backward pass."""
     return lambda: torch.autograd.grad(layer(x), x, grad)
 
 
 def _neurons() -> Iterator[tuple[str, nn.Module, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor] | None]]:
-    """Yields the published neurons: the suite's, snnTorch's stepped by hand, SpikingJelly's if it is installed."""
+    """Yields name and layers of each published neuron: ours, snnTorch's, and SpikingJelly's if installed, else None."""
     fsddim = SpikingNeuron(beta=0.8, detach_reset=True, fire_at_threshold=False, spike_grad="triangle")
     hard = {"reset_mechanism": "zero", "reset_delay": False}
-    yield "IF", integrate_and_fire(), _step(snn.Leaky(1.0, spike_grad=surrogate.atan(2.0), **hard)), _jelly("IFNode")
+    yield (
+        "IF",
+        integrate_and_fire(),
+        _step_by_hand(snn.Leaky(1.0, spike_grad=surrogate.atan(2.0), **hard)),
+        _spikingjelly("IFNode"),
+    )
     yield (
         "LIF",
         leaky_integrate_and_fire(),
-        _step(snn.Leaky(0.5, spike_grad=surrogate.atan(2.0), **hard), input_scale=0.5),
-        _jelly("LIFNode", tau=2.0),
+        _step_by_hand(snn.Leaky(0.5, spike_grad=surrogate.atan(2.0), **hard), input_scale=0.5),
+        _spikingjelly("LIFNode", tau=2.0),
     )
     yield (
         "FSDDIM's LIF",
         fsddim,
-        _step(snn.Leaky(0.8, spike_grad=triangle(), **hard)),
-        _jelly("LIFNode", tau=5.0, decay_input=False, detach_reset=True),
+        _step_by_hand(snn.Leaky(0.8, spike_grad=triangle(), **hard)),
+        _spikingjelly("LIFNode", tau=5.0, decay_input=False, detach_reset=True),
     )
 
 
-def _step(leaky: nn.Module, input_scale: float = 1.0) -> Callable[[Tensor], Tensor]:
+def _step_by_hand(leaky: nn.Module, input_scale: float = 1.0) -> Callable[[Tensor], Tensor]:
     def layer(x: Tensor) -> Tensor:
         mem = torch.zeros_like(x[0])
         spikes = []
@@ -75,7 +78,7 @@ def _step(leaky: nn.Module, input_scale: float = 1.0) -> Callable[[Tensor], Tens
     return layer
 
 
-def _jelly(kind: str, **options: Any) -> Callable[[Tensor], Tensor] | None:
+def _spikingjelly(kind: str, **options: Any) -> Callable[[Tensor], Tensor] | None:
     try:
         from spikingjelly.activation_based import functional, neuron
         from spikingjelly.activation_based import surrogate as theirs

@@ -1,4 +1,4 @@
-"""Speed of samplers, and how it grows with B, T and NFE."""
+"""Speed of samplers, and how their time grows with B, T and NFE."""
 
 from __future__ import annotations
 
@@ -9,35 +9,32 @@ from typing import Any, cast
 import torch
 from matplotlib.figure import Figure
 
-from benchmark.speed.timing import Rows, _autocast, _build, median_seconds
+from benchmark.speed.timing import Rows, autocast, build_config, median_seconds
 from systems.base import DiffusionSystem
 
 SMALL = ("sddpm_mnist", "sdm_mnist", "fsddim_mnist", "sdit_mnist", "spiking_diffusion_mnist", "ddpm_mnist")
-"""Configurations of the small track, for what takes many images."""
+"""Configurations of the small track, for measurements that generate many images."""
 SOLVERS = ("DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler")
-
-
-# Sampling
 
 
 def measure_sampling(precision: str, device: torch.device, repetitions: int, output: Path) -> dict[str, Rows]:
     """Times the small track's samplers: images/s of each method, of each solver, and growth with B, T and NFE.
 
-    Growth is a straight line where its R² is 1; it is drawn in sampling.png. Batches are of 2 to 16 images, and on
-    GPUs, which these would not fill, of 32 to 256.
+    Growth, plotted in sampling.png, is linear if R² is 1. Batches have 2 to 16 images on CPUs, and 32 to 256 on GPUs,
+    which smaller ones would not fill.
     """
     times = 1 if device.type == "cpu" else 16
 
     def seconds(name: str, batch: int, nfe: int, *options: str) -> float:
-        cli = _build(f"small/{name}", f"--model.num_inference_steps={nfe}", *options)
+        cli = build_config(f"small/{name}", f"--model.num_inference_steps={nfe}", *options)
         system = cast(DiffusionSystem, cli.model).to(device).eval()
         sample = partial(system.sample, torch.arange(batch), cli.datamodule.image_shape)
-        with _autocast(precision, device):
+        with autocast(precision, device):
             return median_seconds(sample, repetitions, device)
 
     sampling, growth = [], []
     for name in SMALL:
-        sampling.append({"config": name, "solver": _build(f"small/{name}").model.solver})
+        sampling.append({"config": name, "solver": build_config(f"small/{name}").model.solver})
         sampling[-1] |= {"B": 16 * times, "NFE": 10, "images/s": 16 * times / seconds(name, 16 * times, 10)}
         axes = {"B": [(n * times, seconds(name, n * times, 4)) for n in (2, 4, 8, 16)]}
         if not name.startswith("ddpm"):
@@ -54,7 +51,7 @@ def measure_sampling(precision: str, device: torch.device, repetitions: int, out
 
 
 def _line(points: list[tuple[int, float]]) -> dict[str, Any]:
-    """Fits a straight line: its intercept and slope in milliseconds, and how well it fits."""
+    """Fits a straight line to pairs `(n, seconds)`: intercept and slope in milliseconds, and R²."""
     n, ms = (torch.tensor(values, dtype=torch.float64) for values in zip(*points, strict=True))
     ms = ms * 1e3
     slope = ((n - n.mean()) * (ms - ms.mean())).sum() / (n - n.mean()).square().sum()

@@ -1,4 +1,4 @@
-"""Speed of training and denoising steps, against their floor."""
+"""Speed of training and denoising steps, against the floor set by their convolutions and matrix products."""
 
 from __future__ import annotations
 
@@ -16,19 +16,25 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.data import DataLoader
 
-from benchmark.callbacks.graphs import TrainingGraphs
-from benchmark.speed.timing import WARM_UP, Products, Rows, _autocast, _build, median_seconds, medians, queued, wait
+from benchmark.speed.timing import (
+    WARM_UP,
+    Products,
+    Rows,
+    autocast,
+    build_config,
+    median_seconds,
+    medians,
+    queued,
+    wait,
+)
 from systems.base import DiffusionSystem
-from systems.ops.cuda_graphs import TrainingReplay
 from systems.spiking.neurons import SpikingNeuron
-
-# Training and denoising steps
 
 
 class _Clock(Callback):
-    """Times training steps without their loader, in turn with their floor, and counts the memory that one step saves.
+    """Times training steps without the loader, alternating with their floor, and measures the memory that a step saves.
 
-    The first step is there to note the products, the last one for the memory.
+    The first step records the products of the floor, the last one measures memory; neither is timed.
     """
 
     def __init__(self, timed: int) -> None:
@@ -36,45 +42,45 @@ class _Clock(Callback):
         self.floors: dict[int, list[float]] = {}
         self.saved: dict[int, _Saved] = {}
         self._timed = timed
-        self._watching = ExitStack()
+        self._recording = ExitStack()
         self._products = Products()
         self._floor: Callable[[], None] | None = None
         self._start = 0.0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Starts the clock, or what else this step is for."""
+        """Starts the clock, and the recording of products or memory in the first or last step."""
         if batch_idx == 0:
-            self._products, self._floor = self._watching.enter_context(Products()), None
+            self._products, self._floor = self._recording.enter_context(Products()), None
         elif batch_idx > self._timed:
             saved = self.saved[trainer.current_epoch] = _Saved(pl_module)
-            self._watching.enter_context(saved_tensors_hooks(saved.keep, lambda tensor: tensor))
+            self._recording.enter_context(saved_tensors_hooks(saved.keep, lambda tensor: tensor))
         wait(pl_module.device)
         self._start = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stops the clock, and times the floor."""
+        """Stops the clock and times the floor."""
         device = pl_module.device
         wait(device)
         seconds = time.perf_counter() - self._start
-        self._watching.close()
+        self._recording.close()
         if 0 < batch_idx <= self._timed:
             self._floor = self._floor or self._products.work()
             floor = median_seconds(self._floor, 1, device, warm_up=0, calls=queued(device))
             self.seconds.setdefault(trainer.current_epoch, []).append(seconds)
             self.floors.setdefault(trainer.current_epoch, []).append(floor)
 
-    def median(self, epoch: int = 0, warm_up: int = WARM_UP) -> tuple[float, float]:
-        """Returns the median times of the steps of an epoch, and of their floor, after a warm-up."""
-        seconds, floor = (statistics.median(times[epoch][warm_up:]) for times in (self.seconds, self.floors))
+    def median(self, epoch: int = 0) -> tuple[float, float]:
+        """Returns the median seconds of the steps of an epoch and of their floor, without the first `WARM_UP`."""
+        seconds, floor = (statistics.median(times[epoch][WARM_UP:]) for times in (self.seconds, self.floors))
         return seconds, floor
 
 
 class _Saved:
-    """Bytes that the forward pass keeps for the backward pass, without the parameters.
+    """Bytes that the forward pass saves for the backward pass, without the parameters.
 
-    `with_small_spikes` counts a byte for each element of what is 0 or 1 throughout.
+    `with_small_spikes` counts one byte per element for tensors of zeros and ones.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -95,34 +101,28 @@ class _Saved:
 def measure_steps(
     configs: Sequence[str], batch_size: int, precision: str, device: torch.device, repetitions: int
 ) -> Rows:
-    """Times the training and the denoising step of configurations, and the floor of each step.
+    """Times a training and a denoising step of each configuration, and the floor of each step.
 
-    The floor is the time of the step's convolutions and matrix products alone, of the same shapes, dtypes and layouts.
-    Steps and floors take turns, so that what slows the machine slows them alike.
-    What a training step saves is compared with plain autograd of neurons stepped by hand, whose spikes take a byte.
+    The floor is the time of only the step's convolutions and matrix products, in the same shapes, dtypes and layouts.
+    Steps and floors alternate, so that a slowdown of the machine affects both. The memory that a training step saves is
+    compared with plain autograd through neurons stepped by hand, counting their spikes as bytes.
     """
     rows = []
     for name in configs:
-        cli = _build(name)
+        cli = build_config(name)
         system, image_shape = cast(DiffusionSystem, cli.model), cli.datamodule.image_shape
         stepped = copy.deepcopy(system)
         for module in stepped.modules():
             if isinstance(module, SpikingNeuron):
                 module.forward = module.stepwise  # type: ignore[method-assign]
         clip = cli.trainer.gradient_clip_val
-        clock = _train(system, image_shape, batch_size, WARM_UP + repetitions, precision, clip)
-        plain = _train(stepped, image_shape, batch_size, 0, precision, clip)
+        clock = train_on_random_images(system, image_shape, batch_size, WARM_UP + repetitions, precision, clip)
+        plain = train_on_random_images(stepped, image_shape, batch_size, 0, precision, clip)
         for stage in clock.seconds:
             step = f"training, stage {stage + 1}" if len(clock.seconds) > 1 else "training"
             saved, most = clock.saved[stage].bytes, plain.saved[stage].with_small_spikes
             memory = {"saved MiB": saved / 2**20, "of plain autograd": f"{saved / most:.2f}"}
             rows.append(_row(name, step, *clock.median(stage)) | memory)
-        dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in system.modules())
-        if device.type == "cuda" and system.automatic_optimization and not dropout:
-            warm_up = TrainingReplay.WARM_UP + 2
-            clock = _train(system, image_shape, batch_size, warm_up + repetitions, precision, clip, True)
-            times = clock.median(warm_up=warm_up)
-            rows.append(_row(name, "training, in graphs", *times) | {"saved MiB": "", "of plain autograd": ""})
         times = _denoising(system.to(device).eval(), image_shape, batch_size, precision, repetitions)
         rows.append(_row(name, "denoising", *times) | {"saved MiB": "", "of plain autograd": ""})
     return rows
@@ -131,7 +131,7 @@ def measure_steps(
 def _denoising(
     system: DiffusionSystem, image_shape: tuple[int, int, int], batch_size: int, precision: str, repetitions: int
 ) -> tuple[float, float]:
-    """Returns the time of one step of the sampler and its floor."""
+    """Returns the seconds of one step of the sampler and of its floor."""
 
     def endless() -> Iterator[Tensor]:
         while True:
@@ -140,8 +140,8 @@ def _denoising(
             yield from chain
 
     chain = endless()
-    with torch.no_grad(), _autocast(precision, system.device):
-        next(chain)  # to warm up
+    with torch.no_grad(), autocast(precision, system.device):
+        next(chain)  # warm-up
         with Products() as products:
             next(chain)
         works = {"step": lambda: next(chain), "floor": products.work()}
@@ -153,16 +153,15 @@ def _row(name: str, step: str, seconds: float, floor: float) -> dict[str, Any]:
     return {"config": name, "step": step, "ms": 1e3 * seconds, "floor ms": 1e3 * floor, "over floor": seconds / floor}
 
 
-def _train(
+def train_on_random_images(
     system: DiffusionSystem,
     image_shape: tuple[int, int, int],
     batch_size: int,
     timed: int,
     precision: Any,
     clip: float | None,
-    replayed: bool = False,
 ) -> _Clock:
-    """Trains on random images, in CUDA graphs if wanted."""
+    """Trains on random images for `timed` steps and two more (see `_Clock`)."""
     clock = _Clock(timed)
     images = list(torch.rand((timed + 2) * batch_size, *image_shape) * 2 - 1)
     trainer = Trainer(
@@ -170,13 +169,13 @@ def _train(
         devices=1,
         precision=precision,
         gradient_clip_val=clip,
-        callbacks=[clock, TrainingGraphs(replayed)],
+        callbacks=[clock],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # random images collapse a codebook
+        warnings.simplefilter("ignore", UserWarning)  # warns that random images collapse the codebook
         trainer.fit(system, DataLoader(images, batch_size))  # type: ignore[arg-type]
     return clock

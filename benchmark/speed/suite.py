@@ -1,4 +1,4 @@
-"""`python -m benchmark speed`: how fast the suite is, as ratios within one run, on whatever device there is."""
+"""`python -m benchmark speed`: speed of the suite as ratios within one run, on the GPU if there is one."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from rich.table import Table
 from benchmark.runs import RUNS
 from benchmark.speed.neurons import measure_neurons
 from benchmark.speed.sampling import measure_sampling
-from benchmark.speed.steps import _train, measure_steps
-from benchmark.speed.timing import WARM_UP, Rows, _config, median_seconds
+from benchmark.speed.steps import measure_steps, train_on_random_images
+from benchmark.speed.timing import WARM_UP, Rows, config_path, median_seconds
 from benchmark.stages import fastest_precision, run_stage
 from leaderboard.files import write_atomic
 from leaderboard.record.records import find_records, read_record
@@ -32,7 +32,7 @@ from leaderboard.reports.terminal import terminal
 Part = Literal["neuron", "step", "sampling", "data", "start"]
 PARTS: tuple[Part, ...] = ("neuron", "step", "sampling", "data", "start")
 PAPER_SIZE = ("sddpm_cifar10", "sdm_cifar10", "fsddim_cifar10", "sdit_mnist", "spiking_diffusion_mnist", "ddpm_cifar10")
-"""Configurations whose networks have the size of the paper, the images that of its dataset."""
+"""Configurations with networks and images of the size in the paper."""
 QUICKSTART = ("--config=configs/quickstart.yaml", "--monitor.every_n_epochs=0", "--trainer.enable_model_summary=false")
 
 
@@ -44,17 +44,17 @@ def speed(
     repetitions: int = 5,
     output: Path = RUNS / "speed",
 ) -> None:
-    """Measures neurons, training and denoising steps, sampling, data and start, each against what it should not exceed.
+    """Measures neurons, training and denoising steps, sampling, data loading and start-up, each against a reference.
 
-    Every number is the median of several repetitions after a warm-up. Threads are those of torch (OMP_NUM_THREADS).
+    Every number is the median of several repetitions after a warm-up. OMP_NUM_THREADS sets the number of threads.
 
     Args:
-        parts: What to measure: neuron, step, sampling, data, start.
+        parts: Parts to measure: neuron, step, sampling, data, start.
         configs: Configurations in configs/ whose steps are measured, at their full size.
-        batch_size: Images of a training or denoising step; as a default 4 on CPUs and 128 on GPUs.
-        precision: That of steps and sampling; auto takes bfloat16 where the hardware computes in it.
+        batch_size: Images of a training or denoising step; the default is 4 on CPUs and 128 on GPUs.
+        precision: Precision of steps and sampling; auto uses bfloat16 if the hardware supports it natively.
         repetitions: Timed repetitions.
-        output: Folder of speed.json and sampling.png.
+        output: Folder for speed.json and sampling.png.
 
     Raises:
         ValueError: If a number is below 1, or a part or configuration is unknown.
@@ -62,8 +62,8 @@ def speed(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch_size = {"cpu": 4, "cuda": 128}[device.type] if batch_size is None else batch_size
     if min(batch_size, repetitions) < 1:
-        raise ValueError(f"batch_size={batch_size}, repetitions={repetitions}; give 1 or more")
-    if unknown := [*set(parts) - set(PARTS), *(name for name in configs if not _config(name).is_file())]:
+        raise ValueError(f"batch_size={batch_size}, repetitions={repetitions}; use 1 or more")
+    if unknown := [*set(parts) - set(PARTS), *(name for name in configs if not config_path(name).is_file())]:
         known = f"parts are {', '.join(PARTS)}; configurations are files below configs/, without .yaml"
         raise ValueError(f"{', '.join(map(str, unknown))} is unknown; {known}")
     chosen = fastest_precision("auto") if precision == "auto" else precision
@@ -97,7 +97,7 @@ def speed(
 
 def _table(title: str, rows: Rows) -> Table:
     table = Table(title=title, title_justify="left")
-    columns = [column for column in rows[0] if column != "points"]  # those are drawn
+    columns = [column for column in rows[0] if column != "points"]  # plotted
     for column in columns:
         table.add_column(column, justify="right" if isinstance(rows[0][column], float | int) else "left")
     for row in rows:
@@ -105,36 +105,38 @@ def _table(title: str, rows: Rows) -> Table:
     return table
 
 
-# Data, metrics and the start
-
-
 def measure_data(repetitions: int) -> Rows:
-    """Times the loader against the training step, and the metrics against the sampling, of the quickstart's network.
+    """Times the loader as a share of a training step, and the metrics as a share of a test, of the quickstart.
 
-    It is the smallest there is; with a larger one either share is smaller. The metrics are those of the second test,
-    which finds the statistics of the real images in the cache.
+    Its network is the smallest; both shares shrink with larger ones. The metrics are timed in a second test, which
+    finds the statistics of the real images in the cache.
     """
     with TemporaryDirectory() as folder, redirect_stdout(StringIO()):
-        place = (f"--trainer.default_root_dir={folder}", "--trainer.enable_progress_bar=false")
-        cli = run_stage(["fit", *QUICKSTART, *place, "--trainer.max_steps=1"])
+        run_options = (f"--trainer.default_root_dir={folder}", "--trainer.enable_progress_bar=false")
+        cli = run_stage(["fit", *QUICKSTART, *run_options, "--trainer.max_steps=1"])
         data = cli.datamodule
-        clock = _train(cli.model, data.image_shape, data.batch_size, WARM_UP + repetitions, "32-true", None)
+        clock = train_on_random_images(
+            cli.model, data.image_shape, data.batch_size, WARM_UP + repetitions, "32-true", None
+        )
         step, _ = clock.median()
         loader = data.train_dataloader()
         batch = median_seconds(lambda: deque(loader, maxlen=0), repetitions, torch.device("cpu")) / len(loader)
         for _ in range(2):
-            run_stage(["test", *place, "--draft", "--data.num_samples=1000"])
+            run_stage(["test", *run_options, "--draft", "--data.num_samples=1000"])
         record = read_record(find_records([Path(folder)])[-1])
     whole, sampling = record.wall_time_seconds, 1000 / cast(float, record.cost.images_per_second)
     shares = {
         "batch of the loader, of a training step": (batch, step),
         "metrics, of a test of 1,000 images": (whole - sampling, whole),
     }
-    return [{"what": k, "ms": 1e3 * part, "of ms": 1e3 * all, "share": part / all} for k, (part, all) in shares.items()]
+    return [
+        {"what": name, "ms": 1e3 * part, "of ms": 1e3 * total, "share": part / total}
+        for name, (part, total) in shares.items()
+    ]
 
 
 def measure_start(repetitions: int) -> Rows:
-    """Times commands as a whole, Python's start included: the help, and a training that ends after its first step."""
+    """Times whole commands, including the start of Python: the help, and a training of one step."""
     with TemporaryDirectory() as folder:
         commands = {
             "--help": ("--help",),

@@ -1,4 +1,4 @@
-"""Timing of work in turns, and the floor under a network's time: its convolutions and matrix products alone."""
+"""Alternating timing, and the floor of a network's time: only its convolutions and matrix products."""
 
 from __future__ import annotations
 
@@ -15,24 +15,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmark.stages import Rehearsal, run_stage
 
 WARM_UP = 2
-"""Steps before the timed ones."""
+"""Untimed steps before the timed ones."""
 
 Rows = list[dict[str, Any]]
 
 
-def _config(name: str) -> Path:
+def config_path(name: str) -> Path:
+    """Returns the file of a configuration in configs/."""
     return Path("configs") / f"{name}.yaml"
 
 
-def _build(name: str, *options: str) -> Rehearsal:
-    """Builds what a configuration describes; of Spiking-Diffusion both stages with an epoch each."""
+def build_config(name: str, *options: str) -> Rehearsal:
+    """Builds the system and data of a configuration; for Spiking-Diffusion with one epoch in each stage."""
     if "spiking_diffusion" in name:
         options += ("--model.autoencoder_epochs=1", "--model.denoiser_epochs=1", "--model.data_variance=0.1")
-    args = ["fit", f"--config={_config(name)}", "--trainer.logger=false", *options]
+    args = ["fit", f"--config={config_path(name)}", "--trainer.logger=false", *options]
     return cast(Rehearsal, run_stage(args, Rehearsal))
 
 
-def _autocast(precision: str, device: torch.device) -> torch.autocast:
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Returns bfloat16 autocast for `bf16-mixed`, else a disabled one."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
 
 
@@ -46,45 +48,46 @@ PRODUCTS = frozenset(
         torch.ops.aten.baddbmm.default,
     }
 )
-"""What is left of a network without norms, neurons, sums, copies and the optimiser."""
+"""Operations of the floor; norms, neurons, sums, copies and the optimiser are left out."""
 
 
-class _Like(NamedTuple):
-    """A tensor, as far as the time of a product depends on it, and where its memory lies."""
+class _TensorSpec(NamedTuple):
+    """The properties of a tensor that determine the time of a product, and its address."""
 
-    place: int
+    address: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
 
     def make(self) -> Tensor:
-        """Returns such a tensor with random content; a stride of 0 repeats it, as an expanded tensor does."""
-        reach = 1 + sum((n - 1) * stride for n, stride in zip(self.shape, self.stride, strict=True))
-        return torch.randn(reach, device=self.device).to(self.dtype).as_strided(self.shape, self.stride)
+        """Returns such a tensor with random values; a stride of 0 repeats them, as in an expanded tensor."""
+        size = 1 + sum((n - 1) * stride for n, stride in zip(self.shape, self.stride, strict=True))
+        return torch.randn(size, device=self.device).to(self.dtype).as_strided(self.shape, self.stride)
 
 
 class Products(TorchDispatchMode):
-    """Notes, while it is entered, each convolution and matrix product that runs, of the backward pass too."""
+    """Records the convolutions and matrix products that run within it, including the backward pass."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[Any, tuple[Any, ...]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Notes the call and lets it run."""
+        """Records the call and runs it."""
         if func in PRODUCTS:
             self.calls.append((func, tuple(map(_describe, args))))
         return func(*args, **(kwargs or {}))
 
     def work(self) -> Callable[[], None]:
-        """Returns what runs all products one after the other, on random numbers of its own.
+        """Returns a function that runs all products in order, on random tensors.
 
-        Calls share a tensor where they shared memory, so that weights come from as far as they did and what a product
-        has just read is as near.
+        Calls that read the same memory share a tensor, so that it is in the same cache as in the original run.
         """
-        tensors = {arg: arg.make() for _, args in self.calls for arg in args if isinstance(arg, _Like)}
-        calls = [(func, [tensors[arg] if isinstance(arg, _Like) else arg for arg in args]) for func, args in self.calls]
+        tensors = {arg: arg.make() for _, args in self.calls for arg in args if isinstance(arg, _TensorSpec)}
+        calls = [
+            (func, [tensors[arg] if isinstance(arg, _TensorSpec) else arg for arg in args]) for func, args in self.calls
+        ]
 
         def run() -> None:
             for func, args in calls:
@@ -95,33 +98,33 @@ class Products(TorchDispatchMode):
 
 def _describe(arg: Any) -> Any:
     if isinstance(arg, Tensor):
-        return _Like(arg.data_ptr(), tuple(arg.shape), arg.stride(), arg.dtype, arg.device)
+        return _TensorSpec(arg.data_ptr(), tuple(arg.shape), arg.stride(), arg.dtype, arg.device)
     return arg
 
 
 def queued(device: torch.device) -> int:
-    """Returns how often short work is called before a device is waited for, which else would idle between."""
+    """Returns the number of calls between synchronisations, so that a GPU does not idle between short calls."""
     return 1 if device.type == "cpu" else 5
 
 
 def median_seconds(
     work: Callable[[], Any], repetitions: int, device: torch.device, warm_up: int = 1, calls: int = 1
 ) -> float:
-    """Returns the median time of some work, after a warm-up, with the device waited for."""
+    """Returns the median seconds of a function, as `medians`."""
     return medians({"": work}, repetitions, device, warm_up, calls)[""]
 
 
 def medians(
     works: Mapping[str, Callable[[], Any]], repetitions: int, device: torch.device, warm_up: int = 1, calls: int = 1
 ) -> dict[str, float]:
-    """Returns the median times of works that take turns, so that what slows the machine slows them alike.
+    """Returns the median seconds of functions that alternate, so that a slowdown of the machine affects all of them.
 
     Args:
-        works: What is timed, by name.
-        repetitions: Times of which the median is taken.
-        device: Waited for before and after.
-        warm_up: Repetitions before the timed ones.
-        calls: Calls of a repetition, whose mean is its time.
+        works: Functions to time, by name.
+        repetitions: Timed repetitions.
+        device: Device that is synchronised before and after each repetition.
+        warm_up: Untimed repetitions before.
+        calls: Calls in each repetition, whose mean is its time.
     """
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for i in range(warm_up + repetitions):
@@ -137,6 +140,6 @@ def medians(
 
 
 def wait(device: torch.device) -> None:
-    """Waits until a device has done all that it was given; a CPU always has."""
+    """Synchronises a device; on CPUs there is nothing to wait for."""
     if device.type != "cpu":
         torch.get_device_module(device).synchronize(device)

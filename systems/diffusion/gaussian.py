@@ -188,7 +188,7 @@ class GaussianDiffusion(DiffusionSystem):
         noisy, v = self.diffuse(images, noise, t)
         targets = {"epsilon": noise, "sample": images, "v_prediction": v}
         target = targets[self.scheduler.config.prediction_type]
-        return F.mse_loss((self.replay or self.network)(noisy, t).float(), target.float())
+        return F.mse_loss(self.network(noisy, t).float(), target.float())
 
     def diffuse(self, images: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Adds noise to images, as DDPM does; `add_noise` of other schedulers is that of their own solver.

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from systems.networks.unet import TimeEmbedding, assemble, check_images, double_size
-from systems.ops.quantise import _Quantise
+from systems.ops.quantise import Quantise
 from systems.spiking.neurons import SpikingNeuron
-from systems.spiking.steps import fold, lay_out, unfold
+from systems.spiking.steps import fold, to_channels_last_on_gpu, unfold
 
 GROUPS = 32
 """Groups of every group norm."""
@@ -52,7 +52,7 @@ class QReLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns `x` clipped and rounded."""
-        return _Quantise.apply(x, self.act_alpha, self.levels)
+        return Quantise.apply(x, self.act_alpha, self.levels)
 
 
 def quantised_relu(bits: int) -> nn.Module:
@@ -257,7 +257,9 @@ class ANNUNet(nn.Module):
         check_images(x, self.in_channels, self.num_levels)
         temb = self.time_embedding(t)
         yield BlockCall("time_embedding", (t,), temb)
-        h = lay_out(self.head(x).repeat(self.num_steps, 1, 1, 1))  # the same in every step: once is enough
+        h = to_channels_last_on_gpu(
+            self.head(x).repeat(self.num_steps, 1, 1, 1)
+        )  # the same in every step: once is enough
         yield BlockCall("head", (x,), h)
         skips = [h]
         for part in ("downblocks", "middleblocks", "upblocks"):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from systems.networks.unet import double_size
 from systems.ops.norms import add_normed, scaled
 from systems.spiking.neurons import NeuronFactory
-from systems.spiking.steps import fold, lay_out, unfold
+from systems.spiking.steps import fold, to_channels_last_on_gpu, unfold
 
 Norm = Literal["plain", "tdbn"]
 """Batch normalisation over `(T, B, H, W)`.
@@ -246,7 +246,7 @@ class FSDDIMUNet(nn.Module):
                 f"currents have shape {tuple(x.shape)}; this U-Net takes (T, B, {self.in_channels}, H, W) with H and W "
                 f"multiples of {self.multiple}: set --data.image_size, or give fewer channel_mult"
             )
-        current = unfold(lay_out(self.conv_in(fold(x))), x.shape[0])
+        current = unfold(to_channels_last_on_gpu(self.conv_in(fold(x))), x.shape[0])
         return unfold(self.conv_out(*map(fold, self.features(current, t))), x.shape[0])
 
     def features(self, current: Tensor, t: Tensor) -> list[Tensor]:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from systems.networks.unet import TimeEmbedding
 from systems.ops.compiled import compiled
-from systems.ops.token_shift import _TokenShift
+from systems.ops.token_shift import TokenShift
 from systems.ops.wkv import bidirectional_wkv, wkv
 from systems.spiking.neurons import NeuronFactory, SpikingNeuron
 from systems.spiking.steps import fold, unfold
@@ -78,7 +78,7 @@ class ShiftedLinear(nn.Linear):
     def forward(self, input: Tensor, *, shifted: Tensor | None = None) -> Tensor:
         """Returns the currents of the spikes `input`, whose token shift may be given (see `token_shift`)."""
         if shifted is None:
-            (shifted,) = _TokenShift.apply(input, self.mix)
+            (shifted,) = TokenShift.apply(input, self.mix)
         return super().forward(shifted)
 
     @property
@@ -89,7 +89,7 @@ class ShiftedLinear(nn.Linear):
 
 def token_shift(x: Tensor, *layers: ShiftedLinear) -> tuple[Tensor, ...]:
     """Returns the token shifts of `x` `(..., N, D)` that these layers take, all in one pass."""
-    return _TokenShift.apply(x, *(layer.mix for layer in layers))
+    return TokenShift.apply(x, *(layer.mix for layer in layers))
 
 
 class RWKVMix(nn.Module):

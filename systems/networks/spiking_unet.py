@@ -23,9 +23,9 @@ from torch.nn import functional as F
 
 from systems.networks.unet import TimeEmbedding, assemble, check_images, double_size
 from systems.ops.norms import add_normed
-from systems.ops.scale_steps import _ScaleSteps
+from systems.ops.scale_steps import ScaleSteps
 from systems.spiking.neurons import NeuronFactory, integrate_and_fire, membrane_output
-from systems.spiking.steps import concatenate, fold, lay_out, unfold
+from systems.spiking.steps import concatenate, fold, to_channels_last_on_gpu, unfold
 
 ConvFactory = Callable[..., nn.Module]
 """Takes the arguments of `nn.Conv2d`."""
@@ -53,7 +53,7 @@ class TemporalConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns `p[k] * (conv(x[k]) + bias)` for each step `k`, folded."""
-        return fold(_ScaleSteps.apply(unfold(self.tsmconv(x), len(self.tsmp)), self.tsmp.flatten()))
+        return fold(ScaleSteps.apply(unfold(self.tsmconv(x), len(self.tsmp)), self.tsmp.flatten()))
 
 
 class ResBlock(nn.Module):
@@ -227,5 +227,5 @@ class SpikingUNet(nn.Module):
         """First convolution, `(B, C, H, W)` to `(T*B, ...)`: the image is the same in every step, so once is enough."""
         if isinstance(self.conv, TemporalConv2d):
             y = self.conv.tsmconv(x)
-            return lay_out(fold(self.conv.tsmp * y).to(y.dtype))
-        return lay_out(self.conv(x).repeat(self.num_steps, 1, 1, 1))
+            return to_channels_last_on_gpu(fold(self.conv.tsmp * y).to(y.dtype))
+        return to_channels_last_on_gpu(self.conv(x).repeat(self.num_steps, 1, 1, 1))

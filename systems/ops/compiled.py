@@ -1,4 +1,4 @@
-"""Element-wise functions as compiled kernels, and as they are where tensors are small or a compiler is missing."""
+"""`torch.compile` for element-wise functions, with eager execution for small tensors or without a compiler."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from torch import Tensor
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 COMPILE_FROM = 2**16
-"""Elements of the first argument from which a kernel is worth its compilation (seconds, once for each kind)."""
+"""Elements of the first argument from which compilation pays (seconds, once per specialisation)."""
 
 torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-"""Kinds of one function (neurons, dtypes, `T`) in a process; beyond torch's 8 it would go on uncompiled, silently."""
+"""Dynamo's limit on specialisations per function; beyond the default of 8 it silently falls back to eager."""
 
 WIDTH = 16
-"""Elements that a GPU's kernels may count on to lie together and aligned: 32 bytes of bfloat16."""
+"""Elements that GPU kernels may assume to be contiguous and aligned: 32 bytes of bfloat16."""
 
 compiler_failed = False
-"""Whether an attempt to compile has failed in this process, so that there is no other."""
+"""Whether compilation has failed in this process; it is then not tried again."""
 
 
 @cache
 def has_triton() -> bool:
-    """Whether `systems.ops.kernels` can be imported; PyTorch brings Triton along where it has kernels for GPUs."""
+    """Whether `systems.ops.kernels` can be imported; PyTorch installs Triton on platforms with GPU kernels."""
     return importlib.util.find_spec("triton") is not None
 
 
-def compiled(function: Function, sooner: int = 1) -> Function:
-    """Compiles a function for all sizes of its tensors, the first time that they are large.
+def compiled(function: Function, work_per_element: int = 1) -> Function:
+    """Compiles a function for all sizes of its tensors, at the first call with large ones.
 
     Args:
-        function: Takes a tensor and whatever else; in-place changes of what it is given are not for it.
-        sooner: By how much it is compiled for smaller tensors than others, because it is of many operations.
+        function: Pure function of a tensor and further arguments; must not modify its inputs.
+        work_per_element: Relative amount of work; divides the size from which compilation pays.
 
     Returns:
         The same function, up to rounding.
@@ -48,8 +48,8 @@ def compiled(function: Function, sooner: int = 1) -> Function:
     @wraps(function)
     def run(x: Tensor, *args: Any) -> Any:
         global compiler_failed
-        small = sooner * x.numel() < COMPILE_FROM
-        # under a dispatch mode, a counter of operations say, torch gives up on the function for good
+        small = work_per_element * x.numel() < COMPILE_FROM
+        # called under a dispatch mode (a FLOP counter, say), Dynamo would never compile this function again
         if small or compiler_failed or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
             return function(x, *args)
         try:
@@ -64,9 +64,9 @@ def compiled(function: Function, sooner: int = 1) -> Function:
 
 
 def dense(x: Tensor) -> Tensor:
-    """Returns `x` itself if its memory has no gaps and its first axis outermost, else a contiguous copy.
+    """Returns `x` itself if its memory has no gaps and its first axis is the outermost, else a contiguous copy.
 
-    Channels-last images `(B, C, H, W)`, and features `(T, B, C, H, W)` made of such, have no gaps.
+    Channels-last images `(B, C, H, W)` have no gaps, nor have features `(T, B, C, H, W)` unfolded from them.
     """
     images = x.flatten(0, 1) if x.dim() == 5 else x
     channels_last = images.dim() == 4 and images.is_contiguous(memory_format=torch.channels_last)
@@ -74,17 +74,21 @@ def dense(x: Tensor) -> Tensor:
 
 
 def laid_out_as(x: Tensor, grad: Tensor) -> Tensor:
-    """Returns the gradient of a dense `x` in the order of its memory."""
+    """Returns a gradient in the memory layout of a dense `x` of the same shape."""
     return grad if grad.stride() == x.stride() else torch.empty_like(x).copy_(grad)
 
 
 def memory(x: Tensor, *shape: int) -> Tensor:
-    """Returns the memory of a dense `x` as a contiguous tensor of another shape, a number of which may be -1.
+    """Returns the memory of a dense `x` as a contiguous tensor of another shape, one size of which may be -1.
 
-    The last axis comes as two, of which the compiler knows the second. On GPUs that is `WIDTH` where it divides the
-    axis, so that their kernels read and write many elements at once; elsewhere 1, so that one kernel fits all sizes.
+        x                 (T, B, C, H, W), contiguous or channels-last
+        its memory        [ n elements of step 0 | n elements of step 1 | ... ]
+        memory(x, T, -1)  (T, n / width, width)
 
-    It is no view of `x`: the compiler would make a kernel for each shape of what a view is of.
+    The last axis is split in two, of which only the second has a static size: `WIDTH` on GPUs if it divides the axis,
+    so that kernels read and write vectors; else 1, so that one kernel fits all sizes.
+
+    Not a view of `x`, because Dynamo specialises on the base tensor's shape.
     """
     known = math.prod(n for n in shape if n != -1)
     *outer, last = (x.numel() // known if n == -1 else n for n in shape)

@@ -1,15 +1,13 @@
-"""CUDA graphs: a network that a sampler asks again and again is launched as a whole, not operation by operation.
+"""CUDA graphs: record a network once, then replay it with a single launch.
 
-A spiking network is some thousand operations, most of them short; a CPU launches them more slowly than a GPU computes
+A spiking network is about a thousand mostly short operations, which a CPU launches more slowly than a GPU computes
 them. See https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs.
 
-What a graph has recorded is compared with the network itself before it is relied on, since it depends on the GPU, its
-driver and what else the process does.
+The first replay is compared with eager execution, since recording depends on GPU, driver and the rest of the process.
 """
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,44 +18,44 @@ import torch
 from torch import Tensor, nn
 
 REPLAYABLE = "replayable"
-"""Attribute of a hook whose work is done on tensors alone, in place, so that a graph repeats it."""
+"""Attribute that marks hooks which only update tensors in place, so that a graph repeats their work."""
 
-APART = 0.05
-"""Distance between what is replayed and what is computed, relative to the latter, from which a graph is refused.
+MAX_RELATIVE_ERROR = 0.05
+"""A replay that deviates more than this from eager execution is rejected.
 
-Other algorithms for the same products may round differently, and a spike more or less follows from that.
+Different algorithms for the same products may round differently, which can add or remove a few spikes.
 """
 
-_compared: WeakSet[nn.Module] = WeakSet()
-"""Networks whose graphs were found to be right in this process."""
+_verified: WeakSet[nn.Module] = WeakSet()
+"""Networks whose replay has agreed with eager execution in this process."""
 
 
 class Replay:
-    """A function of tensors for one chain of calls with inputs of one size: recorded in the second, then replayed.
+    """Runs a function eagerly at its first call, records it at the second, and replays the recording from then on.
 
-    It is called as it is on CPUs, where gradients are wanted, where a hook of the network does more than a graph can
-    repeat, and after a warning where a graph fails. Weights may not change in between, so it lives no longer than the
-    chain.
+    It always runs eagerly on CPUs, when gradients are enabled, or if the network has hooks that a graph cannot repeat;
+    if a graph fails, it warns and runs eagerly. All inputs must have the same shapes and the weights must not change,
+    so make a new one for each sampling chain.
 
     Args:
-        function: Calls the network, on tensors of one device, without waiting for it.
-        network: Its hooks are looked at.
+        function: Function of tensors on one device that calls the network without synchronising.
+        network: The network called, whose hooks are checked.
     """
 
     def __init__(self, function: Callable[..., Any], network: nn.Module) -> None:
         self._function = function
         self._network = network
-        self._replayable = not _watched(network)
+        self._replayable = not _has_unreplayable_hooks(network)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: tuple[Tensor, ...] | None = None
         self._output: Any = None
 
     def __call__(self, *inputs: Tensor) -> Any:
-        """Returns what the function returns: a tensor or a tuple of tensors."""
+        """Returns the function's output, a tensor or a tuple of tensors."""
         in_mode = torch._C._len_torch_dispatch_stack() > 0
         if not (self._replayable and inputs[0].is_cuda) or torch.is_grad_enabled() or in_mode:
             return self._function(*inputs)
-        if self._inputs is None:  # kernels are compiled and chosen in a call outside the graph
+        if self._inputs is None:  # kernels must be compiled and selected before recording
             self._inputs = tuple(x.clone() for x in inputs)
             return self._function(*inputs)
         for mine, given in zip(self._inputs, inputs, strict=True):
@@ -66,110 +64,40 @@ class Replay:
             try:
                 self._graph = self._record(self._inputs)
             except RuntimeError as error:
-                return self._give_up(f"cannot be recorded ({error})", inputs)
+                return self._fall_back(f"recording failed: {error}", inputs)
         self._graph.replay()
         output = self._output.clone() if isinstance(self._output, Tensor) else tuple(x.clone() for x in self._output)
-        if self._network not in _compared:
-            with _unwatched(self._network):
-                apart = distance(_listed(output), _listed(self._function(*inputs)))
-            if not apart <= APART:
-                return self._give_up(f"is wrong by {apart:.2g}", inputs)
-            _compared.add(self._network)
+        if self._network not in _verified:
+            with _without_hooks(self._network):
+                deviation = relative_error(_as_list(output), _as_list(self._function(*inputs)))
+            if not deviation <= MAX_RELATIVE_ERROR:
+                return self._fall_back(f"relative error {deviation:.2g} against eager", inputs)
+            _verified.add(self._network)
         return output
 
     def _record(self, inputs: tuple[Tensor, ...]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        with _uncached_autocast(), torch.cuda.graph(graph, capture_error_mode="thread_local"):  # loaders have threads
+        with _autocast_without_cache(), torch.cuda.graph(graph, capture_error_mode="thread_local"):  # loaders: threads
             self._output = self._function(*inputs)
         return graph
 
-    def _give_up(self, reason: str, inputs: tuple[Tensor, ...]) -> Any:
-        warnings.warn(f"a CUDA graph of the network {reason}; sampling goes on without, more slowly", stacklevel=3)
+    def _fall_back(self, reason: str, inputs: tuple[Tensor, ...]) -> Any:
+        warnings.warn(f"CUDA graph disabled ({reason}); sampling continues, but slower", stacklevel=3)
         self._replayable, self._graph, self._output = False, None, None
         return self._function(*inputs)
 
 
-class TrainingReplay:
-    """A network that is trained, recorded with its backward pass after some steps, then replayed.
-
-    It is called as it is where a graph would do something else: in evaluation mode, for batches of another size, and in
-    steps in which hooks watch it. It is no part of the network, and a copy has a graph of its own.
-
-    Args:
-        network: Takes tensors, returns a tensor.
-    """
-
-    WARM_UP = 3
-    """Steps before the recording, in which kernels are compiled and chosen."""
-
-    def __init__(self, network: nn.Module) -> None:
-        self._network = network
-        self._steps = 0
-        self._graph: nn.Module | None = None
-        self._recorded: tuple[Any, ...] = ()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> TrainingReplay:
-        """Copies the network, not the graph, which has the addresses of the weights."""
-        return type(self)(copy.deepcopy(self._network, memo))
-
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        """Returns what the network returns."""
-        if not (inputs[0].is_cuda and torch.is_grad_enabled() and self._network.training) or _watched(self._network):
-            return self._network(*inputs)
-        self._steps += 1
-        kind = tuple((x.shape, x.dtype) for x in inputs), _autocast_dtype(), self._addresses()
-        if self._graph is None and self._steps > self.WARM_UP:
-            self._graph, self._recorded = self._record(inputs), kind
-        if self._graph is None or self._recorded != kind:
-            return self._network(*inputs)
-        return self._graph(*inputs)
-
-    def _addresses(self) -> tuple[int, ...]:
-        return tuple(p.data_ptr() for p in (*self._network.parameters(), *self._network.buffers()))
-
-    def _record(self, inputs: tuple[Tensor, ...]) -> nn.Module:
-        """Records the passes of a step, which takes some; running statistics and random numbers are as before.
-
-        Raises:
-            RuntimeError: If outputs or gradients are not those of the network.
-        """
-        buffers = [(buffer, buffer.clone()) for buffer in self._network.buffers()]
-        random = torch.cuda.get_rng_state(inputs[0].device)
-        graph = _Held(self._network)
-        with _uncached_autocast():
-            torch.cuda.make_graphed_callables(graph, tuple(x.clone() for x in inputs), allow_unused_input=True)
-        apart = distance(*(self._passes(network, inputs) for network in (graph, self._network)))
-        torch.cuda.set_rng_state(random, inputs[0].device)
-        for buffer, before in buffers:
-            buffer.copy_(before)
-        if not apart <= APART:
-            raise RuntimeError(f"a CUDA graph of training is wrong by {apart:.2g}; leave out --graphs.enabled true")
-        return graph
-
-    def _passes(self, network: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-        """Returns the output and all gradients of one forward and backward pass, two tensors.
-
-        Those of biases before a norm are nothing but rounding, so gradients are compared as a whole.
-        """
-        trained = [p for p in self._network.parameters() if p.requires_grad]
-        output = network(*inputs)
-        grads = torch.autograd.grad(output, trained, torch.ones_like(output), allow_unused=True)
-        return [output.detach().clone(), torch.cat([grad.flatten().float() for grad in grads if grad is not None])]
+def relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Largest `|found - expected| / |expected|` over pairs of tensors, in the Euclidean norm."""
+    ratios = [
+        torch.linalg.vector_norm(a.float() - b.float()) / torch.linalg.vector_norm(b.float()).clamp(min=1e-12)
+        for a, b in zip(found, expected, strict=True)
+    ]
+    return float(torch.stack(ratios).max())
 
 
-class _Held(nn.Module):
-    """Takes the `forward` that replays, so that the network keeps its own."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.network(*inputs)
-
-
-def _watched(network: nn.Module) -> bool:
-    """Whether a hook does more in a forward pass than a graph can repeat."""
+def _has_unreplayable_hooks(network: nn.Module) -> bool:
+    """Whether a forward hook does work that a graph would not repeat."""
     return any(
         not hasattr(hook, REPLAYABLE)
         for module in network.modules()
@@ -178,8 +106,8 @@ def _watched(network: nn.Module) -> bool:
 
 
 @contextmanager
-def _unwatched(network: nn.Module) -> Iterator[None]:
-    """Calls the network without its forward hooks, which count each call."""
+def _without_hooks(network: nn.Module) -> Iterator[None]:
+    """Disables forward hooks, which would count the comparison as a further call."""
     hooks = [(module, module._forward_hooks) for module in network.modules()]
     for module, theirs in hooks:
         module._forward_hooks = type(theirs)()
@@ -190,24 +118,11 @@ def _unwatched(network: nn.Module) -> Iterator[None]:
             module._forward_hooks = theirs
 
 
-def distance(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    """Largest distance between tensors, relative to the length of the latter ones; they are in pairs."""
-    ratios = [
-        torch.linalg.vector_norm(a.float() - b.float()) / torch.linalg.vector_norm(b.float()).clamp(min=1e-12)
-        for a, b in zip(found, wanted, strict=True)
-    ]
-    return float(torch.stack(ratios).max())
-
-
-def _listed(output: Any) -> list[Tensor]:
+def _as_list(output: Any) -> list[Tensor]:
     return [output] if isinstance(output, Tensor) else list(output)
 
 
-def _autocast_dtype() -> torch.dtype | None:
-    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-
-
-def _uncached_autocast() -> torch.autocast:
-    """The autocast that is on, without its cache: casts of weights are recorded, and not left to the cache's life."""
-    dtype = _autocast_dtype()
-    return torch.autocast("cuda", dtype, enabled=dtype is not None, cache_enabled=False)
+def _autocast_without_cache() -> torch.autocast:
+    """The current autocast state without its cache, so that the graph records the casts of weights."""
+    enabled = torch.is_autocast_enabled("cuda")
+    return torch.autocast("cuda", torch.get_autocast_dtype("cuda"), enabled=enabled, cache_enabled=False)

@@ -1,4 +1,4 @@
-"""Batch norms whose result goes right into what follows, a neuron or a sum, and takes no memory of its own."""
+"""Batch norm fused into the following neuron or residual sum, so that its output is never stored."""
 
 from __future__ import annotations
 
@@ -12,43 +12,47 @@ from systems.ops.compiled import dense, has_triton, laid_out_as, memory
 
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
 
+Affine = tuple[Tensor, Tensor]
+"""Scale and shift of a norm, `(C,)` each: `y = scale * x + shift`."""
+
 
 class BatchStatistics(NamedTuple):
-    """What a batch norm makes of the features of each channel, `(C,)` each."""
+    """Per-channel statistics and affine map `y = scale * x + shift` of a batch norm, `(C,)` each."""
 
     mean: Tensor
-    inverse_deviation: Tensor
-    factor: Tensor
-    """Product of weight and inverse deviation."""
-    summand: Tensor
-    """What is added to the product of feature and factor."""
+    inv_std: Tensor
+    """`1 / sqrt(var + eps)`."""
+    scale: Tensor
+    """`weight * inv_std`."""
+    shift: Tensor
+    """`bias - mean * scale`."""
 
 
 def fuses(norm: nn.Module, x: Tensor) -> TypeGuard[BatchNorm]:
-    """Whether a norm is what `batch_statistics` measures, and not one over several devices, say.
+    """Whether a norm is a plain batch norm, which `batch_statistics` can replace; a synchronised one is not.
 
-    A single value per channel has no variance: that is left to the norm, which refuses it.
+    False also for a single value per channel in training, which has no variance: the norm itself raises the error.
     """
     if x.device.type not in ("cpu", "cuda") or type(norm) not in (nn.BatchNorm1d, nn.BatchNorm2d):
         return False
-    alone = norm.training and x.numel() == norm.num_features
-    return bool(norm.affine and norm.track_running_stats and norm.momentum is not None and not alone)
+    single = norm.training and x.numel() == norm.num_features
+    return bool(norm.affine and norm.track_running_stats and norm.momentum is not None and not single)
 
 
 def normalise(norm: nn.Module, x: Tensor) -> Tensor:
-    """Applies a norm to each channel of features `(T, B, C, H, W)`, or of tokens `(T, ..., C)`."""
+    """Applies a norm to features `(T, B, C, H, W)` or tokens `(T, ..., C)`."""
     y: Tensor = norm(_images(x))
     return y.view(x.shape)
 
 
 def batch_statistics(norm: BatchNorm, x: Tensor, weight: Tensor, bias: Tensor) -> BatchStatistics:
-    """Measures dense features as a norm in training does, or takes its running statistics.
+    """Returns the statistics of dense features for a norm in training mode, else its running statistics.
 
     Args:
-        norm: The norm, whose running statistics follow.
+        norm: The norm, whose running statistics are updated in training mode.
         x: Features `(T, B, C, H, W)` or tokens `(T, ..., C)`.
-        weight: Weight of the norm.
-        bias: Bias of the norm.
+        weight: Weight of the norm, `(C,)`.
+        bias: Bias of the norm, `(C,)`.
     """
     mean, var = norm.running_mean, norm.running_var
     assert mean is not None
@@ -61,9 +65,9 @@ def batch_statistics(norm: BatchNorm, x: Tensor, weight: Tensor, bias: Tensor) -
         from systems.ops.kernels import norms as kernels
 
         return BatchStatistics(mean, *kernels.affine(mean, var, weight, bias, norm.eps))
-    inverse_deviation = (var.double() + norm.eps).rsqrt().to(var.dtype)
-    factor = weight * inverse_deviation
-    return BatchStatistics(mean, inverse_deviation, factor, torch.addcmul(bias, mean, factor, value=-1))
+    inv_std = (var.double() + norm.eps).rsqrt().to(var.dtype)
+    scale = weight * inv_std
+    return BatchStatistics(mean, inv_std, scale, torch.addcmul(bias, mean, scale, value=-1))
 
 
 def batch_norm_backward(
@@ -73,11 +77,11 @@ def batch_norm_backward(
 
     Args:
         norm: The norm.
-        training: Whether it was in training when it measured the features.
-        x: The features.
-        grad: Gradients of the normed features, laid out like the features.
-        weight: Weight of the norm.
-        statistics: What was measured.
+        training: Whether it was in training mode in the forward pass.
+        x: Features `(T, B, C, H, W)` or tokens `(T, ..., C)`.
+        grad: Gradients of the normed features, in the memory layout of `x`.
+        weight: Weight of the norm, `(C,)`.
+        statistics: Output of `batch_statistics` in the forward pass.
     """
     grads = torch.ops.aten.native_batch_norm_backward(
         _images(grad),
@@ -86,7 +90,7 @@ def batch_norm_backward(
         norm.running_mean,
         norm.running_var,
         statistics.mean,
-        statistics.inverse_deviation,
+        statistics.inv_std,
         training,
         norm.eps,
         [True, True, True],
@@ -100,25 +104,32 @@ def _images(x: Tensor) -> Tensor:
 
 
 def by_channel(x: Tensor, like: Tensor) -> Tensor:
-    """Returns the `memory` of `x`, laid out as features `like`: `(T, M, C, P)` or, with channels last, `(T, M, C)`."""
+    """Returns the `memory` of `x` in a shape with an axis of channels; `like` are features in the same layout.
+
+        contiguous features         [c0 c0 c0 ... c1 c1 c1 ... ]   (T, B, C, H*W)
+        channels-last features      [c0 c1 c2 ... c0 c1 c2 ... ]   (T, B*H*W, C)
+        tokens (T, ..., C)          [c0 c1 c2 ... c0 c1 c2 ... ]   (T, M, C)
+
+    `memory` splits the last axis in two.
+    """
     channels = like.shape[2] if like.dim() == 5 else like.shape[-1]
-    side_by_side = pixels(like)
-    return memory(x, len(like), -1, channels, *([side_by_side] if side_by_side > 1 else []))
+    stride = channel_stride(like)
+    return memory(x, len(like), -1, channels, *([stride] if stride > 1 else []))
 
 
-def for_channels(affine: tuple[Tensor, Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns a factor and a summand `(C,)` in a shape that broadcasts with `by_channel` of features `like`."""
-    last = [1] if pixels(like) > 1 else []
+def for_channels(affine: Affine, like: Tensor) -> Affine:
+    """Returns scale and shift in a shape that broadcasts with `by_channel` of features `like`."""
+    last = [1] if channel_stride(like) > 1 else []
     return memory(affine[0], -1, *last), memory(affine[1], -1, *last)
 
 
-def pixels(x: Tensor) -> int:
-    """Elements of a channel that lie side by side in dense features, or tokens `(T, ..., C)`; 1 with channels last."""
+def channel_stride(x: Tensor) -> int:
+    """Stride of the channels in memory: `H*W` in contiguous features, 1 in channels-last features or tokens."""
     return x.shape[3] * x.shape[4] if x.dim() == 5 and x.is_contiguous() else 1
 
 
 class _AddNormed(torch.autograd.Function):
-    """Sum of a batch norm of features and a residual, for GPUs; keeps the features alone."""
+    """`scale * x + shift + residual` on GPUs; saves only the features for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, norm: BatchNorm) -> Tensor:
@@ -129,26 +140,25 @@ class _AddNormed(torch.autograd.Function):
         ctx.save_for_backward(x, weight, *statistics)
         ctx.norm, ctx.training, ctx.dtype = norm, norm.training, residual.dtype
         residual = laid_out_as(x, residual.to(torch.promote_types(x.dtype, residual.dtype)))
-        return kernels.normed_sum(x, residual, statistics.factor, statistics.summand, pixels(x))
+        return kernels.normed_sum(x, residual, statistics.scale, statistics.shift, channel_stride(x))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *statistics = ctx.saved_tensors
-        grad = laid_out_as(x, grad)  # a slice of what was concatenated has gaps, which the norm's kernels are slow with
-        measured = BatchStatistics(*statistics)
-        grads = batch_norm_backward(ctx.norm, ctx.training, x, grad.to(x.dtype), weight, measured)
+        grad = laid_out_as(x, grad)  # the gradient of a concatenation is a slice, and slow in the norm's kernels
+        grads = batch_norm_backward(ctx.norm, ctx.training, x, grad.to(x.dtype), weight, BatchStatistics(*statistics))
         return *grads, grad.to(ctx.dtype), None
 
 
 def add_normed(norm: nn.Module, x: Tensor, residual: Tensor, gain: float = 1.0) -> Tensor:
-    """Returns the norm of features plus a residual, `(T, B, C, H, W)` each.
+    """Returns `scaled(norm(x), gain) + residual`.
 
     Args:
-        norm: By channel.
-        x: Features.
-        residual: What is added.
-        gain: Scales the normalised features, not the bias of the norm.
+        norm: Norm by channel.
+        x: Features `(T, B, C, H, W)`.
+        residual: Residual `(T, B, C, H, W)`.
+        gain: Factor on the normalised features, but not on the bias of the norm.
     """
     if not (x.is_cuda and has_triton() and fuses(norm, x)):
         return scaled(norm, normalise(norm, x), gain) + residual
@@ -156,9 +166,9 @@ def add_normed(norm: nn.Module, x: Tensor, residual: Tensor, gain: float = 1.0) 
 
 
 def scaled(norm: nn.Module, y: Tensor, gain: float) -> Tensor:
-    """Scales what a norm has made of features `(..., C, H, W)` by a gain, but its bias.
+    """Scales the normalised features `(..., C, H, W)` by `gain`, leaving the norm's bias unscaled.
 
-    The factor stays outside the norm, where a conversion to synchronised batch norm cannot lose it.
+    The gain is not folded into the norm, where a conversion to synchronised batch norm would lose it.
     """
     if gain == 1:
         return y

@@ -1,4 +1,4 @@
-"""Computation in the full precision of float32, whatever else is computed in less."""
+"""Full float32 precision within mixed-precision code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def full_precision(device_type: str) -> Iterator[None]:
-    """Turns off mixed precision, and TF32 of GPUs."""
+    """Disables autocast, and TF32 on GPUs."""
     allowed, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
     torch.backends.cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")

@@ -1,4 +1,4 @@
-"""Uniform quantisation of activations with a learned clip value (QReLU), and its gradients."""
+"""Uniform quantisation of activations with a learned clip value (QReLU), with straight-through gradients."""
 
 from __future__ import annotations
 
@@ -26,11 +26,15 @@ def _round_backward(x: Tensor, grad: Tensor, scale: Tensor, levels: int) -> tupl
     return grad * inside, (grad * torch.where(inside, error, above)).sum()
 
 
-class _Quantise(torch.autograd.Function):
-    """`(s/n) round(n clamp(relu(x)/s, 0, 1))`, ties to even, with straight-through gradients of `x` and `s`."""
+class Quantise(torch.autograd.Function):
+    """`(s/n) round(n clamp(relu(x)/s, 0, 1))`, ties to even, with straight-through gradients of `x` and `s`.
+
+    `x` has any shape, the clip value `s` is a scalar, `n` is the number of levels above 0.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, levels: int) -> Tensor:
+        """Returns the quantised activations, in the dtype of `x`."""
         x = dense(x)
         ctx.save_for_backward(x, scale)
         ctx.levels = levels
@@ -39,6 +43,7 @@ class _Quantise(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Returns the gradients of the activations and of the clip value."""
         x, scale = ctx.saved_tensors
         grad = laid_out_as(x, grad)
         grad_x, grad_scale = _round_backward(memory(x, 1, -1), memory(grad, 1, -1), scale, ctx.levels)

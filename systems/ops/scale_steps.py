@@ -1,4 +1,4 @@
-"""A factor for each SNN time step, with one pass over memory in either direction."""
+"""A scalar factor for each SNN time step, with one pass over memory forward and one backward."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ def _scale_backward(x: Tensor, grad: Tensor, factors: Tensor) -> tuple[Tensor, T
     return (grad * factors[:, None, None]).to(x.dtype), (grad.to(factors.dtype) * x).sum((1, 2))
 
 
-class _ScaleSteps(torch.autograd.Function):
-    """Multiplies each step of `(T, ...)` by its factor `(T,)`: in the factors' precision, but the result is as `x`."""
+class ScaleSteps(torch.autograd.Function):
+    """Multiplies each step of `(T, ...)` by its factor `(T,)`, in the precision of the factors."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, factors: Tensor) -> Tensor:
+        """Returns the product, in the dtype of `x`."""
         x = dense(x)
         ctx.save_for_backward(x, factors)
         return _scale(memory(x, len(x), -1), factors).as_strided(x.shape, x.stride())
@@ -33,6 +34,7 @@ class _ScaleSteps(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the gradients of `x` and of the factors."""
         x, factors = ctx.saved_tensors
         grad = laid_out_as(x, grad)
         grad_x, grad_factors = _scale_backward(memory(x, len(x), -1), memory(grad, len(x), -1), factors)

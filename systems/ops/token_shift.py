@@ -1,4 +1,4 @@
-"""RWKV's token shift as one autograd function."""
+"""RWKV's token shift as one autograd function; the token before the first is zero."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from systems.ops.compiled import compiled, has_triton, memory
 
 
 def _previous(x: Tensor) -> Tensor:
+    """Returns `x[n-1]` for each token `n` of `(M, N, D / width, width)`, zero before the first."""
     return F.pad(x[:, :-1], (0, 0, 0, 0, 1, 0))
 
 
@@ -36,11 +37,12 @@ def _shift_backward(x: Tensor, grads: Sequence[Tensor], mixes: Sequence[Tensor])
     return reduce(torch.add, grads_x).to(x.dtype), grad_mixes
 
 
-class _TokenShift(torch.autograd.Function):
-    """`mix * x[n] + (1 - mix) * x[n-1]` of `(..., N, D)` for each `mix` `(D,)`, one pass over memory each way."""
+class TokenShift(torch.autograd.Function):
+    """`mix * x[n] + (1 - mix) * x[n-1]` of tokens `(..., N, D)` for each `mix` `(D,)`, up to three."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *mixes: Tensor) -> tuple[Tensor, ...]:
+        """Returns the shifted tokens `(..., N, D)` of each mix."""
         x = x.contiguous()
         ctx.save_for_backward(x, *mixes)
         if x.is_cuda and has_triton():
@@ -53,6 +55,7 @@ class _TokenShift(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        """Returns the gradients of the tokens and of each mix."""
         x, *mixes = ctx.saved_tensors
         dense = [grad.contiguous() for grad in grads]
         if x.is_cuda and has_triton():

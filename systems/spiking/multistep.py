@@ -1,4 +1,13 @@
-"""Neurons over all SNN time steps at once: forward and backward passes, compiled or as Triton kernels."""
+"""Forward and backward passes of neurons over all `T` SNN time steps at once, as compiled functions or Triton kernels.
+
+For input `x[k]`, potential `u[k]` and spikes `s[k]` of step `k`, with `carry(u[-1], s[-1]) = 0`,
+
+    u[k] = input_scale * (scale * x[k] + shift + temb) + carry(u[k-1], s[k-1])
+    s[k] = 1 if u[k] > threshold (or >=) else 0
+
+`scale` and `shift` are a batch norm of each channel, `temb` the time embedding of each image and channel; without a
+norm the parenthesis is `x[k]`. `reset_and_decay` defines `carry`.
+"""
 
 from __future__ import annotations
 
@@ -13,25 +22,24 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from systems.ops.compiled import compiled, dense, has_triton, laid_out_as, memory
 from systems.ops.norms import (
+    Affine,
     BatchNorm,
     BatchStatistics,
     batch_norm_backward,
     batch_statistics,
     by_channel,
+    channel_stride,
     for_channels,
-    pixels,
 )
 from systems.spiking.surrogates import SpikeGrad, get_surrogate
 
 TAKE_BACK_BELOW = 1e-3
-"""Minus the potential at which a signed `ConvertedNeuron` takes a spike back, in units of its current, as released."""
+"""A signed `ConvertedNeuron` emits a negative spike once its potential falls below minus this value (as released)."""
 
 
-_Affine = tuple[Tensor, Tensor]
-"""Factor and summand of a norm for each channel."""
+class Dynamics(NamedTuple):
+    """Constants of a `SpikingNeuron`, by the names of its arguments."""
 
-
-class _Dynamics(NamedTuple):
     beta: float
     threshold: float
     input_scale: float
@@ -41,12 +49,13 @@ class _Dynamics(NamedTuple):
     fire_at_threshold: bool
 
 
-def _fire(u: Tensor, d: _Dynamics) -> Tensor:
+def fire(u: Tensor, d: Dynamics) -> Tensor:
+    """Returns the spikes of potentials, 0 or 1, in the dtype of `u`."""
     return (u >= d.threshold if d.fire_at_threshold else u > d.threshold).to(u.dtype)
 
 
-def _carry(u: Tensor, s: Tensor, d: _Dynamics) -> Tensor:
-    """The potential handed to the next step: reset and decay of `U[k]`."""
+def reset_and_decay(u: Tensor, s: Tensor, d: Dynamics) -> Tensor:
+    """Returns the potential carried to the next step, given the potentials and spikes of this one."""
     if d.reset_mechanism == "zero":
         return d.beta * ((1 - s) * u)
     if d.reset_delay:
@@ -54,55 +63,70 @@ def _carry(u: Tensor, s: Tensor, d: _Dynamics) -> Tensor:
     return d.beta * (u - s * d.threshold)
 
 
-def _potentials(x: Tensor, d: _Dynamics, affine: _Affine | None = None) -> tuple[list[Tensor], list[Tensor]]:
+def potentials_and_spikes(x: Tensor, d: Dynamics, affine: Affine | None = None) -> tuple[list[Tensor], list[Tensor]]:
+    """Returns potentials and spikes of each step, in float32 or more.
+
+    Args:
+        x: Input currents `(T, ...)`, before the norm if `affine` is given.
+        d: Constants of the neuron.
+        affine: Scale and shift of the norm, in shapes that broadcast with `x[k]`.
+    """
     dtype = torch.promote_types(x.dtype, torch.float32)  # potentials stay in float32 under mixed precision
     potentials: list[Tensor] = []
     spikes: list[Tensor] = []
     for x_k in x.unbind(0):
         u = x_k.to(dtype)
         if affine is not None:
-            u = torch.addcmul(affine[1], u, affine[0])  # rounded as in the norm itself
+            scale, shift = affine
+            u = torch.addcmul(shift, u, scale)  # rounded as in the norm itself
         u = u * d.input_scale
         if potentials:
-            u = u + _carry(potentials[-1], spikes[-1], d)
+            u = u + reset_and_decay(potentials[-1], spikes[-1], d)
         potentials.append(u)
-        spikes.append(_fire(u, d))
+        spikes.append(fire(u, d))
     return potentials, spikes
 
 
 @compiled
-def _forward(x: Tensor, d: _Dynamics, dtype: torch.dtype, affine: _Affine | None = None) -> Tensor:
-    spikes = _potentials(x, d, affine)[1]
-    return torch.stack([s.to(dtype) for s in spikes])  # all in one kernel, if converted before
+def _forward(x: Tensor, d: Dynamics, dtype: torch.dtype, affine: Affine | None = None) -> Tensor:
+    spikes = potentials_and_spikes(x, d, affine)[1]
+    return torch.stack([s.to(dtype) for s in spikes])  # convert before stacking, so that the compiler fuses both
 
 
 @compiled
 def _backward(
-    x: Tensor, grad: Tensor, d: _Dynamics, derivative: Callable[[Tensor], Tensor], affine: _Affine | None = None
+    x: Tensor, grad: Tensor, d: Dynamics, derivative: Callable[[Tensor], Tensor], affine: Affine | None = None
 ) -> Tensor:
-    """Backpropagation through time; the potentials are computed again, which is cheaper than keeping them."""
-    potentials, spikes = _potentials(x, d, affine)
+    """Backpropagation through time; recomputes the potentials, which is cheaper than storing them."""
+    potentials, spikes = potentials_and_spikes(x, d, affine)
     grads: list[Tensor] = []
-    carried: Tensor | None = None  # dL/dU[k+1]
+    next_dl_du: Tensor | None = None  # dL/du[k+1]
     for u, s, g in zip(reversed(potentials), reversed(spikes), reversed(grad.unbind(0)), strict=True):
         ds_du = derivative(u - d.threshold)
         dl_du = g.to(u.dtype) * ds_du
-        if carried is not None:
-            attached = torch.zeros_like(ds_du) if d.detach_reset else ds_du
+        if next_dl_du is not None:
+            reset_ds_du = torch.zeros_like(ds_du) if d.detach_reset else ds_du
             if d.reset_mechanism == "zero":
-                dv_du = d.beta * (1 - s - u * attached)
+                dcarry_du = d.beta * (1 - s - u * reset_ds_du)
             elif d.reset_delay:
-                dv_du = d.beta - d.threshold * attached
+                dcarry_du = d.beta - d.threshold * reset_ds_du
             else:
-                dv_du = d.beta * (1 - d.threshold * attached)
-            dl_du = dl_du + carried * dv_du
-        carried = dl_du
+                dcarry_du = d.beta * (1 - d.threshold * reset_ds_du)
+            dl_du = dl_du + next_dl_du * dcarry_du
+        next_dl_du = dl_du
         grads.append((dl_du * d.input_scale).to(x.dtype))
     return torch.stack(grads[::-1])
 
 
-def _converted(x: Tensor, threshold: Tensor, height: Tensor, signed: bool) -> Tensor:
-    """Spikes of `ConvertedNeuron`."""
+def converted_spikes(x: Tensor, threshold: Tensor, amplitude: Tensor, signed: bool) -> Tensor:
+    """Returns the spikes of a `ConvertedNeuron`.
+
+    Args:
+        x: Input currents `(T, ...)`.
+        threshold: Firing threshold, a scalar.
+        amplitude: Amplitude of a spike, a scalar.
+        signed: Whether a negative spike takes back an earlier one when the potential turns negative.
+    """
     dtype = torch.promote_types(x.dtype, torch.float32)
     threshold = threshold.to(dtype)
     v = threshold / 2
@@ -118,16 +142,16 @@ def _converted(x: Tensor, threshold: Tensor, height: Tensor, signed: bool) -> Te
             v = v + threshold * taken_back
             count = count - taken_back
             s = s - taken_back
-        spikes.append((s * height).to(x.dtype))
+        spikes.append((s * amplitude).to(x.dtype))
     return torch.stack(spikes)
 
 
-_converted_compiled = compiled(_converted)
+converted_spikes_compiled = compiled(converted_spikes)
 
 
 @lru_cache
-def _derivative(spike_grad: SpikeGrad, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """Traces the surrogate's derivative `dS/du` into a graph of plain operations that the compiler can fuse."""
+def surrogate_derivative(spike_grad: SpikeGrad, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Traces the surrogate's derivative `ds/du` into a graph of plain operations that the compiler can fuse."""
 
     def derivative(u: Tensor) -> Tensor:
         u = u.detach().requires_grad_()
@@ -137,37 +161,37 @@ def _derivative(spike_grad: SpikeGrad, dtype: torch.dtype) -> Callable[[Tensor],
     return make_fx(derivative)(torch.zeros(4, dtype=dtype))
 
 
-def _surrogate_of_kernels(x: Tensor, spike_grad: SpikeGrad) -> str | None:
-    """Name of the surrogate where there are kernels for it and for the device of `x`, else nothing."""
+def kernel_surrogate(x: Tensor, spike_grad: SpikeGrad) -> str | None:
+    """Name of the surrogate if a Triton kernel supports it on the device of `x`, else None."""
     if not (x.is_cuda and has_triton()):
         return None
     from systems.ops.kernels import neurons as kernels
 
-    return _named(spike_grad, kernels.SURROGATES)
+    return surrogate_name(spike_grad, kernels.SURROGATES)
 
 
 @lru_cache
-def _named(spike_grad: SpikeGrad, names: tuple[str, ...]) -> str | None:
-    """Name of a surrogate, if it is one of these."""
+def surrogate_name(spike_grad: SpikeGrad, names: tuple[str, ...]) -> str | None:
+    """Name of a surrogate if it is one of `names` in its default width, else None."""
     return next((name for name in names if get_surrogate(name) is spike_grad), None)
 
 
-def _spikes(
-    x: Tensor, d: _Dynamics, spike_grad: SpikeGrad, affine: _Affine | None = None, shift: Tensor | None = None
+def compute_spikes(
+    x: Tensor, d: Dynamics, spike_grad: SpikeGrad, affine: Affine | None = None, temb: Tensor | None = None
 ) -> Tensor:
-    """Returns the spikes of dense currents `(T, ...)`, in the order of their memory.
+    """Returns the spikes of dense currents `(T, ...)`, in the memory layout of `x`.
 
     Args:
-        x: Currents, or what a norm makes them of.
+        x: Input currents, before the norm if `affine` is given.
         d: Constants of the neuron.
-        spike_grad: Its surrogate.
-        affine: Factor and summand of that norm.
-        shift: What is added after it, `(B, C)`; for kernels alone.
+        spike_grad: Surrogate gradient of the neuron.
+        affine: Scale and shift of the norm, `(C,)` each.
+        temb: Time embedding `(B, C)`, added after the norm; only where `kernel_surrogate` finds a kernel.
     """
-    if _surrogate_of_kernels(x, spike_grad):
+    if kernel_surrogate(x, spike_grad):
         from systems.ops.kernels import neurons as kernels
 
-        return kernels.spikes(x, d, _spike_dtype(x), affine, pixels(x), shift)
+        return kernels.spikes(x, d, _spike_dtype(x), affine, channel_stride(x), temb)
     if affine is None:
         spikes = _forward(memory(x, len(x), -1), d, _spike_dtype(x))
     else:
@@ -175,47 +199,61 @@ def _spikes(
     return spikes.as_strided(x.shape, x.stride())
 
 
-def _gradients(
+def compute_input_gradients(
     x: Tensor,
     grad: Tensor,
-    d: _Dynamics,
+    d: Dynamics,
     spike_grad: SpikeGrad,
-    affine: _Affine | None = None,
-    shift: Tensor | None = None,
+    affine: Affine | None = None,
+    temb: Tensor | None = None,
 ) -> Tensor:
-    """Returns the gradients of what `_spikes` charges the neurons with, in the order of the memory of `x`."""
+    """Returns the gradients of the neuron's input, `scale * x + shift + temb`, in the memory layout of `x`.
+
+    Args:
+        x: Input currents, before the norm if `affine` is given.
+        grad: Gradients of the spikes, in the shape of `x`.
+        d: Constants of the neuron.
+        spike_grad: Surrogate gradient of the neuron.
+        affine: Scale and shift of the norm, `(C,)` each.
+        temb: Time embedding `(B, C)`, as in `compute_spikes`.
+    """
     grad = laid_out_as(x, grad)
-    if surrogate := _surrogate_of_kernels(x, spike_grad):
+    if surrogate := kernel_surrogate(x, spike_grad):
         from systems.ops.kernels import neurons as kernels
 
-        return kernels.gradients(x, grad, d, surrogate, affine, pixels(x), shift)
-    derivative = _derivative(spike_grad, torch.promote_types(x.dtype, torch.float32))
+        return kernels.gradients(x, grad, d, surrogate, affine, channel_stride(x), temb)
+    derivative = surrogate_derivative(spike_grad, torch.promote_types(x.dtype, torch.float32))
     if affine is None:
-        found = _backward(memory(x, len(x), -1), memory(grad, len(x), -1), d, derivative)
+        grad_input = _backward(memory(x, len(x), -1), memory(grad, len(x), -1), d, derivative)
     else:
-        found = _backward(by_channel(x, x), by_channel(grad, x), d, derivative, for_channels(affine, x))
-    return found.as_strided(x.shape, x.stride())
+        grad_input = _backward(by_channel(x, x), by_channel(grad, x), d, derivative, for_channels(affine, x))
+    return grad_input.as_strided(x.shape, x.stride())
 
 
-class _MultiStep(torch.autograd.Function):
-    """Forward and backward over all `T` steps at once; keeps only its input."""
+class MultiStep(torch.autograd.Function):
+    """Spikes `(T, ...)` of currents `(T, ...)`; saves only its input for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, d: _Dynamics, spike_grad: SpikeGrad) -> Tensor:
+    def forward(ctx: Any, x: Tensor, d: Dynamics, spike_grad: SpikeGrad) -> Tensor:
+        """Returns the spikes, in autocast's dtype where it is on."""
         x = dense(x)
         ctx.save_for_backward(x)
         ctx.d, ctx.spike_grad = d, spike_grad
-        return _spikes(x, d, spike_grad)
+        return compute_spikes(x, d, spike_grad)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        """Returns the gradient of the currents."""
         (x,) = ctx.saved_tensors
-        return _gradients(x, grad, ctx.d, ctx.spike_grad), None, None
+        return compute_input_gradients(x, grad, ctx.d, ctx.spike_grad), None, None
 
 
-class _NormedMultiStep(torch.autograd.Function):
-    """`_MultiStep` of a batch norm of its input and a shift, whose sum is neither written to memory nor kept."""
+class NormedMultiStep(torch.autograd.Function):
+    """`MultiStep` of `scale * x + shift + temb`, batch norm and time embedding, without storing that sum.
+
+    Features are `(T, B, C, H, W)`, tokens `(T, ..., C)`, `weight` and `bias` `(C,)`, `temb` `(B, C)`.
+    """
 
     @staticmethod
     def forward(
@@ -223,30 +261,33 @@ class _NormedMultiStep(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor,
-        shift: Tensor | None,
+        temb: Tensor | None,
         norm: BatchNorm,
-        d: _Dynamics,
+        d: Dynamics,
         spike_grad: SpikeGrad,
     ) -> Tensor:
+        """Returns the spikes, and updates the running statistics of a norm in training mode."""
         x = dense(x) if x.dim() == 5 else x.contiguous()  # the channels of tokens come last in memory
-        shift = None if shift is None else shift.contiguous()
+        temb = None if temb is None else temb.contiguous()
         statistics = batch_statistics(norm, x, weight, bias)
-        ctx.save_for_backward(x, weight, shift, *statistics)
+        ctx.save_for_backward(x, weight, temb, *statistics)
         ctx.norm, ctx.training, ctx.d, ctx.spike_grad = norm, norm.training, d, spike_grad
-        return _spikes(x, d, spike_grad, (statistics.factor, statistics.summand), shift)
+        return compute_spikes(x, d, spike_grad, (statistics.scale, statistics.shift), temb)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, shift, *rest = ctx.saved_tensors
+        """Returns the gradients of features, weight, bias and time embedding."""
+        x, weight, temb, *rest = ctx.saved_tensors
         statistics = BatchStatistics(*rest)
-        affine = statistics.factor, statistics.summand
-        found = _gradients(x, grad, ctx.d, ctx.spike_grad, affine, shift)
-        grads = batch_norm_backward(ctx.norm, ctx.training, x, found, weight, statistics)
-        return *grads, None if shift is None else found.sum((0, 3, 4)).to(shift.dtype), None, None, None
+        affine = statistics.scale, statistics.shift
+        grad_input = compute_input_gradients(x, grad, ctx.d, ctx.spike_grad, affine, temb)
+        grads = batch_norm_backward(ctx.norm, ctx.training, x, grad_input, weight, statistics)
+        grad_temb = None if temb is None else grad_input.sum((0, 3, 4)).to(temb.dtype)
+        return *grads, grad_temb, None, None, None
 
 
 def _spike_dtype(x: Tensor) -> torch.dtype:
-    """Spikes are exact in any type, so under autocast they come in that of the products that take them."""
+    """Autocast's dtype where it is on, else the dtype of `x`: spikes are exact in any, and a product follows them."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

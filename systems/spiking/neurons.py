@@ -1,16 +1,18 @@
 """Multi-step spiking neurons: snnTorch's `Leaky` semantics and surrogates over a leading time axis.
 
-One layer covers the neurons of all methods of the suite. With input `X[k]`, carried potential `V[-1] =
-0`, membrane decay `beta` and threshold `th`, each step `k` of the `T` SNN time steps computes
+One layer covers the neurons of all methods of the suite. With input `X[k]`, carried potential `V[-1] = 0`, membrane
+decay `beta` and threshold `th`, each step `k` of the `T` SNN time steps computes
 
     U[k] = beta * V[k-1] + input_scale * X[k]       charge
     S[k] = 1 if U[k] > th (or >=) else 0            fire
     V[k] = (1 - S[k]) * U[k]   or   U[k] - S[k]*th  reset to zero, or by subtraction
 
 snnTorch (Eshraghian et al., Proc. IEEE 2023, arXiv 2109.12894, https://github.com/jeshraghian/snntorch) is the
-reference: spikes and gradients equal its `Leaky` stepped by hand. It is not subclassed because its layers keep the
-potential in a buffer between calls. Here the potential lives in the forward pass alone, so there is nothing to reset,
-and deep copies, weight averaging and data-parallel replicas cannot leak state into one another.
+reference: spikes and gradients equal those of its `Leaky` stepped by hand. It is not subclassed because its layers keep
+the potential in a buffer between calls. Here the potential exists only during the forward pass, so there is nothing to
+reset, and deep copies, weight averaging and data-parallel replicas cannot share state.
+
+`SpikingNeuron.stepwise` defines the result; `systems.spiking.multistep` computes all steps at once.
 """
 
 from __future__ import annotations
@@ -22,31 +24,20 @@ import torch
 from torch import Tensor, nn
 
 from systems.ops.compiled import dense, memory
-from systems.ops.norms import (
-    fuses,
-    normalise,
-)
+from systems.ops.norms import fuses, normalise
 from systems.ops.precision import full_precision
 from systems.spiking.multistep import (
-    _carry,
-    _converted,
-    _converted_compiled,
-    _derivative,
-    _Dynamics,
-    _fire,
-    _MultiStep,
-    _NormedMultiStep,
-    _surrogate_of_kernels,
+    Dynamics,
+    MultiStep,
+    NormedMultiStep,
+    converted_spikes,
+    converted_spikes_compiled,
+    fire,
+    kernel_surrogate,
+    reset_and_decay,
+    surrogate_derivative,
 )
 from systems.spiking.surrogates import SpikeGrad, get_surrogate
-
-READOUT_DECAY = 0.8
-"""Membrane decay per SNN step of a read-out (SpikingJelly's leaky integrator in the released codes)."""
-
-
-def _normed(x: Tensor, norm: nn.Module, shift: Tensor | None) -> Tensor:
-    y = normalise(norm, x)
-    return y if shift is None else y + shift[:, :, None, None]
 
 
 class SpikingNeuron(nn.Module):
@@ -55,15 +46,15 @@ class SpikingNeuron(nn.Module):
     Args:
         beta: Membrane decay per step, 1 for integrate-and-fire. A paper's `tau` maps to `1 - 1/tau`.
         threshold: Firing threshold; may be set after construction (see `set_threshold`).
-        input_scale: Factor on the input current, `1/tau` where a paper's input decays too.
+        input_scale: Factor on the input current, `1/tau` if a paper's input decays too.
         reset_mechanism: `"zero"` (hard) or `"subtract"` (soft).
         reset_delay: With `"subtract"`, subtract after the next step's decay (snnTorch's default), not before it.
-        detach_reset: Whether the reset is a constant for the backward pass.
+        detach_reset: Whether the backward pass treats the reset as a constant.
         fire_at_threshold: Whether a potential equal to the threshold fires (`>=`, SpikingJelly) or not (`>`, snnTorch).
         spike_grad: Surrogate gradient: a snnTorch surrogate, or its name (see `get_surrogate`).
 
     Shapes:
-        `(T, B, ...)` currents to `(T, B, ...)` spikes, 0 or 1, in the input's dtype, or in autocast's where it is on.
+        `(T, B, ...)` currents to `(T, B, ...)` spikes, 0 or 1, in the input's dtype, or in autocast's if it is on.
 
     Raises:
         ValueError: If a constant is out of range or a name is unknown.
@@ -82,7 +73,7 @@ class SpikingNeuron(nn.Module):
     ) -> None:
         super().__init__()
         if not 0 <= beta <= 1:
-            raise ValueError(f"beta={beta} is not a membrane decay; give a number from 0 to 1")
+            raise ValueError(f"beta={beta} is not a membrane decay; use a number from 0 to 1")
         if reset_mechanism not in ("zero", "subtract"):
             raise ValueError(f"reset_mechanism={reset_mechanism!r} is unknown; choose 'zero' or 'subtract'")
         self.beta = beta
@@ -102,17 +93,17 @@ class SpikingNeuron(nn.Module):
     @threshold.setter
     def threshold(self, value: float) -> None:
         if not value > 0:
-            raise ValueError(f"threshold={value} is not a firing threshold; give a number above 0")
+            raise ValueError(f"threshold={value} is not a firing threshold; use a number above 0")
         self._threshold = float(value)
 
     @property
     def amplitude(self) -> Tensor | float:
-        """Height of a spike."""
+        """Amplitude of a spike."""
         return 1.0
 
     @property
-    def _dynamics(self) -> _Dynamics:
-        return _Dynamics(
+    def _dynamics(self) -> Dynamics:
+        return Dynamics(
             self.beta,
             self.threshold,
             self.input_scale,
@@ -122,31 +113,31 @@ class SpikingNeuron(nn.Module):
             self.fire_at_threshold,
         )
 
-    def forward(self, x: Tensor, norm: nn.Module | None = None, shift: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, norm: nn.Module | None = None, temb: Tensor | None = None) -> Tensor:
         """Returns the spikes `(T, B, ...)` of currents, from a potential of zero.
 
         Args:
             x: Currents `(T, B, ...)`; features `(T, B, C, H, W)` or tokens `(T, ..., C)` if there is a norm.
-            norm: Norm of the currents, by channel, on `(T*B, C, H, W)` or `(M, C)`. A plain batch norm is computed
-                inside the neuron, so that its result takes no memory; the module itself is then not called.
-            shift: Currents `(B, C)` that are added to the normed features of each image, in every step and pixel.
+            norm: Norm by channel, on `(T*B, C, H, W)` or `(M, C)`; then `X[k] = norm(x[k]) + temb`. A plain
+                batch norm, `X[k] = scale * x[k] + shift + temb` with scale and shift of each channel, is computed
+                inside the neuron, so that its output is never stored; the module itself is then not called.
+            temb: Time embedding `(B, C)`, added to the normed features of each image in every step and pixel.
 
         Raises:
-            ValueError: If the currents have no axis of images.
+            ValueError: If the currents have fewer than the two axes `(T, B)`.
         """
-        if x.dim() < 2:
-            raise ValueError(f"currents have shape {tuple(x.shape)}; a spiking layer takes (T, B, ...)")
+        _check_currents(x)
         if norm is None:
-            return _MultiStep.apply(x, self._dynamics, self.spike_grad)
-        shiftable = shift is None or _surrogate_of_kernels(x, self.spike_grad)
-        if not (shiftable and fuses(norm, x)):
-            return _MultiStep.apply(_normed(x, norm, shift), self._dynamics, self.spike_grad)
-        return _NormedMultiStep.apply(x, norm.weight, norm.bias, shift, norm, self._dynamics, self.spike_grad)
+            return MultiStep.apply(x, self._dynamics, self.spike_grad)
+        embeds = temb is None or kernel_surrogate(x, self.spike_grad)  # only Triton kernels add a time embedding
+        if not (embeds and fuses(norm, x)):
+            return MultiStep.apply(_norm_and_embed(x, norm, temb), self._dynamics, self.spike_grad)
+        return NormedMultiStep.apply(x, norm.weight, norm.bias, temb, norm, self._dynamics, self.spike_grad)
 
-    def stepwise(self, x: Tensor, norm: nn.Module | None = None, shift: Tensor | None = None) -> Tensor:
-        """Same as `forward`, one step after the other under plain autograd: the definition `forward` must equal."""
+    def stepwise(self, x: Tensor, norm: nn.Module | None = None, temb: Tensor | None = None) -> Tensor:
+        """Same as `forward`, step by step under plain autograd: the definition that `forward` must equal."""
         if norm is not None:
-            x = _normed(x, norm, shift)
+            x = _norm_and_embed(x, norm, temb)
         d = self._dynamics
         spikes: list[Tensor] = []
         u: Tensor | None = None
@@ -156,28 +147,27 @@ class SpikingNeuron(nn.Module):
                 u = current
             else:
                 s = spikes[-1].detach() if d.detach_reset else spikes[-1]
-                u = current + _carry(u, s, d)
-            slope = _derivative(self.spike_grad, u.dtype)((u - d.threshold).detach())
-            spikes.append(_fire(u, d) + slope * (u - u.detach()))
+                u = current + reset_and_decay(u, s, d)
+            slope = surrogate_derivative(self.spike_grad, u.dtype)((u - d.threshold).detach())
+            spikes.append(fire(u, d) + slope * (u - u.detach()))
         return torch.stack(spikes)
 
     def extra_repr(self) -> str:
-        """Names the constants in `print(network)`."""
+        """Shows the constants in `print(network)`."""
         return ", ".join(f"{name}={value}" for name, value in self._dynamics._asdict().items())
 
 
 class ConvertedNeuron(SpikingNeuron):
     """Integrate-and-fire neuron that counts out the levels of a quantised activation (Fast-SNN; SDM, arXiv 2408.16467).
 
-    The potential starts at half the threshold, a spike subtracts the threshold and keeps the remainder, and there is at
-    most one spike per step: of a constant current, `T = 2^b - 1` steps count the very level that `b` bits round it to.
-    It equals snnTorch's `Leaky(beta=1, reset_mechanism="subtract", reset_delay=True)` from that start. Spikes have the
-    height `act_alpha`, the clip value of the activation, which is the threshold too. There is no backward pass: the
-    output is a constant to autograd.
+    The potential starts at half the threshold, a spike subtracts the threshold, and each step has at most one spike:
+    for a constant current, `T = 2^b - 1` steps count exactly the level that `b` bits round it to. It equals snnTorch's
+    `Leaky(beta=1, reset_mechanism="subtract", reset_delay=True)` from that start. Both threshold and amplitude of the
+    spikes are `act_alpha`, the clip value of the activation. There is no backward pass: autograd sees a constant.
 
     Args:
-        threshold: Firing threshold as a multiple of `act_alpha`; other than 1 it is threshold guidance, and the height
-            of the spikes stays.
+        threshold: Firing threshold as a multiple of `act_alpha`; values other than 1 are threshold guidance, which does
+            not change the amplitude.
         signed: Whether a negative potential takes back an earlier spike by a negative one (as released) or not (as
             published).
 
@@ -192,33 +182,32 @@ class ConvertedNeuron(SpikingNeuron):
 
     @property
     def amplitude(self) -> Tensor:
-        """Height of a spike, `act_alpha`."""
+        """Amplitude of a spike, `act_alpha`."""
         return self.act_alpha
 
     @torch.no_grad()
-    def forward(self, x: Tensor, norm: nn.Module | None = None, shift: Tensor | None = None) -> Tensor:
-        """Returns the spikes `(T, B, ...)` of the currents `x` `(T, B, ...)`, times `act_alpha`."""
-        if x.dim() < 2:
-            raise ValueError(f"currents have shape {tuple(x.shape)}; a spiking layer takes (T, B, ...)")
-        x = dense(x if norm is None else _normed(x, norm, shift))
-        spikes = _converted_compiled(
+    def forward(self, x: Tensor, norm: nn.Module | None = None, temb: Tensor | None = None) -> Tensor:
+        """Returns the spikes `(T, B, ...)` of currents `(T, B, ...)`, times `act_alpha` (see `SpikingNeuron`)."""
+        _check_currents(x)
+        x = dense(x if norm is None else _norm_and_embed(x, norm, temb))
+        spikes = converted_spikes_compiled(
             memory(x, len(x), -1), self.threshold * self.act_alpha, self.act_alpha, self.signed
         )
         return spikes.as_strided(x.shape, x.stride())
 
     @torch.no_grad()
-    def stepwise(self, x: Tensor, norm: nn.Module | None = None, shift: Tensor | None = None) -> Tensor:
-        """Same as `forward`, never compiled."""
-        x = x if norm is None else _normed(x, norm, shift)
-        return _converted(x, self.threshold * self.act_alpha, self.act_alpha, self.signed)
+    def stepwise(self, x: Tensor, norm: nn.Module | None = None, temb: Tensor | None = None) -> Tensor:
+        """Same as `forward`, but never compiled."""
+        x = x if norm is None else _norm_and_embed(x, norm, temb)
+        return converted_spikes(x, self.threshold * self.act_alpha, self.act_alpha, self.signed)
 
     def extra_repr(self) -> str:
-        """Names the constants in `print(network)`."""
+        """Shows the constants in `print(network)`."""
         return f"threshold={self.threshold} * act_alpha, signed={self.signed}"
 
 
 NeuronFactory = Callable[[], SpikingNeuron]
-"""Makes one spiking layer."""
+"""Constructs one spiking layer."""
 
 
 def integrate_and_fire(threshold: float = 1.0, spike_grad: SpikeGrad | str = "atan") -> SpikingNeuron:
@@ -233,10 +222,25 @@ def leaky_integrate_and_fire(
     return SpikingNeuron(beta=1 - 1 / tau, threshold=threshold, input_scale=1 / tau, spike_grad=spike_grad)
 
 
+def _check_currents(x: Tensor) -> None:
+    if x.dim() < 2:
+        raise ValueError(f"currents have shape {tuple(x.shape)}; a spiking layer takes (T, B, ...)")
+
+
+def _norm_and_embed(x: Tensor, norm: nn.Module, temb: Tensor | None) -> Tensor:
+    """Returns `norm(x) + temb`: features `(T, B, C, H, W)` or tokens `(T, ..., C)`, time embedding `(B, C)` or None."""
+    y = normalise(norm, x)
+    return y if temb is None else y + temb[:, :, None, None]
+
+
+READOUT_DECAY = 0.8
+"""Membrane decay per SNN step of a read-out (SpikingJelly's leaky integrator in the released codes)."""
+
+
 def membrane_output(x: Tensor) -> Tensor:
     """Final potential of a leaky integrator without threshold, `sum_k 0.8^(T-1-k) x[k]`: `(T, ...)` to `(...)`.
 
-    It is the read-out of SDDPM and of Spiking-Diffusion, and never in less than float32.
+    The read-out of SDDPM and Spiking-Diffusion, computed in float32 or more.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     powers = torch.arange(len(x) - 1, -1, -1, dtype=torch.float32, device=x.device)
@@ -248,7 +252,7 @@ def membrane_output(x: Tensor) -> Tensor:
 def set_threshold(network: nn.Module, threshold: float) -> None:
     """Sets the threshold of every neuron of a network: threshold guidance of SDM (arXiv 2408.16467, section 4.3).
 
-    That of a `ConvertedNeuron` is a multiple of its own.
+    For a `ConvertedNeuron` it is a multiple of `act_alpha`.
     """
     for module in network.modules():
         if isinstance(module, SpikingNeuron):

@@ -17,13 +17,13 @@ def unfold(x: Tensor, num_steps: int) -> Tensor:
 
 
 def concatenate(*parts: Tensor) -> Tensor:
-    """Joins `(T, B, C1, H, W)`, `(T, B, C2, H, W)`, ... along `C`; folded, which keeps channels-last memory."""
+    """Concatenates `(T, B, C1, H, W)`, `(T, B, C2, H, W)`, ... along `C`, preserving channels-last memory."""
     return unfold(torch.cat([fold(x) for x in parts], dim=1), len(parts[0]))
 
 
-def lay_out(x: Tensor) -> Tensor:
-    """Lays the features of a stem `(N, C, H, W)` out channels-last on GPUs, whose half-precision kernels want it.
+def to_channels_last_on_gpu(x: Tensor) -> Tensor:
+    """Returns the features of a stem `(N, C, H, W)` in channels-last layout on GPUs, unchanged on CPUs.
 
-    All later features follow. On CPUs it does not pay (`python -m benchmark speed` measures what does).
+    cuDNN's half-precision kernels prefer this layout, and all later features inherit it. On CPUs it is not faster.
     """
     return x.contiguous(memory_format=torch.channels_last) if x.is_cuda else x

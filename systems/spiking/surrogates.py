@@ -14,13 +14,13 @@ SpikeGrad = Callable[[Tensor], Tensor]
 def triangle(width: float = 0.5) -> SpikeGrad:
     """Triangular surrogate of FSDDIM (arXiv 2312.01742).
 
-    Its derivative is `max(0, 1 - |u| / width) / (2 * width)`, with `u` the potential minus the threshold.
+    Its derivative is `max(0, 1 - |u| / width) / (2 * width)`, where `u` is the potential minus the threshold.
     """
     return surrogate.custom_surrogate(lambda u, grad, spikes: grad * (1 - u.abs() / width).clamp(min=0) / (2 * width))
 
 
 def rectangle(width: float = 0.5) -> SpikeGrad:
-    """Rectangular surrogate `[|u| < width] / (2 * width)` (Wu et al., 2018), named by the SDDPM paper."""
+    """Rectangular surrogate of the SDDPM paper, with derivative `[|u| < width] / (2 * width)` (Wu et al., 2018)."""
     return surrogate.custom_surrogate(lambda u, grad, spikes: grad * (u.abs() < width) / (2 * width))
 
 
@@ -28,10 +28,10 @@ def rectangle(width: float = 0.5) -> SpikeGrad:
 def get_surrogate(name: str) -> SpikeGrad:
     """Returns a surrogate with its default width: `triangle`, `rectangle`, or any of `snntorch.surrogate`.
 
-    It is the same object for the same name, so that all neurons of a network share one compiled kernel.
+    The same name returns the same object, so that all neurons of a network share one compiled kernel.
 
     Raises:
-        ValueError: If there is no surrogate of that name.
+        ValueError: If no surrogate has that name.
     """
     own = {"triangle": triangle, "rectangle": rectangle}
     theirs = {

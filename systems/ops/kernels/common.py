@@ -1,4 +1,4 @@
-"""Checks and dtypes that all Triton kernels share."""
+"""Checks and dtypes shared by the Triton kernels."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ import triton.language as tl
 from torch import Tensor
 
 
-def _countable(n: int) -> int:
-    """Returns a number of elements that 32 bits can count.
+def check_int32_range(n: int) -> int:
+    """Returns `n`, the number of elements that a kernel indexes with 32 bits.
 
     Raises:
-        ValueError: If they cannot.
+        ValueError: If it is 2**31 or more.
     """
     if n >= 2**31:
-        raise ValueError(f"{n} features at once are more than the GPU's kernels count; give a smaller batch")
+        raise ValueError(f"{n} elements exceed the 32-bit indices of the GPU kernels (2**31); use a smaller batch")
     return n
 
 
-def _wide(x: Tensor) -> Any:
+def accumulator_dtype(x: Tensor) -> Any:
+    """Returns Triton's dtype of intermediate results for inputs `x`: float64 if `x` is, else float32."""
     return tl.float64 if x.dtype == torch.float64 else tl.float32

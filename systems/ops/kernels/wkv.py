@@ -1,4 +1,4 @@
-"""Triton kernels of WKV, all tokens in one launch."""
+"""Triton kernels of WKV, all tokens in one launch; `systems.ops.wkv` has the equations."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from systems.ops.kernels.common import _wide
+from systems.ops.kernels.common import accumulator_dtype
 
 _CHANNELS = 64
-"""Channels of a program of WKV."""
+"""Channels per program."""
 
 
 @triton.jit
-def _join(k, v, w, s, lost, y):
-    """One token of `systems.ops.wkv._means`: the share of `y` in the mean after it, and the state after it."""
+def _next_state(k, v, w, s, error, y):
+    """A step of `systems.ops.wkv._means`: the share of `y` in the mean after token `k, v`, and the state after it."""
     past = s - w
-    lost = lost + (s - past - w)
-    x = past - k + lost
+    error = error + (s - past - w)
+    x = past - k + error
     ratio = tl.exp(-tl.abs(x))
-    rest = tl.log(1 + ratio) + tl.where(x > 0, lost, 0.0)
+    rest = tl.log(1 + ratio) + tl.where(x > 0, error, 0.0)
     kept = tl.where(x > 0, 1.0, ratio) / (1 + ratio)
     larger = tl.where(x > 0, past, k)
     s = larger + rest
@@ -30,90 +30,99 @@ def _join(k, v, w, s, lost, y):
 
 
 @triton.jit
-def _share(s, k, u):
-    """Share of the past in the output, the sigmoid of `s - (u + k)`, which overflows nowhere."""
+def _share_of_past(s, k, u):
+    """Share of the past in the output: `sigmoid(s - (u + k))` without overflow."""
     x = s - (u + k)
     small = tl.exp(-tl.abs(x))
     return tl.where(x > 0, 1.0, small) / (1 + small)
 
 
 @triton.jit
-def _wkv(
-    keys, values, decays, bonuses, out, num_tokens: tl.constexpr, channels, wide: tl.constexpr, block: tl.constexpr
+def _wkv_kernel(
+    keys, values, decays, bonuses, out, num_tokens: tl.constexpr, channels, acc_dtype: tl.constexpr, block: tl.constexpr
 ):
+    """`keys`, `values`, `out` `(M, N, D)`; `decays`, `bonuses` `(D,)`; a program runs over the tokens of a sequence."""
     channel = tl.program_id(1) * block + tl.arange(0, block)
     mask = channel < channels
-    w = tl.load(decays + channel, mask, other=0).to(wide)
-    u = tl.load(bonuses + channel, mask, other=0).to(wide)
-    place = tl.program_id(0).to(tl.int64) * num_tokens * channels + channel
-    s = tl.full(channel.shape, -1e30, wide)
-    lost = tl.full(channel.shape, 0, wide)
-    y = tl.full(channel.shape, 0, wide)
-    k, v = tl.load(keys + place, mask, other=0), tl.load(values + place, mask, other=0)
+    w = tl.load(decays + channel, mask, other=0).to(acc_dtype)
+    u = tl.load(bonuses + channel, mask, other=0).to(acc_dtype)
+    offset = tl.program_id(0).to(tl.int64) * num_tokens * channels + channel
+    s = tl.full(channel.shape, -1e30, acc_dtype)
+    error = tl.full(channel.shape, 0, acc_dtype)
+    y = tl.full(channel.shape, 0, acc_dtype)
+    k, v = tl.load(keys + offset, mask, other=0), tl.load(values + offset, mask, other=0)
     for n in range(num_tokens):
-        k_n, v_n = k.to(wide), v.to(wide)
-        following = mask & (n + 1 < num_tokens)  # on its way while this one is computed
-        k = tl.load(keys + place + channels, following, other=0)
-        v = tl.load(values + place + channels, following, other=0)
-        result = v_n + _share(s, k_n, u) * (y - v_n)
-        tl.store(out + place, result.to(out.dtype.element_ty), mask)
-        _, s, lost, y = _join(k_n, v_n, w, s, lost, y)
-        place += channels
+        k_n, v_n = k.to(acc_dtype), v.to(acc_dtype)
+        following = mask & (n + 1 < num_tokens)  # prefetched during the computation of this token
+        k = tl.load(keys + offset + channels, following, other=0)
+        v = tl.load(values + offset + channels, following, other=0)
+        result = v_n + _share_of_past(s, k_n, u) * (y - v_n)
+        tl.store(out + offset, result.to(out.dtype.element_ty), mask)
+        _, s, error, y = _next_state(k_n, v_n, w, s, error, y)
+        offset += channels
 
 
 @triton.jit
-def _wkv_gradients(
-    keys, values, decays, bonuses, grads, levels, means, shares, grad_k, grad_v, grad_w, grad_u,
-    num_tokens: tl.constexpr, channels, wide: tl.constexpr, block: tl.constexpr,
+def _wkv_gradients_kernel(
+    keys, values, decays, bonuses, grads, log_weights, means, shares, grad_k, grad_v, grad_w, grad_u,
+    num_tokens: tl.constexpr, channels, acc_dtype: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
+    """`decays`, `bonuses` `(D,)`; `grad_w`, `grad_u` `(M, D)`, to be summed over `M`; all others `(M, N, D)`."""
     channel = tl.program_id(1) * block + tl.arange(0, block)
     mask = channel < channels
-    w = tl.load(decays + channel, mask, other=0).to(wide)
-    u = tl.load(bonuses + channel, mask, other=0).to(wide)
-    place = tl.program_id(0).to(tl.int64) * num_tokens * channels + channel
-    s = tl.full(channel.shape, -1e30, wide)
-    lost = tl.full(channel.shape, 0, wide)
-    y = tl.full(channel.shape, 0, wide)
+    w = tl.load(decays + channel, mask, other=0).to(acc_dtype)
+    u = tl.load(bonuses + channel, mask, other=0).to(acc_dtype)
+    offset = tl.program_id(0).to(tl.int64) * num_tokens * channels + channel
+    s = tl.full(channel.shape, -1e30, acc_dtype)
+    error = tl.full(channel.shape, 0, acc_dtype)
+    y = tl.full(channel.shape, 0, acc_dtype)
     for _ in range(num_tokens):
-        k_n = tl.load(keys + place, mask, other=0).to(wide)
-        v_n = tl.load(values + place, mask, other=0).to(wide)
-        tl.store(levels + place, s, mask)
-        tl.store(means + place, y, mask)
-        kept, s, lost, y = _join(k_n, v_n, w, s, lost, y)
-        tl.store(shares + place, kept, mask)
-        place += channels
-    dy = tl.full(channel.shape, 0, wide)
-    ds = tl.full(channel.shape, 0, wide)
-    dw = tl.full(channel.shape, 0, wide)
-    du = tl.full(channel.shape, 0, wide)
+        k_n = tl.load(keys + offset, mask, other=0).to(acc_dtype)
+        v_n = tl.load(values + offset, mask, other=0).to(acc_dtype)
+        tl.store(log_weights + offset, s, mask)
+        tl.store(means + offset, y, mask)
+        kept, s, error, y = _next_state(k_n, v_n, w, s, error, y)
+        tl.store(shares + offset, kept, mask)
+        offset += channels
+    dy = tl.full(channel.shape, 0, acc_dtype)
+    ds = tl.full(channel.shape, 0, acc_dtype)
+    dw = tl.full(channel.shape, 0, acc_dtype)
+    du = tl.full(channel.shape, 0, acc_dtype)
     for _ in range(num_tokens):
-        place -= channels
-        k_n = tl.load(keys + place, mask, other=0).to(wide)
-        v_n = tl.load(values + place, mask, other=0).to(wide)
-        grad = tl.load(grads + place, mask, other=0).to(wide)
-        s = tl.load(levels + place, mask, other=0)
-        y = tl.load(means + place, mask, other=0)
-        kept = tl.load(shares + place, mask, other=0)
-        seen = _share(s, k_n, u)
-        shift = dy * (y - v_n) * kept * (1 - kept)
-        bonus = grad * (y - v_n) * seen * (1 - seen)
+        offset -= channels
+        k_n = tl.load(keys + offset, mask, other=0).to(acc_dtype)
+        v_n = tl.load(values + offset, mask, other=0).to(acc_dtype)
+        grad = tl.load(grads + offset, mask, other=0).to(acc_dtype)
+        s = tl.load(log_weights + offset, mask, other=0)
+        y = tl.load(means + offset, mask, other=0)
+        kept = tl.load(shares + offset, mask, other=0)
+        seen = _share_of_past(s, k_n, u)
+        grad_x = dy * (y - v_n) * kept * (1 - kept)
+        grad_logit = grad * (y - v_n) * seen * (1 - seen)
         new_v = (1 - kept) * dy + (1 - seen) * grad
-        new_k = (1 - kept) * ds - shift - bonus
-        tl.store(grad_v + place, new_v.to(grad_v.dtype.element_ty), mask)
-        tl.store(grad_k + place, new_k.to(grad_k.dtype.element_ty), mask)
-        past = kept * ds + shift
-        dw -= past
-        du -= bonus
+        new_k = (1 - kept) * ds - grad_x - grad_logit
+        tl.store(grad_v + offset, new_v.to(grad_v.dtype.element_ty), mask)
+        tl.store(grad_k + offset, new_k.to(grad_k.dtype.element_ty), mask)
+        grad_past = kept * ds + grad_x
+        dw -= grad_past
+        du -= grad_logit
         dy = kept * dy + seen * grad
-        ds = past + bonus
+        ds = grad_past + grad_logit
     sequence = tl.program_id(0).to(tl.int64) * channels + channel
     tl.store(grad_w + sequence, dw, mask)
     tl.store(grad_u + sequence, du, mask)
 
 
 def _grid(k: Tensor) -> tuple[tuple[int, int], dict[str, Any]]:
+    """Grid and sizes of both kernels."""
     sequences, num_tokens, channels = k.shape
-    sizes = dict(num_tokens=num_tokens, channels=channels, wide=_wide(k), block=_CHANNELS, num_warps=_CHANNELS // 32)
+    sizes = dict(
+        num_tokens=num_tokens,
+        channels=channels,
+        acc_dtype=accumulator_dtype(k),
+        block=_CHANNELS,
+        num_warps=_CHANNELS // 32,
+    )
     return (sequences, triton.cdiv(channels, _CHANNELS)), sizes
 
 
@@ -122,17 +131,19 @@ def wkv(k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
     out = torch.empty_like(v)
     grid, sizes = _grid(k)
     with torch.cuda.device_of(k):
-        _wkv[grid](k, v, w, u, out, **sizes)
+        _wkv_kernel[grid](k, v, w, u, out, **sizes)
     return out
 
 
 def wkv_gradients(k: Tensor, v: Tensor, w: Tensor, u: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of keys, values, decay and bonus; the state before each token is computed again."""
+    """Returns the gradients of keys, values, decay and bonus; recomputes the state before each token."""
     grad_k, grad_v = torch.empty_like(k), torch.empty_like(v)
-    wide = torch.promote_types(k.dtype, torch.float32)
-    levels, means, shares = (torch.empty_like(k, dtype=wide) for _ in range(3))
-    grad_w, grad_u = (k.new_empty(k.shape[0], k.shape[2], dtype=wide) for _ in range(2))
+    dtype = torch.promote_types(k.dtype, torch.float32)
+    log_weights, means, shares = (torch.empty_like(k, dtype=dtype) for _ in range(3))
+    grad_w, grad_u = (k.new_empty(k.shape[0], k.shape[2], dtype=dtype) for _ in range(2))
     grid, sizes = _grid(k)
     with torch.cuda.device_of(k):
-        _wkv_gradients[grid](k, v, w, u, grad, levels, means, shares, grad_k, grad_v, grad_w, grad_u, **sizes)
+        _wkv_gradients_kernel[grid](
+            k, v, w, u, grad, log_weights, means, shares, grad_k, grad_v, grad_w, grad_u, **sizes
+        )
     return grad_k, grad_v, grad_w.sum(0).to(w.dtype), grad_u.sum(0).to(u.dtype)

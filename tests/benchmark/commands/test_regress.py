@@ -20,8 +20,8 @@ from systems import spiking_diffusion
 from systems.diffusion import absorbing
 from systems.diffusion.gaussian import GaussianDiffusion
 from systems.fsddim import FSDDIM
-from systems.ops.quantise import _Quantise
-from systems.spiking import neurons
+from systems.ops.quantise import Quantise
+from systems.spiking import multistep
 
 pytestmark = pytest.mark.slow
 
@@ -164,9 +164,9 @@ def test_shipped_baselines_are_clean_and_far_from_untrained(method: str) -> None
 
 def without_surrogate(monkeypatch: pytest.MonkeyPatch) -> None:
     """No gradient passes a spike, nor a quantised activation."""
-    monkeypatch.setattr(neurons, "_derivative", lambda spike_grad, dtype: torch.zeros_like)
-    backward = _Quantise.backward
-    monkeypatch.setattr(_Quantise, "backward", staticmethod(lambda ctx, grad: backward(ctx, torch.zeros_like(grad))))
+    monkeypatch.setattr(multistep, "surrogate_derivative", lambda spike_grad, dtype: torch.zeros_like)
+    backward = Quantise.backward
+    monkeypatch.setattr(Quantise, "backward", staticmethod(lambda ctx, grad: backward(ctx, torch.zeros_like(grad))))
 
 
 def wrong_schedule(monkeypatch: pytest.MonkeyPatch) -> None:

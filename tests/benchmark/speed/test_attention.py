@@ -23,20 +23,20 @@ def test_table_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     rows = re.findall(r"│ +(16|256) │ +([\d.]+) .* ([\d.]+) │ +[\d.]+x │\n", shown)
     assert [int(n) for n, _, _ in rows] == [16, 256, 16, 256]  # time, then memory
     rwkv, plain = (float(value) for value in rows[3][1:])
-    assert plain >= 2 * 256 * 256 * 4 / 2**20  # weights and their gradients
+    assert plain >= 2 * 256 * 256 * 4 / 2**20  # attention matrix and its gradient
     assert rwkv < plain
 
 
 def test_peak_memory_of_a_known_function() -> None:
-    def once() -> None:
+    def run() -> None:
         x = torch.ones(2**18)
         y = x + 1
         del x
         y.sum()
 
-    assert _peak_bytes(once, torch.device("cpu")) == pytest.approx(2 * 4 * 2**18, rel=0.01)
+    assert _peak_bytes(run, torch.device("cpu")) == pytest.approx(2 * 4 * 2**18, rel=0.01)
 
 
 def test_numbers_below_1_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"tokens=\[64, 0\], .* give numbers above 0"):
+    with pytest.raises(ValueError, match=r"tokens=\[64, 0\], .* use numbers above 0"):
         main(["attention-speed", "--tokens=[64, 0]"])

@@ -1,4 +1,4 @@
-"""The speed of the train loader, and the command that measures it."""
+"""The command that measures the speed of the train loader."""
 
 from __future__ import annotations
 
@@ -19,5 +19,5 @@ def test_command_shows_speeds_and_their_ratio(
 
 
 def test_no_epoch_is_refused() -> None:
-    with pytest.raises(ValueError, match="epochs=0 is too small; give 1 or more"):
+    with pytest.raises(ValueError, match="epochs=0 is too small; use 1 or more"):
         loader_speed.loader_speed(epochs=0)

@@ -1,4 +1,4 @@
-"""What the speed suite measures is what it says; how fast anything is, no test decides."""
+"""The speed suite measures what it claims to; no test depends on the speed itself."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def test_floor_counts_convolutions_and_products_of_both_passes() -> None:
     assert Counter(func for func, _ in repeated.calls) == Counter(func for func, _ in products.calls)
 
 
-def test_floor_reads_the_memory_that_the_products_read() -> None:
+def test_floor_reads_the_same_memory_as_the_products() -> None:
     x, weight, other = torch.randn(3, 4, 4)
     with Products() as products:
         for y in (weight, weight.T, weight, other):
             x @ y
-    places = [[arg.place for arg in args] for _, args in products.calls]
-    assert places == [[x.data_ptr(), y.data_ptr()] for y in (weight, weight, weight, other)]
+    addresses = [[arg.address for arg in args] for _, args in products.calls]
+    assert addresses == [[x.data_ptr(), y.data_ptr()] for y in (weight, weight, weight, other)]
     assert products.calls[0] == products.calls[2] != products.calls[1]
 
 
@@ -81,7 +81,7 @@ def test_steps_are_measured_and_save_less_than_plain_autograd(
     assert "over floor" in capsys.readouterr().out
 
 
-def test_neurons_keep_less_than_plain_autograd() -> None:
+def test_neurons_save_less_than_plain_autograd() -> None:
     neuron, x = integrate_and_fire(), torch.randn(4, 2, 8, 4, 4, requires_grad=True)
     kept = []
     for layer in (neuron, neuron.stepwise):
@@ -89,14 +89,14 @@ def test_neurons_keep_less_than_plain_autograd() -> None:
         with torch.autograd.graph.saved_tensors_hooks(saved.keep, lambda tensor: tensor):
             layer(x)
         kept.append(saved.with_small_spikes)
-    assert kept[0] == x.untyped_storage().nbytes()  # its input alone
+    assert kept[0] == x.untyped_storage().nbytes()  # only its input
     assert kept[0] < kept[1]
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--repetitions=0"], "give 1 or more"),
+        (["--repetitions=0"], "use 1 or more"),
         (["--configs=[nothing]"], "nothing is unknown"),
         (["--parts=[wheels]"], "wheels"),
     ],
@@ -119,7 +119,7 @@ def test_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None
 def test_half_precision_trains_with_clipped_gradients(tmp_path: Path, uncompiled: None) -> None:
     options = ["--trainer.precision=bf16-mixed", "--trainer.max_steps=2", "--data.batch_size=64"]
     quiet = ["--trainer.enable_progress_bar=false", "--monitor.every_n_epochs=0"]
-    place = f"--trainer.default_root_dir={tmp_path}"
-    main(["fit", "--config=configs/quickstart.yaml", "--trainer.gradient_clip_val=1.0", *options, *quiet, place])
+    root = f"--trainer.default_root_dir={tmp_path}"
+    main(["fit", "--config=configs/quickstart.yaml", "--trainer.gradient_clip_val=1.0", *options, *quiet, root])
     (config,) = tmp_path.glob("*/config.yaml")
     assert "precision: bf16-mixed" in config.read_text()

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from systems.networks.spiking_transformer import _gate, _gated_sum
 from systems.ops import compiled
-from systems.ops.quantise import _Quantise
-from systems.ops.scale_steps import _ScaleSteps
-from systems.ops.token_shift import _TokenShift
+from systems.ops.quantise import Quantise
+from systems.ops.scale_steps import ScaleSteps
+from systems.ops.token_shift import TokenShift
 
 
 def test_works_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,11 +25,11 @@ def test_works_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.warns(UserWarning, match="no working compiler"):
         assert double(torch.ones(2)).tolist() == [2, 2]
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # it is tried and told once
+        warnings.simplefilter("error")  # it is tried, and warns, only once
         assert double(torch.ones(2)).tolist() == [2, 2]
 
 
-def test_memory_of_any_layout_is_seen_in_its_order() -> None:
+def test_memory_preserves_the_order_of_any_layout() -> None:
     last = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     for x in (last, last.unflatten(0, (2, 1)), torch.randn(2, 3, 4)):
         assert compiled.dense(x) is x
@@ -41,15 +41,15 @@ def test_memory_of_any_layout_is_seen_in_its_order() -> None:
 
 
 def quantised(x: Tensor, scale: Tensor) -> Tensor:
-    return _Quantise.apply(x, scale.abs().sum(), 3)
+    return Quantise.apply(x, scale.abs().sum(), 3)
 
 
 def scaled(x: Tensor, factors: Tensor) -> Tensor:
-    return _ScaleSteps.apply(x, factors)
+    return ScaleSteps.apply(x, factors)
 
 
 def shifted(x: Tensor, mix: Tensor) -> Tensor:
-    first, second, third = _TokenShift.apply(x, mix, mix**2, 1 - mix)
+    first, second, third = TokenShift.apply(x, mix, mix**2, 1 - mix)
     return first - 2 * second + third
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from systems.ops.norms import pixels
-from systems.ops.token_shift import _TokenShift
+from systems.ops.norms import channel_stride
+from systems.ops.token_shift import TokenShift
 from systems.ops.wkv import wkv
 from systems.spiking import multistep, surrogates
 from systems.spiking.neurons import SpikingNeuron
@@ -33,13 +33,13 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def kernels() -> SimpleNamespace:
-    """The modules of `systems.ops.kernels`, imported anew so that Triton's interpreter runs their functions."""
+    """The modules of `systems.ops.kernels`, imported again so that Triton's interpreter runs their functions."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         for name in [name for name in sys.modules if name.startswith("systems.ops.kernels")]:
             patch.delitem(sys.modules, name)
         modules = {name: importlib.import_module(f"systems.ops.kernels.{name}") for name in NAMES}
-        for name in NAMES:  # the next one to import them gets those of a GPU
+        for name in NAMES:  # later imports get the compiled kernels
             del sys.modules[f"systems.ops.kernels.{name}"]
     return SimpleNamespace(**modules)
 
@@ -56,11 +56,12 @@ def case(num_steps: int, name: str, dtype: torch.dtype) -> tuple[SpikingNeuron, 
 def test_neurons(kernels: SimpleNamespace, name: str, num_steps: int, dtype: torch.dtype) -> None:
     neuron, x, grad = case(num_steps, name, dtype)
     assert torch.equal(
-        kernels.neurons.spikes(x, neuron._dynamics, dtype), multistep._spikes(x, neuron._dynamics, neuron.spike_grad)
+        kernels.neurons.spikes(x, neuron._dynamics, dtype),
+        multistep.compute_spikes(x, neuron._dynamics, neuron.spike_grad),
     )
-    surrogate = multistep._named(neuron.spike_grad, kernels.neurons.SURROGATES)
+    surrogate = multistep.surrogate_name(neuron.spike_grad, kernels.neurons.SURROGATES)
     found = kernels.neurons.gradients(x, grad, neuron._dynamics, surrogate)
-    wanted = multistep._gradients(x, grad, neuron._dynamics, neuron.spike_grad)
+    wanted = multistep.compute_input_gradients(x, grad, neuron._dynamics, neuron.spike_grad)
     torch.testing.assert_close(found, wanted)
     assert wanted.abs().max() > 0.1
 
@@ -71,41 +72,43 @@ def laid_out(channels_last: bool, *features: Tensor) -> list[Tensor]:
     return [x.flatten(0, 1).to(memory_format=torch.channels_last).view(x.shape) for x in features]
 
 
-@pytest.mark.parametrize("shifted", [True, False])
+@pytest.mark.parametrize("has_temb", [True, False])
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_neurons_of_norms(kernels: SimpleNamespace, channels_last: bool, shifted: bool) -> None:
+def test_neurons_of_norms(kernels: SimpleNamespace, channels_last: bool, has_temb: bool) -> None:
     neuron, *features = case(4, "LIF", torch.float64)
     x, grad = laid_out(channels_last, *features)
-    affine, side_by_side = (torch.rand(6).double() + 0.5, torch.rand(6).double()), pixels(x)
-    shift = torch.randn(3, 6, dtype=torch.float64) if shifted else None
-    assert side_by_side == (1 if channels_last else 35)
-    spikes = kernels.neurons.spikes(x, neuron._dynamics, torch.bfloat16, affine, side_by_side, shift)
+    affine, stride = (torch.rand(6).double() + 0.5, torch.rand(6).double()), channel_stride(x)
+    temb = torch.randn(3, 6, dtype=torch.float64) if has_temb else None
+    assert stride == (1 if channels_last else 35)
+    spikes = kernels.neurons.spikes(x, neuron._dynamics, torch.bfloat16, affine, stride, temb)
     assert spikes.dtype == torch.bfloat16
     assert spikes.stride() == x.stride()
-    factor, summand = (values[:, None, None] for values in affine)
-    normed = x * factor + summand + (0 if shift is None else shift[:, :, None, None])
-    assert torch.equal(spikes.double(), multistep._spikes(normed, neuron._dynamics, neuron.spike_grad))
-    found = kernels.neurons.gradients(x, grad, neuron._dynamics, "atan", affine, side_by_side, shift)
-    torch.testing.assert_close(found, multistep._gradients(normed, grad, neuron._dynamics, neuron.spike_grad))
+    scale, shift = (values[:, None, None] for values in affine)
+    normed = x * scale + shift + (0 if temb is None else temb[:, :, None, None])
+    assert torch.equal(spikes.double(), multistep.compute_spikes(normed, neuron._dynamics, neuron.spike_grad))
+    found = kernels.neurons.gradients(x, grad, neuron._dynamics, "atan", affine, stride, temb)
+    torch.testing.assert_close(
+        found, multistep.compute_input_gradients(normed, grad, neuron._dynamics, neuron.spike_grad)
+    )
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_sum_of_a_norm_and_a_residual(kernels: SimpleNamespace, channels_last: bool) -> None:
     x, residual = laid_out(channels_last, *case(4, "IF", torch.float32)[1:])
-    factor, summand = torch.rand(2, 6)
-    found = kernels.norms.normed_sum(x, residual, factor, summand, pixels(x))
+    scale, shift = torch.rand(2, 6)
+    found = kernels.norms.normed_sum(x, residual, scale, shift, channel_stride(x))
     assert found.stride() == x.stride()
-    torch.testing.assert_close(found, x * factor[:, None, None] + summand[:, None, None] + residual)
+    torch.testing.assert_close(found, x * scale[:, None, None] + shift[:, None, None] + residual)
 
 
 @pytest.mark.parametrize("name", ["atan", "triangle", "rectangle", "sigmoid"])
 def test_surrogates_are_known_by_name(name: str) -> None:
     known = ("atan", "triangle", "rectangle")
-    assert multistep._named(surrogates.get_surrogate(name), known) == (name if name in known else None)
-    assert multistep._named(surrogates.triangle(0.3), known) is None, "of another width"
+    assert multistep.surrogate_name(surrogates.get_surrogate(name), known) == (name if name in known else None)
+    assert multistep.surrogate_name(surrogates.triangle(0.3), known) is None, "not in the default width"
 
 
-def test_factor_and_summand_of_a_norm(kernels: SimpleNamespace) -> None:
+def test_scale_and_shift_of_a_norm(kernels: SimpleNamespace) -> None:
     mean, var, weight, bias = torch.rand(4, 150) + 0.1
     inverse = (var.double() + 1e-3).rsqrt().float()
     found = kernels.norms.affine(mean, var, weight, bias, 1e-3)
@@ -120,7 +123,7 @@ def test_token_shift(kernels: SimpleNamespace, dtype: torch.dtype, num_mixes: in
     x, *grads = torch.randn(1 + num_mixes, 4, 3, 11, 130).to(dtype).unbind()
     mixes = torch.rand(num_mixes, 130, dtype=torch.promote_types(dtype, torch.float32)).unbind()
     leaves = [y.double().requires_grad_() for y in (x, *mixes)]
-    wanted = _TokenShift.apply(*leaves)
+    wanted = TokenShift.apply(*leaves)
     tolerance = dict(rtol=1e-2, atol=1e-2) if dtype == torch.bfloat16 else dict(rtol=1e-12, atol=1e-12)
     for shifted, y in zip(kernels.token_shift.shift(x, mixes), wanted, strict=True):
         torch.testing.assert_close(shifted.double(), y, **tolerance)
@@ -128,7 +131,7 @@ def test_token_shift(kernels: SimpleNamespace, dtype: torch.dtype, num_mixes: in
     expected = torch.autograd.grad(wanted, leaves, [grad.double() for grad in grads])
     torch.testing.assert_close(grad_x.double(), expected[0], **tolerance)
     for grad, y in zip(grad_mixes, expected[1:], strict=True):
-        torch.testing.assert_close(grad.double(), y, rtol=1e-4, atol=1e-4)  # sums are never in bfloat16
+        torch.testing.assert_close(grad.double(), y, rtol=1e-4, atol=1e-4)  # sums are computed in float32 or more
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -1,4 +1,4 @@
-"""Norms that go into a neuron or a sum, against the norms themselves; `tests/test_cuda.py` has their kernels."""
+"""Norms fused into a neuron or a sum, against separate norms; `tests/test_cuda.py` tests their kernels."""
 
 from __future__ import annotations
 
@@ -52,32 +52,32 @@ def test_sum_with_a_residual(layout: str, training: bool) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_shift_after_the_norm_of_a_neuron(layout: str, training: bool) -> None:
+def test_time_embedding_after_the_norm_of_a_neuron(layout: str, training: bool) -> None:
     inputs = [features(layout)[0].requires_grad_(), torch.randn(3, 8, dtype=torch.float64, requires_grad=True)]
     norm, plain = norms(training)
     neuron = SpikingNeuron(beta=0.5)
     spikes = neuron(inputs[0], norm, inputs[1])
     assert 0.1 < spikes.mean() < 0.9
-    assert not torch.equal(spikes, neuron(inputs[0], copy.deepcopy(plain))), "the shift matters"
+    assert not torch.equal(spikes, neuron(inputs[0], copy.deepcopy(plain))), "the time embedding matters"
     check(spikes, neuron.stepwise(inputs[0], plain, inputs[1]), inputs, (norm, plain))
 
 
-def test_gain_scales_the_norm_but_its_bias() -> None:
+def test_gain_scales_all_but_the_bias_of_the_norm() -> None:
     inputs = [x.requires_grad_() for x in features("contiguous")]
     norm, plain = norms(True)
     y = scaled(plain, normalise(plain, inputs[0]), 0.7) + inputs[1]
     check(add_normed(norm, *inputs, gain=0.7), y, inputs, (norm, plain))
 
 
-def test_other_norms_are_applied_as_they_are() -> None:
+def test_other_norms_are_called() -> None:
     x, y = features("contiguous", torch.float32)
-    norm, shift = nn.GroupNorm(2, 8), torch.randn(3, 8)
+    norm, temb = nn.GroupNorm(2, 8), torch.randn(3, 8)
     assert torch.equal(add_normed(norm, x, y), normalise(norm, x) + y)
     neuron = SpikingNeuron()
-    assert torch.equal(neuron(x, norm, shift), neuron(normalise(norm, x) + shift[:, :, None, None]))
+    assert torch.equal(neuron(x, norm, temb), neuron(normalise(norm, x) + temb[:, :, None, None]))
 
 
-def test_residual_keeps_its_type_under_mixed_precision() -> None:
+def test_residual_keeps_its_dtype_under_mixed_precision() -> None:
     x, residual = features("contiguous", torch.bfloat16)
     residual = residual.float().requires_grad_()
     total = add_normed(nn.BatchNorm2d(8), x, residual)
@@ -88,7 +88,7 @@ def test_residual_keeps_its_type_under_mixed_precision() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_gradients_are_those_of_the_mode_of_the_forward_pass(training: bool) -> None:
+def test_gradients_follow_the_mode_of_the_forward_pass(training: bool) -> None:
     x = features("contiguous")[0].requires_grad_()
     neuron, grads = SpikingNeuron(beta=0.5), []
     for layer, norm in zip((neuron, neuron.stepwise), norms(training), strict=True):

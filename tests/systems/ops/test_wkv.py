@@ -10,7 +10,7 @@ pytestmark = pytest.mark.slow
 
 
 def plain(k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
-    """The recurrence as printed, one token after the other, without any care for overflow."""
+    """The recurrence as published, token by token, without protection against overflow."""
     a, b = torch.zeros_like(k[:, 0]), torch.zeros_like(k[:, 0])
     out = []
     for k_n, v_n in zip(k.unbind(1), v.unbind(1), strict=True):
@@ -21,7 +21,7 @@ def plain(k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
 
 
 def double_sum(k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
-    """The formula as printed, all pairs of tokens."""
+    """The formula as published, over all pairs of tokens."""
     n = torch.arange(k.shape[1])
     distance = (n[:, None] - 1 - n[None, :])[..., None]
     logits = k[:, None] - distance * w  # (M, N, N, D)
@@ -57,7 +57,7 @@ def test_gradients_by_finite_differences() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [1.0, 300.0])
 def test_low_precision_is_stable(dtype: torch.dtype, scale: float) -> None:
-    """Keys up to +-1000, whose exponentials overflow even in float64; a key is a logarithm, so its rounding counts."""
+    """Keys up to +-1000, whose exponentials overflow in float64; errors scale with the rounding of the keys."""
     low = inputs(257, scale, dtype)
     rounding = torch.finfo(torch.float32).eps * low[0].detach().abs().max().item()
     tolerance = 2 * rounding + 4 * torch.finfo(dtype).eps
@@ -71,7 +71,7 @@ def test_low_precision_is_stable(dtype: torch.dtype, scale: float) -> None:
         assert (a.grad.double() - b.grad).norm() <= 3 * tolerance * b.grad.norm() + tolerance
 
 
-def test_mixed_precision_keeps_the_parameters_type() -> None:
+def test_mixed_precision_keeps_the_dtype_of_parameters() -> None:
     k, v, w, u = inputs(9, dtype=torch.float32)
     out = wkv(k.bfloat16(), v.bfloat16(), w, u)
     assert out.dtype == torch.bfloat16
@@ -104,7 +104,7 @@ def test_causal_and_bidirectional() -> None:
     torch.testing.assert_close(both, plain(k, v, w, u) + plain(k.flip(1), v.flip(1), w, u).flip(1), rtol=0, atol=1e-9)
 
 
-def test_keeps_nothing_where_no_gradient_is_asked_for() -> None:
+def test_saves_nothing_without_gradients() -> None:
     k, v, w, u = inputs(20)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
@@ -116,13 +116,13 @@ def test_keeps_nothing_where_no_gradient_is_asked_for() -> None:
     assert not kept
 
 
-def test_sequences_do_not_see_one_another() -> None:
+def test_sequences_are_independent() -> None:
     k, v, w, u = (x.detach() for x in inputs(20))
     torch.testing.assert_close(wkv(k, v, w, u)[1:2], wkv(k[1:2], v[1:2], w, u), rtol=0, atol=1e-14)
 
 
 def test_memory_is_linear() -> None:
-    """What the backward pass keeps grows with N alone: keys, values, states before chunks, and the parameters."""
+    """The saved tensors grow linearly with N: keys, values and states before chunks, besides the parameters."""
 
     def kept(num_tokens: int) -> int:
         elements = []
@@ -148,6 +148,6 @@ def test_memory_is_linear() -> None:
         ((2, 0, 4), (2, 0, 4), (4,), (4,)),
     ],
 )
-def test_shapes_that_do_not_fit_are_refused(shapes: tuple[tuple[int, ...], ...]) -> None:
-    with pytest.raises(ValueError, match=r"wkv takes \(M, N, D\) twice"):
+def test_mismatched_shapes_are_refused(shapes: tuple[tuple[int, ...], ...]) -> None:
+    with pytest.raises(ValueError, match=r"wkv takes \(M, N, D\) for keys and values"):
         wkv(*map(torch.zeros, shapes))
