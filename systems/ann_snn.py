@@ -14,7 +14,7 @@ meant: `finetune_inputs="diffused"` is that.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -45,10 +45,6 @@ class ANNSNN(QuantisedDiffusion):
 
     Args:
         init_from: DDPM checkpoint that the fine-tuning starts from and is measured by.
-        in_channels: Image channels.
-        base_channels: Channels of the first level, a multiple of 32.
-        channel_mult: Channels of each level, as multiples of `base_channels`.
-        num_res_blocks: Residual blocks per level.
         dropout: Probability that fine-tuning drops an activation; sampling never does.
         activation_bits: Bits `b` of the DDPM's activations; the SNN time steps are `T = 2^b - 1`.
         spikes: Without negative spikes (as published), with (as released), or without in the residual blocks and with
@@ -60,7 +56,8 @@ class ANNSNN(QuantisedDiffusion):
         num_inference_steps: Diffusion steps of the sampler.
         eta: Noise of DDIM, from 0 to 1.
         optimizer: Optimiser of the fine-tuning; if not given, the released Adam of lr 1e-6.
-        final_clip: Whether the images that the sampler ends with are clamped to [-1, 1].
+        final_clip: Whether the final images of the sampler are clamped to [-1, 1].
+        **kwargs: Arguments of `ANNUNet`.
     """
 
     method = "ann-snn"
@@ -70,10 +67,6 @@ class ANNSNN(QuantisedDiffusion):
     def __init__(
         self,
         init_from: str | None = None,
-        in_channels: int = 3,
-        base_channels: int = 128,
-        channel_mult: Sequence[int] = (1, 2, 2, 2),
-        num_res_blocks: int = 2,
         dropout: float = 0.1,
         activation_bits: int = 2,
         spikes: Literal["unsigned", "signed", "unsigned_blocks"] = "unsigned",
@@ -85,6 +78,7 @@ class ANNSNN(QuantisedDiffusion):
         eta: float = 0.0,
         optimizer: OptimizerFactory | None = None,
         final_clip: bool = True,
+        **kwargs: Any,
     ) -> None:
         if isinstance(quantised_relu(activation_bits), nn.ReLU):
             raise ValueError(
@@ -94,17 +88,18 @@ class ANNSNN(QuantisedDiffusion):
         if finetune_steps < 1:
             raise ValueError(f"finetune_steps={finetune_steps} iterations per block; give 1 or more")
         scheduler = scheduler or DDPMScheduler(variance_type="fixed_large", clip_sample=False)
-        unet = partial(
-            ANNUNet,
-            in_channels=in_channels,
-            base_channels=base_channels,
-            channel_mult=channel_mult,
-            num_res_blocks=num_res_blocks,
-            num_train_timesteps=scheduler.config.num_train_timesteps,
+        num_train_timesteps, num_steps = scheduler.config.num_train_timesteps, 2**activation_bits - 1
+        network = ANNUNet(
+            dropout=0,
+            num_train_timesteps=num_train_timesteps,
+            activation=partial(ConvertedNeuron, threshold=threshold),
+            num_steps=num_steps,
+            **kwargs,
         )
-        self._ann = partial(unet, dropout=dropout, activation=partial(quantised_relu, activation_bits))
-        num_steps = 2**activation_bits - 1
-        network = unet(dropout=0, activation=partial(ConvertedNeuron, threshold=threshold), num_steps=num_steps)
+        activation = partial(quantised_relu, activation_bits)
+        self._ann = lambda: ANNUNet(
+            dropout=dropout, num_train_timesteps=num_train_timesteps, activation=activation, num_steps=1, **kwargs
+        )
         optimizer = optimizer or partial(Adam, lr=1e-6, fused=True)
         super().__init__(network, scheduler, num_inference_steps, eta, optimizer, None, final_clip)
         self.num_steps = num_steps

@@ -10,7 +10,7 @@ As released, the sampler leaves the predicted `x_0` unclamped (`clip_sample=Fals
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -47,18 +47,14 @@ class DDPM(QuantisedDiffusion):
     """ANN noise predictor of Cao et al., the network before conversion.
 
     Args:
-        in_channels: Image channels.
-        base_channels: Channels of the first level, a multiple of 32.
-        channel_mult: Channels of each level, as multiples of `base_channels`.
-        num_res_blocks: Residual blocks per level.
-        dropout: Probability that training drops an activation before the second convolution of a residual block.
         activation_bits: Bits of every activation, 1 to 8 (published: 2); 32 is a plain ReLU.
         scheduler: Noise schedule and solver, a scheduler of diffusers.
         num_inference_steps: Diffusion steps of the sampler.
         eta: Noise of DDIM, from 0 to 1.
         optimizer: Optimiser; if not given, the released Adam of lr 2e-4.
         lr_scheduler: Learning-rate schedule per step, e.g. LinearLR for a warm-up.
-        final_clip: Whether the images that the sampler ends with are clamped to [-1, 1].
+        final_clip: Whether the final images of the sampler are clamped to [-1, 1].
+        **kwargs: Arguments of `ANNUNet`.
     """
 
     method = "ddpm"
@@ -66,11 +62,6 @@ class DDPM(QuantisedDiffusion):
 
     def __init__(
         self,
-        in_channels: int = 3,
-        base_channels: int = 128,
-        channel_mult: Sequence[int] = (1, 2, 2, 2),
-        num_res_blocks: int = 2,
-        dropout: float = 0.1,
         activation_bits: int = 2,
         scheduler: SchedulerMixin | None = None,
         num_inference_steps: int = 1000,
@@ -78,16 +69,14 @@ class DDPM(QuantisedDiffusion):
         optimizer: OptimizerFactory | None = None,
         lr_scheduler: LRSchedulerFactory | None = None,
         final_clip: bool = True,
+        **kwargs: Any,
     ) -> None:
         scheduler = scheduler or DDPMScheduler(variance_type="fixed_large", clip_sample=False)
         network = ANNUNet(
-            in_channels=in_channels,
-            base_channels=base_channels,
-            channel_mult=channel_mult,
-            num_res_blocks=num_res_blocks,
-            dropout=dropout,
             num_train_timesteps=scheduler.config.num_train_timesteps,
+            num_steps=1,
             activation=partial(quantised_relu, activation_bits),
+            **kwargs,
         )
         optimizer = optimizer or partial(Adam, lr=2e-4, fused=True)
         super().__init__(network, scheduler, num_inference_steps, eta, optimizer, lr_scheduler, final_clip)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -31,9 +31,8 @@ from torch.optim import Adam
 from systems.base import DiffusionSystem, LRSchedulerFactory, OptimizerFactory
 from systems.checkpoints import check_state
 from systems.networks.fsddim_fused import FusedRecurrence
-from systems.networks.fsddim_unet import FSDDIMUNet, Norm
+from systems.networks.fsddim_unet import LIF, FSDDIMUNet
 from systems.ops.cuda_graphs import Replay
-from systems.spiking.neurons import SpikingNeuron
 from systems.spiking.steps import fold, lay_out, unfold
 from systems.spiking.surrogates import get_surrogate
 
@@ -78,14 +77,7 @@ class FSDDIM(DiffusionSystem):
     """Fully spiking DDIM of Watanabe et al.
 
     Args:
-        in_channels: Image channels.
-        base_channels: Channels of the first level.
-        channel_mult: Channels in which each level ends, as multiples of `base_channels`.
-        num_res_blocks: Residual blocks per level.
         num_steps: SNN time steps T (paper: 4 or 8).
-        norm: Batch norm: `plain`, as the released trainer runs it, or the paper's `tdbn`, in whose factor the threshold
-            is the published 1, whatever `threshold` is.
-        activate_first_conv: Whether the first layer spikes too (published: no); then all that the network outputs is.
         beta: Membrane decay per SNN step, the paper's tau.
         threshold: Firing threshold of every neuron; values near 1 at test time are threshold guidance.
         reset_mechanism: `zero` (published), or `subtract`, before the decay.
@@ -101,6 +93,7 @@ class FSDDIM(DiffusionSystem):
         fused: Whether the sampler merges output layer, DDIM and input layer: the same images, up to rounding.
         optimizer: Optimiser; if not given, the released Adam of lr 5e-4.
         lr_scheduler: Learning-rate schedule per step.
+        **kwargs: Arguments of `FSDDIMUNet`.
 
     Raises:
         ValueError: If an option is out of range.
@@ -111,13 +104,7 @@ class FSDDIM(DiffusionSystem):
 
     def __init__(
         self,
-        in_channels: int = 3,
-        base_channels: int = 128,
-        channel_mult: Sequence[int] = (1, 2, 3, 4),
-        num_res_blocks: int = 2,
         num_steps: int = 8,
-        norm: Norm = "plain",
-        activate_first_conv: bool = False,
         beta: float = 0.8,
         threshold: float = 1.0,
         reset_mechanism: Literal["zero", "subtract"] = "zero",
@@ -132,6 +119,7 @@ class FSDDIM(DiffusionSystem):
         fused: bool = False,
         optimizer: OptimizerFactory | None = None,
         lr_scheduler: LRSchedulerFactory | None = None,
+        **kwargs: Any,
     ) -> None:
         optimizer = optimizer or partial(Adam, lr=5e-4, fused=True)
         super().__init__(optimizer, lr_scheduler)
@@ -154,22 +142,15 @@ class FSDDIM(DiffusionSystem):
             given = ", ".join(f"{name}_weight={weight}" for name, weight in self.loss_weights.items())
             raise ValueError(f"{given}; give weights of 0 or more, one of them above 0")
         self.network = FSDDIMUNet(
-            in_channels=in_channels,
-            base_channels=base_channels,
-            channel_mult=channel_mult,
-            num_res_blocks=num_res_blocks,
             max_time=max_time,
-            norm=norm,
-            activate_first_conv=activate_first_conv,
             neuron=partial(
-                SpikingNeuron,
+                LIF,
                 beta=beta,
                 threshold=threshold,
                 reset_mechanism=reset_mechanism,
-                detach_reset=True,
-                fire_at_threshold=False,
                 spike_grad=get_surrogate(spike_grad),
             ),
+            **kwargs,
         )
         self.recurrence = FusedRecurrence(self.network) if fused else None
         if self.recurrence is not None:

@@ -13,7 +13,7 @@ paper's batch size; `configs/presets/` holds both recipes unmixed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -36,22 +36,16 @@ class SDDPM(GaussianDiffusion):
     """Spiking DDPM of Cao et al.
 
     Args:
-        in_channels: Image channels.
-        base_channels: Channels of the first level.
-        channel_mult: Channels of each level, as multiples of `base_channels`.
-        num_res_blocks: Residual blocks per level.
-        num_steps: SNN time steps T (paper: 4 or 8).
         neuron: Integrate-and-fire (`if`, published) or leaky with tau = 2 (`lif`).
         threshold: Firing threshold of every neuron; values near 1 at test time are threshold guidance.
         spike_grad: Surrogate gradient: a name of snntorch.surrogate, triangle or rectangle.
-        attention_levels: Refused if there is such a level: the published network has no attention.
-        dropout: Ignored with a warning, the released network has no dropout layer.
         scheduler: Noise schedule and solver, a scheduler of diffusers.
         num_inference_steps: Diffusion steps of the sampler.
         eta: Noise of DDIM, from 0 to 1.
         optimizer: Optimiser; if not given, the released Adam of lr 2e-4.
         lr_scheduler: Learning-rate schedule per step, e.g. LinearLR for a warm-up.
-        final_clip: Whether the images that the sampler ends with are clamped to [-1, 1].
+        final_clip: Whether the final images of the sampler are clamped to [-1, 1].
+        **kwargs: Arguments of `SpikingUNet`.
     """
 
     method = "sddpm"
@@ -59,40 +53,28 @@ class SDDPM(GaussianDiffusion):
 
     def __init__(
         self,
-        in_channels: int = 3,
-        base_channels: int = 128,
-        channel_mult: Sequence[int] = (1, 2, 2, 4),
-        num_res_blocks: int = 2,
-        num_steps: int = 4,
         neuron: Literal["if", "lif"] = "if",
         threshold: float = 1.0,
         spike_grad: str = "atan",
-        attention_levels: Sequence[int] = (),
-        dropout: float = 0.0,
         scheduler: SchedulerMixin | None = None,
         num_inference_steps: int = 1000,
         eta: float = 0.0,
         optimizer: OptimizerFactory | None = None,
         lr_scheduler: LRSchedulerFactory | None = None,
         final_clip: bool = False,
+        **kwargs: Any,
     ) -> None:
         scheduler = scheduler or DDPMScheduler(variance_type="fixed_large")
         make = integrate_and_fire if neuron == "if" else leaky_integrate_and_fire
         network = SpikingUNet(
-            in_channels=in_channels,
-            base_channels=base_channels,
-            channel_mult=channel_mult,
-            num_res_blocks=num_res_blocks,
-            num_steps=num_steps,
             num_train_timesteps=scheduler.config.num_train_timesteps,
             neuron=partial(make, threshold=threshold, spike_grad=get_surrogate(spike_grad)),
             temporal_scaling=self.temporal_scaling,
-            attention_levels=attention_levels,
-            dropout=dropout,
+            **kwargs,
         )
         optimizer = optimizer or partial(Adam, lr=2e-4, fused=True)
         super().__init__(network, scheduler, num_inference_steps, eta, optimizer, lr_scheduler, final_clip)
-        self.num_steps = num_steps
+        self.num_steps = network.num_steps
         self.threshold = threshold
 
 

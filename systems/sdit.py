@@ -14,7 +14,7 @@ without warm-up or averaged weights. Measurements of this network are not measur
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from diffusers import DDPMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -45,68 +45,35 @@ class SDiT(GaussianDiffusion):
     images; 32x32 take embed_dim 512 and depth 13, 64x64 patch_size 4 besides.
 
     Args:
-        in_channels: Image channels.
-        image_size: Height and width of the images (positions are learned for one size).
-        patch_size: Height and width of a patch; divides image_size.
-        embed_dim: Channels of a token, a multiple of 8.
-        depth: Blocks, an odd number: (depth - 1) / 2 in, one in the middle, as many out.
-        num_steps: SNN time steps T.
-        mlp_ratio: Hidden channels of the channel mix, as a multiple of embed_dim.
         beta: Membrane decay of every neuron and of the Reconstruction Module, from 0 to 1.
         threshold: Firing threshold of every neuron.
         reset_mechanism: Reset of the potential to zero (hard), or subtract the threshold (soft).
         spike_grad: Surrogate gradient: a name of snntorch.surrogate, triangle or rectangle.
-        inner_norm: Batch norm before the neurons behind RWKV and in the channel mix too: they then fire from the start
-            at a rate near 0.17, without it next to never at first. The small configurations use it because the network
-            trains faster with it.
-        reconstruction: Reconstruction Module; false is the ablation.
-        attention: Mix of the tokens: rwkv (published), or softmax of every token to every token, the ablation.
-        num_heads: Heads of softmax attention; divides embed_dim.
-        embedding: Patches as real values of an ANN layer (ann, published), or by a neuron (spiking), the ablation.
-        scan: RWKV sees the tokens before each one (causal), or adds a scan from the last to the first (bidirectional).
         scheduler: Noise schedule and solver, a scheduler of diffusers.
         num_inference_steps: Diffusion steps of the sampler.
         eta: Noise of DDIM, from 0 to 1.
         optimizer: Optimiser; if not given, the published AdamW with U-ViT's numbers.
         lr_scheduler: Learning-rate schedule per step; U-ViT's warm-up of 2,500 steps if not given.
+        **kwargs: Arguments of `SpikingTransformer`.
     """
 
     method = "sdit"
 
     def __init__(
         self,
-        in_channels: int = 1,
-        image_size: int = 28,
-        patch_size: int = 2,
-        embed_dim: int = 384,
-        depth: int = 9,
-        num_steps: int = 4,
-        mlp_ratio: float = 4.0,
         beta: float = 0.5,
         threshold: float = 1.0,
         reset_mechanism: Literal["zero", "subtract"] = "zero",
         spike_grad: str = "atan",
-        inner_norm: bool = False,
-        reconstruction: bool = True,
-        attention: Literal["rwkv", "softmax"] = "rwkv",
-        num_heads: int = 8,
-        embedding: Literal["ann", "spiking"] = "ann",
-        scan: Literal["causal", "bidirectional"] = "causal",
         scheduler: SchedulerMixin | None = None,
         num_inference_steps: int = 1000,
         eta: float = 0.0,
         optimizer: OptimizerFactory | None = None,
         lr_scheduler: LRSchedulerFactory | None = lambda o: LinearLR(o, start_factor=0.0004, total_iters=2500),
+        **kwargs: Any,
     ) -> None:
         scheduler = scheduler or DDPMScheduler(variance_type="fixed_large")
         network = SpikingTransformer(
-            in_channels=in_channels,
-            image_size=image_size,
-            patch_size=patch_size,
-            embed_dim=embed_dim,
-            depth=depth,
-            num_steps=num_steps,
-            mlp_ratio=mlp_ratio,
             num_train_timesteps=scheduler.config.num_train_timesteps,
             beta=beta,
             neuron=partial(
@@ -116,14 +83,9 @@ class SDiT(GaussianDiffusion):
                 reset_mechanism=reset_mechanism,
                 spike_grad=get_surrogate(spike_grad),
             ),
-            inner_norm=inner_norm,
-            reconstruction=reconstruction,
-            attention=attention,
-            num_heads=num_heads,
-            embedding=embedding,
-            scan=scan,
+            **kwargs,
         )
         optimizer = optimizer or partial(AdamW, lr=2e-4, betas=(0.99, 0.999), weight_decay=0.03, fused=True)
         super().__init__(network, scheduler, num_inference_steps, eta, optimizer, lr_scheduler)
-        self.num_steps = num_steps
+        self.num_steps = network.num_steps
         self.threshold = threshold

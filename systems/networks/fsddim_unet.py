@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal, cast
 
 import torch
@@ -22,8 +23,12 @@ from torch import Tensor, nn
 
 from systems.networks.unet import double_size
 from systems.ops.norms import add_normed, scaled
-from systems.spiking.neurons import NeuronFactory
+from systems.spiking.neurons import NeuronFactory, SpikingNeuron
 from systems.spiking.steps import fold, lay_out, unfold
+from systems.spiking.surrogates import get_surrogate
+
+LIF = partial(SpikingNeuron, beta=0.8, detach_reset=True, fire_at_threshold=False, spike_grad=get_surrogate("triangle"))
+"""Published neuron."""
 
 Norm = Literal["plain", "tdbn"]
 """Batch normalisation over `(T, B, H, W)`.
@@ -171,9 +176,10 @@ class FSDDIMUNet(nn.Module):
         channel_mult: Channels in which each level ends, as multiples of `base_channels`; each level but the last halves
             the image.
         num_res_blocks: Residual blocks per level, down and up.
-        max_time: Diffusion steps that the time embedding knows.
-        norm: Batch norm: `plain` (released) or `tdbn` (paper).
-        activate_first_conv: Whether norm and neuron follow `conv_in` (published: no).
+        max_time: Rows of the time embedding's table, one for each diffusion step, or more.
+        norm: Batch norm: `plain`, as the released trainer runs it, or the paper's `tdbn`, whose factor uses the
+            published threshold of 1 for any `threshold`.
+        activate_first_conv: Whether norm and neuron follow `conv_in` (published: no); then every output is a spike.
         neuron: Makes one spiking layer.
 
     Raises:
@@ -182,14 +188,14 @@ class FSDDIMUNet(nn.Module):
 
     def __init__(
         self,
-        in_channels: int,
-        base_channels: int,
-        channel_mult: Sequence[int],
-        num_res_blocks: int,
-        max_time: int,
-        norm: Norm,
-        activate_first_conv: bool,
-        neuron: NeuronFactory,
+        in_channels: int = 3,
+        base_channels: int = 128,
+        channel_mult: Sequence[int] = (1, 2, 3, 4),
+        num_res_blocks: int = 2,
+        max_time: int = 1000,
+        norm: Norm = "plain",
+        activate_first_conv: bool = False,
+        neuron: NeuronFactory = LIF,
     ) -> None:
         super().__init__()
         if base_channels < 4 or base_channels % 2 or not channel_mult or num_res_blocks < 1:

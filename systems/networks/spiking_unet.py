@@ -119,7 +119,7 @@ class SpikingUNet(nn.Module):
         base_channels: Channels of the first level, a multiple of 2.
         channel_mult: Channels of each level, as multiples of `base_channels`; each level but the last halves the image.
         num_res_blocks: Residual blocks per level on the way down; one more on the way up.
-        num_steps: SNN time steps `T`.
+        num_steps: SNN time steps T (paper: 4 or 8).
         num_train_timesteps: Diffusion steps that the time embedding knows.
         neuron: Makes one spiking layer.
         temporal_scaling: Whether every convolution learns a factor for each SNN time step (`TemporalConv2d`).
