@@ -30,6 +30,7 @@ from torch.optim import Adam
 
 from systems.base import DiffusionSystem, LRSchedulerFactory, OptimizerFactory
 from systems.checkpoints import check_state
+from systems.diffusion.prediction import noise_images, velocity
 from systems.networks.fsddim_fused import FusedRecurrence
 from systems.networks.fsddim_unet import LIF, FSDDIMUNet
 from systems.ops.cuda_graphs import Replay
@@ -195,7 +196,7 @@ class FSDDIM(DiffusionSystem):
         """Returns the loss terms at given noise `(B, C, H, W)` and diffusion steps `(B,)`; see `loss_terms`."""
         power, factor = self.get_buffer("signal_power")[t], self.get_buffer("reconstruction_factor")[t]
         signal, sigma = (self.get_buffer(name)[t].view(-1, 1, 1, 1) for name in ("signal", "sigma"))
-        noisy, v = signal * images + sigma * noise, signal * noise - sigma * images
+        noisy, v = noise_images(images, noise, signal, sigma), velocity(images, noise, signal, sigma)
         out = (self.replay or self.network)(encode(noisy, self.num_steps), t).to(v.dtype)  # (T, B, C, H, W)
         decoded = decode(out)
         spread = (out - decoded).square().mean((0, 2, 3, 4))  # (B,): decoding and encoding again leaves the mean

@@ -21,11 +21,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -33,49 +32,33 @@ from diffusers.utils.torch_utils import randn_tensor
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from systems.diffusion.prediction import to_noise
+from systems.diffusion._released import ReleasedScheduler
+from systems.diffusion.prediction import noise_images, to_noise, to_x0
 
 LAST_VARIANCE = (2 * (2 / 255) * math.sqrt(math.pi / 2)) ** 2
 """Bound of the variance into `t = 0`: mean absolute noise of 2 grey levels of 255 on the range of 2 (section 4.2)."""
 
 
-class AnalyticDPMScheduler(DDPMScheduler):
+class AnalyticDPMScheduler(ReleasedScheduler):
     """Sampler with the optimal reverse variance; noise schedule and forward process are DDPM's.
 
     Args:
-        num_train_timesteps: Diffusion steps of training.
-        beta_start: First value of the noise schedule.
-        beta_end: Last value of the noise schedule.
-        beta_schedule: Noise schedule, as in DDPMScheduler.
-        prediction_type: What the network predicts: `epsilon`, `sample` or `v_prediction`.
-        clip_sample: Whether the predicted x_0 is clamped to [-1, 1], as in the released SDDPM sampler.
         form: Steps of DDPM (noisy forward process, the published choice) or DDIM.
         gamma: File with the statistic (.npy, .safetensors, .pt), for instance that of another network as in the paper;
             none takes the checkpoint's own. With one entry more than diffusion steps, the first is left out.
+        **kwargs: Arguments of `ReleasedScheduler`.
     """
 
     @register_to_config
     def __init__(
         self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        prediction_type: str = "epsilon",
-        clip_sample: bool = True,
         form: Literal["ddpm", "ddim"] = "ddpm",
         gamma: str | None = None,
+        **kwargs: Any,
     ) -> None:
         if form not in ("ddpm", "ddim"):
             raise ValueError(f"form={form!r} is unknown; choose 'ddpm' or 'ddim'")
-        super().__init__(
-            num_train_timesteps,
-            beta_start,
-            beta_end,
-            beta_schedule,
-            prediction_type=prediction_type,
-            clip_sample=clip_sample,
-        )
+        super().__init__(**kwargs)
         self.gamma: Tensor | None = None
         """Statistic `Gamma_t` `(num_train_timesteps,)`, float64."""
         if gamma is not None:
@@ -175,16 +158,7 @@ class AnalyticDPMScheduler(DDPMScheduler):
 
     def _predict_x0(self, prediction: Tensor, t: int, x_t: Tensor) -> Tensor:
         cumulative = float(self.alphas_cumprod[t])
-        a, sigma = math.sqrt(cumulative), math.sqrt(1 - cumulative)
-        kind = self.config.prediction_type
-        if kind == "epsilon":
-            x_0 = (x_t - sigma * prediction) / a
-        elif kind == "sample":
-            x_0 = prediction
-        elif kind == "v_prediction":
-            x_0 = a * x_t - sigma * prediction
-        else:
-            raise ValueError(f"prediction_type={kind!r}; give epsilon, sample or v_prediction")
+        x_0 = to_x0(prediction, x_t, math.sqrt(cumulative), math.sqrt(1 - cumulative), self.config.prediction_type)
         return x_0.clamp(-1, 1) if self.config.clip_sample else x_0
 
 
@@ -216,7 +190,7 @@ def estimate_gamma(
         t, chosen = pairs // count, images[pairs % count]
         a, sigma = (part[t].view(-1, 1, 1, 1) for part in (signal, noise_level))
         noise = torch.randn(chosen.shape, generator=generator, dtype=images.dtype).to(images.device)
-        x_t = a * chosen + sigma * noise
+        x_t = noise_images(chosen, noise, a, sigma)
         prediction = to_noise(network(x_t, t).to(images.dtype), x_t, a, sigma, scheduler.config.prediction_type)
         sums.index_add_(0, t, prediction.double().square().flatten(1).sum(1))
     return sums.cpu() / images.numel()

@@ -19,16 +19,16 @@ DPMSolverMultistepScheduler is the multistep form.
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from torch import Tensor
 
-from systems.diffusion.prediction import to_noise
+from systems.diffusion._released import ReleasedScheduler
+from systems.diffusion.prediction import to_noise, to_x0
 
 
 class Point(NamedTuple):
@@ -40,41 +40,33 @@ class Point(NamedTuple):
     timestep: float
 
 
-class DPMSolverScheduler(DDPMScheduler):
+class DPMSolverScheduler(ReleasedScheduler):
     """Single-step DPM-Solver for noise predictions; noise schedule and forward process are DDPM's.
 
     Args:
-        num_train_timesteps: Diffusion steps `N` of training.
-        beta_start: First value of the noise schedule.
-        beta_end: Last value of the noise schedule.
-        beta_schedule: Noise schedule, as in DDPMScheduler.
-        prediction_type: What the network predicts: `epsilon`, `sample` or `v_prediction`.
         solver_order: Highest order of a step, 1 to 3: that many network evaluations. The last steps are of lower orders
             where the evaluations do not go round ("fast").
         spacing: Steps uniform in `lambda` or in time.
+        **kwargs: Arguments of `ReleasedScheduler`.
 
     Raises:
         ValueError: If order or spacing is unknown.
     """
 
+    fixed = ("clip_sample",)
+
     @register_to_config
     def __init__(
         self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        prediction_type: str = "epsilon",
         solver_order: Literal[1, 2, 3] = 3,
         spacing: Literal["lambda", "time"] = "lambda",
+        **kwargs: Any,
     ) -> None:
         if solver_order not in (1, 2, 3) or spacing not in ("lambda", "time"):
             raise ValueError(
                 f"solver_order={solver_order}, spacing={spacing!r}; give 1, 2 or 3, and 'lambda' or 'time'"
             )
-        super().__init__(
-            num_train_timesteps, beta_start, beta_end, beta_schedule, prediction_type=prediction_type, clip_sample=False
-        )
+        super().__init__(clip_sample=False, **kwargs)
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Sets the steps and the times of all network evaluations.
@@ -118,7 +110,7 @@ class DPMSolverScheduler(DDPMScheduler):
         place, order = self._place, len(path) - 1
         here, to, start = path[place], path[place + 1], path[0]
         noise = to_noise(model_output, sample, here.a, here.sigma, self.config.prediction_type)
-        x_0 = (sample - here.sigma * noise) / here.a
+        x_0 = to_x0(noise, sample, here.a, here.sigma, "epsilon")
         if place == 0:
             self._start = sample, noise
         x_s, noise_s = self._start

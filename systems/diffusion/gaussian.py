@@ -19,6 +19,7 @@ from systems.base import DiffusionSystem, LRSchedulerFactory, OptimizerFactory
 from systems.checkpoints import CheckpointMismatchError
 from systems.diffusion.analytic_dpm import AnalyticDPMScheduler
 from systems.diffusion.dpm_solver import DPMSolverScheduler  # noqa: F401  # a choice for --model.scheduler
+from systems.diffusion.prediction import noise_images, unknown_prediction_type, velocity
 from systems.ops.cuda_graphs import Replay
 from systems.spiking.neurons import SpikingNeuron
 
@@ -99,9 +100,7 @@ class GaussianDiffusion(DiffusionSystem):
                 f"scheduler {name} is no discrete Gaussian diffusion; give DDPMScheduler, DDIMScheduler, ..."
             )
         if scheduler.config.prediction_type not in ("epsilon", "sample", "v_prediction"):
-            raise ValueError(
-                f"prediction_type={scheduler.config.prediction_type!r}; give epsilon, sample or v_prediction"
-            )
+            raise unknown_prediction_type(scheduler.config.prediction_type)
         if eta and "eta" not in inspect.signature(scheduler.step).parameters:
             raise ValueError(f"eta={eta} is an option of DDIM; {name} has none")
         self.network = network
@@ -202,7 +201,7 @@ class GaussianDiffusion(DiffusionSystem):
             `x_t = a_t x_0 + sigma_t noise` and `v_t = a_t noise - sigma_t x_0`, `(B, C, H, W)`.
         """
         a, sigma = (self.get_buffer(name)[t].to(images.dtype).view(-1, 1, 1, 1) for name in ("signal", "sigma"))
-        return a * images + sigma * noise, a * noise - sigma * images
+        return noise_images(images, noise, a, sigma), velocity(images, noise, a, sigma)
 
     def trajectory(self, seeds: Tensor, image_shape: tuple[int, int, int]) -> Iterator[Tensor]:
         """Yields `x_T`, ..., `x_0` `(B, C, H, W)`; image `k` draws its noise from a generator seeded by `seeds[k]`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -21,31 +21,23 @@ class StridedDDPMScheduler(AnalyticDPMScheduler):
     so that chains of fewer steps than in training are too narrow; `strided_variance` gives them that of their length.
 
     Args:
-        num_train_timesteps: Diffusion steps of training.
-        beta_start: First value of the noise schedule.
-        beta_end: Last value of the noise schedule.
-        beta_schedule: Noise schedule, as in DDPMScheduler.
-        prediction_type: What the network predicts: `epsilon`, `sample` or `v_prediction`.
-        clip_sample: Whether the predicted x_0 is clamped to [-1, 1].
         variance_type: `fixed_large` (released default) or `fixed_small`.
         strided_variance: Whether the variance is that of the whole step, not of a single one as released.
+        **kwargs: Arguments of `ReleasedScheduler`.
     """
+
+    fixed = ("form", "gamma")
 
     @register_to_config
     def __init__(
         self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        prediction_type: str = "epsilon",
-        clip_sample: bool = True,
         variance_type: Literal["fixed_large", "fixed_small"] = "fixed_large",
         strided_variance: bool = False,
+        **kwargs: Any,
     ) -> None:
         if variance_type not in ("fixed_large", "fixed_small"):
             raise ValueError(f"variance_type={variance_type!r} is unknown; choose 'fixed_large' or 'fixed_small'")
-        super().__init__(num_train_timesteps, beta_start, beta_end, beta_schedule, prediction_type, clip_sample)
+        super().__init__(form="ddpm", gamma=None, **kwargs)
         self.register_to_config(variance_type=variance_type)  # DDPMScheduler has put its own default there
 
     def _variance(self, t: int, s: int, own: float, spread: float) -> float:
@@ -64,28 +56,16 @@ class StridedDDIMScheduler(AnalyticDPMScheduler):
     a deviation of 0.01, and may leave [-1, 1]. The noise is the network's, also where the predicted `x_0` was clamped.
 
     Args:
-        num_train_timesteps: Diffusion steps of training.
-        beta_start: First value of the noise schedule.
-        beta_end: Last value of the noise schedule.
-        beta_schedule: Noise schedule, as in DDPMScheduler.
-        prediction_type: What the network predicts: `epsilon`, `sample` or `v_prediction`.
-        clip_sample: Whether the predicted x_0 is clamped to [-1, 1].
         final_denoise: Whether one more network evaluation, at step 0, takes the rest of the noise away, as the released
             noisy samplers do.
+        **kwargs: Arguments of `ReleasedScheduler`.
     """
 
+    fixed = ("form", "gamma")
+
     @register_to_config
-    def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        prediction_type: str = "epsilon",
-        clip_sample: bool = True,
-        final_denoise: bool = False,
-    ) -> None:
-        super().__init__(num_train_timesteps, beta_start, beta_end, beta_schedule, prediction_type, clip_sample, "ddim")
+    def __init__(self, final_denoise: bool = False, **kwargs: Any) -> None:
+        super().__init__(form="ddim", gamma=None, **kwargs)
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Sets the time grid; step 0 is evaluated with `final_denoise` alone."""
