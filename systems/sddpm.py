@@ -3,12 +3,14 @@
 J. Cao, Z. Wang, H. Guo, H. Cheng, Q. Zhang, R. Xu, "Spiking Denoising Diffusion Probabilistic Models", WACV 2024,
 https://arxiv.org/abs/2306.17046; authors' code https://github.com/AndyCao1125/SDDPM.
 
-Official weights: the README of the authors' repository links weights for CIFAR-10 on Google Drive. `read_official` is
-written for their format and tested with a small state dict of it; the linked file has not been tried here yet.
+Loss and sampler: `GaussianDiffusion.loss`, `.trajectory`.
 
-Departures: neurons start from zero in every network call (the released sampler keeps the potentials of the last call
-of a batch for the next batch), and a real seed option. The recipe defaults to the released learning rate with the
-paper's batch size; `configs/presets/` holds both recipes unmixed.
+Official weights: the README of the authors' repository links weights for CIFAR-10 on Google Drive. `read_official`
+reads their format and is tested with a small state dict in that format; it has not been tested with the linked file.
+
+Departures: neurons start from zero in every network call (the released sampler carries the potentials of the last call
+for one batch over to the next batch), and the seed option takes effect. The recipe combines the released learning rate
+with the paper's batch size; `configs/presets/` contains both original recipes.
 """
 
 from __future__ import annotations
@@ -39,10 +41,10 @@ class SDDPM(GaussianDiffusion):
         neuron: Integrate-and-fire (`if`, published) or leaky with tau = 2 (`lif`).
         threshold: Firing threshold of every neuron; values near 1 at test time are threshold guidance.
         spike_grad: Surrogate gradient: a name of snntorch.surrogate, triangle or rectangle.
-        scheduler: Noise schedule and solver, a scheduler of diffusers.
+        scheduler: Noise schedule and sampler, a scheduler of diffusers.
         num_inference_steps: Diffusion steps of the sampler.
         eta: Noise of DDIM, from 0 to 1.
-        optimizer: Optimiser; if not given, the released Adam of lr 2e-4.
+        optimizer: Optimiser; by default the released Adam with lr 2e-4.
         lr_scheduler: Learning-rate schedule per step, e.g. LinearLR for a warm-up.
         final_clip: Whether the final images of the sampler are clamped to [-1, 1].
         **kwargs: Arguments of `SpikingUNet`.
@@ -82,16 +84,17 @@ def read_official(state: Mapping[str, Tensor], suffix: str = "") -> tuple[dict[s
     """Renames the tensors of a released checkpoint to those of `SpikingUNet`.
 
     Args:
-        state: Released state dict (`net_model`); a `module.` prefix is dropped, a 3-D kernel loses its last axis of 1.
-        suffix: What a convolution is called inside its layer: `.tsmconv` for SDM.
+        state: Released state dict (`net_model`); a `module.` prefix and the last axis (of size 1) of a 3-D kernel are
+            removed.
+        suffix: Name of a convolution within its layer: `.tsmconv` for SDM.
 
     Returns:
-        The network's state dict, and its size as arguments of the system. `num_steps` is among them for SDM alone: an
-        SDDPM works with any.
+        The network's state dict, and its size as arguments of the system. They include `num_steps` only for SDM: an
+        SDDPM works with any number.
 
     Raises:
-        KeyError: If it is not the state dict of such a network; names the first tensor it lacks.
-        CheckpointMismatchError: If a tensor is left over, missing or of another shape; lists them.
+        KeyError: If it is not the state dict of such a network; names the first missing tensor.
+        CheckpointMismatchError: If tensors are unexpected, missing or of another shape; lists them.
     """
     renamed = rename(state, lambda key: key.removeprefix("module."))
     kernel = renamed["T_output_layer.weight"]

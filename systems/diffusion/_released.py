@@ -49,5 +49,5 @@ class ReleasedScheduler(DDPMScheduler):
     def _get_init_keys(input_class: type) -> set[str]:
         """Names of the arguments for `from_config`, which by itself does not look behind `**kwargs`."""
         classes = [c for c in input_class.__mro__ if issubclass(c, ReleasedScheduler)] or [input_class]
-        names = {name for c in classes for name in inspect.signature(c.__init__).parameters}
+        names = {name for c in classes for name in inspect.signature(c.__init__).parameters}  # type: ignore[misc]
         return names - set(getattr(input_class, "fixed", ()))

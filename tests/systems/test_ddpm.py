@@ -39,7 +39,7 @@ def test_official_checkpoint_is_read(prefix: str, reference: Reference) -> None:
 def test_two_tensors_of_one_name_are_refused() -> None:
     state = small().network.state_dict()
     state["module.head.bias"] = state["head.bias"]
-    with pytest.raises(CheckpointMismatchError, match=r"two tensors head\.bias, one of them as module\.head\.bias"):
+    with pytest.raises(CheckpointMismatchError, match=r"two tensors head\.bias, one named module\.head\.bias"):
         read_official(state)
 
 
@@ -88,5 +88,5 @@ def test_checkpoint_of_other_bits_is_refused() -> None:
     checkpoint: dict[str, Any] = {"state_dict": small().state_dict()}
     small().on_save_checkpoint(checkpoint)
     small().on_load_checkpoint(checkpoint)
-    with pytest.raises(CheckpointMismatchError, match="trained with activation_bits=2, configured are 3"):
+    with pytest.raises(CheckpointMismatchError, match="activation_bits=2, but activation_bits=3 is configured"):
         small(activation_bits=3).on_load_checkpoint(checkpoint)

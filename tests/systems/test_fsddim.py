@@ -143,8 +143,8 @@ def test_threshold_reaches_every_neuron() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_steps": 0}, "num_steps=0 SNN time steps"),
-        ({"num_inference_steps": 1001}, "from 1 to the 1000 steps of training"),
+        ({"num_steps": 0}, "num_steps=0; give 1 or more"),
+        ({"num_inference_steps": 1001}, "from 1 to 1000"),
         ({"image_weight": 0, "reconstruction_weight": 0}, "image_weight=0.* one of them above 0"),
         ({"spike_weight": -1}, "spike_weight=-1; give weights of 0 or more"),
         ({"spike_grad": "step"}, "spike_grad='step' is not a surrogate"),

@@ -167,12 +167,12 @@ def test_statistic_is_read_from_files(suffix: str, tmp_path: Path) -> None:
 def test_bad_statistics_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expected \(1000,\)"):
         AnalyticDPMScheduler().set_gamma(torch.ones(999))
-    with pytest.raises(ValueError, match="negative or not finite"):
+    with pytest.raises(ValueError, match="negative or non-finite"):
         AnalyticDPMScheduler().set_gamma(torch.full((1000,), float("nan")))
     with pytest.raises(FileNotFoundError, match="is not a file"):
         AnalyticDPMScheduler(gamma=str(tmp_path / "nothing.npy"))
     (tmp_path / "text.npy").write_text("no array")
-    with pytest.raises(ValueError, match="holds no single array"):
+    with pytest.raises(ValueError, match="must contain exactly one array"):
         AnalyticDPMScheduler(gamma=str(tmp_path / "text.npy"))
     scheduler = AnalyticDPMScheduler()
     scheduler.set_timesteps(10)

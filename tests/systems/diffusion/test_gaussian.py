@@ -181,12 +181,12 @@ def test_solver_and_evaluations_are_named() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_inference_steps": 1001}, "from 1 to the 1000 steps of training"),
+        ({"num_inference_steps": 1001}, "from 1 to 1000"),
         ({"num_inference_steps": 0}, "num_inference_steps=0"),
         ({"eta": 0.5}, "option of DDIM"),
         ({"scheduler": PNDMScheduler(prediction_type="sample")}, "does not work with prediction_type='sample'"),
         ({"scheduler": DDPMScheduler(prediction_type="score")}, "give epsilon, sample or v_prediction"),
-        ({"scheduler": FlowMatchEulerDiscreteScheduler()}, "no discrete Gaussian diffusion"),
+        ({"scheduler": FlowMatchEulerDiscreteScheduler()}, "has no discrete noise schedule"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(arguments: dict, message: str) -> None:

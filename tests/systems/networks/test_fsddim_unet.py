@@ -132,8 +132,8 @@ def test_neurons_are_those_of_the_paper() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"base_channels": 7}, "base_channels=7.* even base_channels"),
-        ({"channel_mult": ()}, "make no U-Net"),
+        ({"base_channels": 7}, "base_channels=7.* a multiple of 2 and at least 4"),
+        ({"channel_mult": ()}, "describe a U-Net"),
         ({"norm": "tdBN"}, "norm='tdBN' is unknown; choose 'plain'"),
     ],
 )

@@ -199,10 +199,10 @@ def test_full_size_counts(sizes: tuple[int, ...], parameters: int, neurons: int)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_steps": 0}, "num_steps=0 SNN time steps; give 1 or more"),
-        ({"patch_size": 3}, "image_size=8 is no multiple of patch_size=3"),
+        ({"num_steps": 0}, "num_steps=0; give 1 or more"),
+        ({"patch_size": 3}, "image_size=8 is not a multiple of patch_size=3"),
         ({"patch_size": 0}, "patch_size=0"),
-        ({"depth": 4}, "depth=4 leaves no block for the middle; give an odd number, such as 5"),
+        ({"depth": 4}, "depth=4 leaves no middle block; give an odd number, such as 5"),
         ({"depth": 0}, "such as 3"),
         ({"embed_dim": 12}, "give a multiple of 8 for embed_dim"),
         ({"mlp_ratio": 0}, "mlp_ratio above 0"),

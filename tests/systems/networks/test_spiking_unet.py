@@ -100,7 +100,7 @@ def test_calls_are_independent() -> None:
     ("arguments", "message"),
     [
         ({"num_steps": 0}, "num_steps=0"),
-        ({"base_channels": 7}, "base_channels must be even"),
+        ({"base_channels": 7}, "base_channels must be a multiple of 2"),
         ({"channel_mult": ()}, "channel_mult not empty"),
         ({"attention_levels": (1,)}, "no attention"),
     ],
