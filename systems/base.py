@@ -11,12 +11,12 @@ from typing import Any
 
 import lightning as L
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from systems.checkpoints import check_method, check_state
+from systems.figures import Figure
 from systems.ops.cuda_graphs import TrainingReplay
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]

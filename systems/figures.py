@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure as Figure  # re-exported, so that no method imports matplotlib
 from torch import Tensor
 
 

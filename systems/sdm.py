@@ -16,12 +16,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from systems import sddpm
 from systems.checkpoints import check_state, network_state, read_trained
-from systems.figures import plot_factors
+from systems.figures import Figure, plot_factors
 from systems.networks.spiking_unet import SpikingUNet, TemporalConv2d
 from systems.sddpm import SDDPM
 

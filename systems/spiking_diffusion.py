@@ -27,7 +27,6 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import AdamW
@@ -37,7 +36,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from systems.base import DiffusionSystem, OptimizerFactory
 from systems.checkpoints import CheckpointMismatchError, check_state, read_trained
 from systems.diffusion.absorbing import Objective, denoising_loss, unmask
-from systems.figures import perplexity, plot_reconstructions, plot_usage
+from systems.figures import Figure, perplexity, plot_reconstructions, plot_usage
 from systems.networks.checks import check_range
 from systems.networks.sdid import SDID
 from systems.networks.vq_svae import REDUCTION, VQSVAE, Reconstruction, equilibrium_loss
