@@ -121,8 +121,11 @@ def read_suite(path: str | Path, *needed: str) -> dict[str, Any]:
         raise CheckpointMismatchError(
             f"{path} is not a checkpoint of the suite; convert an authors' file with `python -m benchmark import` first"
         )
-    types = {key: kind for key, kind in ENTRY_TYPES.items() if key in content}
-    wrong = [f"{key} is not a {kind.__name__}" for key, kind in types.items() if not isinstance(content[key], kind)]
+    wrong = [
+        f"{key} is not a {entry_type.__name__}"
+        for key, entry_type in ENTRY_TYPES.items()
+        if key in content and not isinstance(content[key], entry_type)
+    ]
     if not wrong:
         wrong = [
             f"{key} is not a tensor" for key, value in content["state_dict"].items() if not isinstance(value, Tensor)
@@ -203,8 +206,8 @@ def check_state(state: Mapping[str, Tensor], network: nn.Module, source: str) ->
     }
     if any(problems.values()):
         listing = "; ".join(
-            f"{len(names)} {kind}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
-            for kind, names in problems.items()
+            f"{len(names)} {problem}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+            for problem, names in problems.items()
             if names
         )
         raise CheckpointMismatchError(

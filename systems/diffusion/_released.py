@@ -19,7 +19,7 @@ class ReleasedScheduler(DDPMScheduler):
         beta_start: First value of the noise schedule.
         beta_end: Last value of the noise schedule.
         beta_schedule: Noise schedule, as in DDPMScheduler.
-        prediction_type: What the network predicts: `epsilon`, `sample` or `v_prediction`.
+        prediction_type: Quantity that the network predicts: `epsilon`, `sample` or `v_prediction`.
         clip_sample: Whether the predicted x_0 is clamped to [-1, 1], as in the released SDDPM sampler.
     """
 

@@ -44,7 +44,7 @@ class AnalyticDPMScheduler(ReleasedScheduler):
 
     Args:
         form: Steps of DDPM (published) or DDIM.
-        gamma: File with the statistic (.npy, .safetensors, .pt), for instance that of another network as in the paper;
+        gamma: File with the statistic (.npy, .safetensors, .pt), for instance of another network as in the paper;
             None uses the checkpoint's own. If it has one entry more than diffusion steps, the first is ignored.
         **kwargs: Arguments of `ReleasedScheduler`.
     """

@@ -85,7 +85,7 @@ class DPMSolverScheduler(ReleasedScheduler):
             inner = [self._at_log_ratio(ratio) for ratio in ratios[1:-1]]
         else:
             times = np.linspace(ends[0].timestep, ends[1].timestep, num_inference_steps + 1)
-            inner = [self._at(times[place]) for place in np.cumsum(orders)[:-1]]
+            inner = [self._at(times[k]) for k in np.cumsum(orders)[:-1]]
         points = [ends[0], *inner, ends[1]]
         self._path = []
         for order, start, end in zip(orders, points, points[1:], strict=False):
@@ -94,7 +94,7 @@ class DPMSolverScheduler(ReleasedScheduler):
             self._path.append([start, *within, end])
         self.num_inference_steps = num_inference_steps
         self.timesteps = torch.tensor([point.timestep for step in self._path for point in step[:-1]], device=device)
-        self._step = self._place = 0
+        self._step = self._stage = 0
 
     def step(
         self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: bool = True
@@ -108,19 +108,19 @@ class DPMSolverScheduler(ReleasedScheduler):
             return_dict: Whether to return a `DDPMSchedulerOutput` instead of `(x, x_0)`.
         """
         path = self._path[self._step]
-        place, order = self._place, len(path) - 1
-        here, to, start = path[place], path[place + 1], path[0]
-        noise = to_noise(model_output, sample, here.a, here.sigma, self.config.prediction_type)
-        x_0 = to_x0(noise, sample, here.a, here.sigma, "epsilon")
-        if place == 0:
+        stage, order = self._stage, len(path) - 1
+        start, current, target = path[0], path[stage], path[stage + 1]
+        noise = to_noise(model_output, sample, current.a, current.sigma, self.config.prediction_type)
+        x_0 = to_x0(noise, sample, current.a, current.sigma, "epsilon")
+        if stage == 0:
             self._start = sample, noise
         x_s, noise_s = self._start
-        growth = to.log_ratio - start.log_ratio
-        previous = to.a / start.a * x_s - to.sigma * math.expm1(growth) * noise_s
-        if place > 0:
-            higher = (place + 1) / place * (math.expm1(growth) / growth - 1)
-            previous = previous - to.sigma * (higher if order == 3 else math.expm1(growth)) * (noise - noise_s)
-        self._step, self._place = (self._step, place + 1) if place + 1 < order else (self._step + 1, 0)
+        growth = target.log_ratio - start.log_ratio
+        previous = target.a / start.a * x_s - target.sigma * math.expm1(growth) * noise_s
+        if stage > 0:
+            higher = (stage + 1) / stage * (math.expm1(growth) / growth - 1)
+            previous = previous - target.sigma * (higher if order == 3 else math.expm1(growth)) * (noise - noise_s)
+        self._step, self._stage = (self._step, stage + 1) if stage + 1 < order else (self._step + 1, 0)
         return DDPMSchedulerOutput(prev_sample=previous, pred_original_sample=x_0) if return_dict else (previous, x_0)
 
     def _at(self, timestep: float) -> Point:

@@ -18,7 +18,7 @@ class StridedDDPMScheduler(AnalyticDPMScheduler):
     """Ancestral sampler on the time grid of the released samplers.
 
     As released with SDDPM (`ddpm2`), its steps have the correct mean for their length but the variance of a single
-    training step, so that short chains have too little variance; `strided_variance` uses that of the whole step.
+    training step, so that short chains have too little variance; `strided_variance` corrects this.
 
     Args:
         variance_type: `fixed_large` (released default) or `fixed_small`.

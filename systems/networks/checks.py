@@ -1,4 +1,4 @@
-"""Checks of what a user configures, with one message each."""
+"""Checks of configured sizes and of images, each with one message."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Spiking U-Net of FSDDIM ("V2"): synaptic currents in, synaptic currents out, spikes between its blocks.
 
 R. Watanabe, Y. Mukuta, T. Harada, "Fully Spiking Denoising Diffusion Implicit Models", 2023,
-https://arxiv.org/abs/2312.01742; authors' code https://github.com/mil-tokyo/FSDDIM. The structure is that of the
-released network, so that its checkpoints load; module names follow it.
+https://arxiv.org/abs/2312.01742; authors' code https://github.com/mil-tokyo/FSDDIM. The structure and the
+module names follow the released network, so that its checkpoints load.
 
 With the released settings not all features are spikes: the current of `conv_in`, which also enters the last block and
 the output layer, and the outputs of the resampling layers are real-valued.
@@ -131,8 +131,8 @@ class ResBlock(nn.Module):
         num_steps = temb.shape[0]
         folded = [fold(x) for x in parts]
         joined = join(folded)  # shared by two convolutions
-        shift = fold(self.temb_proj(self.temb_neuron(temb)))[:, :, None, None]
-        h = unfold(self.conv1(*folded, joined=joined) + shift, num_steps)  # (T, B, C, H, W)
+        temb_current = fold(self.temb_proj(self.temb_neuron(temb)))[:, :, None, None]
+        h = unfold(self.conv1(*folded, joined=joined) + temb_current, num_steps)  # (T, B, C, H, W)
         s = fold(self.neuron1(h, self.bn1))  # neuron(bn(h)), fused
         if isinstance(self.nin_shortcut, Convolution):
             shortcut = self.nin_shortcut(*folded, joined=joined)

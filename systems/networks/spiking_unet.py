@@ -2,9 +2,9 @@
 
 J. Cao et al., "Spiking Denoising Diffusion Probabilistic Models", WACV 2024, https://arxiv.org/abs/2306.17046, and
 "Spiking Diffusion Models", IEEE TAI 2024, https://arxiv.org/abs/2408.16467; authors' code
-https://github.com/AndyCao1125/SDDPM and https://github.com/AndyCao1125/SDM. The structure is that of the released
-networks (the papers' text differs in places), so that their checkpoints load: integrate-and-fire neurons, no dropout,
-no attention, and an output stage that ends in a leaky read-out. Module names follow the released checkpoints.
+https://github.com/AndyCao1125/SDDPM and https://github.com/AndyCao1125/SDM. The structure follows the released
+networks, which differ from the papers' text in some details, so that their checkpoints load: integrate-and-fire
+neurons, no dropout, no attention, and a leaky read-out at the end. Module names follow the released checkpoints.
 
 Axes: `T` SNN time steps, `B` images, `C` channels, `H`, `W` pixels. Convolutions and norms process `T` folded into the
 batch; only the neurons use it as a time axis. In all blocks, `temb_channels` is the size of the time embedding,

@@ -50,7 +50,7 @@ class SpikingConv(nn.Sequential):
         """Returns the spikes `neuron(norm(conv(x)))`; a constant input is convolved once."""
         conv, norm, neuron = self
         h = conv(x).repeat(self.num_steps, 1, 1, 1) if x.dim() == 4 else conv(fold(x))  # (T*B, C', H', W')
-        return neuron(unfold(h, self.num_steps), norm)
+        return neuron(unfold(h, self.num_steps), norm)  # neuron(norm(h)), fused
 
 
 def postsynaptic_potential(x: Tensor) -> Tensor:
