@@ -30,7 +30,7 @@ from systems.spiking.steps import fold, lay_out, unfold
 from systems.spiking.surrogates import get_surrogate
 
 LIF = partial(SpikingNeuron, beta=0.8, detach_reset=True, fire_at_threshold=False, spike_grad=get_surrogate("triangle"))
-"""Published neuron."""
+"""Published neuron: leaky, hard reset without gradient, spikes strictly above the threshold."""
 
 Norm = Literal["plain", "tdbn"]
 """Batch normalisation over `(T, B, H, W)`.
