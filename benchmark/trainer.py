@@ -57,7 +57,7 @@ class BenchmarkTrainer(Trainer):
         num_images = len(images)
         show = partial(track, description=f"{num_images:,} images at every step")
         gamma = estimate_gamma(model.network, model.scheduler, images, datamodule.sample_batch_size, progress=show)
-        checkpoint["gamma"] = {"values": gamma, "num_images": num_images} | model.firing
+        checkpoint["gamma"] = {"values": gamma, "num_images": num_images} | model.gamma_conditions
         path = Path(ckpt_path)
         path = path if path.stem.endswith(SUFFIX) else path.with_stem(path.stem + SUFFIX)
         save_checkpoint(checkpoint, path)

@@ -1,4 +1,4 @@
-"""Methods: one LightningModule for each, and the layers they share."""
+"""Methods, one LightningModule each, and the layers they share."""
 
 from systems.ann_snn import ANNSNN
 from systems.ddpm import DDPM

@@ -1,20 +1,20 @@
-"""ANN-SNN: a quantised DDPM converted to a spiking network, and tuned block by block.
+"""ANN-SNN: a quantised DDPM converted to a spiking network and fine-tuned block by block.
 
 J. Cao et al., "Spiking Diffusion Models", IEEE TAI 2024, https://arxiv.org/abs/2408.16467; authors' code
 https://github.com/AndyCao1125/SDM (its ANN2SNN part, after Fast-SNN, arXiv 2305.19868).
 
-Every quantised activation of `b` bits becomes a neuron that spikes over `T = 2^b - 1` steps; the weights stay. Training
-is the fine-tuning: block after block is brought closer to the same block of the ANN.
+Every quantised activation of `b` bits becomes a neuron that spikes over `T = 2^b - 1` steps; the weights are kept.
+Training is the fine-tuning, which fits one block after another to the same block of the ANN.
 
-Departures: spikes are unsigned by default, as published (the released code leaves signed ones on); sampling never drops
-activations (the released conversion script does); and the one update of `head` is kept, which the released code loses.
-As released, fine-tuning sees clean images and the steps 0 to `T - 1` alone, where the diffusion process was surely
-meant: `finetune_inputs="diffused"` is that.
+Departures: spikes are unsigned by default, as published (the released code keeps signed ones enabled); sampling never
+drops activations (the released conversion script does); and the single update of `head` is kept, which the released
+code discards. As released, fine-tuning sees only clean images and the diffusion steps 0 to `T - 1`, where noisy images
+and all diffusion steps were probably intended: `finetune_inputs="diffused"` uses these.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -30,37 +30,36 @@ from systems.base import OptimizerFactory
 from systems.checkpoints import check_state, network_state, read_trained, rename
 from systems.ddpm import DDPM, QuantisedDiffusion, check_bits
 from systems.networks.ann_unet import ANNUNet, BlockCall, quantised_relu
+from systems.networks.checks import check_range
 from systems.spiking.neurons import ConvertedNeuron
 
 STEM = ("time_embedding", "head")
-"""Blocks that are tuned for one iteration, and that run once for all SNN time steps."""
+"""Blocks that are tuned for one iteration and evaluated once for all SNN time steps."""
 
 
 class ANNSNN(QuantisedDiffusion):
     """Converted spiking U-Net of Cao et al.
 
-    Training needs the DDPM and ends by itself, after one iteration of the time embedding, one of `head` and
-    `finetune_steps` of each other block but the tail. A checkpoint resumes in the block where it was written. Several
-    devices need `--trainer.strategy ddp_find_unused_parameters_true`, since one block has gradients at a time.
+    Training needs the DDPM and ends by itself, after one iteration for the time embedding, one for `head` and
+    `finetune_steps` for each other block except the tail. Training resumes in the block in which the checkpoint was
+    written. Several devices need `--trainer.strategy ddp_find_unused_parameters_true`, since only one block at a time
+    has gradients.
 
     Args:
-        init_from: DDPM checkpoint that the fine-tuning starts from and is measured by.
-        in_channels: Image channels.
-        base_channels: Channels of the first level, a multiple of 32.
-        channel_mult: Channels of each level, as multiples of `base_channels`.
-        num_res_blocks: Residual blocks per level.
+        init_from: DDPM checkpoint: start and target of the fine-tuning.
         dropout: Probability that fine-tuning drops an activation; sampling never does.
         activation_bits: Bits `b` of the DDPM's activations; the SNN time steps are `T = 2^b - 1`.
-        spikes: Without negative spikes (as published), with (as released), or without in the residual blocks and with
-            in time embedding and tail.
+        spikes: Without negative spikes (unsigned, as published), with (signed, as released), or with them only in time
+            embedding and tail (unsigned_blocks).
         threshold: Factor on every firing threshold; values near 1 are threshold guidance.
         finetune_steps: Iterations per block.
-        finetune_inputs: Clean images and steps below `T` (as released), or diffused ones and every diffusion step.
-        scheduler: Noise schedule and solver, a scheduler of diffusers.
+        finetune_inputs: Clean images at diffusion steps below `T` (as released), or noisy images at all steps.
+        scheduler: Noise schedule and sampler, a scheduler of diffusers.
         num_inference_steps: Diffusion steps of the sampler.
         eta: Noise of DDIM, from 0 to 1.
-        optimizer: Optimiser of the fine-tuning; if not given, the released Adam of lr 1e-6.
-        final_clip: Whether the images that the sampler ends with are clamped to [-1, 1].
+        optimizer: Optimiser of the fine-tuning; by default the released Adam with lr 1e-6.
+        final_clip: Whether the final images of the sampler are clamped to [-1, 1].
+        **kwargs: Arguments of `ANNUNet`.
     """
 
     method = "ann-snn"
@@ -70,10 +69,6 @@ class ANNSNN(QuantisedDiffusion):
     def __init__(
         self,
         init_from: str | None = None,
-        in_channels: int = 3,
-        base_channels: int = 128,
-        channel_mult: Sequence[int] = (1, 2, 2, 2),
-        num_res_blocks: int = 2,
         dropout: float = 0.1,
         activation_bits: int = 2,
         spikes: Literal["unsigned", "signed", "unsigned_blocks"] = "unsigned",
@@ -85,26 +80,27 @@ class ANNSNN(QuantisedDiffusion):
         eta: float = 0.0,
         optimizer: OptimizerFactory | None = None,
         final_clip: bool = True,
+        **kwargs: Any,
     ) -> None:
         if isinstance(quantised_relu(activation_bits), nn.ReLU):
             raise ValueError(
-                f"activation_bits={activation_bits}: a plain ReLU has no levels that spikes could count; train a DDPM "
-                "with --model.activation_bits 2 and convert that"
+                f"activation_bits={activation_bits}: a plain ReLU has no levels to encode as spike counts; train a "
+                "DDPM with --model.activation_bits 2 and convert that"
             )
-        if finetune_steps < 1:
-            raise ValueError(f"finetune_steps={finetune_steps} iterations per block; give 1 or more")
+        check_range("finetune_steps", finetune_steps, 1)
         scheduler = scheduler or DDPMScheduler(variance_type="fixed_large", clip_sample=False)
-        unet = partial(
-            ANNUNet,
-            in_channels=in_channels,
-            base_channels=base_channels,
-            channel_mult=channel_mult,
-            num_res_blocks=num_res_blocks,
-            num_train_timesteps=scheduler.config.num_train_timesteps,
+        num_train_timesteps, num_steps = scheduler.config.num_train_timesteps, 2**activation_bits - 1
+        network = ANNUNet(
+            dropout=0,
+            num_train_timesteps=num_train_timesteps,
+            activation=partial(ConvertedNeuron, threshold=threshold),
+            num_steps=num_steps,
+            **kwargs,
         )
-        self._ann = partial(unet, dropout=dropout, activation=partial(quantised_relu, activation_bits))
-        num_steps = 2**activation_bits - 1
-        network = unet(dropout=0, activation=partial(ConvertedNeuron, threshold=threshold), num_steps=num_steps)
+        activation = partial(quantised_relu, activation_bits)
+        self._ann = lambda: ANNUNet(
+            dropout=dropout, num_train_timesteps=num_train_timesteps, activation=activation, num_steps=1, **kwargs
+        )
         optimizer = optimizer or partial(Adam, lr=1e-6, fused=True)
         super().__init__(network, scheduler, num_inference_steps, eta, optimizer, None, final_clip)
         self.num_steps = num_steps
@@ -113,14 +109,14 @@ class ANNSNN(QuantisedDiffusion):
         self.activation_bits = activation_bits
         self.finetune_steps = finetune_steps
         self.finetune_inputs = finetune_inputs
-        self._reference: list[ANNUNet] = []  # in a list, so that it is no submodule and in no checkpoint
+        self._reference: list[ANNUNet] = []  # in a list, so that it does not become a submodule and enter checkpoints
         for name, module in network.named_modules():
             if isinstance(module, ConvertedNeuron):
                 outside = name.startswith(("time_embedding.", "tail."))
                 module.signed = spikes == "signed" or (spikes == "unsigned_blocks" and outside)
 
     def setup(self, stage: str) -> None:
-        """Reads the ANN when fine-tuning starts, takes its weights unless resumed, and sets the end.
+        """Loads the ANN when fine-tuning starts, copies its weights unless resumed, and sets the number of steps.
 
         Raises:
             ValueError: If `init_from` is not given.
@@ -130,8 +126,8 @@ class ANNSNN(QuantisedDiffusion):
             return
         if self.init_from is None:
             raise ValueError(
-                "fine-tuning needs the ANN that was converted; give --model.init_from DDPM_CHECKPOINT, or write the "
-                "whole configuration by `python -m benchmark convert DDPM_CHECKPOINT`"
+                "fine-tuning needs the converted ANN; give --model.init_from DDPM_CHECKPOINT, or create the whole "
+                "configuration with `python -m benchmark convert DDPM_CHECKPOINT`"
             )
         checkpoint = read_trained(self.init_from, DDPM.method)
         self.check_process(checkpoint, self.init_from)
@@ -160,10 +156,10 @@ class ANNSNN(QuantisedDiffusion):
         return step if step < len(STEM) else len(STEM) + (step - len(STEM)) // self.finetune_steps
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """Returns the loss of the block that is due.
+        """Returns the loss of the block being tuned at this step.
 
-        The optimiser holds all blocks, but only that one has gradients: the others and their state do not move, which
-        equals a fresh optimiser for each block.
+        The optimiser contains all blocks, but only this one has gradients; the others and their optimiser state do not
+        change, which is equivalent to a fresh optimiser for each block.
         """
         index = self.block_at(self.trainer.global_step)
         x, t = batch, torch.randint(self.num_steps, (len(batch),), device=batch.device)
@@ -177,10 +173,10 @@ class ANNSNN(QuantisedDiffusion):
         return loss
 
     def block_loss(self, name: str, x: Tensor, t: Tensor) -> Tensor:
-        """Mean squared distance between a block's output, averaged over the SNN steps, and that of the ANN's block.
+        """Mean squared error between a block's output, averaged over the SNN time steps, and the ANN block's output.
 
-        The ANN runs on its own features, the block on those of the SNN. Its gradient is that of the quantised block
-        with the SNN's weights, with dropout, at the averaged input (straight-through).
+        The ANN's block receives the ANN's features, the SNN's block the SNN's features. The gradient is computed
+        straight-through: from the quantised block with the SNN's weights and dropout, at the averaged input.
 
         Args:
             name: One of the network's `block_names`.

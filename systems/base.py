@@ -1,4 +1,4 @@
-"""What every method shares: a system turns seeds into images, and trains by a loss on images."""
+"""Base class of the methods: a system generates images from seeds and is trained by a loss on images."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 import lightning as L
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from systems.checkpoints import check_method, check_state
+from systems.figures import Figure
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 LRSchedulerFactory = Callable[[Optimizer], LRScheduler]
@@ -25,12 +25,13 @@ LRSchedulerFactory = Callable[[Optimizer], LRScheduler]
 class DiffusionSystem(L.LightningModule):
     """Base of the methods.
 
-    A method gives `loss` and `trajectory`; training, validation, test and prediction follow. The loaders of test and
-    prediction yield seeds, one for each image to generate.
+    Subclasses implement `loss` and `trajectory`; the four Lightning stages are built on them. The test and prediction
+    loaders yield seeds, one for each image to generate.
 
     Args:
-        optimizer: Makes the optimiser of the parameters.
-        lr_scheduler: Makes a learning-rate schedule that is stepped after every optimiser step; none keeps it constant.
+        optimizer: Creates the optimiser from the parameters.
+        lr_scheduler: Creates a learning-rate schedule that is stepped after every optimiser step; None keeps the rate
+            constant.
     """
 
     method: str
@@ -42,9 +43,9 @@ class DiffusionSystem(L.LightningModule):
     threshold: float | None = None
     """Firing threshold of all neurons, where the method has one."""
     is_generated = False
-    """Whether the images of the batch to test exist already, from a test that was interrupted."""
+    """True while `test_step` should skip generation because this batch was restored from an interrupted test."""
     trains_in_parts: bool = False
-    """Whether a step of training leaves parameters without a gradient, of which several processes must know."""
+    """Whether a training step leaves some parameters without gradient (needs DDP's `find_unused_parameters`)."""
 
     def __init__(self, optimizer: OptimizerFactory, lr_scheduler: LRSchedulerFactory | None = None) -> None:
         super().__init__()
@@ -53,22 +54,22 @@ class DiffusionSystem(L.LightningModule):
 
     @abstractmethod
     def loss(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Returns the scalar loss of images `(B, C, H, W)` in [-1, 1]; `generator` fixes its random draws."""
+        """Returns the scalar loss of images `(B, C, H, W)` in [-1, 1]; `generator` makes it reproducible."""
 
     @abstractmethod
     def trajectory(self, seeds: Tensor, image_shape: tuple[int, int, int]) -> Iterator[Tensor]:
-        """Yields the images `(B, C, H, W)` at the start and after each diffusion step; the last ones are the samples.
+        """Yields the images `(B, C, H, W)` at the start and after each diffusion step; the last are the samples.
 
         Args:
-            seeds: One seed for each image, `(B,)`: it alone fixes the noise of that image, so that image `k` does not
-                depend on the batch it is drawn in or on the number of devices (up to rounding).
+            seeds: One seed per image, `(B,)`. Only `seeds[k]` determines the noise of image `k`, so that it does not
+                depend on its batch or on the number of devices (up to rounding).
             image_shape: `(C, H, W)`.
         """
 
     @property
     @abstractmethod
     def solver(self) -> str:
-        """Name of the sampler and its settings, for records."""
+        """Name and settings of the sampler, for records."""
 
     @property
     @abstractmethod
@@ -77,34 +78,37 @@ class DiffusionSystem(L.LightningModule):
 
     @torch.no_grad()
     def sample(self, seeds: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
-        """Returns one image for each seed, `(B, C, H, W)`; values may lie slightly outside [-1, 1]."""
+        """Returns one image per seed, `(B, C, H, W)`; values may lie slightly outside [-1, 1]."""
         return deque(self.trajectory(seeds, image_shape), maxlen=1)[0]
 
     @property
     def generates(self) -> bool:
-        """Whether the method is trained far enough for pictures of its samples to mean anything."""
+        """Whether training has reached the part that generates, so that samples are meaningful."""
         return True
 
     def reconstruction_metrics(self, batches: Iterable[Tensor]) -> dict[str, tuple[float, float]]:
-        """Returns how well images `(B, C, H, W)` in [-1, 1] survive the method's autoencoder, value and uncertainty.
+        """Returns reconstruction metrics of the method's autoencoder, each with its uncertainty.
 
-        Methods without an autoencoder have no such metric.
+        Methods without an autoencoder return none.
+
+        Args:
+            batches: Images `(B, C, H, W)` in [-1, 1].
         """
         return {}
 
     def figures(self) -> dict[str, Figure]:
-        """Plots of what the method has learned, by name; drawn with the pictures of training."""
+        """Returns plots of learned quantities by name; they are drawn together with the samples during training."""
         return {}
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
-        """Makes all draws of a step depend on seed, epoch, batch and process alone.
+        """Seeds the random draws of a step from seed, epoch, batch and process only.
 
-        So a training that was stopped and goes on draws what it would have drawn, and a step can be repeated.
+        A resumed training therefore draws the same numbers as an uninterrupted one, and a step can be repeated.
         """
-        if seed := os.environ.get("PL_GLOBAL_SEED"):  # set by `seed_everything`, unless that is off
-            place = f"{seed} {self.current_epoch} {batch_idx} {self.global_rank}"
-            number = int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "big")
-            torch.default_generator.manual_seed(number)  # torch.manual_seed takes a hundred times as long
+        if seed := os.environ.get("PL_GLOBAL_SEED"):  # set by `seed_everything`, unless it is disabled
+            step = f"{seed} {self.current_epoch} {batch_idx} {self.global_rank}"
+            number = int.from_bytes(hashlib.sha256(step.encode()).digest()[:8], "big")
+            torch.default_generator.manual_seed(number)  # torch.manual_seed is 100 times slower
             if self.device.type != "cpu":
                 torch.get_device_module(self.device).manual_seed(number)
 
@@ -115,18 +119,18 @@ class DiffusionSystem(L.LightningModule):
         return loss
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        """Logs the loss with draws that are the same in every epoch, for any number of processes.
+        """Logs the loss with the same random draws in every epoch, for any number of processes.
 
-        Processes take whole batches in turn; what fills up the last turn has no weight.
+        Batches are distributed over the processes in turn; batches that only pad the last turn have weight 0.
         """
-        index = batch_idx * self.trainer.world_size + self.global_rank  # of this batch among those of all processes
+        index = batch_idx * self.trainer.world_size + self.global_rank  # global batch index across all processes
         loader: Any = self.trainer.val_dataloaders
         weight = len(batch) if index * loader.batch_size < len(loader.dataset) else 0
         generator = torch.Generator(batch.device).manual_seed(index)
         self.log("val/loss", self.loss(batch, generator), prog_bar=True, sync_dist=True, batch_size=weight)
 
     def test_step(self, batch: Tensor, batch_idx: int) -> Tensor | None:
-        """Returns the images `(B, C, H, W)` of a batch of seeds `(B,)`, nothing if they exist already."""
+        """Returns the images `(B, C, H, W)` of a batch of seeds `(B,)`, or None if they were restored."""
         return None if self.is_generated else self.predict_step(batch, batch_idx)
 
     def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
@@ -139,9 +143,9 @@ class DiffusionSystem(L.LightningModule):
         return shape
 
     def configure_optimizers(self) -> Any:
-        """Makes the optimiser and, where one is set, its schedule in steps."""
+        """Returns the optimiser and, if set, its learning-rate schedule, which counts steps."""
         optimizer = self._optimizer(p for p in self.parameters() if p.requires_grad)
-        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]  # else fused ones are not clipped
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]  # else gradients of fused optimisers are not clipped
         if self._lr_scheduler is None:
             return optimizer
         return {
@@ -150,10 +154,10 @@ class DiffusionSystem(L.LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Names the method in the checkpoint."""
+        """Stores the method's name in the checkpoint."""
         checkpoint["method"] = self.method
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of another method or network with one message."""
+        """Rejects a checkpoint of another method or network with a single message."""
         check_method(checkpoint, self.method, "the checkpoint")
         check_state(checkpoint["state_dict"], self, "the checkpoint")

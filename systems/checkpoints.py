@@ -1,4 +1,4 @@
-"""Checkpoint files: read without running code, checked against a network, written whole or not at all."""
+"""Checkpoint files: read without executing code, checked against a network, written atomically."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 ADVICE = re.compile("Weights only load failed|Please file an issue|Check the documentation")
-"""Lines of torch's refusal to unpickle something."""
+"""Boilerplate in torch's error when it refuses to unpickle an object."""
 
-CONTENT = {
+ENTRY_TYPES = {
     "state_dict": dict,
     "pytorch-lightning_version": str,
     "method": str,
@@ -40,7 +40,7 @@ UNREADABLE = (
     LookupError,
     zipfile.BadZipFile,
 )
-"""What is raised for files that are no checkpoints, or damaged ones."""
+"""Errors that reading a damaged file or another kind of file may raise."""
 
 
 class CheckpointMismatchError(RuntimeError):
@@ -48,7 +48,7 @@ class CheckpointMismatchError(RuntimeError):
 
 
 def load_checkpoint(path: str | Path) -> Any:
-    """Reads a file written by `torch.save`; nothing but tensors and plain values is unpickled.
+    """Reads a file written by `torch.save`; unpickles only tensors and plain values.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -58,31 +58,31 @@ def load_checkpoint(path: str | Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file; give a checkpoint")
     try:
-        if zipfile.is_zipfile(path):  # whose checksums torch does not look at
+        if zipfile.is_zipfile(path):  # torch does not verify its checksums
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():
                     raise ValueError(f"{damaged} is damaged")
         return torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         raise ValueError(
-            f"{path} cannot be read as a checkpoint of tensors (truncated, or holding code): {_reason(error)}"
+            f"{path} cannot be read as a checkpoint of tensors (truncated, or contains code): {_reason(error)}"
         ) from None
 
 
 def _reason(error: Exception) -> str:
-    """First sentence of an error; of torch's refusal to run code what it refused, not the advice to run it."""
+    """First sentence of an error, without torch's advice to unpickle the file unsafely."""
     lines = [line for line in str(error).splitlines() if line and not ADVICE.search(line)]
     return lines[0].split(". ")[0] if lines else type(error).__name__
 
 
 def save_checkpoint(content: Any, path: str | Path) -> None:
-    """Writes a file for `load_checkpoint`, so that a reader sees all of it or nothing, also after a power cut.
+    """Writes a file for `load_checkpoint` atomically: a reader sees all of it or none, even after a power cut.
 
     Raises:
-        OSError: If it cannot be written; a file that was there before is whole.
+        OSError: If it cannot be written; a previous file of that name is unchanged.
     """
     path = Path(path)
-    part = path.with_name(f".{path.name}.part")  # one that a killed process left is overwritten
+    part = path.with_name(f".{path.name}.part")  # overwrites a leftover of a killed process
     buffer = io.BytesIO()
     torch.save(content, buffer)
     try:
@@ -93,11 +93,11 @@ def save_checkpoint(content: Any, path: str | Path) -> None:
             os.fsync(file.fileno())
         part.replace(path)
     except OSError as error:
-        kept = f"the checkpoint that was there before is whole: {path}" if path.is_file() else "there is none yet"
+        kept = f"the previous checkpoint is intact: {path}" if path.is_file() else "there is no previous one"
         size = f"{buffer.getbuffer().nbytes / 2**20:,.1f} MiB"
         raise OSError(
-            f"the checkpoint {path} ({size}) cannot be written ({error.strerror}); {kept}; make room or let the folder "
-            "be written to, then go on with `python -m benchmark fit --ckpt_path last`"
+            f"the checkpoint {path} ({size}) cannot be written ({error.strerror}); {kept}; free disk space or make "
+            "the folder writable, then resume with `python -m benchmark fit --ckpt_path last`"
         ) from error
     finally:
         with contextlib.suppress(OSError):
@@ -105,11 +105,11 @@ def save_checkpoint(content: Any, path: str | Path) -> None:
 
 
 def read_suite(path: str | Path, *needed: str) -> dict[str, Any]:
-    """Reads a checkpoint that the suite wrote while training, or imported.
+    """Reads a checkpoint that the suite wrote during training or import.
 
     Args:
         path: The file.
-        needed: Entries that it must have besides its weights.
+        needed: Required entries besides the weights.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -119,19 +119,24 @@ def read_suite(path: str | Path, *needed: str) -> dict[str, Any]:
     content = load_checkpoint(path)
     if not isinstance(content, dict) or not {"state_dict", *needed} <= content.keys():
         raise CheckpointMismatchError(
-            f"{path} is no checkpoint of the suite; for an authors' file use `python -m benchmark import` first"
+            f"{path} is not a checkpoint of the suite; convert an authors' file with `python -m benchmark import` first"
         )
-    kinds = {key: kind for key, kind in CONTENT.items() if key in content}
-    wrong = [f"{key} is no {kind.__name__}" for key, kind in kinds.items() if not isinstance(content[key], kind)]
+    wrong = [
+        f"{key} is not a {entry_type.__name__}"
+        for key, entry_type in ENTRY_TYPES.items()
+        if key in content and not isinstance(content[key], entry_type)
+    ]
     if not wrong:
-        wrong = [f"{key} is no tensor" for key, value in content["state_dict"].items() if not isinstance(value, Tensor)]
+        wrong = [
+            f"{key} is not a tensor" for key, value in content["state_dict"].items() if not isinstance(value, Tensor)
+        ]
     if wrong:
-        raise CheckpointMismatchError(f"{path} was tampered with: {', '.join(wrong[:5])}; train or fetch it again")
+        raise CheckpointMismatchError(f"{path} is malformed: {', '.join(wrong[:5])}; train or download it again")
     return content
 
 
 def network_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Returns the weights of the network of a checkpoint."""
+    """Returns the network's weights from a checkpoint."""
     prefix = "network."
     state = checkpoint["state_dict"]
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
@@ -151,7 +156,7 @@ def read_trained(path: str | Path, method: str) -> dict[str, Any]:
 
 
 def check_method(checkpoint: Mapping[str, Any], method: str, source: str) -> None:
-    """Checks that a checkpoint belongs to a method, as far as it says.
+    """Checks that a checkpoint belongs to a method, if it records one.
 
     Raises:
         CheckpointMismatchError: If it belongs to another one.
@@ -159,7 +164,7 @@ def check_method(checkpoint: Mapping[str, Any], method: str, source: str) -> Non
     found = checkpoint.get("method", method)
     if found != method:
         raise CheckpointMismatchError(
-            f"{source} is of method {found!r}, expected one of {method!r}; give such a checkpoint, or the "
+            f"{source} is of method {found!r}, expected {method!r}; give a checkpoint of {method!r}, or the "
             f"configuration of {found!r}"
         )
 
@@ -168,12 +173,12 @@ def rename(state: Mapping[str, Tensor], name: Callable[[str], str]) -> dict[str,
     """Renames the tensors of a state dict.
 
     Raises:
-        CheckpointMismatchError: If two would have one name.
+        CheckpointMismatchError: If two would get the same name.
     """
     renamed: dict[str, Tensor] = {}
     for key, value in state.items():
         if name(key) in renamed:
-            raise CheckpointMismatchError(f"the official checkpoint has two tensors {name(key)}, one of them as {key}")
+            raise CheckpointMismatchError(f"the official checkpoint has two tensors {name(key)}, one named {key}")
         renamed[name(key)] = value
     return renamed
 
@@ -183,8 +188,8 @@ def check_state(state: Mapping[str, Tensor], network: nn.Module, source: str) ->
 
     Args:
         state: Tensors by name.
-        network: The network they shall be loaded into.
-        source: What the state is, for the message.
+        network: Network to load them into.
+        source: Description of the state, for the message.
 
     Raises:
         CheckpointMismatchError: If names are missing or unknown, or shapes differ; lists them.
@@ -201,8 +206,8 @@ def check_state(state: Mapping[str, Tensor], network: nn.Module, source: str) ->
     }
     if any(problems.values()):
         listing = "; ".join(
-            f"{len(names)} {kind}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
-            for kind, names in problems.items()
+            f"{len(names)} {problem}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+            for problem, names in problems.items()
             if names
         )
         raise CheckpointMismatchError(

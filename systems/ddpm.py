@@ -1,16 +1,17 @@
-"""DDPM: the ANN baseline, a U-Net without attention whose activations may be quantised for conversion to spikes.
+"""DDPM: the ANN baseline, a U-Net without attention whose activations may be quantised for conversion to an SNN.
 
 J. Ho, A. Jain, P. Abbeel, "Denoising Diffusion Probabilistic Models", NeurIPS 2020, https://arxiv.org/abs/2006.11239,
 as trained in J. Cao et al., "Spiking Diffusion Models", IEEE TAI 2024, https://arxiv.org/abs/2408.16467; authors' code
-https://github.com/AndyCao1125/SDM (its ANN2SNN part). Activations of 2 bits give the network that is converted
-(`systems/ann_snn.py`), 32 bits (plain ReLU) the one whose energy spiking networks are compared with.
+https://github.com/AndyCao1125/SDM (its ANN2SNN part). With 2-bit activations the network can be converted
+(`systems/ann_snn.py`); with 32 bits (plain ReLU) it is the reference for the energy of spiking networks.
 
-As released, the sampler leaves the predicted `x_0` unclamped (`clip_sample=False`).
+Loss and sampler: `GaussianDiffusion.loss`, `.trajectory`. As released, the sampler does not clamp the predicted `x_0`
+(`clip_sample=False`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -28,17 +29,17 @@ from systems.networks.unet import read_size
 
 
 class QuantisedDiffusion(GaussianDiffusion):
-    """Gaussian diffusion whose checkpoints tell the bits of the activations, which the weights do not."""
+    """Gaussian diffusion whose checkpoints record the bits of the activations."""
 
     activation_bits: int
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the bits, which the weights do not tell."""
+        """Adds the bits, which cannot be read from the weights."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["activation_bits"] = self.activation_bits
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of another method, network, diffusion process or number of bits."""
+        """Rejects a checkpoint of another method, network, diffusion process or number of bits."""
         super().on_load_checkpoint(checkpoint)
         check_bits(checkpoint, self.activation_bits, "the checkpoint")
 
@@ -47,18 +48,14 @@ class DDPM(QuantisedDiffusion):
     """ANN noise predictor of Cao et al., the network before conversion.
 
     Args:
-        in_channels: Image channels.
-        base_channels: Channels of the first level, a multiple of 32.
-        channel_mult: Channels of each level, as multiples of `base_channels`.
-        num_res_blocks: Residual blocks per level.
-        dropout: Probability that training drops an activation before the second convolution of a residual block.
         activation_bits: Bits of every activation, 1 to 8 (published: 2); 32 is a plain ReLU.
-        scheduler: Noise schedule and solver, a scheduler of diffusers.
+        scheduler: Noise schedule and sampler, a scheduler of diffusers.
         num_inference_steps: Diffusion steps of the sampler.
         eta: Noise of DDIM, from 0 to 1.
-        optimizer: Optimiser; if not given, the released Adam of lr 2e-4.
+        optimizer: Optimiser; by default the released Adam with lr 2e-4.
         lr_scheduler: Learning-rate schedule per step, e.g. LinearLR for a warm-up.
-        final_clip: Whether the images that the sampler ends with are clamped to [-1, 1].
+        final_clip: Whether the final images of the sampler are clamped to [-1, 1].
+        **kwargs: Arguments of `ANNUNet`.
     """
 
     method = "ddpm"
@@ -66,11 +63,6 @@ class DDPM(QuantisedDiffusion):
 
     def __init__(
         self,
-        in_channels: int = 3,
-        base_channels: int = 128,
-        channel_mult: Sequence[int] = (1, 2, 2, 2),
-        num_res_blocks: int = 2,
-        dropout: float = 0.1,
         activation_bits: int = 2,
         scheduler: SchedulerMixin | None = None,
         num_inference_steps: int = 1000,
@@ -78,16 +70,14 @@ class DDPM(QuantisedDiffusion):
         optimizer: OptimizerFactory | None = None,
         lr_scheduler: LRSchedulerFactory | None = None,
         final_clip: bool = True,
+        **kwargs: Any,
     ) -> None:
         scheduler = scheduler or DDPMScheduler(variance_type="fixed_large", clip_sample=False)
         network = ANNUNet(
-            in_channels=in_channels,
-            base_channels=base_channels,
-            channel_mult=channel_mult,
-            num_res_blocks=num_res_blocks,
-            dropout=dropout,
             num_train_timesteps=scheduler.config.num_train_timesteps,
+            num_steps=1,
             activation=partial(quantised_relu, activation_bits),
+            **kwargs,
         )
         optimizer = optimizer or partial(Adam, lr=2e-4, fused=True)
         super().__init__(network, scheduler, num_inference_steps, eta, optimizer, lr_scheduler, final_clip)
@@ -95,7 +85,7 @@ class DDPM(QuantisedDiffusion):
 
 
 def check_bits(checkpoint: Mapping[str, Any], activation_bits: int, source: str) -> None:
-    """Checks that a checkpoint was trained with the configured activations, as far as it says.
+    """Checks that a checkpoint was trained with the configured activations, if it records them.
 
     Raises:
         CheckpointMismatchError: If it was not.
@@ -103,8 +93,8 @@ def check_bits(checkpoint: Mapping[str, Any], activation_bits: int, source: str)
     trained = checkpoint.get("activation_bits", activation_bits)
     if trained != activation_bits:
         raise CheckpointMismatchError(
-            f"{source} was trained with activation_bits={trained}, configured are {activation_bits}; give "
-            f"--model.activation_bits {trained}"
+            f"{source} was trained with activation_bits={trained}, but "
+            f"activation_bits={activation_bits} is configured; give --model.activation_bits {trained}"
         )
 
 
@@ -112,15 +102,15 @@ def read_official(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[
     """Renames the tensors of a released ANN checkpoint to those of `ANNUNet`.
 
     Args:
-        state: Released state dict (`ema_model`); a `module.` prefix is dropped.
+        state: Released state dict (`ema_model`); a `module.` prefix is removed.
 
     Returns:
-        The network's state dict, and its size as arguments of the system. `activation_bits` is among them for a plain
-        ReLU alone: the clip values do not tell the bits of a quantised network.
+        The network's state dict, and its size as arguments of the system. They include `activation_bits` only for a
+        plain ReLU: the bits of a quantised network cannot be read from its clip values.
 
     Raises:
-        KeyError: If it is not the state dict of such a network; names the first tensor it lacks.
-        CheckpointMismatchError: If a tensor is left over, missing or of another shape; lists them.
+        KeyError: If it is not the state dict of such a network; names the first missing tensor.
+        CheckpointMismatchError: If tensors are unexpected, missing or of another shape; lists them.
     """
     renamed = rename(state, lambda key: key.removeprefix("module."))
     arguments = read_size(renamed, stem="head.weight", width="block1.2.bias")

@@ -1,22 +1,22 @@
-"""How a vector-quantised autoencoder uses its codes, and what it makes of images, as numbers and plots."""
+"""Plots of learned quantities: use of a codebook, reconstructions, and SDM's temporal factors."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 import torch
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure as Figure  # re-exported, so that no method imports matplotlib
 from torch import Tensor
 
 
 def perplexity(counts: Tensor) -> float:
-    """Number of codes in use, weighted: exponential of the entropy of their counts `(num_codes,)`."""
+    """Effective number of codes: exponential of the entropy of their relative counts `(num_codes,)`."""
     shares = counts.double() / counts.sum().clamp(min=1)
     return float(torch.special.entr(shares).sum().exp())
 
 
 def plot_usage(counts: Tensor) -> Figure:
-    """Draws the share of each code among all tokens, most frequent first."""
+    """Plots the share of each code among all tokens, from `counts` `(num_codes,)`, most frequent first."""
     shares = (counts / counts.sum()).sort(descending=True).values
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes = figure.subplots()
@@ -32,7 +32,7 @@ def plot_usage(counts: Tensor) -> Figure:
 
 
 def plot_reconstructions(images: Tensor, reconstructions: Tensor) -> Figure:
-    """Draws images `(B, C, H, W)` in [-1, 1] above their reconstructions."""
+    """Plots images `(B, C, H, W)` in [-1, 1] above their reconstructions."""
     figure = Figure(figsize=(1.2 * len(images), 2.8), layout="constrained")
     grid = figure.subplots(2, len(images), squeeze=False)
     for row, name, pictures in zip(grid, ("image", "reconstruction"), (images, reconstructions), strict=True):
@@ -44,22 +44,22 @@ def plot_reconstructions(images: Tensor, reconstructions: Tensor) -> Figure:
 
 
 def plot_factors(factors: Mapping[str, Tensor]) -> Figure:
-    """Draws the factors as a heat map of layers and steps, beside their mean and spread over the layers."""
+    """Plots factors `(T,)` by layer as a heat map, and their mean and standard deviation over the layers."""
     values = torch.stack(list(factors.values()))  # (layers, T)
     num_layers, num_steps = values.shape
     figure = Figure(figsize=(3.2 + 0.7 * num_steps + 3.6, max(3.6, 1.2 + 0.16 * num_layers)), layout="constrained")
     heat, line = figure.subplots(1, 2, width_ratios=[0.7 * num_steps, 3.6])
-    reach = max(float((values - 1).abs().max()), 1e-3)
+    limit = max(float((values - 1).abs().max()), 1e-3)
     image = heat.imshow(
-        values.numpy(), cmap="RdBu_r", vmin=1 - reach, vmax=1 + reach, aspect="auto", interpolation="nearest"
+        values.numpy(), cmap="RdBu_r", vmin=1 - limit, vmax=1 + limit, aspect="auto", interpolation="nearest"
     )
     heat.set_xticks(range(num_steps), [str(k) for k in range(num_steps)])
     heat.set_yticks(range(num_layers), list(factors), fontsize=7)
     heat.set(xlabel="SNN step k", title="factor p[k] by layer")
     figure.colorbar(image, ax=heat)
-    mean, spread = values.mean(0), values.std(0) if num_layers > 1 else torch.zeros(num_steps)
-    line.errorbar(range(num_steps), mean.numpy(), spread.numpy(), marker="o", capsize=4, color="tab:blue")
+    mean, deviation = values.mean(0), values.std(0) if num_layers > 1 else torch.zeros(num_steps)
+    line.errorbar(range(num_steps), mean.numpy(), deviation.numpy(), marker="o", capsize=4, color="tab:blue")
     line.axhline(1, color="grey", linewidth=0.8, linestyle=":")
     line.set_xticks(range(num_steps))
-    line.set(xlabel="SNN step k", ylabel="p[k]", title="mean and spread over layers")
+    line.set(xlabel="SNN step k", ylabel="p[k]", title="mean and standard deviation over layers")
     return figure

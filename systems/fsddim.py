@@ -1,25 +1,25 @@
-"""FSDDIM: a diffusion model that denoises synaptic currents, so that its whole chain can run on spikes.
+"""FSDDIM: a diffusion model that denoises synaptic currents, so that its whole sampling chain can run on spikes.
 
 R. Watanabe, Y. Mukuta, T. Harada, "Fully Spiking Denoising Diffusion Implicit Models", 2023,
 https://arxiv.org/abs/2312.01742; authors' code https://github.com/mil-tokyo/FSDDIM.
 
-An image is encoded once as currents, the same in all `T` SNN steps, and decoded once, as their mean. Between the two,
-DDIM works on the currents of each SNN step alone: `X[t-1] = p X[t] + q network(X[t], t)`, with no decoding, clipping or
-noise. Training pulls the decoded prediction to `v`, and the currents of the SNN steps to each other (synaptic current
-learning), since the network is only trained on currents that are the same in all of them.
+An image is encoded once as currents that are equal in all `T` SNN time steps, and decoded once, as their mean. In
+between, DDIM updates the currents of each SNN step separately, `X[t-1] = p X[t] + q network(X[t], t)`, without
+decoding, clipping or noise. Training fits the decoded prediction to `v` and penalises the variance of the currents over
+the SNN steps (synaptic current learning), since the network is trained only on currents that are equal in all steps.
 
-Departures: `norm: plain` is the default, because the released trainer runs it in place of the paper's tdBN; a chain may
-have fewer than `num_train_timesteps` steps, spaced from the noisy end. Costs are counted by the suite's rule for every
-method, which takes a convolution behind a resampling layer for what it is, multiply-accumulates of real values. The
-released counter follows such currents back to the spikes before pooling or upsampling, and leaves out the convolutions
-within these layers: at full size (T = 8, 32x32, one channel) 2.57 G MACs in each network evaluation, here 6.82 G.
+Departures: `norm: plain` is the default, because the released trainer uses it in place of the paper's tdBN; a chain may
+have fewer than `num_train_timesteps` steps, evenly spaced from the noisy end. Costs follow the suite's rule for all
+methods, which counts a convolution after a resampling layer as multiply-accumulates of real values. The released
+counter traces such currents back to the spikes before pooling or upsampling, and omits the convolutions within these
+layers: at full size (T = 8, 32x32, one channel) it counts 2.57 G MACs per network evaluation, the suite 6.82 G.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -30,19 +30,20 @@ from torch.optim import Adam
 
 from systems.base import DiffusionSystem, LRSchedulerFactory, OptimizerFactory
 from systems.checkpoints import check_state
+from systems.diffusion.prediction import noise_images, velocity
+from systems.networks.checks import check_range
 from systems.networks.fsddim_fused import FusedRecurrence
-from systems.networks.fsddim_unet import FSDDIMUNet, Norm
+from systems.networks.fsddim_unet import LIF, FSDDIMUNet
 from systems.ops.cuda_graphs import Replay
-from systems.spiking.neurons import SpikingNeuron
 from systems.spiking.steps import fold, to_channels_last_on_gpu, unfold
 from systems.spiking.surrogates import get_surrogate
 
 
 def cosine_schedule(num_train_timesteps: int) -> Tensor:
-    """Cumulative signal powers of the cosine schedule (Nichol and Dhariwal, arXiv 2102.09672), in float64.
+    """Returns the cosine noise schedule (Nichol and Dhariwal, arXiv 2102.09672), in float64.
 
     Returns:
-        `alphas_cumprod` `(num_train_timesteps,)`.
+        `alphas_cumprod`, the signal power after each step, `(num_train_timesteps,)`.
     """
     fraction = torch.arange(num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
     power = torch.cos((fraction + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -51,14 +52,14 @@ def cosine_schedule(num_train_timesteps: int) -> Tensor:
 
 
 def ddim_coefficients(alphas_cumprod: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
-    """DDIM without noise, for a network that predicts `v`, as one rotation: `x[t_previous] = p x[t] + q v`.
+    """Returns `p`, `q` of deterministic DDIM for `v`-prediction, a rotation: `x[t_previous] = p x[t] + q v`.
 
     Args:
         alphas_cumprod: Signal powers at the steps `t`.
-        previous: Signal powers at the steps that follow them in the chain; 1 after the last.
+        previous: Signal powers at the next steps of the chain; 1 after the last.
 
     Returns:
-        `p` and `q`, one of each for a step.
+        `p` and `q`, each of the shape of `alphas_cumprod`.
     """
     angle = alphas_cumprod.sqrt().acos() - previous.sqrt().acos()
     return angle.cos(), -angle.sin()
@@ -70,7 +71,7 @@ def encode(images: Tensor, num_steps: int) -> Tensor:
 
 
 def decode(currents: Tensor) -> Tensor:
-    """Decodes currents `(T, B, C, H, W)` to images `(B, C, H, W)`, their mean; `decode(encode(x))` is `x`."""
+    """Decodes currents `(T, B, C, H, W)` to images `(B, C, H, W)` as their mean, so that `decode(encode(x))` is `x`."""
     return currents.mean(0)
 
 
@@ -78,14 +79,7 @@ class FSDDIM(DiffusionSystem):
     """Fully spiking DDIM of Watanabe et al.
 
     Args:
-        in_channels: Image channels.
-        base_channels: Channels of the first level.
-        channel_mult: Channels in which each level ends, as multiples of `base_channels`.
-        num_res_blocks: Residual blocks per level.
         num_steps: SNN time steps T (paper: 4 or 8).
-        norm: Batch norm: `plain`, as the released trainer runs it, or the paper's `tdbn`, in whose factor the threshold
-            is the published 1, whatever `threshold` is.
-        activate_first_conv: Whether the first layer spikes too (published: no); then all that the network outputs is.
         beta: Membrane decay per SNN step, the paper's tau.
         threshold: Firing threshold of every neuron; values near 1 at test time are threshold guidance.
         reset_mechanism: `zero` (published), or `subtract`, before the decay.
@@ -96,11 +90,12 @@ class FSDDIM(DiffusionSystem):
         image_weight: Weight of the loss of the decoded prediction.
         reconstruction_weight: Weight of synaptic current learning, the variance of the currents over SNN steps.
         spike_weight: Weight of the loss of the prediction before decoding (published: off).
-        normalise_reconstruction: Whether the factor of synaptic current learning at diffusion step t, the size of
-            DDIM's `q`, is divided by its maximum, which t = 0 has (published: yes).
-        fused: Whether the sampler merges output layer, DDIM and input layer: the same images, up to rounding.
-        optimizer: Optimiser; if not given, the released Adam of lr 5e-4.
+        normalise_reconstruction: Whether the weight of synaptic current learning at diffusion step t, the magnitude of
+            DDIM's `q`, is divided by its maximum, reached at t = 0 (published: yes).
+        fused: Whether the sampler merges output layer, DDIM update and input layer; images are equal up to rounding.
+        optimizer: Optimiser; by default the released Adam with lr 5e-4.
         lr_scheduler: Learning-rate schedule per step.
+        **kwargs: Arguments of `FSDDIMUNet`.
 
     Raises:
         ValueError: If an option is out of range.
@@ -111,13 +106,7 @@ class FSDDIM(DiffusionSystem):
 
     def __init__(
         self,
-        in_channels: int = 3,
-        base_channels: int = 128,
-        channel_mult: Sequence[int] = (1, 2, 3, 4),
-        num_res_blocks: int = 2,
         num_steps: int = 8,
-        norm: Norm = "plain",
-        activate_first_conv: bool = False,
         beta: float = 0.8,
         threshold: float = 1.0,
         reset_mechanism: Literal["zero", "subtract"] = "zero",
@@ -132,20 +121,16 @@ class FSDDIM(DiffusionSystem):
         fused: bool = False,
         optimizer: OptimizerFactory | None = None,
         lr_scheduler: LRSchedulerFactory | None = None,
+        **kwargs: Any,
     ) -> None:
         optimizer = optimizer or partial(Adam, lr=5e-4, fused=True)
         super().__init__(optimizer, lr_scheduler)
-        if num_steps < 1:
-            raise ValueError(f"num_steps={num_steps} SNN time steps; give 1 or more")
-        if not 1 <= num_inference_steps <= num_train_timesteps:
-            raise ValueError(
-                f"num_inference_steps={num_inference_steps}; give a number from 1 to the {num_train_timesteps} "
-                "steps of training"
-            )
+        check_range("num_steps", num_steps, 1)
+        check_range("num_inference_steps", num_inference_steps, 1, num_train_timesteps)
         if num_train_timesteps > max_time:
             raise ValueError(
-                f"num_train_timesteps={num_train_timesteps}, but the time embedding has max_time={max_time} rows; give "
-                f"--model.max_time {num_train_timesteps} or more"
+                f"num_train_timesteps={num_train_timesteps}, but the time embedding has only max_time={max_time} "
+                f"rows; give --model.max_time {num_train_timesteps} or more"
             )
         self.num_steps = num_steps
         self.num_inference_steps = num_inference_steps
@@ -154,26 +139,19 @@ class FSDDIM(DiffusionSystem):
             given = ", ".join(f"{name}_weight={weight}" for name, weight in self.loss_weights.items())
             raise ValueError(f"{given}; give weights of 0 or more, one of them above 0")
         self.network = FSDDIMUNet(
-            in_channels=in_channels,
-            base_channels=base_channels,
-            channel_mult=channel_mult,
-            num_res_blocks=num_res_blocks,
             max_time=max_time,
-            norm=norm,
-            activate_first_conv=activate_first_conv,
             neuron=partial(
-                SpikingNeuron,
+                LIF,
                 beta=beta,
                 threshold=threshold,
                 reset_mechanism=reset_mechanism,
-                detach_reset=True,
-                fire_at_threshold=False,
                 spike_grad=get_surrogate(spike_grad),
             ),
+            **kwargs,
         )
         self.recurrence = FusedRecurrence(self.network) if fused else None
         if self.recurrence is not None:
-            self.network.add_module("recurrence", self.recurrence)  # where a cost meter of the network finds it
+            self.network.add_module("recurrence", self.recurrence)  # so that the cost meter of the network sees it
             if self.recurrence.real_channels:
                 warnings.warn(self.recurrence.transmitted, stacklevel=2)
         self.alphas_cumprod = cosine_schedule(num_train_timesteps)
@@ -197,13 +175,13 @@ class FSDDIM(DiffusionSystem):
         return self.num_inference_steps
 
     def loss_terms(self, images: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Returns the unweighted loss terms of images `(B, C, H, W)` in [-1, 1] at a random step for each of them.
+        """Returns the unweighted loss terms of images `(B, C, H, W)` in [-1, 1], each at a uniform random step.
 
-        With `v` the target, `O` the predicted currents, `D` decoding, `E` encoding and `abar` the signal power:
+        With the target `v`, predicted currents `O`, decoding `D`, encoding `E` and signal power `abar`, the means of:
 
         - `image`: `abar (D(O) - v)^2`;
         - `spike`: `abar (O - E(v))^2`;
-        - `reconstruction`: `r (E(D(O)) - O)^2`, with `r` the size of DDIM's `q` at this step.
+        - `reconstruction`: `r (E(D(O)) - O)^2`, with `r = |q|`, the magnitude of DDIM's `q` at this step.
         """
         noise = torch.randn(images.shape, generator=generator, device=images.device, dtype=images.dtype)
         num_train_timesteps = len(self.alphas_cumprod)
@@ -211,22 +189,22 @@ class FSDDIM(DiffusionSystem):
         return self.loss_terms_at(images, noise, t)
 
     def loss_terms_at(self, images: Tensor, noise: Tensor, t: Tensor) -> dict[str, Tensor]:
-        """Returns the loss terms at given noise `(B, C, H, W)` and diffusion steps `(B,)`; see `loss_terms`."""
+        """Returns the loss terms for given noise `(B, C, H, W)` and diffusion steps `(B,)`; see `loss_terms`."""
         power, factor = self.get_buffer("signal_power")[t], self.get_buffer("reconstruction_factor")[t]
         signal, sigma = (self.get_buffer(name)[t].view(-1, 1, 1, 1) for name in ("signal", "sigma"))
-        noisy, v = signal * images + sigma * noise, signal * noise - sigma * images
+        noisy, v = noise_images(images, noise, signal, sigma), velocity(images, noise, signal, sigma)
         out = self.network(encode(noisy, self.num_steps), t).to(v.dtype)  # (T, B, C, H, W)
         decoded = decode(out)
-        spread = (out - decoded).square().mean((0, 2, 3, 4))  # (B,): decoding and encoding again leaves the mean
+        variance = (out - decoded).square().mean((0, 2, 3, 4))  # (B,), over SNN time steps
         image = (decoded - v).square().mean((1, 2, 3))
         return {
             "image": (power * image).mean(),
-            "reconstruction": (factor * spread).mean(),
-            "spike": (power * (image + spread)).mean(),  # a mean square is squared mean plus variance
+            "reconstruction": (factor * variance).mean(),
+            "spike": (power * (image + variance)).mean(),  # mean square = squared mean + variance
         }
 
     def loss(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Weighted sum of the loss terms."""
+        """Returns the weighted sum of the loss terms."""
         return self._weigh(self.loss_terms(images, generator))
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
@@ -242,19 +220,19 @@ class FSDDIM(DiffusionSystem):
         return torch.stack(weighted).sum()
 
     def trajectory(self, seeds: Tensor, image_shape: tuple[int, int, int]) -> Iterator[Tensor]:
-        """Yields the decoded `X_T`, ..., `X_0` `(B, C, H, W)`, the last clamped; `seeds[k]` alone fixes image `k`."""
+        """Yields the decoded `X_T`, ..., `X_0` `(B, C, H, W)`, the last clamped; `seeds[k]` determines image `k`."""
         for step, currents in enumerate(self.currents(seeds, image_shape)):
             images = decode(currents)
             yield images.clamp(-1, 1) if step == self.num_inference_steps else images
 
     def currents(self, seeds: Tensor, image_shape: tuple[int, int, int]) -> Iterator[Tensor]:
-        """Yields the synaptic currents `X_T`, ..., `X_0` `(T, B, C, H, W)` of the chain."""
+        """Yields the synaptic currents `X_T`, ..., `X_0` `(T, B, C, H, W)`."""
         generators = [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
         noise = randn_tensor((len(seeds), *image_shape), generator=generators, device=self.device, dtype=self.dtype)
         return self.denoise(encode(noise, self.num_steps))
 
     def denoise(self, x: Tensor) -> Iterator[Tensor]:
-        """Yields the currents `x` `(T, B, C, H, W)` at the noisiest step and after each step of DDIM."""
+        """Yields the currents `(T, B, C, H, W)`, first `x` itself and then the result of each DDIM step."""
         timesteps = self._timesteps()
         p, q = self._coefficients(timesteps)
         chain = list(zip(timesteps.tolist(), p.tolist(), q.tolist(), strict=True))
@@ -270,10 +248,10 @@ class FSDDIM(DiffusionSystem):
     def _denoise_fused(
         self, x: Tensor, chain: list[tuple[int, float, float]], recurrence: FusedRecurrence
     ) -> Iterator[Tensor]:
-        """The same chain as a recurrence of the current `A` behind the input layer; `x` is only accumulated.
+        """Runs the same chain as a recurrence of the input layer's output current `A`; `x` is only accumulated.
 
-        `A[t-1] = p (A[t] - b) + b + q (W s[t] + M)`, with `s` what the network transmits, `b` the bias of the input
-        layer, `W` the input layer after the output layer, and `M` the output layer's bias seen through the input layer.
+        `A[t-1] = p (A[t] - b) + b + q (W s[t] + M)`, with the transmitted features `s`, the input layer's bias `b`,
+        the composition `W` of output and input layer, and the output layer's bias mapped by the input layer, `M`.
         """
         recurrence.merge(self.network, x.shape[-2:])
         current = unfold(to_channels_last_on_gpu(self.network.conv_in(fold(x))), self.num_steps)
@@ -289,7 +267,7 @@ class FSDDIM(DiffusionSystem):
         return torch.full((x.shape[1],), t, device=x.device)
 
     def _timesteps(self) -> Tensor:
-        """Steps of the chain from the noisy end, equally spaced."""
+        """Returns the diffusion steps of the chain, equally spaced, noisiest first."""
         spacing = len(self.alphas_cumprod) / self.num_inference_steps
         return (torch.arange(self.num_inference_steps, 0, -1, dtype=torch.float64) * spacing).round().long() - 1
 
@@ -301,17 +279,17 @@ class FSDDIM(DiffusionSystem):
 def read_official(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Reads a released FSDDIM checkpoint.
 
-    Whether it was trained with `norm: tdbn` and with how many SNN steps cannot be read off it.
+    The norm (`plain` or `tdbn`) and the number of SNN time steps cannot be read from it.
 
     Args:
-        state: Its `model_state_dict`; kernels lose their last axis of 1.
+        state: Its `model_state_dict`; the last axis (of size 1) of kernels is removed.
 
     Returns:
-        The tensors under the names of `FSDDIMUNet`, and its size as options of `FSDDIM`.
+        The tensors under the names of `FSDDIMUNet`, and its size as arguments of `FSDDIM`.
 
     Raises:
-        KeyError: If it is not the state dict of such a network; names the first tensor it lacks.
-        CheckpointMismatchError: If a tensor is left over, missing or of another shape; lists them.
+        KeyError: If it is not the state dict of such a network; names the first missing tensor.
+        CheckpointMismatchError: If tensors are unexpected, missing or of another shape; lists them.
     """
     base_channels, in_channels = state["conv_in.weight"].shape[:2]
     num_res_blocks = 0

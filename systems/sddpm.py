@@ -3,17 +3,19 @@
 J. Cao, Z. Wang, H. Guo, H. Cheng, Q. Zhang, R. Xu, "Spiking Denoising Diffusion Probabilistic Models", WACV 2024,
 https://arxiv.org/abs/2306.17046; authors' code https://github.com/AndyCao1125/SDDPM.
 
-Official weights: the README of the authors' repository links weights for CIFAR-10 on Google Drive. `read_official` is
-written for their format and tested with a small state dict of it; the linked file has not been tried here yet.
+Loss and sampler: `GaussianDiffusion.loss`, `.trajectory`.
 
-Departures: neurons start from zero in every network call (the released sampler keeps the potentials of the last call
-of a batch for the next batch), and a real seed option. The recipe defaults to the released learning rate with the
-paper's batch size; `configs/presets/` holds both recipes unmixed.
+Official weights: the README of the authors' repository links weights for CIFAR-10 on Google Drive. `read_official`
+reads their format and is tested with a small state dict in that format; it has not been tested with the linked file.
+
+Departures: neurons start from zero in every network call (the released sampler carries the potentials of the last call
+for one batch over to the next batch), and the seed option takes effect. The recipe combines the released learning rate
+with the paper's batch size; `configs/presets/` contains both original recipes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -36,22 +38,16 @@ class SDDPM(GaussianDiffusion):
     """Spiking DDPM of Cao et al.
 
     Args:
-        in_channels: Image channels.
-        base_channels: Channels of the first level.
-        channel_mult: Channels of each level, as multiples of `base_channels`.
-        num_res_blocks: Residual blocks per level.
-        num_steps: SNN time steps T (paper: 4 or 8).
         neuron: Integrate-and-fire (`if`, published) or leaky with tau = 2 (`lif`).
         threshold: Firing threshold of every neuron; values near 1 at test time are threshold guidance.
         spike_grad: Surrogate gradient: a name of snntorch.surrogate, triangle or rectangle.
-        attention_levels: Refused if there is such a level: the published network has no attention.
-        dropout: Ignored with a warning, the released network has no dropout layer.
-        scheduler: Noise schedule and solver, a scheduler of diffusers.
+        scheduler: Noise schedule and sampler, a scheduler of diffusers.
         num_inference_steps: Diffusion steps of the sampler.
         eta: Noise of DDIM, from 0 to 1.
-        optimizer: Optimiser; if not given, the released Adam of lr 2e-4.
+        optimizer: Optimiser; by default the released Adam with lr 2e-4.
         lr_scheduler: Learning-rate schedule per step, e.g. LinearLR for a warm-up.
-        final_clip: Whether the images that the sampler ends with are clamped to [-1, 1].
+        final_clip: Whether the final images of the sampler are clamped to [-1, 1].
+        **kwargs: Arguments of `SpikingUNet`.
     """
 
     method = "sddpm"
@@ -59,40 +55,28 @@ class SDDPM(GaussianDiffusion):
 
     def __init__(
         self,
-        in_channels: int = 3,
-        base_channels: int = 128,
-        channel_mult: Sequence[int] = (1, 2, 2, 4),
-        num_res_blocks: int = 2,
-        num_steps: int = 4,
         neuron: Literal["if", "lif"] = "if",
         threshold: float = 1.0,
         spike_grad: str = "atan",
-        attention_levels: Sequence[int] = (),
-        dropout: float = 0.0,
         scheduler: SchedulerMixin | None = None,
         num_inference_steps: int = 1000,
         eta: float = 0.0,
         optimizer: OptimizerFactory | None = None,
         lr_scheduler: LRSchedulerFactory | None = None,
         final_clip: bool = False,
+        **kwargs: Any,
     ) -> None:
         scheduler = scheduler or DDPMScheduler(variance_type="fixed_large")
         make = integrate_and_fire if neuron == "if" else leaky_integrate_and_fire
         network = SpikingUNet(
-            in_channels=in_channels,
-            base_channels=base_channels,
-            channel_mult=channel_mult,
-            num_res_blocks=num_res_blocks,
-            num_steps=num_steps,
             num_train_timesteps=scheduler.config.num_train_timesteps,
             neuron=partial(make, threshold=threshold, spike_grad=get_surrogate(spike_grad)),
             temporal_scaling=self.temporal_scaling,
-            attention_levels=attention_levels,
-            dropout=dropout,
+            **kwargs,
         )
         optimizer = optimizer or partial(Adam, lr=2e-4, fused=True)
         super().__init__(network, scheduler, num_inference_steps, eta, optimizer, lr_scheduler, final_clip)
-        self.num_steps = num_steps
+        self.num_steps = network.num_steps
         self.threshold = threshold
 
 
@@ -100,16 +84,17 @@ def read_official(state: Mapping[str, Tensor], suffix: str = "") -> tuple[dict[s
     """Renames the tensors of a released checkpoint to those of `SpikingUNet`.
 
     Args:
-        state: Released state dict (`net_model`); a `module.` prefix is dropped, a 3-D kernel loses its last axis of 1.
-        suffix: What a convolution is called inside its layer: `.tsmconv` for SDM.
+        state: Released state dict (`net_model`); a `module.` prefix and the last axis (of size 1) of a 3-D kernel are
+            removed.
+        suffix: Name of a convolution within its layer: `.tsmconv` for SDM.
 
     Returns:
-        The network's state dict, and its size as arguments of the system. `num_steps` is among them for SDM alone: an
-        SDDPM works with any.
+        The network's state dict, and its size as arguments of the system. They include `num_steps` only for SDM: an
+        SDDPM works with any number.
 
     Raises:
-        KeyError: If it is not the state dict of such a network; names the first tensor it lacks.
-        CheckpointMismatchError: If a tensor is left over, missing or of another shape; lists them.
+        KeyError: If it is not the state dict of such a network; names the first missing tensor.
+        CheckpointMismatchError: If tensors are unexpected, missing or of another shape; lists them.
     """
     renamed = rename(state, lambda key: key.removeprefix("module."))
     kernel = renamed["T_output_layer.weight"]

@@ -4,17 +4,19 @@ S. Yang, H. Ma, C. Yu, A. Wang, E.-P. Li, "SDiT: Spiking Diffusion Model with Tr
 https://arxiv.org/abs/2402.11588.
 
 This network is the suite's own, fully spiking design after the paper's text, which leaves sizes, neurons and equations
-open: `SDiT` says which parts are published and which are the suite's choice. It is not the network of the public code
-https://github.com/foolLain/SDiT (CC-BY-NC; it names no authors). There the network is class-conditional and predicts
-variances too; every weight matrix receives real values, and neurons quantise the output of each mixer; images are 28x28
-with 3 channels, CIFAR-10 included; sampling takes 250 respaced steps; and training uses AdamW with learning rate 1e-4,
-without warm-up or averaged weights. Measurements of this network are not measurements of that code.
+open: `SDiT` lists the published parts and the suite's choices. It is not the network of the public code
+https://github.com/foolLain/SDiT (CC-BY-NC; no authors named), which is class-conditional and also predicts variances;
+its weight matrices receive real values, and neurons quantise the output of each mixer; its images are 28x28 with 3
+channels, CIFAR-10 included; it samples in 250 respaced steps and trains with AdamW at learning rate 1e-4, without
+warm-up or averaged weights. Measurements of this network are not measurements of that code.
+
+Loss and sampler: `GaussianDiffusion.loss`, `.trajectory`.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from diffusers import DDPMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -31,82 +33,49 @@ from systems.spiking.surrogates import get_surrogate
 class SDiT(GaussianDiffusion):
     """Spiking diffusion transformer of Yang et al.
 
-    Published: noise prediction with a mean squared error, trained by AdamW; patches and their positions enter by an ANN
-    layer, the diffusion step by a time embedding; spiking blocks of RWKV (linear in the number of tokens) in place of
-    softmax attention; input blocks, one in the middle, output blocks, with long skips from input block `i` to output
-    block `depth - i`; a learned token that travels beside the features, models the dynamics of the neurons and is
-    multiplied into the features (Reconstruction Module); a linear layer, patches back to an image, a 3x3 convolution;
-    T = 4.
+    Published: noise prediction with a mean squared error, trained by AdamW; patches and their positions enter through
+    an ANN layer, the diffusion step through a time embedding; spiking blocks with RWKV (linear in the number of tokens)
+    in place of softmax attention; input blocks, a middle block and output blocks, with long skips from input block `i`
+    to output block `depth - i`; a learned token that is processed alongside the features, models the dynamics of the
+    neurons and multiplies the features (Reconstruction Module); a final linear layer, patches to image, and a 3x3
+    convolution; T = 4.
 
-    The suite's choice: every size and constant below, the time as one more token in front, where neurons and norms
-    stand (what enters a weight of a block is a spike, the sums are real), how skips come in (`x + W spikes([x, skip])`,
-    by spikes as well), the equations of the module (`spiking_transformer.Reconstruction`), and averaged weights and
-    clipped gradients, which are options of the trainer and set in the configurations. The defaults are for 28x28
-    images; 32x32 take embed_dim 512 and depth 13, 64x64 patch_size 4 besides.
+    The suite's choice: all sizes and constants below; the diffusion step as an additional first token; the positions of
+    neurons and norms (weights of a block receive spikes, residual sums are real-valued); the form of the skips
+    (`x + W spikes([x, skip])`); the equations of the Reconstruction Module (`spiking_transformer.Reconstruction`); and
+    averaged weights and clipped gradients, which are trainer options set in the configs. The defaults are for 28x28
+    images; for 32x32 use embed_dim 512 and depth 13, for 64x64 also patch_size 4.
 
     Args:
-        in_channels: Image channels.
-        image_size: Height and width of the images (positions are learned for one size).
-        patch_size: Height and width of a patch; divides image_size.
-        embed_dim: Channels of a token, a multiple of 8.
-        depth: Blocks, an odd number: (depth - 1) / 2 in, one in the middle, as many out.
-        num_steps: SNN time steps T.
-        mlp_ratio: Hidden channels of the channel mix, as a multiple of embed_dim.
         beta: Membrane decay of every neuron and of the Reconstruction Module, from 0 to 1.
         threshold: Firing threshold of every neuron.
         reset_mechanism: Reset of the potential to zero (hard), or subtract the threshold (soft).
         spike_grad: Surrogate gradient: a name of snntorch.surrogate, triangle or rectangle.
-        inner_norm: Batch norm before the neurons behind RWKV and in the channel mix too: they then fire from the start
-            at a rate near 0.17, without it next to never at first. The small configurations use it because the network
-            trains faster with it.
-        reconstruction: Reconstruction Module; false is the ablation.
-        attention: Mix of the tokens: rwkv (published), or softmax of every token to every token, the ablation.
-        num_heads: Heads of softmax attention; divides embed_dim.
-        embedding: Patches as real values of an ANN layer (ann, published), or by a neuron (spiking), the ablation.
-        scan: RWKV sees the tokens before each one (causal), or adds a scan from the last to the first (bidirectional).
-        scheduler: Noise schedule and solver, a scheduler of diffusers.
+        scheduler: Noise schedule and sampler, a scheduler of diffusers.
         num_inference_steps: Diffusion steps of the sampler.
         eta: Noise of DDIM, from 0 to 1.
-        optimizer: Optimiser; if not given, the published AdamW with U-ViT's numbers.
-        lr_scheduler: Learning-rate schedule per step; U-ViT's warm-up of 2,500 steps if not given.
+        optimizer: Optimiser; by default the published AdamW with U-ViT's settings.
+        lr_scheduler: Learning-rate schedule per step; by default U-ViT's warm-up of 2,500 steps.
+        **kwargs: Arguments of `SpikingTransformer`.
     """
 
     method = "sdit"
 
     def __init__(
         self,
-        in_channels: int = 1,
-        image_size: int = 28,
-        patch_size: int = 2,
-        embed_dim: int = 384,
-        depth: int = 9,
-        num_steps: int = 4,
-        mlp_ratio: float = 4.0,
         beta: float = 0.5,
         threshold: float = 1.0,
         reset_mechanism: Literal["zero", "subtract"] = "zero",
         spike_grad: str = "atan",
-        inner_norm: bool = False,
-        reconstruction: bool = True,
-        attention: Literal["rwkv", "softmax"] = "rwkv",
-        num_heads: int = 8,
-        embedding: Literal["ann", "spiking"] = "ann",
-        scan: Literal["causal", "bidirectional"] = "causal",
         scheduler: SchedulerMixin | None = None,
         num_inference_steps: int = 1000,
         eta: float = 0.0,
         optimizer: OptimizerFactory | None = None,
         lr_scheduler: LRSchedulerFactory | None = lambda o: LinearLR(o, start_factor=0.0004, total_iters=2500),
+        **kwargs: Any,
     ) -> None:
         scheduler = scheduler or DDPMScheduler(variance_type="fixed_large")
         network = SpikingTransformer(
-            in_channels=in_channels,
-            image_size=image_size,
-            patch_size=patch_size,
-            embed_dim=embed_dim,
-            depth=depth,
-            num_steps=num_steps,
-            mlp_ratio=mlp_ratio,
             num_train_timesteps=scheduler.config.num_train_timesteps,
             beta=beta,
             neuron=partial(
@@ -116,14 +85,9 @@ class SDiT(GaussianDiffusion):
                 reset_mechanism=reset_mechanism,
                 spike_grad=get_surrogate(spike_grad),
             ),
-            inner_norm=inner_norm,
-            reconstruction=reconstruction,
-            attention=attention,
-            num_heads=num_heads,
-            embedding=embedding,
-            scan=scan,
+            **kwargs,
         )
         optimizer = optimizer or partial(AdamW, lr=2e-4, betas=(0.99, 0.999), weight_decay=0.03, fused=True)
         super().__init__(network, scheduler, num_inference_steps, eta, optimizer, lr_scheduler)
-        self.num_steps = num_steps
+        self.num_steps = network.num_steps
         self.threshold = threshold

@@ -4,10 +4,9 @@ J. Cao, H. Guo, Z. Wang, D. Zhou, H. Cheng, Q. Zhang, R. Xu, "Spiking Diffusion 
 https://arxiv.org/abs/2408.16467; authors' code https://github.com/AndyCao1125/SDM.
 
 The temporal-wise spiking mechanism (TSM) scales the current of step `k` by `p[k]`, 1.0 before training, so that an SDM
-starts as the SDDPM it comes from. Weights and factors are trained together with a fresh optimiser for less than a tenth
-of the SDDPM's steps. The other parts of the paper belong to no single method: threshold guidance is the option
-`threshold`, the solvers are schedulers (`systems/diffusion/` and diffusers), the conversion of an ANN is
-`systems/ann_snn.py`.
+starts out equal to its SDDPM. Weights and factors are trained jointly with a fresh optimiser for less than a tenth of
+the SDDPM's steps. The other parts of the paper apply to several methods: threshold guidance is the option `threshold`,
+the samplers are schedulers (`systems/diffusion/` and diffusers), and the conversion of an ANN is `systems/ann_snn.py`.
 """
 
 from __future__ import annotations
@@ -17,12 +16,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from systems import sddpm
 from systems.checkpoints import check_state, network_state, read_trained
-from systems.figures import plot_factors
+from systems.figures import Figure, plot_factors
 from systems.networks.spiking_unet import SpikingUNet, TemporalConv2d
 from systems.sddpm import SDDPM
 
@@ -31,8 +29,8 @@ class SDM(SDDPM):
     """Spiking diffusion model with temporal-wise spiking of Cao et al.
 
     Args:
-        init_from: SDDPM checkpoint to fine-tune, of the same size; none trains from scratch, as the paper does not.
-        **kwargs: Arguments of SDDPM; `num_steps` is fixed once trained.
+        init_from: SDDPM checkpoint of the same size to fine-tune, as published; None trains from scratch.
+        **kwargs: Arguments of `SDDPM`; `num_steps` cannot change after training.
     """
 
     method = "sdm"
@@ -45,12 +43,12 @@ class SDM(SDDPM):
         self._loaded = False
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Notes that training is resumed."""
+        """Records that training is resumed."""
         super().on_load_checkpoint(checkpoint)
         self._loaded = True
 
     def on_fit_start(self) -> None:
-        """Takes the weights of the SDDPM when training starts, but not when it is resumed.
+        """Loads the weights of the SDDPM when training starts, but not when it resumes.
 
         Raises:
             CheckpointMismatchError: If the checkpoint is of another method, size or diffusion process.
@@ -78,7 +76,7 @@ def read_official(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[
 
 
 def from_sddpm(state: Mapping[str, Tensor], network: SpikingUNet, source: str = "the SDDPM") -> dict[str, Tensor]:
-    """Turns the state dict of an SDDPM's network into that of an SDM's, with factors of 1.0.
+    """Converts the state dict of an SDDPM's network to one of an SDM's network, with factors of 1.0.
 
     Raises:
         CheckpointMismatchError: If the networks differ in size.

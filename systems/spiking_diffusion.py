@@ -2,16 +2,17 @@
 
 M. Liu, J. Gan, R. Wen, T. Li, Y. Chen, H. Chen, "Spiking-Diffusion: Vector Quantized Discrete Diffusion Model with
 Spiking Neural Networks", https://arxiv.org/abs/2308.10187; authors' code https://github.com/Arktis2022/Spiking-Diffusion.
-The diffusion is that of Bond-Taylor et al., "Unleashing Transformers", ECCV 2022, https://arxiv.org/abs/2111.12701.
+Diffusion process: Bond-Taylor et al., "Unleashing Transformers", ECCV 2022, https://arxiv.org/abs/2111.12701.
 
-Training has two stages. First the autoencoder (`systems/vq_svae.py`) learns images; then it is frozen, the training
-images become grids of code indices once, and the denoiser (`systems/sdid.py`) learns to fill in masked ones. At step
-`t` of `num_train_timesteps` each token is masked with probability `t / num_train_timesteps`.
+Training has two stages. Stage one trains the autoencoder (`systems/networks/vq_svae.py`) on images. Then it is frozen,
+the training images are encoded once as grids of code indices, and stage two trains the denoiser
+(`systems/networks/sdid.py`) to predict masked codes. At step `t` of `num_train_timesteps` each token is masked with
+probability `t / num_train_timesteps`.
 
-Departures: neurons start from zero in every network call (the release lets the membranes of one batch leak into the
-next while it extracts indices); the batches of stage two are shuffled anew in each epoch (`fixed_batches` is the
-release); pixels are rounded to bytes, not truncated. As released, fewer sampling steps `n` walk `t = n, ..., 1`, so
-that the denoiser does not see the steps above `n`.
+Departures: neurons start from zero in every network call (in the released code, potentials of one batch carry over to
+the next while indices are extracted); the batches of stage two are shuffled in each epoch (`fixed_batches` does as
+released); pixels are rounded to bytes, not truncated. As released, a sampler with `n < num_train_timesteps` steps
+visits `t = n, ..., 1`, so that the denoiser is not evaluated at the steps above `n`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import AdamW
@@ -36,20 +36,22 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from systems.base import DiffusionSystem, OptimizerFactory
 from systems.checkpoints import CheckpointMismatchError, check_state, read_trained
 from systems.diffusion.absorbing import Objective, denoising_loss, unmask
-from systems.figures import perplexity, plot_reconstructions, plot_usage
+from systems.figures import Figure, perplexity, plot_reconstructions, plot_usage
+from systems.networks.checks import check_range
 from systems.networks.sdid import SDID
 from systems.networks.vq_svae import REDUCTION, VQSVAE, Reconstruction, equilibrium_loss
 from systems.spiking.neurons import leaky_integrate_and_fire
 from systems.spiking.surrogates import get_surrogate
 
 COLLAPSED = 0.1
-"""Share of the codes in use below which the codebook counts as collapsed.
+"""The codebook counts as collapsed if a smaller share of its codes is in use.
 
-Not their perplexity: one code stands for an empty background, so that a healthy codebook of MNIST has one of about 5.
+Perplexity is not a criterion: one code represents the empty background, so that even a healthy codebook of MNIST has a
+perplexity of only about 5.
 """
 
 SSIM_WINDOW = 11
-"""Side length in pixels of the window of structural similarity, by its standard deviation of 1.5."""
+"""Side length in pixels of the Gaussian window of structural similarity, whose standard deviation is 1.5."""
 
 SHOWN_IMAGES = 8
 """Images in the figure of reconstructions."""
@@ -58,9 +60,9 @@ SHOWN_IMAGES = 8
 class SpikingDiffusion(DiffusionSystem):
     """Spiking-Diffusion of Liu et al.
 
-    One `fit` trains both stages and ends by itself; a checkpoint resumes in the stage where it was written. An epoch is
-    one pass over the training images in both stages. The codes of stage two are computed once, of images that are
-    not mirrored, whatever `--data.flip` says.
+    One `fit` trains both stages and ends by itself; training resumes in the stage in which the checkpoint was written.
+    In both stages, an epoch is one pass over the training images. The codes of stage two are computed once, from images
+    that are not mirrored, regardless of `--data.flip`.
 
     Args:
         in_channels: Image channels.
@@ -71,18 +73,18 @@ class SpikingDiffusion(DiffusionSystem):
         num_steps: SNN time steps T of both networks.
         threshold: Firing threshold of every neuron; values near 1 at test time are threshold guidance.
         spike_grad: Surrogate gradient: a name of snntorch.surrogate, triangle or rectangle.
-        mask_id: Number that stands for a masked token: num_codes if not given, or a code that doubles as the mask.
-        num_train_timesteps: Diffusion steps; as published, the tokens of an image: a sixteenth of its pixels.
-        num_inference_steps: Diffusion steps of the sampler, at most those of training, which none takes.
-        temperature: Divides the logits in sampling; below 1 likely codes get likelier.
-        objective: Likelihood bound of stage two, reweighted as published or plain.
-        fixed_batches: Whether stage two sees the same batches in each epoch, as released.
+        mask_id: Index of a masked token: num_codes by default, or a code that doubles as the mask.
+        num_train_timesteps: Diffusion steps; as published, the number of tokens, a sixteenth of the pixels.
+        num_inference_steps: Diffusion steps of the sampler, at most num_train_timesteps, which is the default.
+        temperature: Divides the logits during sampling; values below 1 favour likely codes.
+        objective: Likelihood bound of stage two, reweighted (published) or plain.
+        fixed_batches: Whether stage two uses the same batches in each epoch, as released.
         autoencoder_epochs: Epochs of stage one.
-        denoiser_epochs: Epochs of stage two; 0 ends after stage one.
-        init_from: Checkpoint whose stage one is taken; training is stage two alone.
-        data_variance: Variance of the training images in [0, 1], which divides the error of reconstruction; measured
-            if not given.
-        autoencoder_optimizer: Optimiser of stage one; if not given, the released AdamW (lr and weight decay 1e-3).
+        denoiser_epochs: Epochs of stage two; 0 trains only stage one.
+        init_from: Checkpoint with a trained stage one; only stage two is trained.
+        data_variance: Variance of the training images in [0, 1], which divides the reconstruction error; measured by
+            default.
+        autoencoder_optimizer: Optimiser of stage one; by default the released AdamW (lr and weight decay 1e-3).
         denoiser_optimizer: Optimiser of stage two, likewise.
 
     Raises:
@@ -120,22 +122,15 @@ class SpikingDiffusion(DiffusionSystem):
         if mask_id is not None and not 0 <= mask_id <= num_codes:
             raise ValueError(
                 f"mask_id={mask_id} is outside the codebook of {num_codes} codes; give 0 to {num_codes - 1} for a code "
-                f"that doubles as the mask, or {num_codes} for a symbol of its own"
+                f"that doubles as the mask, or {num_codes} for a separate mask symbol"
             )
-        if num_train_timesteps < 1:
-            raise ValueError(f"num_train_timesteps={num_train_timesteps} diffusion steps; give 1 or more")
+        check_range("num_train_timesteps", num_train_timesteps, 1)
         num_inference_steps = num_train_timesteps if num_inference_steps is None else num_inference_steps
-        if not 1 <= num_inference_steps <= num_train_timesteps:
-            raise ValueError(
-                f"num_inference_steps={num_inference_steps}; give a number from 1 to the {num_train_timesteps} steps "
-                "of training (num_train_timesteps)"
-            )
+        check_range("num_inference_steps", num_inference_steps, 1, num_train_timesteps)
         if not temperature > 0:
             raise ValueError(f"temperature={temperature} cannot divide logits; give a number above 0")
-        if min(autoencoder_epochs, denoiser_epochs) < 0:
-            raise ValueError(
-                f"autoencoder_epochs={autoencoder_epochs}, denoiser_epochs={denoiser_epochs}; give 0 epochs or more"
-            )
+        check_range("autoencoder_epochs", autoencoder_epochs, 0)
+        check_range("denoiser_epochs", denoiser_epochs, 0)
         if data_variance is not None and not data_variance > 0:
             raise ValueError(f"data_variance={data_variance} cannot divide an error; give a number above 0")
         neuron = partial(leaky_integrate_and_fire, threshold=threshold, spike_grad=get_surrogate(spike_grad))
@@ -145,7 +140,7 @@ class SpikingDiffusion(DiffusionSystem):
                 "denoiser": SDID(num_codes, base_channels, num_steps, neuron),
             }
         )
-        self.automatic_optimization = False  # each stage has an optimiser of its own
+        self.automatic_optimization = False  # each stage has its own optimiser
         self.num_codes = num_codes
         self.num_steps = num_steps
         self.threshold = threshold
@@ -162,10 +157,10 @@ class SpikingDiffusion(DiffusionSystem):
         self._denoiser_optimizer = denoiser_optimizer or released
         self._in_stage_two = self.autoencoder_epochs == 0
         self._codes: Tensor | None = None  # of all training images, (N, h, w)
-        self._order = torch.empty(0, dtype=torch.long)  # of stage two in this epoch
+        self._order = torch.empty(0, dtype=torch.long)  # of the codes in this epoch of stage two
         self._usage = torch.zeros(num_codes, dtype=torch.long)
         self._shown: Tensor | None = None  # images of the figure of reconstructions
-        self._collapse_told = False
+        self._collapse_reported = False
 
     @property
     def autoencoder(self) -> VQSVAE:
@@ -179,12 +174,12 @@ class SpikingDiffusion(DiffusionSystem):
 
     @property
     def solver(self) -> str:
-        """Name of the sampler, with its temperature where that is not 1."""
+        """Name of the sampler, with its temperature if it is not 1."""
         return "absorbing" if self.temperature == 1 else f"absorbing(temperature={self.temperature:g})"
 
     @property
     def nfe(self) -> int:
-        """Evaluations of the denoiser per image; the codes are decoded once."""
+        """Evaluations of the denoiser per image; the decoder runs only once."""
         return self.num_inference_steps
 
     @property
@@ -195,14 +190,14 @@ class SpikingDiffusion(DiffusionSystem):
     # Training
 
     def configure_optimizers(self) -> Any:
-        """Makes the optimisers of both stages."""
+        """Returns the optimisers of both stages."""
         return [self._optimizer(self.autoencoder.parameters()), self._denoiser_optimizer(self.denoiser.parameters())]
 
     def setup(self, stage: str) -> None:
-        """Measures the images, takes stage one from another checkpoint if one is given, and sets the end of training.
+        """Measures the data variance, loads stage one from `init_from` if given, and sets the number of epochs.
 
         Raises:
-            ValueError: If there is nothing to train, or no stage one for stage two.
+            ValueError: If there is nothing to train, or stage two has no trained stage one.
             CheckpointMismatchError: If `init_from` is of another method or size.
         """
         if stage in ("fit", "validate") and self.data_variance is None:
@@ -212,12 +207,12 @@ class SpikingDiffusion(DiffusionSystem):
         epochs = self.autoencoder_epochs + self.denoiser_epochs
         if not epochs:
             raise ValueError(
-                "autoencoder_epochs and denoiser_epochs leave nothing to train; give --model.denoiser_epochs 1 or more"
+                "autoencoder_epochs=0, denoiser_epochs=0: nothing to train; give --model.denoiser_epochs 1 or more"
             )
         if self._in_stage_two and not self.trainer.ckpt_path:
             if self.init_from is None:
                 raise ValueError(
-                    "stage two needs the codes of stage one; give --model.init_from CHECKPOINT of a stage one, or "
+                    "stage two needs the codes of stage one; give --model.init_from CHECKPOINT with a stage one, or "
                     "--model.autoencoder_epochs 1 or more"
                 )
             checkpoint = read_trained(self.init_from, self.method)
@@ -229,11 +224,11 @@ class SpikingDiffusion(DiffusionSystem):
             self.trainer.fit_loop.max_epochs = epochs
 
     def on_train_start(self) -> None:
-        """Enters the stage that is due; a training resumed within an epoch does not start that epoch again."""
+        """Enters the current stage, also if training resumes within an epoch, without `on_train_epoch_start`."""
         self.on_train_epoch_start()
 
     def on_train_epoch_start(self) -> None:
-        """Enters the stage that is due, and shuffles the codes of stage two."""
+        """Enters the current stage, and shuffles the codes of stage two."""
         self._in_stage_two = self.current_epoch >= self.autoencoder_epochs
         if not self._in_stage_two:
             self._usage = torch.zeros(self.num_codes, dtype=torch.long, device=self.device)
@@ -241,15 +236,15 @@ class SpikingDiffusion(DiffusionSystem):
         if self._codes is None:
             self._codes = self._extract()
             self._usage = self._codes.flatten().long().bincount(minlength=self.num_codes)
-            self._tell_collapse()
+            self._warn_of_collapse()
         epoch = 0 if self.fixed_batches else self.current_epoch
-        seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) + epoch  # as the order of the images in stage one
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) + epoch  # as for the order of images in stage one
         order = torch.randperm(len(self._codes), generator=torch.Generator().manual_seed(seed))
         self._order = order[self.global_rank :: self.trainer.world_size]
 
     @torch.no_grad()
     def _extract(self) -> Tensor:
-        """Returns the codes of all training images, `(N, h, w)`, by the autoencoder in evaluation mode."""
+        """Returns the codes of all training images, `(N, h, w)`, computed in evaluation mode."""
         dtype = torch.uint8 if self.num_codes <= 256 else torch.int32
         batches = _in_order(cast(DataLoader[Tensor], self.trainer.train_dataloader))
         with _evaluating(self.autoencoder) as autoencoder:
@@ -257,12 +252,12 @@ class SpikingDiffusion(DiffusionSystem):
             return torch.cat([autoencoder.quantise(e).to("cpu", dtype) for e in features])
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """Takes one step of the stage that is due.
+        """Takes one step of the current stage.
 
-        In stage two the loader only counts: a step takes as many cached codes, in the order drawn for the epoch.
+        Stage two uses only the size of the batch: it takes that many cached codes, in the order drawn for the epoch.
         """
         self.zero_grad()
-        if self._shown is None:  # nothing is held out
+        if self._shown is None:  # no validation images
             self._shown = batch[:SHOWN_IMAGES]
         if self._in_stage_two:
             assert self._codes is not None
@@ -279,40 +274,40 @@ class SpikingDiffusion(DiffusionSystem):
         return loss
 
     def on_train_epoch_end(self) -> None:
-        """Logs how much of the codebook is in use."""
+        """Logs the use of the codebook."""
         if not self._in_stage_two:
             self._usage = cast(Tensor, self.trainer.strategy.reduce(self._usage, reduce_op="sum"))
-            self._tell_collapse()
+            self._warn_of_collapse()
         self.log("codebook/perplexity", perplexity(self._usage))
         self.log("codebook/dead_codes", float((self._usage == 0).sum()))
 
-    def _tell_collapse(self) -> None:
-        """Warns once of a codebook of which hardly a code is in use."""
+    def _warn_of_collapse(self) -> None:
+        """Warns once if hardly any codes are in use."""
         used = int((self._usage > 0).sum())
-        if used < max(2, COLLAPSED * self.num_codes) and not self._collapse_told:
-            self._collapse_told = True
+        if used < max(2, COLLAPSED * self.num_codes) and not self._collapse_reported:
+            self._collapse_reported = True
             warnings.warn(
                 f"codebook collapse: {used} of {self.num_codes} codes are in use in epoch {self.current_epoch}, "
-                f"perplexity {perplexity(self._usage):.1f}; images are told apart by so few symbols alone. If it stays "
-                "so, give fewer --model.num_codes, a smaller learning rate or another seed",
+                f"perplexity {perplexity(self._usage):.1f}; images are distinguished by only these. If this persists, "
+                "use fewer --model.num_codes, a smaller learning rate or another seed",
                 stacklevel=2,
             )
 
     def loss(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Sum of both stages' losses; before stage two, that of a denoiser which holds all codes for equally likely.
+        """Returns the sum of both stages' losses; before stage two the denoiser's loss is that of uniform logits.
 
-        So it falls through all of training, and what is lowest is best.
+        It therefore decreases throughout training, and the lowest value marks the best checkpoint.
         """
         reconstruction = self.autoencoder(images / 2)
         return self._autoencoder_loss(reconstruction, images) + self._denoising_loss(reconstruction.indices, generator)
 
     def _autoencoder_loss(self, reconstruction: Reconstruction, images: Tensor) -> Tensor:
-        """Equilibrium of the quantiser, and squared error of the images `(B, C, H, W)` in units of their variance."""
+        """Equilibrium loss of the quantiser, plus the images' mean squared error over their variance."""
         assert self.data_variance is not None
         return equilibrium_loss(reconstruction) + F.mse_loss(reconstruction.images, images / 2) / self.data_variance
 
     def _denoising_loss(self, codes: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Loss of codes `(B, h, w)`, each image at a uniform random step."""
+        """Returns the loss of codes `(B, h, w)`, each image at a uniform random step."""
         steps = self.num_train_timesteps
         t = torch.randint(1, steps + 1, (len(codes),), generator=generator, device=codes.device)
         masked = torch.rand(codes.shape, generator=generator, device=codes.device) < (t / steps)[:, None, None]
@@ -323,7 +318,7 @@ class SpikingDiffusion(DiffusionSystem):
         return denoising_loss(logits, codes, masked, t, steps, self.objective)
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        """Logs the loss, and keeps the first images for a figure."""
+        """Logs the loss, and keeps the first images for the figure of reconstructions."""
         super().validation_step(batch, batch_idx)
         if batch_idx == 0:
             self._shown = batch[:SHOWN_IMAGES]
@@ -331,33 +326,34 @@ class SpikingDiffusion(DiffusionSystem):
     # Sampling
 
     def trajectory(self, seeds: Tensor, image_shape: tuple[int, int, int]) -> Iterator[Tensor]:
-        """Yields the images `(B, C, H, W)` decoded from ever fewer masked tokens, for which zero vectors stand in."""
+        """Yields the decoded images `(B, C, H, W)` after each step; masked tokens are decoded as zero vectors."""
         for tokens, masked in self._unmask(seeds, image_shape):
             yield self._decode(tokens, masked)
 
     @torch.no_grad()
     def sample(self, seeds: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
-        """Returns one image for each seed, `(B, C, H, W)` in [-1, 1]; decodes only the last tokens."""
+        """Returns one image per seed, `(B, C, H, W)` in [-1, 1]; only the final tokens are decoded."""
         return self._decode(*deque(self._unmask(seeds, image_shape), maxlen=1)[0])
 
     def _unmask(self, seeds: Tensor, image_shape: tuple[int, int, int]) -> Iterator[tuple[Tensor, Tensor]]:
         channels, height, width = image_shape
         if channels != self.autoencoder.in_channels or height % REDUCTION or width % REDUCTION:
             raise ValueError(
-                f"images of shape {image_shape} have no grid of codes; give {self.autoencoder.in_channels} channels "
-                f"(--model.in_channels) and sides that are multiples of {REDUCTION} (--data.image_size)"
+                f"images of shape {image_shape} cannot be divided into a grid of codes; give "
+                f"{self.autoencoder.in_channels} channels (--model.in_channels) and sides that are multiples of "
+                f"{REDUCTION} (--data.image_size)"
             )
         shape = (height // REDUCTION, width // REDUCTION)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
         uniforms = (
-            self._sent(torch.stack([torch.rand(2, *shape, generator=generator) for generator in generators]))
+            self._to_device(torch.stack([torch.rand(2, *shape, generator=generator) for generator in generators]))
             for _ in range(self.num_inference_steps)
         )
         masked = torch.ones(len(seeds), *shape, dtype=torch.bool, device=self.device)
         return unmask(self.denoiser, masked, uniforms, self.num_inference_steps, self.mask_id, self.temperature)
 
-    def _sent(self, x: Tensor) -> Tensor:
-        """Returns a tensor on the system's device; a GPU is not waited for."""
+    def _to_device(self, x: Tensor) -> Tensor:
+        """Copies a tensor to the system's device without GPU synchronisation."""
         return x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else x.to(self.device)
 
     def _decode(self, tokens: Tensor, masked: Tensor) -> Tensor:
@@ -367,10 +363,10 @@ class SpikingDiffusion(DiffusionSystem):
     # Testing
 
     def on_test_start(self) -> None:
-        """Warns if there is nothing yet that generates."""
+        """Warns if the denoiser is untrained."""
         if not self.generates:
             warnings.warn(
-                "this checkpoint is of stage one: its reconstructions can be judged, its samples are those of an "
+                "this checkpoint is of stage one: its reconstructions are meaningful, its samples come from an "
                 "untrained denoiser; train stage two with `fit` from this checkpoint",
                 stacklevel=2,
             )
@@ -379,12 +375,12 @@ class SpikingDiffusion(DiffusionSystem):
         """Compares images with their reconstructions: mean and standard error over the images.
 
         Args:
-            batches: Images `(B, C, H, W)` in [-1, 1]; black is padded to, and cut off again, where the method is
-                trained on larger images.
+            batches: Images `(B, C, H, W)` in [-1, 1]; they are padded with black, and their reconstructions cropped, if
+                the method is trained on larger images.
 
         Returns:
-            `reconstruction_mse` and `reconstruction_ssim` (11x11 Gaussian window of torchmetrics), of pixels in [0, 1];
-            and as released, of outputs before clipping, `reconstruction_mse_released` and
+            `reconstruction_mse` and `reconstruction_ssim` (11x11 Gaussian window of torchmetrics) of pixels in [0, 1];
+            and, as released, of outputs before clipping, `reconstruction_mse_released` and
             `reconstruction_dssim_released`: 1 - SSIM of images in [-0.5, 0.5], padded with zeros.
         """
         values: dict[str, list[Tensor]] = defaultdict(list)
@@ -412,14 +408,14 @@ class SpikingDiffusion(DiffusionSystem):
 
     @torch.no_grad()
     def _reconstruct(self, images: Tensor, clip: bool = True) -> Tensor:
-        """Returns what the autoencoder makes of images `(B, C, H, W)` in [-1, 1], in evaluation mode."""
+        """Returns the reconstructions of images `(B, C, H, W)` in [-1, 1], computed in evaluation mode."""
         with _evaluating(self.autoencoder):
-            found: Tensor = 2 * self.autoencoder(images / 2).images
-        return found.clamp(-1, 1) if clip else found
+            images = 2 * self.autoencoder(images / 2).images
+        return images.clamp(-1, 1) if clip else images
 
     @property
     def process(self) -> dict[str, int]:
-        """What a denoiser is bound to: number of diffusion steps and number of the mask."""
+        """Options fixed by training: number of diffusion steps and index of the mask."""
         return {"num_train_timesteps": self.num_train_timesteps, "mask_id": self.mask_id}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -429,34 +425,34 @@ class SpikingDiffusion(DiffusionSystem):
         checkpoint["in_stage_two"] = self._in_stage_two
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of another method, network or diffusion process; takes its stage."""
+        """Rejects a checkpoint of another method, network or diffusion process; restores its stage."""
         super().on_load_checkpoint(checkpoint)
         trained = checkpoint.get("process", self.process)
         different = [f"{k}={trained.get(k)} instead of {v}" for k, v in self.process.items() if trained.get(k) != v]
         if different:
             raise CheckpointMismatchError(
-                f"the checkpoint was trained with {', '.join(different)}; give --model the values of training"
+                f"the checkpoint was trained with {', '.join(different)}; use the --model options of training"
             )
         self._in_stage_two = checkpoint.get("in_stage_two", True)
 
 
 def _mean_square(errors: Tensor) -> Tensor:
-    """Mean square of each image's errors `(B, C, H, W)`."""
+    """Mean square of each image's errors, `(B, C, H, W)` to `(B,)`."""
     return errors.square().flatten(1).mean(1)
 
 
 def _similarity(ours: Tensor, theirs: Tensor, zero_edge: bool = False) -> Tensor:
-    """Structural similarity of each pair of images `(B, C, H, W)` on a range of 1, mirrored or zero beyond the edge."""
+    """Structural similarity `(B,)` of image pairs `(B, C, H, W)` with a range of 1; mirror or zero padding."""
     edge = SSIM_WINDOW // 2 if zero_edge else 0
     a, b = (F.pad(x, [edge] * 4) for x in (ours, theirs))
-    _, places = structural_similarity_index_measure(a, b, data_range=1.0, return_full_image=True)
+    _, similarity = structural_similarity_index_measure(a, b, data_range=1.0, return_full_image=True)
     height, width = ours.shape[-2:]
-    return places[..., edge : edge + height, edge : edge + width].flatten(1).mean(1)
+    return similarity[..., edge : edge + height, edge : edge + width].flatten(1).mean(1)
 
 
 @contextmanager
 def _evaluating(network: VQSVAE) -> Iterator[VQSVAE]:
-    """Holds a network in evaluation mode."""
+    """Keeps a network in evaluation mode within the context."""
     training = network.training
     network.eval()
     try:
@@ -466,7 +462,7 @@ def _evaluating(network: VQSVAE) -> Iterator[VQSVAE]:
 
 
 def _in_order(loader: DataLoader[Tensor]) -> DataLoader[Tensor]:
-    """Returns a loader of the same images, all of them, unshuffled."""
+    """Returns a loader of all images of a loader, unshuffled."""
     return DataLoader(loader.dataset, loader.batch_size, collate_fn=loader.collate_fn)
 
 
@@ -494,8 +490,8 @@ def read_official(
         The network's state dict, and its size as arguments of the system.
 
     Raises:
-        KeyError: If they are not such state dicts; names the first tensor that is missing.
-        CheckpointMismatchError: If a tensor is left over, missing or of another shape; lists them.
+        KeyError: If they are not such state dicts; names the first missing tensor.
+        CheckpointMismatchError: If tensors are unexpected, missing or of another shape; lists them.
     """
     arguments: dict[str, Any] = {
         "in_channels": autoencoder["encoder.snn_convs.0.weight"].shape[1],
@@ -505,7 +501,7 @@ def read_official(
         "base_channels": denoiser["conv1.0.weight"].shape[0],
         "num_steps": len(autoencoder["memout.coef"]),
     }
-    constant = ("memout.coef", "vq_layer.memout.coef")  # powers of the membrane's decay
+    constant = ("memout.coef", "vq_layer.memout.coef")  # powers of the membrane decay, constant
     renamed = {f"autoencoder.{_rename(k)}": v for k, v in autoencoder.items() if k not in constant}
     renamed |= {f"denoiser.{_rename(k)}": v for k, v in denoiser.items()}
     with torch.device("meta"):
@@ -515,7 +511,7 @@ def read_official(
 
 
 def _rename(key: str) -> str:
-    """Name of a tensor here, after its released one: a layer of three modules counts as one."""
+    """Converts a released tensor name to ours; three released modules form one `SpikingConv`."""
     for theirs, ours in (
         ("decoder.snn_convs.6.", "output."),
         ("vq_layer.embeddings.", "codebook."),

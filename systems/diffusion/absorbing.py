@@ -1,4 +1,4 @@
-"""Absorbing-state diffusion of code indices: its loss and its sampler.
+"""Absorbing-state diffusion of code indices: loss and sampler.
 
 S. Bond-Taylor et al., "Unleashing Transformers", ECCV 2022, https://arxiv.org/abs/2111.12701. At step `t` of
 `num_train_timesteps` each token is masked with probability `t / num_train_timesteps`.
@@ -22,19 +22,18 @@ Objective = Literal["reweighted_elbo", "elbo"]
 def denoising_loss(
     logits: Tensor, codes: Tensor, masked: Tensor, t: Tensor, num_train_timesteps: int, objective: Objective
 ) -> Tensor:
-    """Bound on the negative log-likelihood of codes, in bits per token, mean over the images.
+    """Returns a bound on the negative log-likelihood of codes, in bits per token, averaged over the images.
 
-    The cross-entropy of an image's masked tokens counts `num_train_timesteps / t` (`elbo`), or `1 - t /
-    num_train_timesteps` (`reweighted_elbo`, arXiv 2111.12701, section 4.2), which gives no weight to the fully masked
-    image.
+    The cross-entropy of an image's masked tokens has the weight `num_train_timesteps / t` (`elbo`) or
+    `1 - t / num_train_timesteps` (`reweighted_elbo`, arXiv 2111.12701, section 4.2; 0 for fully masked images).
 
     Args:
         logits: `(B, num_codes, h, w)`.
         codes: `(B, h, w)`.
-        masked: Which of them were masked, `(B, h, w)`.
+        masked: True where a token was masked, `(B, h, w)`.
         t: Diffusion steps `(B,)`, from 1.
         num_train_timesteps: Number of diffusion steps.
-        objective: Weight of the steps.
+        objective: Weighting of the steps.
     """
     nats = (F.cross_entropy(logits.float(), codes, reduction="none") * masked).sum((1, 2))
     weight = num_train_timesteps / t if objective == "elbo" else 1 - t / num_train_timesteps
@@ -44,31 +43,31 @@ def denoising_loss(
 def unmask(
     denoiser: nn.Module, masked: Tensor, uniforms: Iterable[Tensor], num_steps: int, mask_id: int, temperature: float
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Samples codes by absorbing diffusion: yields tokens and which are masked, both `(B, h, w)`, step by step.
+    """Samples codes by absorbing diffusion; yields tokens and mask, both `(B, h, w)`, first and after each step.
 
-    Step `t` of `num_steps, ..., 1` fills each masked token with probability `1 / t`, so that none is left in the end.
+    Step `t` of `num_steps, ..., 1` fills each masked token with probability `1 / t`, so that none remains at the end.
 
     Args:
-        denoiser: Gives logits `(B, num_codes, h, w)` of tokens `(B, h, w)` and steps `(B,)`.
+        denoiser: Maps tokens `(B, h, w)` and steps `(B,)` to logits `(B, num_codes, h, w)`.
         masked: Tokens masked at the start, `(B, h, w)`.
-        uniforms: Uniform numbers `(B, 2, h, w)` for each step: which tokens to fill, and with which code.
-        num_steps: Number of steps.
-        mask_id: Number of the mask.
+        uniforms: Uniform random numbers `(B, 2, h, w)` for each step: which tokens to fill, and with which code.
+        num_steps: Diffusion steps.
+        mask_id: Index of the mask.
         temperature: Divides the logits.
     """
     tokens = torch.full(masked.shape, mask_id, device=masked.device)
     yield tokens, masked
     replay = Replay(denoiser, denoiser)
     for t, u in zip(range(num_steps, 0, -1), uniforms, strict=True):
-        due = masked & (u[:, 0] < 1 / t)
+        filled = masked & (u[:, 0] < 1 / t)
         logits = replay(tokens, torch.full((len(tokens),), t, device=tokens.device)) / temperature
-        tokens = torch.where(due, _draw(logits.float(), u[:, 1]), tokens)
-        masked = masked & ~due
+        tokens = torch.where(filled, _draw(logits.float(), u[:, 1]), tokens)
+        masked = masked & ~filled
         yield tokens, masked
 
 
 def _draw(logits: Tensor, u: Tensor) -> Tensor:
-    """Draws codes `(B, h, w)` from logits `(B, num_codes, h, w)` by inverting the distribution at `u` `(B, h, w)`."""
+    """Draws codes `(B, h, w)` from logits `(B, num_codes, h, w)` by inverse transform of `u` `(B, h, w)` in [0, 1)."""
     cumulative = logits.softmax(1).cumsum(1).movedim(1, -1).contiguous()  # (B, h, w, num_codes)
-    found = torch.searchsorted(cumulative, u[..., None].contiguous(), right=True).squeeze(-1)
-    return found.clamp(max=logits.shape[1] - 1)  # the sum may round to less than 1
+    index = torch.searchsorted(cumulative, u[..., None].contiguous(), right=True).squeeze(-1)
+    return index.clamp(max=logits.shape[1] - 1)  # the sum may round to less than 1

@@ -1,4 +1,4 @@
-"""Analytic-DPM: ancestral and implicit sampling with the optimal reverse variance, as a scheduler of diffusers.
+"""Analytic-DPM: ancestral and implicit sampling with the optimal reverse variance, as a diffusers scheduler.
 
 F. Bao, C. Li, J. Zhu, B. Zhang, "Analytic-DPM: an Analytic Estimate of the Optimal Reverse Variance in Diffusion
 Probabilistic Models", ICLR 2022, https://arxiv.org/abs/2201.06503; used by SDM (arXiv 2408.16467, Table 6).
@@ -12,8 +12,8 @@ and 0 for DDIM, and
     cov   = (v_t / a_t^2) (1 - Gamma_t),   clipped to [0, 1] as images lie in [-1, 1]
 
 where `Gamma_t = E |eps_t|^2 / d` is the mean square of the predicted noise over noisy training images. The statistic
-belongs to a trained network: `python -m benchmark estimate-gamma` adds it to a checkpoint. The last noisy step keeps
-its standard deviation below what shows as 2 grey levels; then one noiseless step returns `x_0`.
+belongs to a trained network: `python -m benchmark estimate-gamma` adds it to a checkpoint. The standard deviation of
+the last noisy step is bounded to a visible noise of 2 grey levels; a final noiseless step returns `x_0`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -33,49 +32,33 @@ from diffusers.utils.torch_utils import randn_tensor
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from systems.diffusion.prediction import to_noise
+from systems.diffusion._released import ReleasedScheduler
+from systems.diffusion.prediction import noise_images, to_noise, to_x0
 
 LAST_VARIANCE = (2 * (2 / 255) * math.sqrt(math.pi / 2)) ** 2
-"""Bound of the variance into `t = 0`: mean absolute noise of 2 grey levels of 255 on the range of 2 (section 4.2)."""
+"""Bound on the variance of the step to `t = 0`: mean absolute noise of 2 of 255 grey levels (section 4.2)."""
 
 
-class AnalyticDPMScheduler(DDPMScheduler):
+class AnalyticDPMScheduler(ReleasedScheduler):
     """Sampler with the optimal reverse variance; noise schedule and forward process are DDPM's.
 
     Args:
-        num_train_timesteps: Diffusion steps of training.
-        beta_start: First value of the noise schedule.
-        beta_end: Last value of the noise schedule.
-        beta_schedule: Noise schedule, as in DDPMScheduler.
-        prediction_type: What the network predicts: `epsilon`, `sample` or `v_prediction`.
-        clip_sample: Whether the predicted x_0 is clamped to [-1, 1], as in the released SDDPM sampler.
-        form: Steps of DDPM (noisy forward process, the published choice) or DDIM.
-        gamma: File with the statistic (.npy, .safetensors, .pt), for instance that of another network as in the paper;
-            none takes the checkpoint's own. With one entry more than diffusion steps, the first is left out.
+        form: Steps of DDPM (published) or DDIM.
+        gamma: File with the statistic (.npy, .safetensors, .pt), for instance of another network as in the paper;
+            None uses the checkpoint's own. If it has one entry more than diffusion steps, the first is ignored.
+        **kwargs: Arguments of `ReleasedScheduler`.
     """
 
     @register_to_config
     def __init__(
         self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        prediction_type: str = "epsilon",
-        clip_sample: bool = True,
         form: Literal["ddpm", "ddim"] = "ddpm",
         gamma: str | None = None,
+        **kwargs: Any,
     ) -> None:
         if form not in ("ddpm", "ddim"):
             raise ValueError(f"form={form!r} is unknown; choose 'ddpm' or 'ddim'")
-        super().__init__(
-            num_train_timesteps,
-            beta_start,
-            beta_end,
-            beta_schedule,
-            prediction_type=prediction_type,
-            clip_sample=clip_sample,
-        )
+        super().__init__(**kwargs)
         self.gamma: Tensor | None = None
         """Statistic `Gamma_t` `(num_train_timesteps,)`, float64."""
         if gamma is not None:
@@ -85,10 +68,10 @@ class AnalyticDPMScheduler(DDPMScheduler):
         """Sets the statistic.
 
         Args:
-            gamma: `(num_train_timesteps,)`, or one more with a first entry that is not used.
+            gamma: `(num_train_timesteps,)`, or one entry more, of which the first is ignored.
 
         Raises:
-            ValueError: If the shape or the values are impossible.
+            ValueError: If the shape does not fit or values are negative or not finite.
         """
         steps = self.config.num_train_timesteps
         if gamma.shape not in ((steps,), (steps + 1,)):
@@ -97,14 +80,14 @@ class AnalyticDPMScheduler(DDPMScheduler):
             )
         gamma = gamma[-steps:].double()
         if not (gamma.isfinite() & (gamma >= 0)).all():
-            raise ValueError("Gamma holds numbers that are negative or not finite; a mean square cannot be")
+            raise ValueError("Gamma contains negative or non-finite numbers, which a mean square cannot have")
         self.gamma = gamma
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """Sets the time grid: evenly spaced from the last step, always ending at 0.
+        """Sets the time grid of the released samplers: evenly spaced from the last step, always ending at 0.
 
-        The grid of the released samplers: `num_inference_steps` points, and 0 behind them unless they reach it, so that
-        there are `num_inference_steps + 1` network evaluations except when every step is taken.
+        If the `num_inference_steps` points do not include 0, it is appended, so that there are
+        `num_inference_steps + 1` network evaluations except when every step is used.
         """
         last = self.config.num_train_timesteps - 1
         stride = self.config.num_train_timesteps / num_inference_steps
@@ -114,9 +97,9 @@ class AnalyticDPMScheduler(DDPMScheduler):
         self.timesteps = torch.tensor(self.grid, device=device)
 
     def previous_timestep(self, timestep: int) -> int:
-        """Returns the point of the grid that follows on `timestep` (-1 after the last)."""
-        following = dict(zip(self.grid, self.grid[1:], strict=False))
-        return following.get(int(timestep), -1)
+        """Returns the point of the grid after `timestep`, -1 after the last."""
+        successors = dict(zip(self.grid, self.grid[1:], strict=False))
+        return successors.get(int(timestep), -1)
 
     def step(
         self,
@@ -132,8 +115,8 @@ class AnalyticDPMScheduler(DDPMScheduler):
             model_output: Prediction of the network `(B, C, H, W)`.
             timestep: Diffusion step `t`, a point of the grid.
             sample: `x_t` `(B, C, H, W)`.
-            generator: Source of the noise, one or one per image.
-            return_dict: Whether to return an object instead of `(x_s, x_0)`.
+            generator: Source of the noise, shared or one per image.
+            return_dict: Whether to return a `DDPMSchedulerOutput` instead of `(x_s, x_0)`.
 
         Raises:
             ValueError: If the statistic is missing or the prediction type unknown.
@@ -142,7 +125,7 @@ class AnalyticDPMScheduler(DDPMScheduler):
         s = self.previous_timestep(t)
         x_0 = self._predict_x0(model_output, t, sample)
         if s < 0:
-            previous = x_0.clamp(-1, 1)  # as released: the last step always ends within the range of images
+            previous = x_0.clamp(-1, 1)  # as released: the final images are always clamped
         else:
             a_t, a_s, k, variance = self._coefficients(t, s)
             noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
@@ -154,37 +137,29 @@ class AnalyticDPMScheduler(DDPMScheduler):
         return self._coefficients(timestep, previous)[3]
 
     def _coefficients(self, t: int, s: int) -> tuple[float, float, float, float]:
-        """Returns `a_t`, `a_s`, `k` and the variance of the step from `t` to `s`."""
+        """Returns `a_t`, `a_s`, `k` and `sigma` (the variance) of the step from `t` to `s`."""
         cumulative_t, cumulative_s = float(self.alphas_cumprod[t]), float(self.alphas_cumprod[s])
         a_t, a_s = math.sqrt(cumulative_t), math.sqrt(cumulative_s)
         v_t, v_s = 1 - cumulative_t, 1 - cumulative_s
-        own = v_s * (1 - cumulative_t / cumulative_s) / v_t if self.config.form == "ddpm" else 0.0
-        k = math.sqrt((v_s - own) / v_t)
-        return a_t, a_s, k, self._variance(t, s, own, (a_s - k * a_t) ** 2)
+        posterior = v_s * (1 - cumulative_t / cumulative_s) / v_t if self.config.form == "ddpm" else 0.0  # lambda^2
+        k = math.sqrt((v_s - posterior) / v_t)
+        return a_t, a_s, k, self._variance(t, s, posterior, (a_s - k * a_t) ** 2)
 
-    def _variance(self, t: int, s: int, own: float, spread: float) -> float:
+    def _variance(self, t: int, s: int, posterior: float, weight: float) -> float:
+        """Returns `lambda^2 + weight * cov(x_0 | x_t)` with `lambda^2 = posterior`."""
         if self.gamma is None:
             raise ValueError(
-                "Analytic-DPM needs the statistic Gamma of the network, and the checkpoint holds none; add it with "
-                "`python -m benchmark estimate-gamma`, or name a file: --model.scheduler.gamma FILE"
+                "Analytic-DPM needs the network's statistic Gamma, which the checkpoint lacks; add it with "
+                "`python -m benchmark estimate-gamma`, or give a file: --model.scheduler.gamma FILE"
             )
         cumulative = float(self.alphas_cumprod[t])
         covariance = min(max((1 - cumulative) / cumulative * (1 - float(self.gamma[t])), 0.0), 1.0)
-        variance = min(own + spread * covariance, 1.0)
+        variance = min(posterior + weight * covariance, 1.0)
         return min(variance, LAST_VARIANCE) if s == 0 else variance
 
     def _predict_x0(self, prediction: Tensor, t: int, x_t: Tensor) -> Tensor:
         cumulative = float(self.alphas_cumprod[t])
-        a, sigma = math.sqrt(cumulative), math.sqrt(1 - cumulative)
-        kind = self.config.prediction_type
-        if kind == "epsilon":
-            x_0 = (x_t - sigma * prediction) / a
-        elif kind == "sample":
-            x_0 = prediction
-        elif kind == "v_prediction":
-            x_0 = a * x_t - sigma * prediction
-        else:
-            raise ValueError(f"prediction_type={kind!r}; give epsilon, sample or v_prediction")
+        x_0 = to_x0(prediction, x_t, math.sqrt(cumulative), math.sqrt(1 - cumulative), self.config.prediction_type)
         return x_0.clamp(-1, 1) if self.config.clip_sample else x_0
 
 
@@ -197,15 +172,15 @@ def estimate_gamma(
     seed: int = 0,
     progress: Callable[[Sequence[Tensor]], Iterable[Tensor]] = iter,
 ) -> Tensor:
-    """Returns the statistic of a network, `Gamma_t` `(num_train_timesteps,)` in float64.
+    """Estimates a network's statistic `Gamma_t` `(num_train_timesteps,)`, in float64.
 
     Args:
-        network: Takes `(B, C, H, W)` and steps `(B,)`, returns `(B, C, H, W)`.
+        network: Maps `(B, C, H, W)` and steps `(B,)` to a prediction `(B, C, H, W)`.
         scheduler: Noise schedule and prediction type.
         images: Training images `(M, C, H, W)` in [-1, 1], on the device of the network.
-        batch_size: Images per network evaluation; steps share a batch where there are fewer images.
-        seed: Seed of the noise, fresh for each image and step.
-        progress: Wraps the batches to show how many are done.
+        batch_size: Images per network evaluation; a batch mixes diffusion steps if there are fewer images.
+        seed: Seed of the noise, which is drawn anew for each image and step.
+        progress: Wraps the iterable of batches, for instance in a progress bar.
     """
     generator = torch.Generator().manual_seed(seed)
     count, num_steps = len(images), scheduler.config.num_train_timesteps
@@ -216,18 +191,18 @@ def estimate_gamma(
         t, chosen = pairs // count, images[pairs % count]
         a, sigma = (part[t].view(-1, 1, 1, 1) for part in (signal, noise_level))
         noise = torch.randn(chosen.shape, generator=generator, dtype=images.dtype).to(images.device)
-        x_t = a * chosen + sigma * noise
+        x_t = noise_images(chosen, noise, a, sigma)
         prediction = to_noise(network(x_t, t).to(images.dtype), x_t, a, sigma, scheduler.config.prediction_type)
         sums.index_add_(0, t, prediction.double().square().flatten(1).sum(1))
     return sums.cpu() / images.numel()
 
 
 def read_gamma(path: str | Path) -> Tensor:
-    """Reads a statistic from a file with one array.
+    """Reads the statistic `Gamma` from a file with one array.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it does not hold one array.
+        ValueError: If it does not contain exactly one array.
     """
     path = Path(path)
     if not path.is_file():
@@ -241,4 +216,4 @@ def read_gamma(path: str | Path) -> Tensor:
             content = torch.load(path, map_location="cpu", weights_only=True)
         return content.double().flatten()
     except Exception as error:
-        raise ValueError(f"{path} holds no single array of numbers: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{path} must contain exactly one array of numbers: {str(error).splitlines()[0]}") from None

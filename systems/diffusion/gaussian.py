@@ -1,4 +1,7 @@
-"""Gaussian diffusion in pixel space (DDPM, arXiv 2006.11239); diffusers' schedulers are noise schedule and solver."""
+"""Gaussian diffusion in pixel space (DDPM, arXiv 2006.11239).
+
+Noise schedule and sampler come from a diffusers scheduler.
+"""
 
 from __future__ import annotations
 
@@ -19,19 +22,22 @@ from systems.base import DiffusionSystem, LRSchedulerFactory, OptimizerFactory
 from systems.checkpoints import CheckpointMismatchError
 from systems.diffusion.analytic_dpm import AnalyticDPMScheduler
 from systems.diffusion.dpm_solver import DPMSolverScheduler  # noqa: F401  # a choice for --model.scheduler
+from systems.diffusion.prediction import noise_images, unknown_prediction_type, velocity
+from systems.networks.checks import check_range
 from systems.ops.cuda_graphs import Replay
 from systems.spiking.neurons import SpikingNeuron
 
-PROCESS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
+PROCESS_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
+"""Options of a scheduler that must not change after training."""
 
 
 def double_tables(scheduler: SchedulerMixin) -> SchedulerMixin:
-    """Recomputes a scheduler's noise tables in float64 from its float32 betas, as the published codes have them.
+    """Recomputes a scheduler's noise tables in float64 from its float32 betas, as in the published codes.
 
-    diffusers multiplies the 1000 factors of `alphas_cumprod` in float32, an error that a chain of 1000 steps amplifies
-    beyond 1e-5. The tables are only ever used one number at a time, so images keep their precision.
+    diffusers multiplies the 1000 factors of `alphas_cumprod` in float32; a chain of 1000 steps amplifies the error
+    beyond 1e-5. The tables are used one number at a time, so that the dtype of images does not change.
     """
-    if not scheduler.config.get("rescale_betas_zero_snr", False):  # such tables are no plain product
+    if not scheduler.config.get("rescale_betas_zero_snr", False):  # these tables are not plain products
         first_is_final = getattr(scheduler, "final_alpha_cumprod", None) == scheduler.alphas_cumprod[0]
         scheduler.betas = scheduler.betas.double()
         scheduler.alphas = 1 - scheduler.betas
@@ -42,10 +48,10 @@ def double_tables(scheduler: SchedulerMixin) -> SchedulerMixin:
 
 
 def _try_step(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
-    """Takes one step on zeros, since schedulers check their options only then.
+    """Takes one step on zeros, because schedulers check their options only in `step`.
 
     Raises:
-        ValueError: If the solver does not work with its options, such as the prediction type.
+        ValueError: If the scheduler does not work with its options, such as the prediction type.
     """
     scheduler, x = copy.deepcopy(scheduler), torch.zeros(1, 1, 2, 2)
     if isinstance(scheduler, AnalyticDPMScheduler):
@@ -57,21 +63,21 @@ def _try_step(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
     except (ValueError, NotImplementedError, TypeError, IndexError) as error:
         raise ValueError(
             f"{type(scheduler).__name__} does not work with prediction_type={scheduler.config.prediction_type!r} and "
-            f"num_inference_steps={num_inference_steps} ({error}); give another solver or other options"
+            f"num_inference_steps={num_inference_steps} ({error}); choose another scheduler or other options"
         ) from error
 
 
 class GaussianDiffusion(DiffusionSystem):
-    """Trains a network `(x_t, t)` by mean squared error and samples with any solver of diffusers that fits.
+    """Trains a network `(x_t, t)` with a mean squared error and samples with any compatible diffusers scheduler.
 
     Args:
-        network: Takes `(B, C, H, W)` and steps `(B,)`, returns `(B, C, H, W)`.
-        scheduler: Noise schedule, prediction type and solver in one; another solver may be given for testing.
+        network: Maps `(B, C, H, W)` and steps `(B,)` to a prediction `(B, C, H, W)`.
+        scheduler: Noise schedule, prediction type and sampler; the sampler may differ at test time.
         num_inference_steps: Diffusion steps of the sampler.
-        eta: Noise of DDIM from 0 (none) to 1; other solvers have no such option.
-        optimizer: Makes the optimiser.
-        lr_scheduler: Makes the learning-rate schedule.
-        final_clip: Whether the images that the sampler ends with are clamped to [-1, 1].
+        eta: Noise of DDIM from 0 (none) to 1; other schedulers have no such option.
+        optimizer: Creates the optimiser.
+        lr_scheduler: Creates the learning-rate schedule.
+        final_clip: Whether the final images of the sampler are clamped to [-1, 1].
 
     Raises:
         ValueError: If the scheduler or the number of steps does not fit.
@@ -88,22 +94,16 @@ class GaussianDiffusion(DiffusionSystem):
         final_clip: bool = False,
     ) -> None:
         super().__init__(optimizer, lr_scheduler)
-        name, num_train_timesteps = type(scheduler).__name__, scheduler.config.num_train_timesteps
-        if not 1 <= num_inference_steps <= num_train_timesteps:
-            raise ValueError(
-                f"num_inference_steps={num_inference_steps}; give a number from 1 to the {num_train_timesteps} "
-                "steps of training"
-            )
+        name = type(scheduler).__name__
+        check_range("num_inference_steps", num_inference_steps, 1, scheduler.config.num_train_timesteps)
         if not hasattr(scheduler, "alphas_cumprod"):
             raise ValueError(
-                f"scheduler {name} is no discrete Gaussian diffusion; give DDPMScheduler, DDIMScheduler, ..."
+                f"{name} has no discrete noise schedule (`alphas_cumprod`); use DDPMScheduler, DDIMScheduler, ..."
             )
         if scheduler.config.prediction_type not in ("epsilon", "sample", "v_prediction"):
-            raise ValueError(
-                f"prediction_type={scheduler.config.prediction_type!r}; give epsilon, sample or v_prediction"
-            )
+            raise unknown_prediction_type(scheduler.config.prediction_type)
         if eta and "eta" not in inspect.signature(scheduler.step).parameters:
-            raise ValueError(f"eta={eta} is an option of DDIM; {name} has none")
+            raise ValueError(f"eta={eta} is an option of DDIM, which {name} does not have; leave it at 0")
         self.network = network
         self.scheduler = double_tables(scheduler)
         self.num_inference_steps = num_inference_steps
@@ -116,7 +116,7 @@ class GaussianDiffusion(DiffusionSystem):
 
     @property
     def solver(self) -> str:
-        """Name of the solver, with what tells it from others of its class."""
+        """Name of the scheduler, with its distinguishing options."""
         config = self.scheduler.config
         options = [f"eta={self.eta:g}"] if self.eta else []
         options += [str(config[key]) for key in ("algorithm_type", "solver_order", "spacing", "form") if key in config]
@@ -126,47 +126,47 @@ class GaussianDiffusion(DiffusionSystem):
 
     @property
     def nfe(self) -> int:
-        """Network evaluations per image, as many as the solver has time points."""
+        """Network evaluations per image, one per time point of the scheduler."""
         scheduler = copy.deepcopy(self.scheduler)
         scheduler.set_timesteps(self.num_inference_steps)
         return len(scheduler.timesteps)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the diffusion process that the network was trained on."""
+        """Adds the diffusion process that the network is trained on."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["process"] = self.process
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of another method, network or diffusion process."""
+        """Rejects a checkpoint of another method, network or diffusion process."""
         super().on_load_checkpoint(checkpoint)
         self.check_process(checkpoint, "the checkpoint")
         if isinstance(self.scheduler, AnalyticDPMScheduler) and self.scheduler.gamma is None and "gamma" in checkpoint:
             self.scheduler.set_gamma(checkpoint["gamma"]["values"])
-            then = {key: checkpoint["gamma"].get(key, now) for key, now in self.firing.items()}
-            if then != self.firing:
+            estimated = {k: checkpoint["gamma"].get(k, now) for k, now in self.gamma_conditions.items()}
+            if estimated != self.gamma_conditions:
                 warnings.warn(
-                    f"Gamma was estimated with {then}, this network has {self.firing}; estimate it again with the same "
-                    "options",
+                    f"Gamma was estimated with {estimated}, this network has {self.gamma_conditions}; estimate it "
+                    "again with the same options",
                     stacklevel=2,
                 )
 
     @property
-    def firing(self) -> dict[str, Any]:
-        """What of the neurons may be changed at test time, and changes the statistic of Analytic-DPM."""
+    def gamma_conditions(self) -> dict[str, Any]:
+        """Neuron settings that can be changed at test time and invalidate Gamma."""
         neuron = next((module for module in self.network.modules() if isinstance(module, SpikingNeuron)), None)
         decay = {} if neuron is None else {"beta": neuron.beta}
         return {"threshold": self.threshold, "num_steps": self.num_steps} | decay
 
     @property
     def process(self) -> dict[str, Any]:
-        """What a scheduler must share with that of training: noise schedule and prediction type."""
-        return {key: self.scheduler.config[key] for key in PROCESS}
+        """Options that every scheduler of this network must share: noise schedule and prediction type."""
+        return {key: self.scheduler.config[key] for key in PROCESS_KEYS}
 
     def check_process(self, checkpoint: Mapping[str, Any], source: str) -> None:
-        """Checks that a checkpoint was trained on this diffusion process, as far as it says.
+        """Checks that a checkpoint was trained on this diffusion process, if it records one.
 
         Raises:
-            CheckpointMismatchError: If noise schedule or prediction type differ; lists what does.
+            CheckpointMismatchError: If noise schedule or prediction type differ; lists the differences.
         """
         process = checkpoint.get("process", self.process)
         trained = {key: process.get(key) for key in self.process}
@@ -175,12 +175,19 @@ class GaussianDiffusion(DiffusionSystem):
         ]
         if different:
             raise CheckpointMismatchError(
-                f"{source} was trained with {'; '.join(different)}; give the scheduler the values of training, it is "
-                "the solver alone that may change"
+                f"{source} was trained with {'; '.join(different)}; use the noise schedule it was trained with; "
+                "only the sampler may change"
             )
 
     def loss(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Mean squared error of the prediction at a uniform random step for each image, unweighted."""
+        """Returns `E[(eps - eps_theta(a_t x_0 + sigma_t eps, t))^2]`, unweighted (L_simple, Ho et al. 2020, eq. 14).
+
+        Steps `t` are uniform, one per image. The target is `eps`, or `x_0` or `v_t` according to `prediction_type`.
+
+        Args:
+            images: `x_0` `(B, C, H, W)` in [-1, 1].
+            generator: Source of the steps and the noise.
+        """
         noise = torch.randn(images.shape, generator=generator, device=images.device, dtype=images.dtype)
         t = torch.randint(
             self.scheduler.config.num_train_timesteps, (len(images),), generator=generator, device=images.device
@@ -191,7 +198,7 @@ class GaussianDiffusion(DiffusionSystem):
         return F.mse_loss(self.network(noisy, t).float(), target.float())
 
     def diffuse(self, images: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds noise to images, as DDPM does; `add_noise` of other schedulers is that of their own solver.
+        """Adds noise to images, as in DDPM; the `add_noise` of other schedulers follows their own time grids.
 
         Args:
             images: `x_0` `(B, C, H, W)`.
@@ -202,11 +209,11 @@ class GaussianDiffusion(DiffusionSystem):
             `x_t = a_t x_0 + sigma_t noise` and `v_t = a_t noise - sigma_t x_0`, `(B, C, H, W)`.
         """
         a, sigma = (self.get_buffer(name)[t].to(images.dtype).view(-1, 1, 1, 1) for name in ("signal", "sigma"))
-        return a * images + sigma * noise, a * noise - sigma * images
+        return noise_images(images, noise, a, sigma), velocity(images, noise, a, sigma)
 
     def trajectory(self, seeds: Tensor, image_shape: tuple[int, int, int]) -> Iterator[Tensor]:
-        """Yields `x_T`, ..., `x_0` `(B, C, H, W)`; image `k` draws its noise from a generator seeded by `seeds[k]`."""
-        scheduler = copy.deepcopy(self.scheduler)  # solvers keep a history
+        """Yields `x_T`, ..., `x_0` `(B, C, H, W)`; the noise of image `k` is drawn with the seed `seeds[k]`."""
+        scheduler = copy.deepcopy(self.scheduler)  # schedulers keep a history
         scheduler.set_timesteps(self.num_inference_steps)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
         accepted = inspect.signature(scheduler.step).parameters
@@ -214,9 +221,9 @@ class GaussianDiffusion(DiffusionSystem):
         x = randn_tensor((len(seeds), *image_shape), generator=generators, device=self.device, dtype=self.dtype)
         x = x * scheduler.init_noise_sigma
         yield x
-        timesteps = scheduler.timesteps  # a solver's arithmetic is on the CPU, so that no step waits for a GPU
+        timesteps = scheduler.timesteps  # schedulers compute with these on the CPU, without GPU synchronisation
         network = Replay(self.network, self.network)
-        for place, (t, now) in enumerate(zip(timesteps, timesteps.to(x.device), strict=True), start=1):
-            prediction = network(scheduler.scale_model_input(x, t), now.expand(len(x))).to(x.dtype)
+        for step, (t, t_device) in enumerate(zip(timesteps, timesteps.to(x.device), strict=True), start=1):
+            prediction = network(scheduler.scale_model_input(x, t), t_device.expand(len(x))).to(x.dtype)
             x = scheduler.step(prediction, t, x, return_dict=False, **options)[0]
-            yield x.clamp(-1, 1) if self.final_clip and place == len(timesteps) else x
+            yield x.clamp(-1, 1) if self.final_clip and step == len(timesteps) else x

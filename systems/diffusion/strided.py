@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -15,40 +15,32 @@ from systems.diffusion.prediction import to_noise
 
 
 class StridedDDPMScheduler(AnalyticDPMScheduler):
-    """Strided ancestral sampler on the grid of the released samplers.
+    """Ancestral sampler on the time grid of the released samplers.
 
-    As released with SDDPM (`ddpm2`) its steps have the right mean for their length but the variance of a single step,
-    so that chains of fewer steps than in training are too narrow; `strided_variance` gives them that of their length.
+    As released with SDDPM (`ddpm2`), its steps have the correct mean for their length but the variance of a single
+    training step, so that short chains have too little variance; `strided_variance` corrects this.
 
     Args:
-        num_train_timesteps: Diffusion steps of training.
-        beta_start: First value of the noise schedule.
-        beta_end: Last value of the noise schedule.
-        beta_schedule: Noise schedule, as in DDPMScheduler.
-        prediction_type: What the network predicts: `epsilon`, `sample` or `v_prediction`.
-        clip_sample: Whether the predicted x_0 is clamped to [-1, 1].
         variance_type: `fixed_large` (released default) or `fixed_small`.
-        strided_variance: Whether the variance is that of the whole step, not of a single one as released.
+        strided_variance: Whether to use the variance of the whole step, not of a single training step as released.
+        **kwargs: Arguments of `ReleasedScheduler`.
     """
+
+    fixed = ("form", "gamma")
 
     @register_to_config
     def __init__(
         self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        prediction_type: str = "epsilon",
-        clip_sample: bool = True,
         variance_type: Literal["fixed_large", "fixed_small"] = "fixed_large",
         strided_variance: bool = False,
+        **kwargs: Any,
     ) -> None:
         if variance_type not in ("fixed_large", "fixed_small"):
             raise ValueError(f"variance_type={variance_type!r} is unknown; choose 'fixed_large' or 'fixed_small'")
-        super().__init__(num_train_timesteps, beta_start, beta_end, beta_schedule, prediction_type, clip_sample)
-        self.register_to_config(variance_type=variance_type)  # DDPMScheduler has put its own default there
+        super().__init__(form="ddpm", gamma=None, **kwargs)
+        self.register_to_config(variance_type=variance_type)  # overrides the default of DDPMScheduler
 
-    def _variance(self, t: int, s: int, own: float, spread: float) -> float:
+    def _variance(self, t: int, s: int, posterior: float, weight: float) -> float:
         s = s if self.config.strided_variance else t - 1
         cumulative_t, cumulative_s = float(self.alphas_cumprod[t]), float(self.alphas_cumprod[s])
         beta = 1 - cumulative_t / cumulative_s if s < t - 1 else float(self.betas[t])
@@ -58,37 +50,26 @@ class StridedDDPMScheduler(AnalyticDPMScheduler):
 
 
 class StridedDDIMScheduler(AnalyticDPMScheduler):
-    """DDIM without noise, on the grid of the released samplers and as released with SDDPM.
+    """Deterministic DDIM on the time grid of the released samplers, as released with SDDPM.
 
-    The grid ends at 0, where DDIMScheduler of diffusers ends one stride before it: the image keeps the noise of step 0,
-    a deviation of 0.01, and may leave [-1, 1]. The noise is the network's, also where the predicted `x_0` was clamped.
+    The grid ends at 0, whereas DDIMScheduler of diffusers ends one stride earlier. The image retains the noise of step
+    0, of standard deviation 0.01, and may exceed [-1, 1]. The noise is the predicted one, even if the predicted `x_0`
+    was clamped.
 
     Args:
-        num_train_timesteps: Diffusion steps of training.
-        beta_start: First value of the noise schedule.
-        beta_end: Last value of the noise schedule.
-        beta_schedule: Noise schedule, as in DDPMScheduler.
-        prediction_type: What the network predicts: `epsilon`, `sample` or `v_prediction`.
-        clip_sample: Whether the predicted x_0 is clamped to [-1, 1].
-        final_denoise: Whether one more network evaluation, at step 0, takes the rest of the noise away, as the released
-            noisy samplers do.
+        final_denoise: Whether one more network evaluation, at step 0, removes the remaining noise, as in the released
+            noisy samplers.
+        **kwargs: Arguments of `ReleasedScheduler`.
     """
 
+    fixed = ("form", "gamma")
+
     @register_to_config
-    def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        prediction_type: str = "epsilon",
-        clip_sample: bool = True,
-        final_denoise: bool = False,
-    ) -> None:
-        super().__init__(num_train_timesteps, beta_start, beta_end, beta_schedule, prediction_type, clip_sample, "ddim")
+    def __init__(self, final_denoise: bool = False, **kwargs: Any) -> None:
+        super().__init__(form="ddim", gamma=None, **kwargs)
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """Sets the time grid; step 0 is evaluated with `final_denoise` alone."""
+        """Sets the time grid; step 0 is evaluated only with `final_denoise`."""
         super().set_timesteps(num_inference_steps, device)
         if not self.config.final_denoise and len(self.grid) > 1:
             self.timesteps = self.timesteps[:-1]
@@ -101,7 +82,7 @@ class StridedDDIMScheduler(AnalyticDPMScheduler):
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
     ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
-        """Takes one step of the chain; see `AnalyticDPMScheduler.step`, `generator` is not used."""
+        """Takes one step of the chain; see `AnalyticDPMScheduler.step`. `generator` is ignored."""
         t = int(timestep)
         s = self.previous_timestep(t)
         x_0 = self._predict_x0(model_output, t, sample)

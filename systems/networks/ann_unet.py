@@ -1,12 +1,13 @@
-"""U-Net with quantised activations, and the spiking network that it converts to: one network, two activations.
+"""U-Net with quantised activations, and the spiking network it is converted to: one network, two activations.
 
 J. Cao et al., "Spiking Diffusion Models", IEEE TAI 2024, https://arxiv.org/abs/2408.16467; authors' code
 https://github.com/AndyCao1125/SDM (its ANN2SNN part, after Fast-SNN, arXiv 2305.19868). Only activations are quantised,
 weights stay in full precision. Module names follow the released checkpoints.
 
 Axes: `T` SNN time steps (1 for the ANN), `B` images, `C` channels, `H`, `W` pixels. Tensors between the layers are
-`(T*B, ...)`, `T` outermost: convolutions, linear layers and group norms work on each step by itself, only a spiking
-activation looks along `T`. The image is a constant current and the output the mean over the steps.
+`(T*B, ...)`, `T` outermost: convolutions, linear layers and group norms process each step separately; only spiking
+activations use `T` as a time axis. The image is a constant current and the output the mean over the steps. In all
+blocks, `temb_channels` is the size of the time embedding and `activation` creates one activation.
 """
 
 from __future__ import annotations
@@ -17,16 +18,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from systems.networks.unet import TimeEmbedding, assemble, check_images, double_size
+from systems.networks.checks import check_images, check_unet_size
+from systems.networks.unet import TimeEmbedding, assemble, double_size
 from systems.ops.quantise import Quantise
 from systems.spiking.neurons import SpikingNeuron
 from systems.spiking.steps import fold, to_channels_last_on_gpu, unfold
 
 GROUPS = 32
-"""Groups of every group norm."""
+"""Groups of all group norms."""
 
 PLAIN_BITS = 32
-"""Bits that stand for a plain ReLU."""
+"""Value of `activation_bits` that means a plain ReLU."""
 
 ActivationFactory = Callable[[], nn.Module]
 
@@ -59,7 +61,7 @@ def quantised_relu(bits: int) -> nn.Module:
     """Returns a `QReLU`, or a plain ReLU for 32 bits.
 
     Raises:
-        ValueError: If it is none of 1 to 8, or 32.
+        ValueError: If `bits` is neither 1 to 8 nor 32.
     """
     if bits == PLAIN_BITS:
         return nn.ReLU()
@@ -69,7 +71,7 @@ def quantised_relu(bits: int) -> nn.Module:
 
 
 class Chain(nn.Sequential):
-    """Layers in a row on `(T*B, ...)`; a spiking one is given `(T, B, ...)`."""
+    """Sequence of layers on `(T*B, ...)`; a spiking layer receives `(T, B, ...)`."""
 
     def __init__(self, num_steps: int, *layers: nn.Module) -> None:
         super().__init__(*layers)
@@ -83,7 +85,9 @@ class Chain(nn.Sequential):
 
 
 class StepTimeEmbedding(TimeEmbedding):
-    """Sinusoids of the diffusion step, linear layer, activation, linear layer; everything up to the activation once.
+    """Sinusoids of the diffusion step, linear layer, activation, linear layer.
+
+    The layers before the activation are computed once for all SNN time steps.
 
     Shapes:
         `(B,)` steps to `(T*B, 4 * channels)`.
@@ -102,7 +106,7 @@ class StepTimeEmbedding(TimeEmbedding):
 
 
 class ResBlock(nn.Module):
-    """Group norm, activation, convolution, twice, with the time embedding between and dropout before the second."""
+    """Twice group norm, activation, convolution; the time embedding is added in between, dropout before the second."""
 
     def __init__(
         self,
@@ -161,7 +165,7 @@ class Upsample(nn.Module):
 
 
 class BlockCall(NamedTuple):
-    """One block of a forward pass: its module's name, and what went in and came out."""
+    """Name, inputs and output of one block in a forward pass."""
 
     name: str
     inputs: tuple[Tensor, ...]
@@ -169,7 +173,7 @@ class BlockCall(NamedTuple):
 
 
 class ANNUNet(nn.Module):
-    """Predicts the noise in `x_t`, as an ANN with `num_steps = 1`, or converted, with spiking activations, over `T`.
+    """Predicts the noise in `x_t`, as an ANN (`num_steps = 1`) or, converted, with spiking activations over `T` steps.
 
     Args:
         in_channels: Image channels.
@@ -178,8 +182,8 @@ class ANNUNet(nn.Module):
         num_res_blocks: Residual blocks per level on the way down; one more on the way up.
         dropout: Probability that training drops an activation before the second convolution of a residual block.
         num_train_timesteps: Diffusion steps that the time embedding knows.
-        activation: Makes one activation.
-        num_steps: SNN time steps `T`, 1 for activations that do not spike.
+        activation: Creates one activation.
+        num_steps: SNN time steps `T`; 1 for activations that do not spike.
 
     Raises:
         ValueError: If a size is out of range.
@@ -197,12 +201,7 @@ class ANNUNet(nn.Module):
         num_steps: int = 1,
     ) -> None:
         super().__init__()
-        if base_channels < 1 or base_channels % GROUPS or not channel_mult or num_res_blocks < 1:
-            raise ValueError(
-                f"base_channels={base_channels}, channel_mult={list(channel_mult)}, num_res_blocks={num_res_blocks} "
-                f"make no U-Net; base_channels must be a multiple of {GROUPS} (the groups of its norms), channel_mult "
-                "not empty, num_res_blocks 1 or more"
-            )
+        check_unet_size(base_channels, channel_mult, num_res_blocks, multiple_of=GROUPS)
         self.in_channels = in_channels
         self.num_steps = num_steps
         self.num_levels = len(channel_mult)
@@ -227,7 +226,7 @@ class ANNUNet(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Xavier uniform with zero bias; nearly zero in the last convolution of each residual block and of the tail."""
+        """Xavier uniform with zero bias; gain 1e-5 for the last convolution of each residual block and of the tail."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.xavier_uniform_(module.weight, gain=1e-5 if name.endswith(("block2.3", "tail.2")) else 1.0)
@@ -249,17 +248,16 @@ class ANNUNet(nn.Module):
         return self.mean(self.tail(h))
 
     def blocks(self, x: Tensor, t: Tensor) -> Iterator[BlockCall]:
-        """Runs the network block by block, up to the tail; who stops listening stops the computation.
+        """Runs the network lazily, block by block, up to the tail.
 
-        Features and time embedding that enter and leave a block are `(T*B, ...)`; `t` and `x`, which enter the first
-        two, are `(B, ...)`. The skip is already concatenated to what enters a residual block of the way up.
+        Features and time embeddings are `(T*B, ...)`; `t` and `x`, inputs of the first two blocks, are `(B, ...)`. The
+        input of a residual block on the way up already includes the skip.
         """
         check_images(x, self.in_channels, self.num_levels)
         temb = self.time_embedding(t)
         yield BlockCall("time_embedding", (t,), temb)
-        h = to_channels_last_on_gpu(
-            self.head(x).repeat(self.num_steps, 1, 1, 1)
-        )  # the same in every step: once is enough
+        h = self.head(x).repeat(self.num_steps, 1, 1, 1)  # equal in all SNN steps, computed once
+        h = to_channels_last_on_gpu(h)
         yield BlockCall("head", (x,), h)
         skips = [h]
         for part in ("downblocks", "middleblocks", "upblocks"):

@@ -1,13 +1,13 @@
-"""FSDDIM's output layer, DDIM update and input layer merged into one recurrence between network evaluations.
+"""FSDDIM's output layer, DDIM update and input layer, merged into one recurrence between network evaluations.
 
 The network ends in a 1x1 convolution `O = W_o s + b_o` and begins with a 3x3 convolution `A = W_i X + b_i`. Between
-them DDIM (arXiv 2312.01742) only adds: `X <- p X + q O`. So the current `A` that enters the network follows from the
-last one and from what the network transmits, `s`, without an image in between:
+them, DDIM (arXiv 2312.01742) is linear: `X <- p X + q O`. The next input current `A` can therefore be computed from the
+last one and the transmitted features `s`, without an image in between:
 
     A <- p (A - b_i) + b_i + q (W_f s + M),    W_f = W_i W_o,    M = W_i applied to the constant image b_o
 
-`W_f` is a 3x3 kernel, exact under zero padding because `W_o` has no reach. `M` is a map, not a constant: at the border
-its sums miss the taps that lie outside the image.
+`W_f` is a 3x3 kernel, exact under zero padding because `W_o` is 1x1. `M` is a map `(K, H, W)`, not a constant: at the
+border, taps outside the image do not contribute.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from systems.spiking.steps import fold, unfold
 
 
 class _Merged(nn.Conv2d):
-    """Convolution without parameters of its own: its kernel is computed from other layers and is never saved."""
+    """Convolution without parameters: its kernel is computed from other layers and never saved."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
         super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
@@ -32,18 +32,18 @@ class _Merged(nn.Conv2d):
         self.register_buffer("weight", kernel, persistent=False)
 
     def set_kernel(self, kernel: Tensor) -> None:
-        """Takes a kernel `(out_channels, in_channels, kh, kw)`."""
+        """Sets the kernel, `(out_channels, in_channels, kh, kw)`."""
         self._buffers["weight"] = kernel.contiguous()
 
 
 class FusedRecurrence(nn.Module):
-    """Maps what an `FSDDIMUNet` transmits to the next current of its input layer.
+    """Maps the transmitted features of an `FSDDIMUNet` to the next current of its input layer.
 
-    What is 0 or 1 and what is real-valued pass through kernels of their own, so that a cost meter counts the first as
-    accumulates and the second as multiply-accumulates. With `activate_first_conv` nothing is real-valued.
+    Spikes and real-valued features have separate kernels, so that a cost meter counts the former as accumulates and
+    the latter as multiply-accumulates. With `activate_first_conv` no feature is real-valued.
 
     Args:
-        network: Gives the sizes; its weights are taken by `merge`.
+        network: Determines the sizes; `merge` reads its weights.
     """
 
     bias: Tensor
@@ -66,7 +66,7 @@ class FusedRecurrence(nn.Module):
 
     @property
     def transmitted(self) -> str:
-        """Says which part of what the network transmits is not spikes."""
+        """Describes which of the transmitted channels are not spikes."""
         total = self.spikes_to_image.in_channels + self.real_channels
         if not self.real_channels:
             return f"the fused sampler transmits {total} channels, all of them spikes"
@@ -77,10 +77,10 @@ class FusedRecurrence(nn.Module):
 
     @torch.no_grad()
     def merge(self, network: FSDDIMUNet, size: Sequence[int]) -> None:
-        """Computes kernels and border map from the network's weights, for images of `size` `(H, W)`."""
+        """Computes the kernels and the map `M` from the network's weights, for images of `size` `(H, W)`."""
         w_in, w_out = network.conv_in.weight, network.conv_out.weight[:, :, 0, 0]  # (K, C, 3, 3), (C, S)
         fused = torch.einsum("kcij,cs->ksij", w_in, w_out)
-        first = slice(self.base_channels, 2 * self.base_channels)  # the second part of what is transmitted
+        first = slice(self.base_channels, 2 * self.base_channels)  # output of `conv_in`
         spiking = torch.ones(w_out.shape[1], dtype=torch.bool, device=w_out.device)
         if self.real_channels:
             spiking[first] = False
@@ -102,14 +102,14 @@ class FusedRecurrence(nn.Module):
             transmitted: The parts of `s`, as `FSDDIMUNet.features` returns them.
 
         Raises:
-            RuntimeError: If anything else than 0 and 1 comes where spikes are expected.
+            RuntimeError: If features expected to be spikes have other values than 0 and 1.
         """
         num_steps = transmitted[0].shape[0]
         last, first, *others = map(fold, transmitted)
         spikes = torch.cat([last, *others] if self.real_channels else [last, first, *others], dim=1)
-        torch._assert_async(  # a GPU is not waited for
+        torch._assert_async(  # does not synchronise with a GPU
             ((spikes == 0) | (spikes == 1)).all(),
-            "the network transmitted other values than 0 and 1 as spikes to the fused sampler",
+            "the fused sampler received other values than 0 and 1 as spikes",
         )
         into_current, into_image = self.spikes_to_current(spikes), self.spikes_to_image(spikes)
         if self.real_channels:

@@ -1,44 +1,51 @@
 """Spiking U-Net of FSDDIM ("V2"): synaptic currents in, synaptic currents out, spikes between its blocks.
 
 R. Watanabe, Y. Mukuta, T. Harada, "Fully Spiking Denoising Diffusion Implicit Models", 2023,
-https://arxiv.org/abs/2312.01742; authors' code https://github.com/mil-tokyo/FSDDIM. The structure is that of the
-released network, so that its checkpoints load; module names follow it.
+https://arxiv.org/abs/2312.01742; authors' code https://github.com/mil-tokyo/FSDDIM. The structure and the
+module names follow the released network, so that its checkpoints load.
 
-With the released settings not all that travels through it is spikes: the current of `conv_in`, which also enters the
-last block and the output layer, and the outputs of the resampling layers are real-valued.
+With the released settings not all features are spikes: the current of `conv_in`, which also enters the last block and
+the output layer, and the outputs of the resampling layers are real-valued.
 
-Axes: `T` SNN time steps, `B` images, `C` channels, `H`, `W` pixels. Convolutions and norms see `T` folded into the
-batch; only the neurons look along it.
+Axes: `T` SNN time steps, `B` images, `C` channels, `H`, `W` pixels. Convolutions and norms process `T` folded into the
+batch (`N = T*B`); only the neurons use it as a time axis. In all blocks, `temb_channels` is the size of the time
+embedding, `norm` the kind of batch norm (`Norm`), and `neuron` creates one spiking layer.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
+from systems.networks.checks import check_unet_size
 from systems.networks.unet import double_size
 from systems.ops.norms import add_normed, scaled
-from systems.spiking.neurons import NeuronFactory
+from systems.spiking.neurons import NeuronFactory, SpikingNeuron
 from systems.spiking.steps import fold, to_channels_last_on_gpu, unfold
+from systems.spiking.surrogates import get_surrogate
+
+LIF = partial(SpikingNeuron, beta=0.8, detach_reset=True, fire_at_threshold=False, spike_grad=get_surrogate("triangle"))
+"""Published neuron: leaky, hard reset without gradient, spikes strictly above the threshold."""
 
 Norm = Literal["plain", "tdbn"]
 """Batch normalisation over `(T, B, H, W)`.
 
-`tdbn` is the paper's: threshold-dependent (Zheng et al., arXiv 2011.05280), each of two summed branches scaled by
-`1/sqrt(2)`. `plain` is what the released trainer runs, whose conversion to synchronised batch norm drops that factor. A
-checkpoint has the same tensors with either.
+`tdbn` is the paper's threshold-dependent batch norm (Zheng et al., arXiv 2011.05280), which scales each of two summed
+branches by `1/sqrt(2)`. `plain` is used by the released trainer, whose conversion to synchronised batch norm loses that
+factor. Checkpoints have the same tensors with both.
 """
 
-SUMMED = 1 / math.sqrt(2)
-"""tdBN's factor alpha for two branches that are summed; times the threshold of the published networks, 1."""
+BRANCH_GAIN = 1 / math.sqrt(2)
+"""tdBN's gain for each of two summed branches: `alpha V_th` with `alpha = 1/sqrt(2)` and the published threshold 1."""
 
 
 def scaled_norm(bn: nn.Module, x: Tensor, gain: float) -> Tensor:
-    """Batch norm whose normalised values, not its bias, are scaled by `gain` (tdBN: alpha times threshold)."""
+    """Returns `gain (bn(x) - bias) + bias`: tdBN with the gain `alpha V_th`, which leaves the bias unscaled."""
     return scaled(bn, bn(x), gain)
 
 
@@ -48,9 +55,9 @@ def join(parts: Sequence[Tensor]) -> Tensor:
 
 
 class Convolution(nn.Conv2d):
-    """Size-preserving convolution of inputs that are concatenated, followed by a batch norm if a `gain` is given.
+    """Size-preserving convolution of concatenated inputs, followed by a batch norm if a `gain` is given.
 
-    The parts come as separate arguments so that a cost meter sees which of them are spikes.
+    The inputs are separate arguments so that a cost meter sees which of them are spikes.
 
     Shapes:
         Parts `(N, C1, H, W)`, `(N, C2, H, W)`, ... to `(N, out_channels, H, W)`.
@@ -63,7 +70,13 @@ class Convolution(nn.Conv2d):
             self.bn = nn.BatchNorm2d(out_channels)
 
     def forward(self, *parts: Tensor, joined: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-        """Convolves the concatenation of the parts, or what is `joined` of them already; a norm may add a residual."""
+        """Returns `scaled_norm(conv(concat(parts))) + residual`, without norm and residual if there is no gain.
+
+        Args:
+            parts: Inputs `(N, C1, H, W)`, `(N, C2, H, W)`, ...
+            joined: Their concatenation, if it is already computed.
+            residual: Features `(N, out_channels, H, W)` to add; only with a norm.
+        """
         y = super().forward(join(parts) if joined is None else joined)
         if self.gain is None:
             return y
@@ -73,28 +86,28 @@ class Convolution(nn.Conv2d):
 
 
 class SpikingConvolution(Convolution):
-    """Convolution, norm, neuron: the last layer of either pyramid (`(T, B, C, H, W)` in and out)."""
+    """Convolution, norm, neuron: the last layer on the way down and on the way up; `(T, B, C, H, W)` in and out."""
 
     def __init__(self, in_channels: int, out_channels: int, neuron: NeuronFactory) -> None:
         super().__init__(in_channels, out_channels, 3, gain=1.0)
         self.neuron = neuron()
 
-    def forward(  # type: ignore[override]  # takes no residual
+    def forward(  # type: ignore[override]  # without residual
         self, *parts: Tensor, joined: Tensor | None = None
     ) -> Tensor:
         """Returns spikes."""
         y = nn.Conv2d.forward(self, join([fold(x) for x in parts]) if joined is None else joined)
-        return self.neuron(unfold(y, len(parts[0])), self.bn)
+        return self.neuron(unfold(y, len(parts[0])), self.bn)  # neuron(bn(y)), fused
 
 
 class ResBlock(nn.Module):
-    """Two convolutions and a shortcut, summed as currents into a last neuron (`(T, B, C, H, W)` in and out)."""
+    """Two convolutions and a shortcut, summed as currents into a final neuron; `(T, B, C, H, W)` in and out."""
 
     def __init__(
         self, in_channels: int, out_channels: int, temb_channels: int, norm: Norm, neuron: NeuronFactory
     ) -> None:
         super().__init__()
-        self.gain = SUMMED if norm == "tdbn" else 1.0
+        self.gain = BRANCH_GAIN if norm == "tdbn" else 1.0
         self.conv1 = Convolution(in_channels, out_channels, 3)
         self.temb_neuron = neuron()
         self.temb_proj = nn.Linear(temb_channels, out_channels)
@@ -117,10 +130,10 @@ class ResBlock(nn.Module):
         """
         num_steps = temb.shape[0]
         folded = [fold(x) for x in parts]
-        joined = join(folded)  # once, for two convolutions
-        time = fold(self.temb_proj(self.temb_neuron(temb)))[:, :, None, None]
-        h = unfold(self.conv1(*folded, joined=joined) + time, num_steps)  # (T, B, C, H, W)
-        s = fold(self.neuron1(h, self.bn1))
+        joined = join(folded)  # shared by two convolutions
+        temb_current = fold(self.temb_proj(self.temb_neuron(temb)))[:, :, None, None]
+        h = unfold(self.conv1(*folded, joined=joined) + temb_current, num_steps)  # (T, B, C, H, W)
+        s = fold(self.neuron1(h, self.bn1))  # neuron(bn(h)), fused
         if isinstance(self.nin_shortcut, Convolution):
             shortcut = self.nin_shortcut(*folded, joined=joined)
         else:
@@ -129,7 +142,7 @@ class ResBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Mean of 2x2 pixels and a 1x1 convolution: halves `H` and `W`, returns real-valued currents."""
+    """Average pooling over 2x2 pixels and a 1x1 convolution: halves `H` and `W`, returns real-valued currents."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -153,7 +166,7 @@ class Upsample(nn.Module):
 
 
 def sinusoids(max_time: int, channels: int) -> Tensor:
-    """Time table `(max_time, channels)`, sine and cosine interleaved; the slowest frequency is 1/10000."""
+    """Returns the time table `(max_time, channels)`, sine and cosine interleaved; the lowest frequency is 1/10000."""
     half = channels // 2
     frequencies = torch.exp(torch.arange(half, dtype=torch.float64) * (-math.log(10000) / (half - 1)))
     angle = torch.arange(max_time, dtype=torch.float64)[:, None] * frequencies
@@ -163,7 +176,7 @@ def sinusoids(max_time: int, channels: int) -> Tensor:
 class FSDDIMUNet(nn.Module):
     """Predicts `v` as synaptic currents from noisy synaptic currents.
 
-    `forward` is `conv_in`, `features` and `conv_out`; the fused sampler calls `features` alone.
+    `forward` is `conv_in`, `features` and `conv_out`; the fused sampler calls only `features`.
 
     Args:
         in_channels: Image channels.
@@ -171,10 +184,12 @@ class FSDDIMUNet(nn.Module):
         channel_mult: Channels in which each level ends, as multiples of `base_channels`; each level but the last halves
             the image.
         num_res_blocks: Residual blocks per level, down and up.
-        max_time: Diffusion steps that the time embedding knows.
-        norm: Batch norm: `plain` (released) or `tdbn` (paper).
-        activate_first_conv: Whether norm and neuron follow `conv_in` (published: no).
-        neuron: Makes one spiking layer.
+        max_time: Rows of the time embedding's table, one for each diffusion step, or more.
+        norm: Batch norm: `plain`, as the released trainer runs it, or the paper's `tdbn`, whose factor uses the
+            published threshold of 1 for any `threshold`.
+        activate_first_conv: Whether norm and neuron follow `conv_in` (published: no); then all features that `conv_out`
+            receives are spikes.
+        neuron: Creates one spiking layer.
 
     Raises:
         ValueError: If a size or a name is out of range.
@@ -182,21 +197,17 @@ class FSDDIMUNet(nn.Module):
 
     def __init__(
         self,
-        in_channels: int,
-        base_channels: int,
-        channel_mult: Sequence[int],
-        num_res_blocks: int,
-        max_time: int,
-        norm: Norm,
-        activate_first_conv: bool,
-        neuron: NeuronFactory,
+        in_channels: int = 3,
+        base_channels: int = 128,
+        channel_mult: Sequence[int] = (1, 2, 3, 4),
+        num_res_blocks: int = 2,
+        max_time: int = 1000,
+        norm: Norm = "plain",
+        activate_first_conv: bool = False,
+        neuron: NeuronFactory = LIF,
     ) -> None:
         super().__init__()
-        if base_channels < 4 or base_channels % 2 or not channel_mult or num_res_blocks < 1:
-            raise ValueError(
-                f"base_channels={base_channels}, channel_mult={list(channel_mult)}, num_res_blocks={num_res_blocks} "
-                "make no U-Net; give an even base_channels of 4 or more, a channel_mult, and 1 or more num_res_blocks"
-            )
+        check_unet_size(base_channels, channel_mult, num_res_blocks, multiple_of=2, at_least=4)
         if norm not in ("plain", "tdbn"):
             raise ValueError(f"norm={norm!r} is unknown; choose 'plain' (as released) or 'tdbn' (as in the paper)")
         self.in_channels = in_channels
@@ -204,7 +215,7 @@ class FSDDIMUNet(nn.Module):
         self.activate_first_conv = activate_first_conv
         base, tdim, levels = base_channels, 4 * base_channels, len(channel_mult)
         ends = [multiple * base for multiple in channel_mult]
-        starts = [base, *ends[:-1]]  # the width changes in the layer that ends a level
+        starts = [base, *ends[:-1]]  # the last layer of a level changes the channels
         self.multiple = 2 ** (levels - 1)
 
         def block(channels_in: int, channels_out: int) -> ResBlock:
@@ -250,22 +261,23 @@ class FSDDIMUNet(nn.Module):
         return unfold(self.conv_out(*map(fold, self.features(current, t))), x.shape[0])
 
     def features(self, current: Tensor, t: Tensor) -> list[Tensor]:
-        """Runs everything between `conv_in` and `conv_out`.
+        """Runs the network between `conv_in` and `conv_out`.
 
         Args:
             current: Output of `conv_in` `(T, B, base_channels, H, W)`.
             t: Diffusion steps `(B,)`.
 
         Returns:
-            The parts `(T, B, ..., H, W)` that `conv_out` concatenates: last block; first activation; blocks of the
-            first level down; blocks of the last level up. They are spikes, the second only with `activate_first_conv`.
+            The inputs `(T, B, C_i, H, W)` that `conv_out` concatenates: last block; output of `conv_in`; blocks of the
+            first level down; blocks of the last level up. All are spikes, the second only with
+            `activate_first_conv`.
         """
         num_steps = current.shape[0]
-        temb = self.temb[0](self.get_buffer("pe")[t])  # (B, 4 * base), the same in every SNN step, so once is enough
+        temb = self.temb[0](self.get_buffer("pe")[t])  # (B, 4 * base), equal in all SNN steps, computed once
         temb = self.temb[1](self.temb_neuron(temb.expand(num_steps, *temb.shape)))  # (T, B, 4 * base)
         first = current
         if self.activate_first_conv:
-            first = self.neuron_in(current, self.bn_in)
+            first = self.neuron_in(current, self.bn_in)  # neuron(bn(current)), fused
         h, skips = first, [first]
         for level in self.downs:
             *blocks, resample = cast(nn.ModuleList, level)

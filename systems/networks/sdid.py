@@ -1,8 +1,8 @@
-"""SDID, the denoiser of Spiking-Diffusion: a spiking network that guesses the codes behind a partly masked grid.
+"""SDID, the denoiser of Spiking-Diffusion: a spiking network that predicts the masked codes of a grid.
 
 M. Liu et al., "Spiking-Diffusion", https://arxiv.org/abs/2308.10187; authors' code
-https://github.com/Arktis2022/Spiking-Diffusion. As released, code indices and diffusion step enter as plain magnitudes,
-without embedding or scaling; so the first convolution is not fed by spikes.
+https://github.com/Arktis2022/Spiking-Diffusion. As released, code indices and diffusion step enter as plain numbers,
+without embedding or scaling, so that the input of the first convolution is not spikes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from systems.networks.checks import check_range
 from systems.networks.vq_svae import SpikingConv
 from systems.spiking.neurons import NeuronFactory, leaky_integrate_and_fire
 from systems.spiking.steps import concatenate, fold, unfold
@@ -21,13 +22,13 @@ WIDTHS = (1, 2, 4, 8, 4)
 
 
 class SDID(nn.Module):
-    """Denoiser of code grids: five spiking convolutions, and a sixth on the outputs of the last and the first of them.
+    """Denoiser of code grids: five spiking convolutions, then a convolution of the outputs of the fifth and the first.
 
     Args:
         num_codes: Size of the codebook.
         base_channels: Channels of the first layer.
         num_steps: SNN time steps `T`.
-        neuron: Makes one spiking layer.
+        neuron: Creates one spiking layer.
 
     Raises:
         ValueError: If a size is out of range.
@@ -41,8 +42,8 @@ class SDID(nn.Module):
         neuron: NeuronFactory = leaky_integrate_and_fire,
     ) -> None:
         super().__init__()
-        if num_steps < 1 or base_channels < 1:
-            raise ValueError(f"num_steps={num_steps}, base_channels={base_channels} make no network; give 1 or more")
+        check_range("num_steps", num_steps, 1)
+        check_range("base_channels", base_channels, 1)
         self.num_steps = num_steps
         channels = [2, *(multiple * base_channels for multiple in WIDTHS)]
         self.layers = nn.ModuleList(
@@ -54,11 +55,11 @@ class SDID(nn.Module):
         """Returns the logits of the codes, `(B, num_codes, h, w)`.
 
         Args:
-            tokens: Code indices, or the mask's number where masked, `(B, h, w)`.
+            tokens: Code indices `(B, h, w)`, `mask_id` where masked.
             t: Diffusion steps `(B,)`, from 1.
         """
         x = tokens.to(self.head.weight.dtype)
-        h = torch.stack([x, t.to(x.dtype).view(-1, 1, 1).expand_as(x)], dim=1)  # (B, 2, h, w), the same in every step
+        h = torch.stack([x, t.to(x.dtype).view(-1, 1, 1).expand_as(x)], dim=1)  # (B, 2, h, w), equal in all SNN steps
         outputs = []
         for layer in self.layers:
             h = layer(h)  # (T, B, C, h, w)

@@ -2,12 +2,13 @@
 
 S. Yang, H. Ma, C. Yu, A. Wang, E.-P. Li, "SDiT: Spiking Diffusion Model with Transformer", 2024,
 https://arxiv.org/abs/2402.11588. It is the suite's own design, not the network of the public code
-https://github.com/foolLain/SDiT; `systems/sdit.py` says what is published and what is the suite's choice. Backgrounds:
+https://github.com/foolLain/SDiT; `systems/sdit.py` lists the published parts and the suite's choices. Background:
 U-ViT (https://arxiv.org/abs/2209.12152: tokens, long skips, final convolution), RWKV-4
 (https://arxiv.org/abs/2305.13048: token shift, WKV, receptance), SpikeGPT (https://arxiv.org/abs/2302.13939).
 
-Axes: `T` SNN time steps, `B` images, `N` tokens (patches, and the diffusion step in front), `D` channels. Weights,
-norms and attention see `T` folded into the batch; only neurons and the Reconstruction Module look along it.
+Axes: `T` SNN time steps, `B` images, `N` tokens (the diffusion step, then the patches), `D` channels, `M = T*B`.
+Weights, norms and attention process `T` folded into the batch; only neurons and the Reconstruction Module use it as a
+time axis.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from systems.networks.checks import check_range
 from systems.networks.unet import TimeEmbedding
 from systems.ops.compiled import compiled
 from systems.ops.token_shift import TokenShift
@@ -29,14 +31,14 @@ from systems.spiking.steps import fold, unfold
 from systems.spiking.surrogates import get_surrogate
 
 MixFactory = Callable[[int], nn.Module]
-"""Makes what mixes tokens, `(r, k, v)` each `(M, N, D)` to `(M, N, D)`, from its channels."""
+"""Creates a token mixer, `(r, k, v)` each `(M, N, D)` to `(M, N, D)`, from its channels."""
 
 LIF = partial(SpikingNeuron, beta=0.5, spike_grad=get_surrogate("atan"))
-"""Leaky neuron, hard reset; the surrogate is shared, so that it is compiled once."""
+"""Leaky neuron with hard reset. The surrogate is shared, so that it is compiled only once."""
 
 
 class NormedNeuron(nn.Module):
-    """Batch norm over each channel, then spikes, `(T, B, N, D)`."""
+    """Batch norm over each channel, then neurons; `(T, B, N, D)` in and out."""
 
     def __init__(self, channels: int, neuron: NeuronFactory) -> None:
         super().__init__()
@@ -44,19 +46,19 @@ class NormedNeuron(nn.Module):
         self.neuron = neuron()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns spikes in the shape of the features `x`."""
+        """Returns the spikes `neuron(norm(x))`, computed as one fused operation."""
         return self.neuron(x, self.norm)
 
 
 @compiled
 def _gate(r: Tensor, y: Tensor) -> Tensor:
-    """Lets through what the receptances say."""
+    """Returns `sigmoid(r) * y`, RWKV's receptance gate."""
     return torch.sigmoid(r) * y
 
 
 @compiled
 def _gated_sum(x: Tensor, r: Tensor, y: Tensor, factors: Tensor | None) -> Tensor:
-    """Adds what the receptances let through to the features, and scales them."""
+    """Returns `(x + sigmoid(r) * y) * factors`."""
     x = x + torch.sigmoid(r) * y
     return x if factors is None else x * factors
 
@@ -64,19 +66,19 @@ def _gated_sum(x: Tensor, r: Tensor, y: Tensor, factors: Tensor | None) -> Tenso
 class ShiftedLinear(nn.Linear):
     """Linear layer on RWKV's token shift: `W (mu * s[n] + (1 - mu) * s[n-1]) + b`, with `mu` learned for each channel.
 
-    It is a convolution along the tokens with the two taps `W diag(mu)` and `W diag(1 - mu)`. Its input are the spikes
-    themselves, each of which causes accumulates of either tap; no multiplication is left once the taps are stored.
+    Equivalent to a convolution along the tokens with the two taps `W diag(mu)` and `W diag(1 - mu)`. With spikes as
+    input it needs only accumulates of either tap and, once the taps are stored, no multiplication.
 
     Shapes:
-        `(..., N, in_features)` to `(..., N, out_features)`; the first token follows on silence.
+        `(..., N, in_features)` to `(..., N, out_features)`; the token before the first is zero.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features)
-        self.mix = nn.Parameter(torch.arange(in_features) / in_features)  # as RWKV-4's first layer starts
+        self.mix = nn.Parameter(torch.arange(in_features) / in_features)  # initial values of RWKV-4's first layer
 
     def forward(self, input: Tensor, *, shifted: Tensor | None = None) -> Tensor:
-        """Returns the currents of the spikes `input`, whose token shift may be given (see `token_shift`)."""
+        """Returns the currents caused by the spikes `input`; `shifted` is their token shift, if already computed."""
         if shifted is None:
             (shifted,) = TokenShift.apply(input, self.mix)
         return super().forward(shifted)
@@ -88,14 +90,14 @@ class ShiftedLinear(nn.Linear):
 
 
 def token_shift(x: Tensor, *layers: ShiftedLinear) -> tuple[Tensor, ...]:
-    """Returns the token shifts of `x` `(..., N, D)` that these layers take, all in one pass."""
+    """Returns the token shifts of `x` `(..., N, D)` for several layers, computed in one pass."""
     return TokenShift.apply(x, *(layer.mix for layer in layers))
 
 
 class RWKVMix(nn.Module):
     """RWKV-4's replacement of attention, `sigmoid(r) * wkv(k, v)`: linear in the number of tokens.
 
-    Decays start between `e^-5` and `e^3` and bonuses at `log 0.3`, the ranges of RWKV-4.
+    Decays are initialised from `e^-5` to `e^3` and bonuses to `log 0.3`, as in RWKV-4.
     """
 
     def __init__(self, channels: int, bidirectional: bool = False) -> None:
@@ -111,7 +113,7 @@ class RWKVMix(nn.Module):
 
 
 class SoftmaxMix(nn.Module):
-    """Multi-head softmax attention of every token to every token, with `r` as queries; no parameters of its own."""
+    """Multi-head softmax attention between all tokens, with `r` as queries and without parameters."""
 
     def __init__(self, channels: int, num_heads: int) -> None:
         super().__init__()
@@ -126,15 +128,15 @@ class SoftmaxMix(nn.Module):
 
 
 class Block(nn.Module):
-    """Spatial mix of tokens and channel mix, each a pre-spike residual: the sums are real, what weights see is spikes.
+    """Token mix and channel mix with pre-spike residuals: sums are real-valued, weights receive spikes.
 
     Args:
         channels: Channels `D`.
         hidden_channels: Channels of the hidden layer of the channel mix.
-        neuron: Makes one spiking layer.
-        mix: Makes what mixes the tokens.
-        inner_norm: Whether the neurons behind the mix and in the channel mix have a norm too.
-        skip: Whether the features of an input block come in as well (a long skip).
+        neuron: Creates one spiking layer.
+        mix: Creates the token mixer.
+        inner_norm: Whether the neurons after the token mixer and in the channel mix have a norm too.
+        skip: Whether the block also receives the features of an input block (a long skip).
 
     Shapes:
         `(T, B, N, D)` in and out.
@@ -166,7 +168,13 @@ class Block(nn.Module):
         self.channel_out = nn.Linear(hidden_channels, channels)
 
     def forward(self, x: Tensor, skip: Tensor | None = None, factors: Tensor | None = None) -> Tensor:
-        """Returns the features after both mixes, times what factors there are."""
+        """Returns the features after both mixes, multiplied by the factors if given.
+
+        Args:
+            x: Features `(T, B, N, D)`.
+            skip: Features of an input block, in the same shape.
+            factors: Factors of the Reconstruction Module `(T, 1, 1, D)`.
+        """
         if skip is not None:
             x = x + self.skip_out(self.skip_neuron(torch.cat([x, skip], dim=-1)))
         s = fold(self.spatial_neuron(x))  # (T*B, N, D)
@@ -182,17 +190,17 @@ class Block(nn.Module):
 
 
 class Reconstruction(nn.Module):
-    """Reconstruction Module: a learned token goes through membranes that never fire, and scales what blocks give out.
+    """Reconstruction Module: a learned token passes through membranes that never fire and scales the blocks' outputs.
 
     `m[l,t] = beta m[l,t-1] + W[l] rho[l-1,t]`, `rho[l,t] = rho[l-1,t] + tanh(m[l,t])`, and the factors of block `l` are
-    `1 + V[l] rho[l,t]`; `V` starts at zero, and with it the network as if the module were absent. No image enters, so
-    that a trained network may store the factors: they cost no operation of a weight matrix per image, and the matrices
-    are parameters here, no layers.
+    `1 + V[l] rho[l,t]`. `V` is initialised to zero, so that the factors start at 1. They do not depend on the image:
+    a trained network can store them and needs no matrix product per image. The matrices are therefore plain parameters,
+    not layers.
 
     Args:
         channels: Channels `D`.
         depth: Blocks `L`.
-        beta: Membrane decay, that of the neurons.
+        beta: Membrane decay, equal to the neurons' decay.
     """
 
     def __init__(self, channels: int, depth: int, beta: float) -> None:
@@ -217,27 +225,30 @@ class Reconstruction(nn.Module):
 
 
 class SpikingTransformer(nn.Module):
-    """Predicts the noise in `x_t` with RWKV blocks of leaky integrate-and-fire neurons, in U-ViT's layout.
+    """Predicts the noise in `x_t` with RWKV blocks of leaky integrate-and-fire neurons, in the layout of U-ViT.
 
-    Potentials of every neuron start at zero in each call. For the choices behind the arguments see `systems.sdit.SDiT`.
+    The potentials of all neurons start at zero in each call. `systems.sdit.SDiT` explains the design choices.
 
     Args:
         in_channels: Image channels.
-        image_size: Height and width of the images.
-        patch_size: Height and width of a patch.
-        embed_dim: Channels `D`, a multiple of 8.
-        depth: Blocks: as many on the way in as on the way out, and one in the middle.
-        num_steps: SNN time steps `T`.
+        image_size: Height and width of the images (positions are learned for one size).
+        patch_size: Height and width of a patch; divides image_size.
+        embed_dim: Channels `D` of a token, a multiple of 8.
+        depth: Blocks, an odd number: (depth - 1) / 2 in, one in the middle, as many out.
+        num_steps: SNN time steps T.
         mlp_ratio: Hidden channels of the channel mix, as a multiple of `embed_dim`.
         num_train_timesteps: Diffusion steps that the time embedding knows.
         beta: Membrane decay of the Reconstruction Module.
-        neuron: Makes one spiking layer.
-        inner_norm: Whether the neurons behind the mix and in the channel mix have a norm too.
-        reconstruction: Whether there is a Reconstruction Module.
-        attention: What mixes the tokens.
-        num_heads: Heads of softmax attention.
-        embedding: Whether patches enter as real values (`ann`) or as spikes (`spiking`).
-        scan: Whether RWKV's tokens see those before them (`causal`) or all (`bidirectional`).
+        neuron: Creates one spiking layer.
+        inner_norm: Batch norm before the neurons after RWKV and in the channel mix too. With it they fire at a rate
+            near 0.17 from the start, without it almost never at first. The small configurations use it because the
+            network trains faster with it.
+        reconstruction: Reconstruction Module; false is the ablation.
+        attention: Token mixing: rwkv (published), or softmax attention between all tokens, the ablation.
+        num_heads: Heads of softmax attention; divides embed_dim.
+        embedding: Patches enter as real values of an ANN layer (ann, published), or through a neuron (spiking), the
+            ablation.
+        scan: RWKV sees the tokens before each one (causal), or adds a scan from the last to the first (bidirectional).
 
     Raises:
         ValueError: If a size is out of range or options do not go together.
@@ -263,27 +274,26 @@ class SpikingTransformer(nn.Module):
         scan: Literal["causal", "bidirectional"] = "causal",
     ) -> None:
         super().__init__()
-        if num_steps < 1:
-            raise ValueError(f"num_steps={num_steps} SNN time steps; give 1 or more")
+        check_range("num_steps", num_steps, 1)
         if patch_size < 1 or image_size < 1 or image_size % patch_size:
             raise ValueError(
-                f"image_size={image_size} is no multiple of patch_size={patch_size}; give a patch_size that divides "
+                f"image_size={image_size} is not a multiple of patch_size={patch_size}; give a patch_size that divides "
                 "it, or pad the images (--data.image_size)"
             )
         if depth < 1 or depth % 2 == 0:
             raise ValueError(
-                f"depth={depth} leaves no block for the middle; give an odd number, such as {max(depth, 2) + 1}: as "
-                "many blocks in as out, and one between"
+                f"depth={depth} leaves no middle block; give an odd number, such as {max(depth, 2) + 1}: equally "
+                "many input and output blocks, and one in the middle"
             )
         if embed_dim < 8 or embed_dim % 8 or not mlp_ratio * embed_dim >= 1:
             raise ValueError(
-                f"embed_dim={embed_dim}, mlp_ratio={mlp_ratio}; give a multiple of 8 for embed_dim (its quarter is an "
-                "even number of sinusoids) and an mlp_ratio above 0"
+                f"embed_dim={embed_dim}, mlp_ratio={mlp_ratio}; give a multiple of 8 for embed_dim (a quarter of it is "
+                "the even number of sinusoids) and an mlp_ratio above 0"
             )
         if attention == "softmax" and scan != "causal":
             raise ValueError(
-                f"scan={scan!r} is an option of attention='rwkv'; softmax attention sees every token anyhow, leave "
-                "it out"
+                f"scan={scan!r} is an option of attention='rwkv'; softmax attention already sees all "
+                "tokens, omit the option"
             )
         self.image_shape = (in_channels, image_size, image_size)
         self.patch_size = patch_size
@@ -337,7 +347,7 @@ class SpikingTransformer(nn.Module):
         return self.final_conv(F.pixel_shuffle(patches.mT.unflatten(2, (rows, rows)), self.patch_size))
 
     def _embed(self, x: Tensor, t: Tensor) -> Tensor:
-        """Returns the tokens `(T, B, N, D)`, that of the diffusion step in front; direct encoding repeats them."""
+        """Returns the tokens `(T, B, N, D)`, the diffusion step first, repeated over `T` (direct encoding)."""
         patches = (self.patch_embedding(x).flatten(2).mT + self.position).expand(self.num_steps, -1, -1, -1)
         if self.patch_neuron is not None:
             patches = self.patch_neuron(patches)

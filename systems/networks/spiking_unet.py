@@ -2,12 +2,13 @@
 
 J. Cao et al., "Spiking Denoising Diffusion Probabilistic Models", WACV 2024, https://arxiv.org/abs/2306.17046, and
 "Spiking Diffusion Models", IEEE TAI 2024, https://arxiv.org/abs/2408.16467; authors' code
-https://github.com/AndyCao1125/SDDPM and https://github.com/AndyCao1125/SDM. The structure is that of the released
-networks (the papers' text differs in places), so that their checkpoints load: integrate-and-fire neurons, no dropout,
-no attention, and an output stage that ends in a leaky read-out. Module names follow the released checkpoints.
+https://github.com/AndyCao1125/SDDPM and https://github.com/AndyCao1125/SDM. The structure follows the released
+networks, which differ from the papers' text in some details, so that their checkpoints load: integrate-and-fire
+neurons, no dropout, no attention, and a leaky read-out at the end. Module names follow the released checkpoints.
 
-Axes: `T` SNN time steps, `B` images, `C` channels, `H`, `W` pixels. Convolutions and norms see `T` folded into the
-batch; only the neurons look along it.
+Axes: `T` SNN time steps, `B` images, `C` channels, `H`, `W` pixels. Convolutions and norms process `T` folded into the
+batch; only the neurons use it as a time axis. In all blocks, `temb_channels` is the size of the time embedding,
+`neuron` creates one spiking layer and `conv` one convolution.
 """
 
 from __future__ import annotations
@@ -21,21 +22,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from systems.networks.unet import TimeEmbedding, assemble, check_images, double_size
+from systems.networks.checks import check_images, check_range, check_unet_size
+from systems.networks.unet import TimeEmbedding, assemble, double_size
 from systems.ops.norms import add_normed
 from systems.ops.scale_steps import ScaleSteps
 from systems.spiking.neurons import NeuronFactory, integrate_and_fire, membrane_output
 from systems.spiking.steps import concatenate, fold, to_channels_last_on_gpu, unfold
 
 ConvFactory = Callable[..., nn.Module]
-"""Takes the arguments of `nn.Conv2d`."""
+"""Creates a convolution from the arguments of `nn.Conv2d`."""
 
 
 class TemporalConv2d(nn.Module):
     """Convolution with one learned factor for each SNN time step: the temporal-wise spiking mechanism (TSM) of SDM.
 
-    As released, the factor multiplies the bias too and acts before the norm (arXiv 2408.16467 writes it on the weights
-    alone). It is the same number for every channel, so it folds into the weights of its step and costs no operation.
+    As released, the factor also multiplies the bias and is applied before the norm (in arXiv 2408.16467 it multiplies
+    only the weights). It is the same for all channels and can therefore be folded into the weights of its step at no
+    cost.
 
     Args:
         num_steps: SNN time steps `T`.
@@ -57,7 +60,7 @@ class TemporalConv2d(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Neuron, convolution, norm, twice; then the residual is summed in real values (`(T, B, C, H, W)` in and out)."""
+    """Twice neuron, convolution, norm; then a real-valued residual sum; `(T, B, C, H, W)` in and out."""
 
     def __init__(
         self, in_channels: int, out_channels: int, temb_channels: int, neuron: NeuronFactory, conv: ConvFactory
@@ -76,8 +79,9 @@ class ResBlock(nn.Module):
         """Returns `(T, B, out_channels, H, W)` of features `x` and the time embedding `temb` `(B, temb_channels)`."""
         num_steps = x.shape[0]
         h = unfold(self.conv1(fold(self.neuron1(x))), num_steps)
-        h = unfold(self.conv2(fold(self.neuron2(h, self.bn1, self.temb_proj(temb)))), num_steps)
-        return add_normed(self.bn2, h, unfold(self.shortcut(fold(x)), num_steps))
+        s = self.neuron2(h, self.bn1, self.temb_proj(temb))  # neuron(bn(h) + temb), fused
+        h = unfold(self.conv2(fold(s)), num_steps)
+        return add_normed(self.bn2, h, unfold(self.shortcut(fold(x)), num_steps))  # bn(h) + shortcut(x), fused
 
 
 class Downsample(nn.Module):
@@ -111,20 +115,20 @@ class Upsample(nn.Module):
 class SpikingUNet(nn.Module):
     """Predicts the noise in `x_t` with integrate-and-fire neurons under direct encoding.
 
-    The image is a constant current, repeated for `num_steps` SNN time steps; the output is the potential of a leaky
-    integrator without threshold, `sum_k 0.8^(T-1-k) h[k]`. The potentials of every neuron start at zero in each call.
+    The image is a constant current in all `T` SNN time steps; the output is the potential of a leaky integrator without
+    threshold, `sum_k 0.8^(T-1-k) h[k]`. The potentials of all neurons start at zero in each call.
 
     Args:
         in_channels: Image channels.
         base_channels: Channels of the first level, a multiple of 2.
         channel_mult: Channels of each level, as multiples of `base_channels`; each level but the last halves the image.
         num_res_blocks: Residual blocks per level on the way down; one more on the way up.
-        num_steps: SNN time steps `T`.
+        num_steps: SNN time steps T (paper: 4 or 8).
         num_train_timesteps: Diffusion steps that the time embedding knows.
-        neuron: Makes one spiking layer.
-        temporal_scaling: Whether every convolution learns a factor for each SNN time step (`TemporalConv2d`).
-        attention_levels: Published without attention; anything but an empty list is refused.
-        dropout: The paper lists 0.1, the released network has none; a value other than 0 warns.
+        neuron: Creates one spiking layer.
+        temporal_scaling: Whether every convolution learns one factor per SNN time step (`TemporalConv2d`).
+        attention_levels: Must be empty (or name no existing level): the published network has no attention.
+        dropout: Ignored with a warning: the paper lists 0.1, but the released network has no dropout layer.
 
     Raises:
         ValueError: If a size is out of range.
@@ -144,16 +148,11 @@ class SpikingUNet(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if num_steps < 1:
-            raise ValueError(f"num_steps={num_steps} SNN time steps; give 1 or more")
-        if base_channels < 2 or base_channels % 2 or not channel_mult or num_res_blocks < 1:
-            raise ValueError(
-                f"base_channels={base_channels}, channel_mult={list(channel_mult)}, num_res_blocks={num_res_blocks} "
-                "make no U-Net; base_channels must be even, channel_mult not empty, num_res_blocks 1 or more"
-            )
+        check_range("num_steps", num_steps, 1)
+        check_unet_size(base_channels, channel_mult, num_res_blocks, multiple_of=2)
         if any(level < len(channel_mult) for level in attention_levels):
             raise ValueError(
-                f"attention_levels={list(attention_levels)}: the published network has no attention; leave it empty"
+                f"attention_levels={list(attention_levels)}: the published network has no attention; give an empty list"
             )
         if dropout:
             warnings.warn(f"dropout={dropout} is ignored: the released network has no dropout layer", stacklevel=2)
@@ -187,7 +186,11 @@ class SpikingUNet(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Xavier uniform with zero bias as released; three layers differ, only one of them under temporal scaling."""
+        """Xavier uniform with zero bias, as released.
+
+        `T_output_layer` keeps torch's initialisation; without temporal scaling, `conv_identity` does so too, and
+        `tail_conv` has a gain of 1e-5.
+        """
         defaults = ("T_output_layer",) if self.temporal_scaling else ("T_output_layer", "conv_identity")
         for name, module in self.named_modules():
             if isinstance(module, nn.Conv2d | nn.Linear) and name not in defaults:
@@ -207,7 +210,7 @@ class SpikingUNet(nn.Module):
         """
         check_images(x, self.in_channels, self.num_levels)
         temb = self.time_embedding(t)
-        h = self.neuron(unfold(self._stem(x), self.num_steps), self.bn)
+        h = self.neuron(unfold(self._stem(x), self.num_steps), self.bn)  # neuron(bn(stem(x))), fused
         h = unfold(self.bn_identity(self.conv_identity(fold(h))), self.num_steps)  # (T, B, C, H, W)
         skips = [h]
         for block in self.downblocks:
@@ -224,7 +227,7 @@ class SpikingUNet(nn.Module):
         return membrane_output(unfold(h, self.num_steps))
 
     def _stem(self, x: Tensor) -> Tensor:
-        """First convolution, `(B, C, H, W)` to `(T*B, ...)`: the image is the same in every step, so once is enough."""
+        """First convolution, `(B, C, H, W)` to `(T*B, ...)`; computed once, as the image is equal in all SNN steps."""
         if isinstance(self.conv, TemporalConv2d):
             y = self.conv.tsmconv(x)
             return to_channels_last_on_gpu(fold(self.conv.tsmp * y).to(y.dtype))

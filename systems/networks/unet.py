@@ -1,4 +1,4 @@
-"""Parts that the U-Nets share: their blocks in order, the time embedding, upsampling, and checks of sizes."""
+"""Parts shared by the U-Nets: the order of their blocks, the time embedding, upsampling, and their size."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 
 def double_size(x: Tensor) -> Tensor:
-    """Nearest neighbour, `(N, C, H, W)` to `(N, C, 2H, 2W)`, in the dtype of `x`, which autocast would make float32."""
+    """Nearest-neighbour upsampling, `(N, C, H, W)` to `(N, C, 2H, 2W)`, in the dtype of `x` even under autocast."""
     with torch.autocast(x.device.type, enabled=False):
         return F.interpolate(x, scale_factor=2, mode="nearest")
 
@@ -25,17 +25,17 @@ def assemble(
     downsample: Callable[[int], nn.Module],
     upsample: Callable[[int], nn.Module],
 ) -> tuple[nn.ModuleList, nn.ModuleList, nn.ModuleList]:
-    """Returns the blocks of a U-Net on its way down, in the middle and on its way up.
+    """Returns the blocks of a U-Net on the way down, in the middle and on the way up.
 
-    Every output of the way down, and that of the stem, is the skip of one residual block of the way up.
+    The outputs of the stem and of every block on the way down are skips, one for each residual block on the way up.
 
     Args:
         base_channels: Channels of the stem's output.
         channel_mult: Channels of each level, as multiples of `base_channels`.
         num_res_blocks: Residual blocks per level on the way down; one more on the way up.
-        res_block: Makes a residual block from its channels in and out.
-        downsample: Makes what halves the image, from its channels.
-        upsample: Makes what doubles the image, from its channels.
+        res_block: Creates a residual block from its input and output channels.
+        downsample: Creates a layer that halves the image, from its channels.
+        upsample: Creates a layer that doubles the image, from its channels.
     """
     channels, skips = base_channels, [base_channels]
     down, up = nn.ModuleList(), nn.ModuleList()
@@ -57,24 +57,10 @@ def assemble(
     return down, middle, up
 
 
-def check_images(x: Tensor, in_channels: int, num_levels: int) -> None:
-    """Checks that images `(B, C, H, W)` fit a U-Net.
-
-    Raises:
-        ValueError: If they do not.
-    """
-    multiple = 2 ** (num_levels - 1)
-    if x.dim() != 4 or x.shape[1] != in_channels or x.shape[2] % multiple or x.shape[3] % multiple:
-        raise ValueError(
-            f"images have shape {tuple(x.shape)}; this U-Net takes (B, {in_channels}, H, W) with H and W "
-            f"multiples of {multiple}: set --data.image_size, or give fewer channel_mult"
-        )
-
-
 class TimeEmbedding(nn.Module):
-    """Sinusoidal embedding of the diffusion step (sine and cosine interleaved) and a two-layer swish MLP, not spiking.
+    """Sinusoidal embedding of the diffusion step (sine and cosine interleaved) and a two-layer swish MLP; no spikes.
 
-    Integer steps read the table that the checkpoints hold; real-valued ones (DPM-Solver) evaluate the same sinusoids.
+    Integer steps read the table stored in the checkpoints; real-valued steps (DPM-Solver) evaluate the same sinusoids.
 
     Shapes:
         `(B,)` steps to `(B, 4 * channels)`.
@@ -98,7 +84,7 @@ class TimeEmbedding(nn.Module):
         return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)
 
     def sinusoids(self, t: Tensor) -> Tensor:
-        """Returns what the MLP takes, `(B, channels)`, of diffusion steps `t` `(B,)`."""
+        """Returns the input of the MLP, `(B, channels)`, for diffusion steps `t` `(B,)`."""
         table = cast(nn.Embedding, self.timembedding[0])
         if not t.is_floating_point():
             return table(t)
@@ -110,18 +96,18 @@ class TimeEmbedding(nn.Module):
 
 
 def read_size(state: Mapping[str, Tensor], stem: str, width: str) -> dict[str, Any]:
-    """Reads the size of a U-Net off its tensors.
+    """Reads the size of a U-Net from its tensors.
 
     Args:
         state: Tensors by name.
-        stem: Weight of the first convolution.
-        width: Tensor that has an element for each channel of a residual block, as named within the block.
+        stem: Name of the weight of the first convolution.
+        width: Name, within a residual block, of a tensor with one element per channel.
 
     Returns:
         `in_channels`, `base_channels`, `channel_mult` and `num_res_blocks`.
 
     Raises:
-        KeyError: If there is no such stem.
+        KeyError: If there is no tensor named `stem`.
     """
     base_channels, in_channels = state[stem].shape[:2]
     levels: list[list[int]] = [[]]

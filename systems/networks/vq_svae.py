@@ -1,9 +1,9 @@
-"""VQ-SVAE of Spiking-Diffusion: a spiking autoencoder whose images become a grid of code indices.
+"""VQ-SVAE of Spiking-Diffusion: a spiking autoencoder that represents images as grids of code indices.
 
 M. Liu, J. Gan, R. Wen, T. Li, Y. Chen, H. Chen, "Spiking-Diffusion: Vector Quantized Discrete Diffusion Model with
 Spiking Neural Networks", https://arxiv.org/abs/2308.10187; authors' code https://github.com/Arktis2022/Spiking-Diffusion.
 
-Symbols of the paper and names here: `z` spikes of the encoder, `e` their mix of membrane output and firing rate
+Symbols of the paper: `z` spikes of the encoder, `e` the weighted mean of their membrane output and firing rate
 (`features`), `q` the nearest codes, `g` spikes of the adaptive spike generator.
 
 Axes: `T` SNN time steps, `B` images, `C` channels, `H`, `W` pixels, `h = H/4`, `w = W/4` tokens.
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from systems.networks.checks import check_range
 from systems.ops.precision import full_precision
 from systems.spiking.neurons import NeuronFactory, leaky_integrate_and_fire, membrane_output
 from systems.spiking.steps import fold, unfold
@@ -24,7 +25,7 @@ from systems.spiking.steps import fold, unfold
 SYNAPSE_DECAY = 0.5
 """Decay per SNN step of the postsynaptic potential, `1 - 1/tau` with tau = 2."""
 COMMITMENT = 0.25
-"""Weight of the terms that draw the encoder towards what it is quantised to."""
+"""Weight of the commitment terms, which pull the encoder towards its quantised values."""
 REDUCTION = 4
 """Pixels per token along each side."""
 
@@ -33,12 +34,12 @@ class SpikingConv(nn.Sequential):
     """Convolution, batch norm and neurons.
 
     Args:
-        conv: Convolution, also a transposed one.
+        conv: Convolution or transposed convolution.
         num_steps: SNN time steps `T`.
-        neuron: Makes the spiking layer.
+        neuron: Creates the spiking layer.
 
     Shapes:
-        `(T, B, C, H, W)`, or `(B, C, H, W)` for an input that is the same in every step, to `(T, B, C', H', W')`.
+        `(T, B, C, H, W)`, or `(B, C, H, W)` for an input that is equal in all SNN steps, to `(T, B, C', H', W')`.
     """
 
     def __init__(self, conv: nn.Conv2d | nn.ConvTranspose2d, num_steps: int, neuron: NeuronFactory) -> None:
@@ -46,10 +47,10 @@ class SpikingConv(nn.Sequential):
         self.num_steps = num_steps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns the spikes; a constant input is convolved once."""
+        """Returns the spikes `neuron(norm(conv(x)))`; a constant input is convolved once."""
         conv, norm, neuron = self
         h = conv(x).repeat(self.num_steps, 1, 1, 1) if x.dim() == 4 else conv(fold(x))  # (T*B, C', H', W')
-        return neuron(unfold(h, self.num_steps), norm)
+        return neuron(unfold(h, self.num_steps), norm)  # neuron(norm(h)), fused
 
 
 def postsynaptic_potential(x: Tensor) -> Tensor:
@@ -62,7 +63,7 @@ def postsynaptic_potential(x: Tensor) -> Tensor:
 
 
 class Reconstruction(NamedTuple):
-    """All that a forward pass leaves, for the losses."""
+    """Outputs of a forward pass, for the losses."""
 
     encoder_spikes: Tensor
     """`z`, `(T, B, code_channels, h, w)`."""
@@ -75,21 +76,21 @@ class Reconstruction(NamedTuple):
     generator_spikes: Tensor
     """`g`, `(T, B, code_channels, h, w)`."""
     images: Tensor
-    """`(B, C, H, W)` in (-1, 1), of which images fill [-0.5, 0.5]."""
+    """Reconstructions `(B, C, H, W)` in (-1, 1); the target range is [-0.5, 0.5]."""
 
 
 class VQSVAE(nn.Module):
     """Vector-quantised spiking variational autoencoder.
 
-    Images are a constant current (direct encoding). Potentials of every neuron start at zero in each call.
+    Images are a constant current (direct encoding). The potentials of all neurons start at zero in each call.
 
     Args:
         in_channels: Image channels.
         num_codes: Size of the codebook.
         code_channels: Dimension of a code.
-        base_channels: Channels of the first convolution, half those of the second.
+        base_channels: Channels of the first convolution; the second has twice as many.
         num_steps: SNN time steps `T`.
-        neuron: Makes one spiking layer.
+        neuron: Creates one spiking layer.
 
     Raises:
         ValueError: If a size is out of range.
@@ -105,13 +106,10 @@ class VQSVAE(nn.Module):
         neuron: NeuronFactory = leaky_integrate_and_fire,
     ) -> None:
         super().__init__()
-        if num_steps < 1:
-            raise ValueError(f"num_steps={num_steps} SNN time steps; give 1 or more")
-        if num_codes < 2 or code_channels < 1 or base_channels < 1:
-            raise ValueError(
-                f"num_codes={num_codes}, code_channels={code_channels}, base_channels={base_channels} are too few; "
-                "give 2 codes or more, and 1 channel or more"
-            )
+        check_range("num_steps", num_steps, 1)
+        check_range("num_codes", num_codes, 2)
+        check_range("code_channels", code_channels, 1)
+        check_range("base_channels", base_channels, 1)
         self.in_channels = in_channels
         self.num_steps = num_steps
         narrow, wide = base_channels, 2 * base_channels
@@ -136,6 +134,8 @@ class VQSVAE(nn.Module):
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the spikes `z` `(T, B, code_channels, h, w)` and the features `e` `(B, code_channels, h, w)`.
 
+        `e = (1 - alpha) membrane_output(z) + alpha mean_k z[k]`.
+
         Args:
             images: `(B, C, H, W)` in [-0.5, 0.5]; `H` and `W` multiples of 4.
 
@@ -154,12 +154,12 @@ class VQSVAE(nn.Module):
         """Returns the index of the nearest code, `(B, h, w)`, of features `(B, code_channels, h, w)`."""
         codes = self.codebook.weight
         vectors = features.movedim(1, -1).to(codes.dtype)  # (B, h, w, code_channels)
-        with full_precision(vectors.device.type):  # less would confuse near codes
+        with full_precision(vectors.device.type):  # lower precision would confuse close codes
             distances = vectors.square().sum(-1, keepdim=True) + codes.square().sum(1) - 2 * vectors @ codes.T
         return distances.argmin(-1)
 
     def decode(self, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the generator's spikes `g` `(T, B, code_channels, h, w)` and the images `(B, C, H, W)` of codes.
+        """Returns the generator's spikes `g` `(T, B, code_channels, h, w)` and the decoded images `(B, C, H, W)`.
 
         Args:
             codes: `(B, code_channels, h, w)`.
@@ -173,7 +173,7 @@ class VQSVAE(nn.Module):
         return self.codebook(indices).movedim(-1, 1)
 
     def forward(self, images: Tensor) -> Reconstruction:
-        """Encodes, quantises and decodes images `(B, C, H, W)` in [-0.5, 0.5]; gradients pass straight through."""
+        """Encodes, quantises (with straight-through gradients) and decodes images `(B, C, H, W)` in [-0.5, 0.5]."""
         encoder_spikes, features = self.encode(images)
         indices = self.quantise(features)
         codes = self.lookup(indices)
@@ -182,12 +182,12 @@ class VQSVAE(nn.Module):
 
 
 def equilibrium_loss(r: Reconstruction) -> Tensor:
-    """Losses of the quantiser: codes against features, and generator against encoder as postsynaptic potentials.
+    """Returns the quantiser's loss, `d(q, e) + d(psp(g), psp(z))` with the postsynaptic potential `psp`.
 
-    Each distance pulls its target fully and the encoder by `COMMITMENT`.
+    `d(a, b) = mse(a, sg[b]) + COMMITMENT mse(b, sg[a])`, with `sg` the stop-gradient.
     """
     generated, encoded = postsynaptic_potential(r.generator_spikes), postsynaptic_potential(r.encoder_spikes)
     loss = torch.zeros((), dtype=r.features.dtype, device=r.features.device)
-    for target, source in ((r.codes, r.features), (generated, encoded)):
-        loss = loss + F.mse_loss(target, source.detach()) + COMMITMENT * F.mse_loss(source, target.detach())
+    for a, b in ((r.codes, r.features), (generated, encoded)):
+        loss = loss + F.mse_loss(a, b.detach()) + COMMITMENT * F.mse_loss(b, a.detach())
     return loss

@@ -1,4 +1,4 @@
-"""The recorded FSDDIM network and what its tests share."""
+"""The recorded FSDDIM network, and helpers of its tests."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def state_of(recorded: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def recorded_system(recorded: dict[str, Tensor], norm: str, num_steps_of_chain: int = 1000, **options: Any) -> FSDDIM:
-    """The recorded network in a system; its time table has 1000 rows whatever the length of the chain."""
+    """The recorded network in a system; its time table has 1000 rows for any length of the chain."""
     tensors, arguments = read_official(state_of(recorded))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -30,7 +30,7 @@ def recorded_system(recorded: dict[str, Tensor], norm: str, num_steps_of_chain: 
 
 
 def tiny(**options: Any) -> FSDDIM:
-    """A small random system with statistics and biases that are not those of a fresh one."""
+    """A small random system with non-trivial norm statistics and biases."""
     torch.manual_seed(0)
     sizes = dict(in_channels=1, base_channels=8, channel_mult=(1, 2), num_res_blocks=1, num_steps=3)
     with warnings.catch_warnings():

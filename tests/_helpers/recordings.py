@@ -1,4 +1,4 @@
-"""Checks of a network against what was recorded of a released one, whatever the method."""
+"""Checks of a network against recordings of a released one, for any method."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The recorded networks of Spiking-Diffusion as one pair of official files."""
+"""The recorded networks of Spiking-Diffusion as a pair of official files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def load(reference: Callable[[str], dict[str, Tensor]]) -> SpikingDiffusion:
 
 
 def check_gradients(ours: dict[str, Tensor | None], theirs: dict[str, Tensor], floor: float) -> None:
-    """Compares gradients by name, relative to their norm, of which `floor` is the least that counts."""
+    """Compares gradients by name, with an error relative to their norm, or to `floor` if the norm is smaller."""
     assert theirs
     for name, gradient in theirs.items():
         found = ours[name]

@@ -23,7 +23,7 @@ SIZE = dict(in_channels=1, base_channels=32, channel_mult=(1,), num_res_blocks=1
 
 
 def rename(key: str) -> str:
-    """Key of the released converted network, after the one of the ANN."""
+    """Key of the released converted network for a key of the ANN."""
     parts = key.split(".")
     stays = any(part in key for part in ("main", "shortcut", "head"))
     return key if stays else ".".join([*parts[:-2], "block", *parts[-2:]])
@@ -48,7 +48,7 @@ def test_official_checkpoint_is_reproduced(spikes: Any, key: str, reference: Ref
     torch.testing.assert_close(output, recorded[key], rtol=0, atol=1e-5)
 
 
-def test_threshold_is_a_factor_on_every_neuron() -> None:
+def test_threshold_scales_every_neuron() -> None:
     neurons = [m for m in ANNSNN(**SIZE, threshold=0.997).network.modules() if isinstance(m, ConvertedNeuron)]
     assert len(neurons) == 2 + 5 * 3
     assert {neuron.threshold for neuron in neurons} == {0.997}
@@ -145,7 +145,7 @@ def started(ann: Path, **arguments: Any) -> ANNSNN:
     return system
 
 
-def test_block_loss_is_the_distance_of_the_block_outputs(ann: Path) -> None:
+def test_block_loss_compares_the_block_outputs(ann: Path) -> None:
     system = started(ann, dropout=0.5).train()
     x, t = torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 2, 999])
     reference = {call.name: call for call in system._reference[0].blocks(x, t)}
@@ -156,7 +156,7 @@ def test_block_loss_is_the_distance_of_the_block_outputs(ann: Path) -> None:
     assert not system._reference[0].training
 
 
-def test_block_gradient_is_that_of_the_ann_at_the_mean_input(ann: Path) -> None:
+def test_block_gradient_equals_the_ann_gradient_at_the_mean_input(ann: Path) -> None:
     system = started(ann, dropout=0.0)
     x, t, name = torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 2, 999]), "middleblocks.1"
     system.block_loss(name, x, t).backward()

@@ -36,14 +36,14 @@ def test_official_checkpoint_is_read(prefix: str, reference: Reference) -> None:
     torch.testing.assert_close(output, recorded["output.ann"], rtol=0, atol=1e-5)
 
 
-def test_two_tensors_of_one_name_are_refused() -> None:
+def test_duplicate_tensor_names_are_refused() -> None:
     state = small().network.state_dict()
     state["module.head.bias"] = state["head.bias"]
-    with pytest.raises(CheckpointMismatchError, match=r"two tensors head\.bias, one of them as module\.head\.bias"):
+    with pytest.raises(CheckpointMismatchError, match=r"two tensors head\.bias, one named module\.head\.bias"):
         read_official(state)
 
 
-def test_official_checkpoint_of_a_plain_network_says_so() -> None:
+def test_official_checkpoint_of_a_plain_network_sets_the_bits() -> None:
     system = small(activation_bits=32)
     assert read_official(system.network.state_dict())[1]["activation_bits"] == 32
 
@@ -84,9 +84,9 @@ def test_training_lowers_the_loss_and_moves_a_clip_value() -> None:
     assert float(system.network.tail[1].act_alpha.detach()) != 2.0
 
 
-def test_checkpoint_of_other_bits_is_refused() -> None:
+def test_checkpoint_with_other_bits_is_refused() -> None:
     checkpoint: dict[str, Any] = {"state_dict": small().state_dict()}
     small().on_save_checkpoint(checkpoint)
     small().on_load_checkpoint(checkpoint)
-    with pytest.raises(CheckpointMismatchError, match="trained with activation_bits=2, configured are 3"):
+    with pytest.raises(CheckpointMismatchError, match="activation_bits=2, but activation_bits=3 is configured"):
         small(activation_bits=3).on_load_checkpoint(checkpoint)

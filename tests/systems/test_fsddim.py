@@ -60,7 +60,7 @@ def test_reproduces_chain_in_currents(recorded: dict[str, Tensor], suffix: str, 
     torch.testing.assert_close((image.float() + 1) / 2, recorded["sample.image01"], rtol=0, atol=1e-5)
 
 
-def test_ddim_coefficients_are_those_of_the_clean_image_form() -> None:
+def test_ddim_coefficients_match_the_clean_image_form() -> None:
     power = cosine_schedule(1000).flip(0)
     previous = torch.cat([power[1:], power.new_ones(1)])
     p, q = ddim_coefficients(power, previous)
@@ -98,7 +98,7 @@ def test_encoding_and_decoding_invert() -> None:
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_image_depends_on_its_seed_alone(fused: bool) -> None:
+def test_image_depends_only_on_its_seed(fused: bool) -> None:
     system = tiny(fused=fused).double()
     seeds = torch.arange(5)
     together = system.sample(seeds, (1, 8, 8))
@@ -143,20 +143,20 @@ def test_threshold_reaches_every_neuron() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_steps": 0}, "num_steps=0 SNN time steps"),
-        ({"num_inference_steps": 1001}, "from 1 to the 1000 steps of training"),
+        ({"num_steps": 0}, "num_steps=0; give 1 or more"),
+        ({"num_inference_steps": 1001}, "from 1 to 1000"),
         ({"image_weight": 0, "reconstruction_weight": 0}, "image_weight=0.* one of them above 0"),
         ({"spike_weight": -1}, "spike_weight=-1; give weights of 0 or more"),
         ({"spike_grad": "step"}, "spike_grad='step' is not a surrogate"),
     ],
 )
-def test_options_that_do_not_fit_are_refused(options: dict, message: str) -> None:
+def test_invalid_options_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny(**options)
 
 
 def official(system: FSDDIM) -> dict[str, Tensor]:
-    """The tensors of a network laid out as the released code does."""
+    """The tensors of a network in the layout of the released code."""
     state = system.network.state_dict()
     return {
         key.replace("bn_in.", "conv_in.bn."): value.unsqueeze(-1) if value.dim() == 4 else value
@@ -165,7 +165,7 @@ def official(system: FSDDIM) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("activate", [False, True])
-def test_official_checkpoint_gives_tensors_and_options(activate: bool) -> None:
+def test_official_checkpoint_yields_tensors_and_options(activate: bool) -> None:
     sizes = dict(in_channels=3, base_channels=4, channel_mult=[1, 2, 3], num_res_blocks=1)
     sizes |= {"num_train_timesteps": 20, "max_time": 20}
     sizes["activate_first_conv"] = activate

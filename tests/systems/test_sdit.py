@@ -16,7 +16,7 @@ def system(**arguments: object) -> SDiT:
 
 
 @pytest.mark.parametrize("scheduler", [None, DDIMScheduler(), DPMSolverMultistepScheduler()])
-def test_samples_depend_on_their_seed_alone(scheduler: object) -> None:
+def test_samples_depend_only_on_their_seed(scheduler: object) -> None:
     sdit = system(scheduler=scheduler).eval()
     images = sdit.sample(torch.arange(3), (1, 8, 8))
     assert images.shape == (3, 1, 8, 8)
@@ -24,14 +24,14 @@ def test_samples_depend_on_their_seed_alone(scheduler: object) -> None:
     torch.testing.assert_close(sdit.sample(torch.tensor([2]), (1, 8, 8))[0], images[2], rtol=1e-3, atol=1e-3)
 
 
-def test_defaults_are_those_of_28x28_images() -> None:
+def test_defaults_suit_28x28_images() -> None:
     with torch.device("meta"):
         sdit = SDiT()
     assert (sdit.num_steps, sdit.network.patch_size, len(sdit.network.in_blocks)) == (4, 2, 4)
     assert sdit.network.position.shape == (14 * 14, 384)
     neurons = [m for m in sdit.modules() if isinstance(m, SpikingNeuron)]
     assert {(n.beta, n.threshold, n.reset_mechanism, n.input_scale) for n in neurons} == {(0.5, 1.0, "zero", 1.0)}
-    assert len({n.spike_grad for n in neurons}) == 1  # compiled once for all
+    assert len({n.spike_grad for n in neurons}) == 1  # compiled only once
     optimizer, schedule = sdit.configure_optimizers().values()
     assert (schedule["scheduler"].start_factor, schedule["scheduler"].total_iters) == (1 / 2500, 2500)
     assert type(optimizer) is torch.optim.AdamW
@@ -62,4 +62,4 @@ def test_a_few_steps_lower_the_loss() -> None:
         losses.append(loss.item())
     assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
     gate = sdit.network.reconstruction.gate
-    assert gate.abs().sum() > 0  # leaves zero, where it starts
+    assert gate.abs().sum() > 0  # initialised to zero

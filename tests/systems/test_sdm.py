@@ -132,7 +132,7 @@ def test_fine_tuning_starts_from_the_sddpm(sddpm_run: Path, tmp_path: Path) -> N
     torch.testing.assert_close(tuned["state_dict"][f"{name}.tsmconv.weight"], first[f"{name}.weight"])
     assert tuned["state_dict"][f"{name}.tsmp"].shape == (2, 1, 1, 1, 1)
     assert (run / "plots" / "temporal_factors.png").stat().st_size > 10_000
-    source.rename(tmp_path / "moved.ckpt")  # needed neither to test nor to go on
+    source.rename(tmp_path / "moved.ckpt")  # needed neither for testing nor for resuming
     try:
         main(["test", "--draft", f"--trainer.default_root_dir={tmp_path}"])
         main(["fit", f"--config={run / 'config.yaml'}", f"--ckpt_path={find_checkpoint(run)}", "--trainer.max_steps=3"])
@@ -149,25 +149,27 @@ def test_fine_tuning_starts_from_the_sddpm(sddpm_run: Path, tmp_path: Path) -> N
         (["--model.scheduler.prediction_type=epsilon"], "trained with prediction_type=sample"),
     ],
 )
-def test_another_size_or_process_is_refused(options: list[str], message: str, sddpm_run: Path, tmp_path: Path) -> None:
+def test_other_sizes_and_processes_are_refused(
+    options: list[str], message: str, sddpm_run: Path, tmp_path: Path
+) -> None:
     source = find_checkpoint(sddpm_run)
     given = [*OPTIONS, "--model=SDM", f"--model.init_from={source}", f"--trainer.default_root_dir={tmp_path}"]
     with pytest.raises(CheckpointMismatchError, match=message):
         main(["fit", *given, *options, "--trainer.max_steps=1"])
 
 
-def test_another_method_is_refused(sddpm_run: Path, tmp_path: Path) -> None:
+def test_other_methods_are_refused(sddpm_run: Path, tmp_path: Path) -> None:
     content = torch.load(find_checkpoint(sddpm_run), weights_only=True) | {"method": "fsddim"}
     torch.save(content, tmp_path / "other.ckpt")
     given = [*OPTIONS, "--model=SDM", f"--trainer.default_root_dir={tmp_path}"]
-    with pytest.raises(CheckpointMismatchError, match="is of method 'fsddim', expected one of 'sddpm'"):
+    with pytest.raises(CheckpointMismatchError, match="is of method 'fsddim', expected 'sddpm'"):
         main(["fit", *given, f"--model.init_from={tmp_path / 'other.ckpt'}"])
     with pytest.raises(FileNotFoundError, match="is not a file"):
         main(["fit", *given, "--model.init_from=nowhere.ckpt"])
     torch.save({"net_model": {}}, tmp_path / "official.pt")
     with pytest.raises(CheckpointMismatchError, match="python -m benchmark import"):
         main(["fit", *given, f"--model.init_from={tmp_path / 'official.pt'}"])
-    with pytest.raises(CheckpointMismatchError, match="is of method 'sddpm', expected one of 'sdm'"):
+    with pytest.raises(CheckpointMismatchError, match="is of method 'sddpm', expected 'sdm'"):
         main(["test", "--draft", *given, f"--ckpt_path={find_checkpoint(sddpm_run)}"])
 
 

@@ -73,24 +73,24 @@ def test_reproduces_the_sampling_loop(recorded: dict[str, Tensor], reference: Re
     chances = recorded["sample.u"].squeeze(2)  # (49, B, h, w)
     uniforms = torch.stack([chances, torch.zeros_like(chances)], dim=2)
     masked = torch.ones(chances.shape[1:], dtype=torch.bool)
-    with torch.no_grad():  # so cold that the likeliest code is drawn, as recorded
+    with torch.no_grad():  # at this temperature the likeliest code is drawn, as recorded
         states = [tokens for tokens, _ in unmask(system.denoiser, masked, uniforms, 49, system.mask_id, 1e-6)]
     assert torch.equal(torch.stack(states[:-1]), recorded["sample.x_before_step"].squeeze(2))
     assert torch.equal(states[-1], recorded["sample.x_final"].squeeze(1))
 
 
-class Fair(nn.Module):
-    """Holds all of four codes for equally likely."""
+class Uniform(nn.Module):
+    """Predicts four equally likely codes."""
 
     def forward(self, tokens: Tensor, t: Tensor) -> Tensor:
         return torch.zeros(len(tokens), 4, *tokens.shape[1:])
 
 
 @pytest.mark.parametrize("num_steps", [1, 3, 16])
-def test_tokens_are_filled_once_and_all(num_steps: int) -> None:
+def test_every_token_is_filled_once(num_steps: int) -> None:
     generator = torch.Generator().manual_seed(0)
     uniforms = torch.rand(num_steps, 2, 2, 4, 4, generator=generator)
-    states = list(unmask(Fair(), torch.ones(2, 4, 4, dtype=torch.bool), uniforms, num_steps, 4, 1.0))
+    states = list(unmask(Uniform(), torch.ones(2, 4, 4, dtype=torch.bool), uniforms, num_steps, 4, 1.0))
     assert len(states) == num_steps + 1
     assert (states[0][0] == 4).all()
     for (before, masked), (after, still) in pairwise(states):
@@ -119,7 +119,7 @@ def test_weights_of_the_objectives() -> None:
     assert denoising_loss(logits, codes, ~masked, t, 4, "elbo") == 0
 
 
-def test_one_seed_fixes_one_image() -> None:
+def test_a_seed_determines_its_image() -> None:
     system = small()
     together = system.sample(torch.tensor([3, 4, 5]), SHAPE)
     torch.testing.assert_close(system.sample(torch.tensor([5, 4]), SHAPE), together[[2, 1]], rtol=0, atol=1e-5)
@@ -144,7 +144,10 @@ def test_sampling_counts_the_denoiser_and_one_decoding() -> None:
         "autoencoder.decoder.0.2",
         "autoencoder.decoder.1.2",
     }
-    first_layer, generator = 4 * 2 * 9 * 4 * system.nfe, 4 * 4 * 4  # not fed by spikes, and once for all SNN steps
+    first_layer, generator = (
+        4 * 2 * 9 * 4 * system.nfe,
+        4 * 4 * 4,
+    )  # real-valued inputs; the generator runs once for all SNN steps
     assert cost.macs == first_layer + generator
 
 
@@ -159,7 +162,7 @@ def test_larger_grids_and_colours() -> None:
     assert system.sample(torch.arange(2), (3, 16, 16)).shape == (2, 3, 16, 16)
 
 
-def test_loss_before_stage_two_is_that_of_equally_likely_codes() -> None:
+def test_loss_before_stage_two_uses_uniform_logits() -> None:
     system = small(data_variance=0.1)
     images = torch.rand(4, *SHAPE) * 2 - 1
     before = system.loss(images, torch.Generator().manual_seed(0))
@@ -181,7 +184,7 @@ def test_variance_and_perplexity() -> None:
     [
         ({"mask_id": 9}, "mask_id=9 is outside the codebook of 8 codes"),
         ({"mask_id": -1}, "mask_id=-1"),
-        ({"num_inference_steps": 5}, "from 1 to the 4 steps"),
+        ({"num_inference_steps": 5}, "from 1 to 4"),
         ({"num_train_timesteps": 0}, "num_train_timesteps=0"),
         ({"temperature": 0.0}, "temperature=0"),
         ({"denoiser_epochs": -1}, "denoiser_epochs=-1"),
@@ -271,7 +274,7 @@ def test_one_command_trains_both_stages(run: Path) -> None:
     assert losses[-1] < losses[0]
 
 
-def test_record_holds_reconstruction_beside_generation(run: Path) -> None:
+def test_record_contains_reconstruction_and_generation_metrics(run: Path) -> None:
     checkpoint = find_checkpoint(run)
     main(["test", "--draft", f"--ckpt_path={checkpoint}", "--model.temperature=0.5", "--model.num_inference_steps=3"])
     record = read_record(sorted((run / "records").glob("*.json"))[-1])
@@ -285,7 +288,7 @@ def test_record_holds_reconstruction_beside_generation(run: Path) -> None:
 
 
 def test_released_measures_of_reconstruction(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the formula of the release: outputs unclipped, images in [-0.5, 0.5], a window that meets zeros outside."""
+    """By the released formula: unclipped outputs, images in [-0.5, 0.5], zero padding."""
     monkeypatch.setattr(SpikingDiffusion, "_image_shape", (1, 28, 28))
     system = small().eval()
     images = torch.rand(4, 1, 28, 28, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -341,9 +344,9 @@ def test_a_killed_run_resumes_in_its_stage(epochs: int, tmp_path: Path, monkeypa
     assert not same("denoiser", before["state_dict"], ended["state_dict"])
 
 
-def test_stage_one_alone_then_stage_two_from_it(tmp_path: Path) -> None:
+def test_stage_two_continues_from_a_separate_stage_one(tmp_path: Path) -> None:
     first = fit(tmp_path / "one", "--model.denoiser_epochs=0", "--data.val_size=0")
-    assert (first / "plots" / "reconstructions.png").is_file()  # though nothing is held out
+    assert (first / "plots" / "reconstructions.png").is_file()  # although there are no validation images
     assert torch.load(find_checkpoint(first), weights_only=True)["global_step"] == 6
     with pytest.warns(UserWarning, match="this checkpoint is of stage one"):
         main(["test", "--draft", f"--ckpt_path={find_checkpoint(first)}"])
@@ -360,7 +363,7 @@ def test_stage_one_alone_then_stage_two_from_it(tmp_path: Path) -> None:
 def test_stage_two_needs_stage_one(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"stage two needs the codes of stage one; give --model\.init_from"):
         fit(tmp_path, "--model.autoencoder_epochs=0")
-    with pytest.raises(ValueError, match="leave nothing to train"):
+    with pytest.raises(ValueError, match="nothing to train"):
         fit(tmp_path, "--model.autoencoder_epochs=0", "--model.denoiser_epochs=0")
     with pytest.raises(FileNotFoundError, match="is not a file"):
         fit(tmp_path, "--model.init_from=nowhere.ckpt")
@@ -368,25 +371,25 @@ def test_stage_two_needs_stage_one(run: Path, tmp_path: Path) -> None:
         fit(tmp_path, f"--model.init_from={find_checkpoint(run)}", "--model.num_codes=16")
     other = torch.load(find_checkpoint(run), weights_only=True) | {"method": "sddpm"}
     torch.save(other, tmp_path / "other.ckpt")
-    with pytest.raises(CheckpointMismatchError, match="is of method 'sddpm', expected one of 'spiking-diffusion'"):
+    with pytest.raises(CheckpointMismatchError, match="is of method 'sddpm', expected 'spiking-diffusion'"):
         fit(tmp_path, f"--model.init_from={tmp_path / 'other.ckpt'}")
 
 
 @pytest.mark.parametrize("option", ["--model.num_train_timesteps=3", "--model.mask_id=0"])
-def test_another_process_is_refused(option: str, run: Path) -> None:
+def test_other_processes_are_refused(option: str, run: Path) -> None:
     with pytest.raises(CheckpointMismatchError, match="was trained with"):
         main(["test", "--draft", f"--ckpt_path={find_checkpoint(run)}", option])
 
 
-def test_collapse_is_told_once_with_its_figure() -> None:
+def test_collapse_warns_once_with_its_numbers() -> None:
     system = small(num_codes=32)
     system._usage = torch.tensor([100] + 31 * [0])
     system._trainer = None
     with pytest.warns(UserWarning, match=r"codebook collapse: 1 of 32 codes .* perplexity 1\.0"):
-        system._tell_collapse()
+        system._warn_of_collapse()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        system._tell_collapse()
+        system._warn_of_collapse()
     assert set(system.figures()) == {"codebook"}
 
 

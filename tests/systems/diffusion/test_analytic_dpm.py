@@ -21,7 +21,7 @@ Reference = Callable[[str], dict[str, Tensor]]
 
 
 def replay(scheduler: AnalyticDPMScheduler, steps: int, recorded: dict[str, Tensor], monkeypatch: object) -> Tensor:
-    """Runs the sampler in float64 on the recorded noise; the network sees float32, as in the released code."""
+    """Runs the sampler in float64 on the recorded noise; the network receives float32, as in the released code."""
     draws = iter(recorded["input.noise"].double())
     monkeypatch.setattr("systems.diffusion.analytic_dpm.randn_tensor", lambda *_, **__: next(draws))  # type: ignore[attr-defined]
     double_tables(scheduler).set_timesteps(steps)
@@ -74,7 +74,7 @@ def test_variance_of_gaussian_data_is_exact(spread: float, t: int, s: int) -> No
 @pytest.mark.parametrize("form", ["ddpm", "ddim"])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 def test_few_steps_keep_the_spread_of_gaussian_data(form: str, prediction_type: str) -> None:
-    """With the optimal network large steps give the right distribution; the last one is bounded on purpose."""
+    """With the optimal network, large steps yield the right distribution; the variance of the last one is bounded."""
     spread = 0.3
     scheduler = double_tables(AnalyticDPMScheduler(form=form, prediction_type=prediction_type, clip_sample=False))
     scheduler.set_gamma(gaussian_gamma(scheduler, spread))
@@ -119,8 +119,8 @@ def test_last_noisy_step_is_bounded() -> None:
     assert scheduler.variance(199, 99) > LAST_VARIANCE
 
 
-def test_variance_without_uncertainty_is_that_of_the_forms() -> None:
-    """Where the noise is known exactly (Gamma = 1), DDIM is deterministic and DDPM has its posterior variance."""
+def test_variance_for_known_noise_matches_ddim_and_ddpm() -> None:
+    """With exactly known noise (Gamma = 1), DDIM is deterministic and DDPM has its posterior variance."""
     for form, own in (("ddim", 0.0), ("ddpm", None)):
         scheduler = double_tables(AnalyticDPMScheduler(form=form))
         scheduler.set_gamma(torch.ones(1000))
@@ -130,19 +130,19 @@ def test_variance_without_uncertainty_is_that_of_the_forms() -> None:
         assert scheduler.variance(500, 499) == pytest.approx(posterior if own is None else own, rel=1e-6)
 
 
-def test_deterministic_form_takes_the_steps_of_ddim() -> None:
+def test_deterministic_form_equals_ddim() -> None:
     ours, theirs = double_tables(AnalyticDPMScheduler(form="ddim")), double_tables(DDIMScheduler())
     ours.set_gamma(torch.ones(1000))
     ours.set_timesteps(10)
     theirs.set_timesteps(10)
     x, prediction = torch.randn(2, 1, 4, 4).double(), 0.1 * torch.randn(2, 1, 4, 4).double()
     t = 899
-    theirs.num_inference_steps = 10  # diffusers takes the previous step 100 below
+    theirs.num_inference_steps = 10  # the previous step of diffusers is then 100 lower
     expected = theirs.step(prediction, t, x, use_clipped_model_output=True, return_dict=False)[0]
     torch.testing.assert_close(ours.step(prediction, t, x, return_dict=False)[0], expected)
 
 
-def test_time_grid_is_the_released_one() -> None:
+def test_time_grid_matches_the_release() -> None:
     scheduler = AnalyticDPMScheduler()
     for steps, length, start in ((1000, 1000, [999, 998]), (50, 51, [999, 979]), (10, 11, [999, 899])):
         scheduler.set_timesteps(steps)
@@ -167,12 +167,12 @@ def test_statistic_is_read_from_files(suffix: str, tmp_path: Path) -> None:
 def test_bad_statistics_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expected \(1000,\)"):
         AnalyticDPMScheduler().set_gamma(torch.ones(999))
-    with pytest.raises(ValueError, match="negative or not finite"):
+    with pytest.raises(ValueError, match="negative or non-finite"):
         AnalyticDPMScheduler().set_gamma(torch.full((1000,), float("nan")))
     with pytest.raises(FileNotFoundError, match="is not a file"):
         AnalyticDPMScheduler(gamma=str(tmp_path / "nothing.npy"))
     (tmp_path / "text.npy").write_text("no array")
-    with pytest.raises(ValueError, match="holds no single array"):
+    with pytest.raises(ValueError, match="must contain exactly one array"):
         AnalyticDPMScheduler(gamma=str(tmp_path / "text.npy"))
     scheduler = AnalyticDPMScheduler()
     scheduler.set_timesteps(10)
@@ -184,7 +184,7 @@ def test_bad_statistics_are_refused(tmp_path: Path) -> None:
         StridedDDPMScheduler(variance_type="learned")  # type: ignore[arg-type]
 
 
-def test_forward_process_is_that_of_ddpm() -> None:
+def test_forward_process_matches_ddpm() -> None:
     images, noise, t = torch.rand(3, 1, 2, 2), torch.randn(3, 1, 2, 2), torch.tensor([0, 400, 999])
     expected = DDPMScheduler().add_noise(images, noise, t)
     torch.testing.assert_close(AnalyticDPMScheduler().add_noise(images, noise, t), expected)

@@ -79,7 +79,7 @@ def test_equals_the_printed_formulas(evaluations: int, orders: list[int]) -> Non
 
 
 class OptimumOfGaussianData(nn.Module):
-    """The best noise predictor for data of standard deviation 0.5, at real-valued steps."""
+    """The optimal noise predictor for data of standard deviation 0.5, at real-valued steps."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -63,7 +63,7 @@ def test_ddim_reproduces_released_sampler(
 
 @pytest.mark.parametrize("steps", [7, 30, 300])
 def test_strided_ddim_equals_the_printed_chain(steps: int) -> None:
-    """For numbers of steps that do not divide those of training, for which diffusers steps by another stride."""
+    """For step counts that do not divide the training steps, where diffusers uses another stride."""
     scheduler = double_tables(StridedDDIMScheduler(final_denoise=True))
     scheduler.set_timesteps(steps)
     grid = [max(int(999 - 1000 / steps * j), 0) for j in range(steps)]
@@ -80,7 +80,7 @@ def test_strided_ddim_equals_the_printed_chain(steps: int) -> None:
 
 
 @pytest.mark.parametrize("prediction_type", ["sample", "v_prediction"])
-def test_strided_ddim_takes_every_prediction(prediction_type: str) -> None:
+def test_strided_ddim_supports_every_prediction_type(prediction_type: str) -> None:
     results = []
     for kind in ("epsilon", prediction_type):
         scheduler = double_tables(StridedDDIMScheduler(prediction_type=kind, clip_sample=False))
@@ -112,7 +112,7 @@ def tiny(**arguments: object) -> SDDPM:
 @pytest.mark.parametrize(
     "scheduler", [DDPMScheduler(), DDIMScheduler(), DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++")]
 )
-def test_image_depends_on_its_seed_alone(scheduler: object) -> None:
+def test_image_depends_only_on_its_seed(scheduler: object) -> None:
     system = tiny(scheduler=scheduler, eta=1.0 if isinstance(scheduler, DDIMScheduler) else 0.0).double()
     seeds = torch.arange(5)
     together = system.sample(seeds, (1, 8, 8))
@@ -144,7 +144,7 @@ def test_loss_is_near_one_before_training_and_repeatable() -> None:
     "solver", [DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler, StridedDDIMScheduler]
 )
 def test_loss_of_a_perfect_prediction_is_zero(solver: type, prediction_type: str) -> None:
-    """Whatever the solver, training adds the noise of DDPM."""
+    """Training adds noise as in DDPM, regardless of the scheduler."""
     images = torch.rand(4, 1, 4, 4)
     cumulative = (1 - torch.linspace(0.0001, 0.02, 1000, dtype=torch.float64)).cumprod(0)
 
@@ -160,7 +160,7 @@ def test_loss_of_a_perfect_prediction_is_zero(solver: type, prediction_type: str
     assert system.loss(images, torch.Generator().manual_seed(0)) < 1e-10
 
 
-def test_final_clip_is_of_the_last_images_alone() -> None:
+def test_final_clip_applies_only_to_the_last_images() -> None:
     arguments = dict(scheduler=DDPMScheduler(clip_sample=False), num_inference_steps=5)
     open_ended, clipped = (tiny(final_clip=clip, **arguments) for clip in (False, True))
     ends = [list(system.trajectory(torch.arange(4), (1, 8, 8))) for system in (open_ended, clipped)]
@@ -169,7 +169,7 @@ def test_final_clip_is_of_the_last_images_alone() -> None:
     assert all(torch.equal(a, b) for a, b in zip(ends[0][:-1], ends[1][:-1], strict=True))
 
 
-def test_solver_and_evaluations_are_named() -> None:
+def test_solver_name_and_evaluations() -> None:
     assert (tiny().solver, tiny().nfe) == ("DDPM", 3)
     assert tiny(scheduler=DDIMScheduler()).solver == "DDIM"
     assert tiny(scheduler=DDIMScheduler(), eta=0.5).solver == "DDIM(eta=0.5)"
@@ -181,14 +181,14 @@ def test_solver_and_evaluations_are_named() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_inference_steps": 1001}, "from 1 to the 1000 steps of training"),
+        ({"num_inference_steps": 1001}, "from 1 to 1000"),
         ({"num_inference_steps": 0}, "num_inference_steps=0"),
         ({"eta": 0.5}, "option of DDIM"),
         ({"scheduler": PNDMScheduler(prediction_type="sample")}, "does not work with prediction_type='sample'"),
         ({"scheduler": DDPMScheduler(prediction_type="score")}, "give epsilon, sample or v_prediction"),
-        ({"scheduler": FlowMatchEulerDiscreteScheduler()}, "no discrete Gaussian diffusion"),
+        ({"scheduler": FlowMatchEulerDiscreteScheduler()}, "has no discrete noise schedule"),
     ],
 )
-def test_options_that_do_not_fit_are_refused(arguments: dict, message: str) -> None:
+def test_invalid_options_are_refused(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny(**arguments)

@@ -112,12 +112,12 @@ def test_blocks_are_lazy_and_named() -> None:
     assert next(call for call in network.blocks(x, t) if call.name == "middleblocks.1").output.shape == (2, 64, 4, 4)
 
 
-def test_dropout_acts_in_training_alone() -> None:
+def test_dropout_acts_only_in_training() -> None:
     torch.manual_seed(0)
     network = ANNUNet(**(SMALL | {"dropout": 0.5}))
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.1)
-    x, t = torch.randn(2, 3, 8, 8), torch.tensor([0.5, 998.5])  # real-valued steps, as DPM-Solver asks for
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([0.5, 998.5])  # real-valued steps, as used by DPM-Solver
     assert not torch.equal(network(x, t), network(x, t))
     network.eval()
     assert torch.equal(network(x, t), network(x, t))
@@ -142,7 +142,7 @@ def test_bad_bits_are_refused() -> None:
         quantised_relu(9)
 
 
-def test_a_clip_value_below_zero_lets_nothing_through() -> None:
+def test_a_negative_clip_value_outputs_zero() -> None:
     """`s` is learned and free; the formula clamps `relu(x) / s`."""
     quantise = quantised_relu(2)
     with torch.no_grad():
@@ -155,6 +155,6 @@ def test_a_clip_value_below_zero_lets_nothing_through() -> None:
     assert quantise.act_alpha.grad == 0
 
 
-def test_images_that_do_not_fit_are_refused() -> None:
+def test_images_of_wrong_shape_are_refused() -> None:
     with pytest.raises(ValueError, match="multiples of 2"):
         ANNUNet(**SMALL)(torch.zeros(2, 3, 9, 8), torch.zeros(2, dtype=torch.long))

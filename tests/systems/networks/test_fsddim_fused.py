@@ -20,7 +20,7 @@ SHAPE = (1, 8, 8)
 
 def pair(**options: object) -> tuple[FSDDIM, FSDDIM]:
     plain, fused = tiny(**options), tiny(fused=True, **options)
-    check_state(plain.state_dict(), fused, "the plain system")  # a checkpoint serves both
+    check_state(plain.state_dict(), fused, "the plain system")  # both accept the same checkpoints
     fused.load_state_dict(plain.state_dict())
     torch.nn.init.constant_(plain.network.conv_out.bias, 0.7)  # large, so that the border map matters
     fused.load_state_dict(plain.state_dict())
@@ -46,7 +46,7 @@ def test_same_images_in_single_precision_over_50_steps(activate: bool) -> None:
     assert not torch.equal(b, a)
 
 
-def test_bias_as_a_constant_would_be_wrong_at_the_border() -> None:
+def test_a_constant_bias_would_be_wrong_at_the_border() -> None:
     _, fused = pair()
     assert fused.recurrence is not None
     fused.recurrence.merge(fused.network, SHAPE[1:])
@@ -55,7 +55,7 @@ def test_bias_as_a_constant_would_be_wrong_at_the_border() -> None:
     assert not torch.allclose(border[:, 0], border[:, 1])
 
 
-def test_weights_of_now_are_merged() -> None:
+def test_current_weights_are_merged() -> None:
     plain, fused = pair()
     before = fused.sample(torch.arange(2), SHAPE)
     for system in (plain, fused):
@@ -97,7 +97,7 @@ def transmitted_spikes(system: FSDDIM) -> float:
     return sum(totals) / len(totals)
 
 
-def test_says_what_is_real_valued() -> None:
+def test_warns_of_real_valued_channels() -> None:
     with pytest.warns(UserWarning, match="32 channels, 8 of them the real-valued current of conv_in, counted as MACs"):
         FSDDIM(base_channels=8, channel_mult=(1, 2), num_res_blocks=1, fused=True)
     with warnings.catch_warnings():
@@ -118,7 +118,7 @@ def test_anything_but_spikes_is_refused() -> None:
 
 @torch.no_grad()
 def test_rounding_stays_small_over_50_steps_of_the_same_spikes() -> None:
-    """Without the spikes that rounding can flip: both samplers driven by what one of them transmitted."""
+    """Excludes spikes flipped by rounding: both samplers receive the features transmitted by one of them."""
     plain, fused = pair(num_inference_steps=50)
     recorded: list[list[Tensor]] = []
     features = plain.network.features

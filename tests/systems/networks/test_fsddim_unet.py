@@ -84,7 +84,7 @@ def test_time_table(recorded: dict[str, Tensor]) -> None:
 
 
 def test_synchronised_norm_keeps_the_factor_of_tdbn() -> None:
-    """Converting the released layer drops its factor; here it stays outside the converted norm."""
+    """Converting the released layer drops its factor; here the factor is outside the converted norm."""
     network = tiny(norm="tdbn").network
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(tiny(norm="tdbn").network)
     assert any(isinstance(m, nn.SyncBatchNorm) for m in converted.modules())
@@ -100,7 +100,7 @@ def test_scaled_norm_scales_all_but_the_bias() -> None:
     torch.testing.assert_close(scaled_norm(bn, x, 0.5) - 3, (bn(x) - 3) / 2)
 
 
-def test_all_that_is_transmitted_is_spikes_only_with_the_first_activation() -> None:
+def test_all_transmitted_features_are_spikes_only_with_the_first_activation() -> None:
     x, t = torch.randn(3, 2, 1, 8, 8), torch.tensor([3, 700])
 
     def spiking(activate: bool) -> list[bool]:
@@ -121,7 +121,7 @@ def test_calls_are_independent() -> None:
     assert torch.equal(network(x, t), first)
 
 
-def test_neurons_are_those_of_the_paper() -> None:
+def test_neurons_match_the_paper() -> None:
     neurons = [m for m in tiny().network.modules() if isinstance(m, SpikingNeuron)]
     assert {(n.beta, n.threshold, n.reset_mechanism, n.detach_reset, n.fire_at_threshold) for n in neurons} == {
         (0.8, 1.0, "zero", True, False)
@@ -132,8 +132,8 @@ def test_neurons_are_those_of_the_paper() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"base_channels": 7}, "base_channels=7.* even base_channels"),
-        ({"channel_mult": ()}, "make no U-Net"),
+        ({"base_channels": 7}, "base_channels=7.* a multiple of 2 and at least 4"),
+        ({"channel_mult": ()}, "describe a U-Net"),
         ({"norm": "tdBN"}, "norm='tdBN' is unknown; choose 'plain'"),
     ],
 )
@@ -143,6 +143,6 @@ def test_bad_sizes_are_refused(options: dict, message: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 1, 9, 8), (3, 2, 3, 8, 8), (2, 1, 8, 8)])
-def test_currents_that_do_not_fit_are_refused(shape: tuple[int, ...]) -> None:
+def test_currents_of_wrong_shape_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"takes \(T, B, 1, H, W\) with H and W multiples of 2"):
         tiny().network(torch.zeros(shape), torch.zeros(2, dtype=torch.long))

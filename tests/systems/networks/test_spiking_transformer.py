@@ -25,7 +25,7 @@ def small(**arguments: object) -> SpikingTransformer:
 
 
 def firing(**arguments: object) -> SpikingTransformer:
-    """A network whose mixed values reach the threshold, which they rarely do untrained."""
+    """A network in which neurons after the mixers fire, as they rarely do untrained."""
     network = small(**arguments)
     for block in network.modules():
         if isinstance(block, Block):
@@ -45,7 +45,7 @@ def weighted(network: nn.Module) -> list[nn.Module]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_weights_of_blocks_see_spikes_alone(variant: dict) -> None:
+def test_block_weights_receive_only_spikes(variant: dict) -> None:
     network = firing(**variant)
     seen = []
     for layer in weighted(network):
@@ -74,7 +74,7 @@ def test_inner_norm_lets_every_neuron_fire() -> None:
 def test_gradients_reach_every_parameter(variant: dict) -> None:
     network = firing(**variant)
     if network.reconstruction is not None:
-        nn.init.normal_(network.reconstruction.gate, std=0.1)  # behind a gate of zero the module gets no gradient
+        nn.init.normal_(network.reconstruction.gate, std=0.1)  # with a gate of zero the module gets no gradient
     prediction = network(*batch())
     assert prediction.shape == (2, 1, 8, 8)
     prediction.square().sum().backward()
@@ -95,7 +95,7 @@ def test_token_shift_is_two_spike_fed_products() -> None:
     torch.testing.assert_close(layer(s), expected)
 
 
-def test_reconstruction_starts_as_if_absent() -> None:
+def test_reconstruction_is_initially_the_identity() -> None:
     with_module, without = small(), small(reconstruction=False)
     state = {k: v for k, v in with_module.state_dict().items() if not k.startswith("reconstruction")}
     without.load_state_dict(state)
@@ -114,7 +114,7 @@ def test_reconstruction_by_hand() -> None:
     torch.testing.assert_close(first[:, 0], 1 + 3 * rho)
     m2 = torch.stack([2 * rho[0], 0.5 * 2 * rho[0] + 2 * rho[1]])
     torch.testing.assert_close(second[:, 0], 1 + rho + m2.tanh())
-    torch.testing.assert_close(first[:, 1] - 1, 1 - first[:, 0])  # the token is odd
+    torch.testing.assert_close(first[:, 1] - 1, 1 - first[:, 0])  # the token is antisymmetric
 
 
 def test_reconstruction_scales_the_output_of_each_block() -> None:
@@ -150,8 +150,8 @@ def test_spiking_embedding_makes_patches_spikes_and_keeps_the_time() -> None:
     assert not ((tokens[:, :, 0] == 0) | (tokens[:, :, 0] == 1)).all()
 
 
-def test_causal_scan_sees_no_later_patch() -> None:
-    """Before the final convolution, whose 3x3 reaches over."""
+def test_causal_scan_does_not_see_later_patches() -> None:
+    """Before the final 3x3 convolution, which mixes neighbours."""
     x, t = batch()
     changed = x.clone()
     changed[:, :, 4:] += 1  # lower half: patches 8 to 15
@@ -171,7 +171,7 @@ def test_causal_scan_sees_no_later_patch() -> None:
     assert difference(firing(attention="softmax", num_heads=2))[:9].any()
 
 
-def test_softmax_has_the_same_budget() -> None:
+def test_softmax_has_nearly_the_same_parameter_count() -> None:
     count = {v: sum(p.numel() for p in small(attention=v, num_heads=2).parameters()) for v in ("rwkv", "softmax")}
     assert count["rwkv"] - count["softmax"] == 3 * 2 * 16  # decay and bonus of each block
 
@@ -199,10 +199,10 @@ def test_full_size_counts(sizes: tuple[int, ...], parameters: int, neurons: int)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_steps": 0}, "num_steps=0 SNN time steps; give 1 or more"),
-        ({"patch_size": 3}, "image_size=8 is no multiple of patch_size=3"),
+        ({"num_steps": 0}, "num_steps=0; give 1 or more"),
+        ({"patch_size": 3}, "image_size=8 is not a multiple of patch_size=3"),
         ({"patch_size": 0}, "patch_size=0"),
-        ({"depth": 4}, "depth=4 leaves no block for the middle; give an odd number, such as 5"),
+        ({"depth": 4}, "depth=4 leaves no middle block; give an odd number, such as 5"),
         ({"depth": 0}, "such as 3"),
         ({"embed_dim": 12}, "give a multiple of 8 for embed_dim"),
         ({"mlp_ratio": 0}, "mlp_ratio above 0"),
@@ -216,7 +216,7 @@ def test_bad_options_are_refused(arguments: dict, message: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 9, 8), (2, 3, 8, 8), (1, 8, 8)])
-def test_images_that_do_not_fit_are_refused(shape: tuple[int, ...]) -> None:
+def test_images_of_wrong_shape_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"this network takes \(B, 1, 8, 8\): set --model.in_channels"):
         small()(torch.zeros(shape), torch.zeros(shape[0], dtype=torch.long))
 

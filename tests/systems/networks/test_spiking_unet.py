@@ -102,7 +102,7 @@ def test_calls_are_independent() -> None:
     ("arguments", "message"),
     [
         ({"num_steps": 0}, "num_steps=0"),
-        ({"base_channels": 7}, "base_channels must be even"),
+        ({"base_channels": 7}, "base_channels must be a multiple of 2"),
         ({"channel_mult": ()}, "channel_mult not empty"),
         ({"attention_levels": (1,)}, "no attention"),
     ],
@@ -112,7 +112,7 @@ def test_bad_sizes_are_refused(arguments: dict, message: str) -> None:
         small(**arguments)
 
 
-def test_attention_at_a_level_that_is_not_there_is_none() -> None:
+def test_attention_at_a_missing_level_is_ignored() -> None:
     assert small(attention_levels=(8,)).state_dict().keys() == small().state_dict().keys()
 
 
@@ -122,7 +122,7 @@ def test_dropout_warns() -> None:
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 9, 8), (2, 3, 8, 8), (1, 8, 8)])
-def test_images_that_do_not_fit_are_refused(shape: tuple[int, ...]) -> None:
+def test_images_of_wrong_shape_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="multiples of 2"):
         small()(torch.zeros(shape), torch.zeros(shape[0], dtype=torch.long))
 

@@ -65,7 +65,7 @@ def test_reproduces_losses_gradients_and_statistics(network: VQSVAE, recorded: d
     theirs = {_rename(k.removeprefix(prefix)): v for k, v in recorded.items() if k.startswith(prefix)}
     assert theirs.keys() == dict(network.named_parameters()).keys()
     ours = {name: parameter.grad for name, parameter in network.named_parameters()}
-    check_gradients(ours, theirs, floor=1e-2)  # a bias before a norm has none but rounding
+    check_gradients(ours, theirs, floor=1e-2)  # gradients of biases before a norm are only rounding errors
     check_gradients({"x": images.grad}, {"x": recorded["train.grad.input"].sum(0)}, floor=1e-3)
     prefix = "after_train."
     check_statistics(network, {_rename(k.removeprefix(prefix)): v for k, v in recorded.items() if k.startswith(prefix)})
@@ -88,7 +88,7 @@ def test_membrane_output_weighs_late_spikes_more() -> None:
     torch.testing.assert_close(membrane_output(spikes), torch.tensor([0.64, 0.8, 1.0]))
 
 
-def test_codes_get_gradients_from_their_own_distance_alone() -> None:
+def test_codes_get_gradients_only_from_the_quantiser_loss() -> None:
     torch.manual_seed(0)
     network = small()
     found = network(torch.rand(2, 1, 8, 8) - 0.5)
@@ -105,7 +105,7 @@ def test_equal_parts_have_no_equilibrium_loss() -> None:
     assert equilibrium_loss(Reconstruction(spikes, x, x, x, spikes, x)) == 0
 
 
-def test_nearest_code_and_first_of_equal_ones() -> None:
+def test_nearest_code_and_the_first_of_equal_ones() -> None:
     network = small(num_codes=3, code_channels=2)
     network.codebook.weight.data = torch.tensor([[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]])
     features = torch.tensor([[0.1, 0.9], [0.2, 0.7]]).view(1, 2, 1, 2)
@@ -120,7 +120,7 @@ def test_other_sizes(channels: int, size: int) -> None:
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 30, 28), (2, 3, 28, 28), (1, 28, 28)])
-def test_images_that_do_not_fit_are_refused(shape: tuple[int, ...]) -> None:
+def test_images_of_wrong_shape_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="multiples of 4"):
         small()(torch.zeros(shape))
 
@@ -131,7 +131,7 @@ def test_bad_sizes_are_refused(name: str, value: int) -> None:
         small(**{name: value})
 
 
-def test_half_precision_confuses_no_codes() -> None:
+def test_half_precision_does_not_change_codes() -> None:
     torch.manual_seed(0)
     network = VQSVAE(num_codes=512, code_channels=16, base_channels=8, num_steps=2)
     features = torch.randn(4, 16, 7, 7)
