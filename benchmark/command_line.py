@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 import datamodules
 import systems
 from benchmark.messages import plain
-from benchmark.runs import RUNS, find_checkpoint, newest_run, run_of
+from benchmark.runs import RUNS, find_checkpoint, newest_run, run_of, update_config
 
 MOST_ALIASES = 20
 """Aliases of a YAML file that are unfolded: nested, 20 can stand for some thousand values, 100 for more than fit."""
@@ -20,6 +21,10 @@ MOST_ALIASES = 20
 
 class Parser(LightningArgumentParser):
     """Lightning's parser, whose message is one line, and on a mistyped class names the known ones."""
+
+    def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Namespace:
+        """Parses the text of a config, which may have been written by an earlier version."""
+        return super().parse_string(update_config(content), *args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Ends with exit code 2."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import secrets
+import warnings
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,23 @@ from systems.base import DiffusionSystem
 from systems.checkpoints import read_trained
 
 RUNS = Path("runs")
+MOVED = {
+    "systems.analytic_dpm.AnalyticDPMScheduler": "systems.AnalyticDPMScheduler",
+    "systems.analytic_dpm.StridedDDPMScheduler": "systems.StridedDDPMScheduler",
+    "systems.analytic_dpm.StridedDDIMScheduler": "systems.StridedDDIMScheduler",
+    "systems.dpm_solver.DPMSolverScheduler": "systems.DPMSolverScheduler",
+    "benchmark.faults.DivergenceGuard": "benchmark.callbacks.checkpointing.DivergenceGuard",
+    "benchmark.faults.LastCheckpoint": "benchmark.callbacks.checkpointing.LastCheckpoint",
+    "benchmark.faults.WholeCheckpointIO": "benchmark.callbacks.checkpointing.WholeCheckpointIO",
+    "benchmark.stages.BestCheckpoint": "benchmark.callbacks.checkpointing.BestCheckpoint",
+    "benchmark.monitor.ImageProgressBar": "benchmark.callbacks.monitor.ImageProgressBar",
+    "benchmark.monitor.ProgressLines": "benchmark.callbacks.monitor.ProgressLines",
+    "benchmark.monitor.TrainingMonitor": "benchmark.callbacks.monitor.TrainingMonitor",
+    "benchmark.png.PNGWriter": "benchmark.callbacks.png.PNGWriter",
+    "leaderboard.evaluation.Evaluation": "leaderboard.evaluation.callback.Evaluation",
+}
+"""Class paths that configs of version 0.1 may contain, and the present ones."""
+_GRAPHS = re.compile(r"^graphs:.*\n?(?:[ \t]+.*\n?)*", re.MULTILINE)
 
 
 def new_run(folder: Path, dataset: str, method: str, checkpoint: Path | None = None) -> Path:
@@ -36,6 +55,25 @@ def run_of(checkpoint: Path) -> Path | None:
     """Returns the run folder that a checkpoint lies in, or nothing for one from elsewhere."""
     run = checkpoint.parent.parent
     return run if (run / "config.yaml").is_file() else None
+
+
+def update_config(text: str) -> str:
+    """Returns the text of a config with the class paths of earlier versions replaced and removed options left out.
+
+    Args:
+        text: YAML, as written to `config.yaml` of a run by this or an earlier version; any other text is unchanged.
+    """
+    for old, new in MOVED.items():
+        text = re.sub(rf"(?<![\w.]){re.escape(old)}(?![\w.])", new, text)
+    if (found := _GRAPHS.search(text)) is None:
+        return text
+    if re.search(r"enabled:\s*true\b", found[0], re.IGNORECASE):
+        warnings.warn(
+            "`graphs.enabled: true` of the config has no effect: training through CUDA graphs was removed. The "
+            "network is trained without them; remove the lines `graphs:` from the config to silence this warning",
+            stacklevel=2,
+        )
+    return text[: found.start()] + text[found.end() :]
 
 
 def training_seed(run: Path) -> Any:
@@ -92,7 +130,7 @@ def load_run(checkpoint: Path) -> tuple[DiffusionSystem, ImageDataModule]:
     run = run_of(checkpoint)
     if run is None:
         raise ValueError(f"--ckpt_path {checkpoint} lies in no run folder; give one under runs/RUN/checkpoints/")
-    config = yaml.safe_load((run / "config.yaml").read_text())
+    config = yaml.safe_load(update_config((run / "config.yaml").read_text()))
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(DiffusionSystem, "model")
     parser.add_subclass_arguments(ImageDataModule, "data")

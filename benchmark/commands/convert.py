@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 import yaml
 
-from benchmark.runs import RUNS, new_run, run_of
+from benchmark.runs import RUNS, new_run, run_of, update_config
 from leaderboard.files import write_atomic
 from systems.ann_snn import ANNSNN
 from systems.checkpoints import check_state, network_state, read_trained, save_checkpoint
@@ -107,7 +107,7 @@ def _settings(checkpoint: str, config: str | None) -> tuple[dict[str, Any], Path
         raise ValueError(f"{checkpoint} lies in no run folder; name its configuration too: `--ddpm_config CONFIG`")
     if not path.is_file():
         raise FileNotFoundError(f"--ddpm_config {path} is not a file; give the configuration of training (*.yaml)")
-    settings = yaml.safe_load(path.read_text())
+    settings = yaml.safe_load(update_config(path.read_text()))
     if not isinstance(settings, dict) or "data" not in settings:
         raise ValueError(f"{path} is no configuration of a run; give the one that the DDPM was trained with")
     return settings, run.parent if run else Path((settings.get("trainer") or {}).get("default_root_dir") or RUNS)
