@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -41,65 +42,54 @@ class Parser(LightningArgumentParser):
         sys.exit(2)  # without the usage, which is pages long
 
 
-def complete(args: list[str]) -> list[str]:
-    """Adds the newest run's config and checkpoint to a command that names neither.
+def fill_in_newest_run(args: list[str]) -> list[str]:
+    """Adds the config and the checkpoint of the newest run where a command names neither.
 
-    A checkpoint of `best` or `last` is one of the newest run. `fit` takes a run's configuration only where it is told
-    to go on, by --ckpt_path without --config.
+    `--ckpt_path best` and `--ckpt_path last` become files of the newest run. `fit` uses the config of a run only to
+    resume it, that is with --ckpt_path and without --config.
+
+    Args:
+        args: A stage and its options.
 
     Raises:
-        ValueError: If a config is given without a checkpoint.
+        ValueError: If a config is given without a checkpoint, or a checkpoint outside a run folder without a config.
         FileNotFoundError: If there is no run, or the checkpoint does not exist.
     """
     stage, rest = args[0], args[1:]
-    for option, value in zip(rest, [*rest[1:], ""], strict=False):
-        key, _, given = option.partition("=")
-        if key in ("--config", "-c"):
-            _check_config(Path(given or value))
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-c", "--config", nargs="?", action="append", default=[])
+    parser.add_argument("--ckpt_path", nargs="?")
+    parser.add_argument("--trainer.default_root_dir", nargs="?", dest="folder")
+    typed, _ = parser.parse_known_args(rest)
+    configs = [Path(config) for config in typed.config if config is not None]
+    for config in configs:
+        _check_config(config)
     if any(a in ("-h", "--help") or a.startswith(("--help=", "--print_config")) for a in rest):
         return args
-    typed = {}
-    for name in ("--config", "-c", "--ckpt_path", "--trainer.default_root_dir"):
-        for i, arg in enumerate(rest):
-            if arg == name and i + 1 < len(rest):
-                typed[name] = rest[i + 1]
-            elif arg.startswith(f"{name}="):
-                typed[name] = arg.split("=", 1)[1]
-    checkpoint = typed.get("--ckpt_path")
-    has_config = "--config" in typed or "-c" in typed
-    if stage == "fit" and checkpoint is None:
+    if stage == "fit" and typed.ckpt_path is None:
         return args
-    if has_config and checkpoint is None:
+    if configs and typed.ckpt_path is None:
         raise ValueError(
-            f"`{stage} --config` needs a checkpoint: add `--ckpt_path CHECKPOINT`, or leave out --config to take the "
+            f"`{stage} --config` needs a checkpoint: add `--ckpt_path CHECKPOINT`, or leave out --config to use the "
             "newest run"
         )
-    folder = Path(typed.get("--trainer.default_root_dir", RUNS))
-    if has_config:
-        if checkpoint in ("best", "last"):
-            path = find_checkpoint(newest_run(folder), checkpoint)
-            print(f"{stage} of {path}")
-            return [*args, "--ckpt_path", str(path)]
-        if not Path(str(checkpoint)).is_file():
-            raise FileNotFoundError(f"--ckpt_path {checkpoint} is not a file; give a checkpoint (*.ckpt), best or last")
-        return args
-    if checkpoint in (None, "best", "last"):
-        run = newest_run(folder)
-        path = find_checkpoint(run, checkpoint or "last")
+    if typed.ckpt_path in (None, "best", "last"):
+        newest = newest_run(Path(typed.folder or RUNS))
+        run, path = newest, find_checkpoint(newest, typed.ckpt_path or "last")
     else:
-        path = Path(str(checkpoint))
+        path = Path(typed.ckpt_path)
         if not path.is_file():
             raise FileNotFoundError(f"--ckpt_path {path} is not a file; give a checkpoint (*.ckpt), best or last")
-        found = run_of(path)
-        if found is None:
-            raise ValueError(f"--ckpt_path {path} lies in no run folder; name its configuration too: `--config CONFIG`")
-        run = found
-    rest = [
-        a for i, a in enumerate(rest) if not a.startswith("--ckpt_path") and (i == 0 or rest[i - 1] != "--ckpt_path")
-    ]
-    _check_config(run / "config.yaml")
+        if configs:
+            return args
+        run = run_of(path)
+    if run is None:
+        raise ValueError(f"--ckpt_path {path} is not in a run folder; name its config too: `--config CONFIG`")
     print(f"{stage} of {path}")
-    return [stage, "--config", str(run / "config.yaml"), *rest, "--ckpt_path", str(path)]
+    if not configs:
+        _check_config(run / "config.yaml")
+        rest = ["--config", str(run / "config.yaml"), *rest]
+    return [stage, *rest, "--ckpt_path", str(path)]
 
 
 def _check_config(path: Path) -> None:

@@ -36,7 +36,7 @@ from benchmark.callbacks.checkpointing import (
 from benchmark.callbacks.graphs import TrainingGraphs
 from benchmark.callbacks.monitor import ImageProgressBar, ProgressLines, TrainingMonitor
 from benchmark.callbacks.png import PNGWriter
-from benchmark.command_line import Parser, complete
+from benchmark.command_line import Parser, fill_in_newest_run
 from benchmark.runs import RUNS, new_run, run_of, training_seed
 from benchmark.trainer import BenchmarkTrainer
 from datamodules import ImageDataModule
@@ -135,7 +135,7 @@ class BenchmarkCLI(LightningCLI):
         )
         if self.subcommand == "predict":
             config.return_predictions = False  # written to disk as they come
-        dump = self.parser.dump(self.config, skip_link_targets=False, skip_none=False, format="json")
+        dump = self.parser.dump(self.config, skip_link_targets=False, skip_unset=False, format="json")
         self.resolved = json.loads(dump, parse_constant=str)[self.subcommand]  # a solver's -Infinity is no JSON
         if self.subcommand != "fit":
             self.resolved["seed_everything"] = training_seed(run) if run else None
@@ -184,7 +184,7 @@ class BenchmarkCLI(LightningCLI):
             print(f"fit in {self.run_folder}: {size} parameters, {device}, {self.trainer.precision}", flush=True)
 
 
-class Rehearsal(BenchmarkCLI):
+class DryRun(BenchmarkCLI):
     """Builds all that a stage needs and checks it, but does not run it."""
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -209,7 +209,7 @@ def run_stage(args: list[str], cli: type[BenchmarkCLI] = BenchmarkCLI) -> Benchm
 
     Args:
         args: The stage and its options; `--draft` is short for `--evaluation.draft true`.
-        cli: What runs it, or `Rehearsal`, which needs no checkpoint.
+        cli: What runs it, or `DryRun`, which needs no checkpoint.
 
     Returns:
         The stage's trainer, model and data, after it has run.
@@ -225,7 +225,7 @@ def run_stage(args: list[str], cli: type[BenchmarkCLI] = BenchmarkCLI) -> Benchm
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,  # else a copy of a model (EMA) holds this and the processes it started
-        args=args if cli is Rehearsal else complete([args[0].replace("-", "_"), *args[1:]]),
+        args=args if cli is DryRun else fill_in_newest_run([args[0].replace("-", "_"), *args[1:]]),
         parser_class=Parser,
         seed_everything_default=42,
         save_config_callback=SaveFitConfig,

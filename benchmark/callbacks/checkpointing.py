@@ -242,4 +242,4 @@ class SaveFitConfig(SaveConfigCallback):
         """Saves when training starts, whole or not at all."""
         folder = trainer.log_dir  # asks all processes
         if folder is not None and trainer.is_global_zero:
-            write_atomic(Path(folder) / self.config_filename, self.parser.dump(self.config, skip_none=False))
+            write_atomic(Path(folder) / self.config_filename, self.parser.dump(self.config, skip_unset=False))

@@ -15,9 +15,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from benchmark.command_line import complete
+from benchmark.command_line import fill_in_newest_run
 from benchmark.runs import RUNS
-from benchmark.stages import Rehearsal, run_stage
+from benchmark.stages import DryRun, run_stage
 from leaderboard.files import write_atomic
 from leaderboard.record.entries import headline
 from leaderboard.record.records import Record, find_records, read_record
@@ -56,7 +56,7 @@ def ablate_sdit(args: Sequence[str]) -> None:
     parser.add_argument("--draft", action="store_true", help="test with fewer images than the protocol's; never ranks")
     options, rest = parser.parse_known_args(args)
     draft = ["--draft"] * options.draft
-    run_stage(["test", f"--config={options.config}", *rest, *draft], Rehearsal)  # refused now, not after training
+    run_stage(["test", f"--config={options.config}", *rest, *draft], DryRun)  # refused now, not after training
     _remember(
         options.output, f"# with {shlex.join([*rest, *draft]) or 'no other option'}\n{options.config.read_text()}"
     )
@@ -72,7 +72,7 @@ def ablate_sdit(args: Sequence[str]) -> None:
                 place = f"--trainer.default_root_dir={folder}"
                 fit = [f"--config={options.config}", *rest, *VARIANTS[name], f"--seed_everything={seed}", place]
                 run_stage(["fit", *fit])
-                run_stage(complete(["test", place, f"--evaluation.variant={name}, seed {seed}", *draft]))
+                run_stage(fill_in_newest_run(["test", place, f"--evaluation.variant={name}, seed {seed}", *draft]))
             records[name].append(read_record(find_records([folder])[-1]))
     plot = options.output / "ablations.png"
     _plot(records).savefig(plot, dpi=150)

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmark.command_line import complete
+from benchmark.command_line import fill_in_newest_run
 from benchmark.process import end_with
 from benchmark.runs import find_checkpoint, newest_run
 from benchmark.stages import run_stage
@@ -240,7 +240,7 @@ def _train(job: Job, method: str, base: Path | None) -> Path:
 
 def _test(job: Job, checkpoint: Path) -> Record:
     """Tests a checkpoint and returns its record."""
-    run_stage(complete(["test", f"--ckpt_path={checkpoint}", f"--evaluation.variant=seed {job.seed}"]))
+    run_stage(fill_in_newest_run(["test", f"--ckpt_path={checkpoint}", f"--evaluation.variant=seed {job.seed}"]))
     return read_record(find_records([checkpoint.parents[1]])[-1])
 
 

@@ -17,7 +17,7 @@ from lightning import seed_everything
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, Timer
 from torch import Tensor, nn
 
-from benchmark.stages import Rehearsal, run_stage
+from benchmark.stages import DryRun, run_stage
 from leaderboard.files import canonical_sha256, write_atomic
 from systems.base import DiffusionSystem
 
@@ -55,7 +55,7 @@ def relay(args: Sequence[str]) -> None:
     if not options.minutes > 0 or options.piece_mb < 1:
         raise ValueError(f"--minutes {options.minutes} --piece_mb {options.piece_mb}; give numbers above 0")
     options.weights.mkdir(parents=True, exist_ok=True)  # refused now, not after the leg
-    cli = run_stage(["fit", *rest], Rehearsal)
+    cli = run_stage(["fit", *rest], DryRun)
     system, trainer = cast(DiffusionSystem, cli.model), cli.trainer
     legs = take(system, options.weights)
     seed_everything(int(os.environ.get("PL_GLOBAL_SEED", 0)) + len(legs))  # else noise and order would repeat

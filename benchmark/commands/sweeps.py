@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 from rich.table import Table
 
-from benchmark.command_line import complete
+from benchmark.command_line import fill_in_newest_run
 from benchmark.stages import run_stage
 from leaderboard.evaluation.callback import Evaluation
 from leaderboard.record.entries import headline
@@ -98,7 +98,7 @@ class _Run:
     """One checkpoint, to be tested with different options."""
 
     def __init__(self, rest: list[str]) -> None:
-        self.args = complete(["test", *rest])
+        self.args = fill_in_newest_run(["test", *rest])
         self.folder = Path()
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # the same lines for each point
 

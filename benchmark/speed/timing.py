@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmark.stages import Rehearsal, run_stage
+from benchmark.stages import DryRun, run_stage
 
 WARM_UP = 2
 """Steps before the timed ones."""
@@ -24,12 +24,12 @@ def _config(name: str) -> Path:
     return Path("configs") / f"{name}.yaml"
 
 
-def _build(name: str, *options: str) -> Rehearsal:
+def _build(name: str, *options: str) -> DryRun:
     """Builds what a configuration describes; of Spiking-Diffusion both stages with an epoch each."""
     if "spiking_diffusion" in name:
         options += ("--model.autoencoder_epochs=1", "--model.denoiser_epochs=1", "--model.data_variance=0.1")
     args = ["fit", f"--config={_config(name)}", "--trainer.logger=false", *options]
-    return cast(Rehearsal, run_stage(args, Rehearsal))
+    return cast(DryRun, run_stage(args, DryRun))
 
 
 def _autocast(precision: str, device: torch.device) -> torch.autocast:
