@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -42,6 +42,16 @@ class Parser(LightningArgumentParser):
         sys.exit(2)  # without the usage, which is pages long
 
 
+def pass_through_parser(command: str, description: str) -> ArgumentParser:
+    """Returns the parser of a command that passes the options it does not know on to `fit` or `test`."""
+    return ArgumentParser(
+        f"python -m benchmark {command}",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=ArgumentDefaultsHelpFormatter,
+    )
+
+
 def fill_in_newest_run(args: list[str]) -> list[str]:
     """Adds the config and the checkpoint of the newest run where a command names neither.
 
@@ -73,9 +83,10 @@ def fill_in_newest_run(args: list[str]) -> list[str]:
             f"`{stage} --config` needs a checkpoint: add `--ckpt_path CHECKPOINT`, or leave out --config to use the "
             "newest run"
         )
+    run: Path | None
     if typed.ckpt_path in (None, "best", "last"):
-        newest = newest_run(Path(typed.folder or RUNS))
-        run, path = newest, find_checkpoint(newest, typed.ckpt_path or "last")
+        run = newest_run(Path(typed.folder or RUNS))
+        path = find_checkpoint(run, typed.ckpt_path or "last")
     else:
         path = Path(typed.ckpt_path)
         if not path.is_file():

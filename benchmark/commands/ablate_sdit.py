@@ -5,7 +5,6 @@ They are ablations of the suite's own design (`systems/sdit.py`), not of the pub
 
 from __future__ import annotations
 
-import argparse
 import logging
 import shlex
 import statistics
@@ -15,7 +14,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from benchmark.command_line import fill_in_newest_run
+from benchmark.command_line import fill_in_newest_run, pass_through_parser
 from benchmark.runs import RUNS
 from benchmark.stages import DryRun, run_stage
 from leaderboard.files import write_atomic
@@ -41,13 +40,10 @@ def ablate_sdit(args: Sequence[str]) -> None:
     Raises:
         ValueError: If the folder holds runs made with other options, or their test would not follow its protocol.
     """
-    parser = argparse.ArgumentParser(
-        "python -m benchmark ablate-sdit",
-        description="Trains and tests the suite's own design of SDiT and its ablations with several seeds, each a "
-        "variant on the leaderboard. "
-        "All other options are those of `fit`. Runs that are finished are skipped when it is started again.",
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = pass_through_parser(
+        "ablate-sdit",
+        "Trains and tests SDiT as designed here, and its ablations, with several seeds; each is a variant on the "
+        "leaderboard. All other options are passed on to `fit`. Started again, it skips finished runs.",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of training")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")

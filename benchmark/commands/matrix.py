@@ -16,6 +16,7 @@ from typing import Any, Literal
 import yaml
 from rich.table import Table
 
+from benchmark.command_line import pass_through_parser
 from benchmark.process import PARENT
 from benchmark.runs import RUNS, find_checkpoint, newest_run
 from leaderboard.files import canonical_sha256
@@ -133,13 +134,11 @@ def matrix(args: Sequence[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "python -m benchmark matrix",
-        description="Trains and tests every method on every dataset with every seed, one after another. What has a "
-        "record is skipped (and verified, if asked for), what was killed goes on from its last checkpoint, and what "
-        "fails does not stop the rest.",
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = pass_through_parser(
+        "matrix",
+        "Trains and tests every method on every dataset with every seed, one after another. A run that has a record "
+        "is skipped (and verified with --verify), a run that was killed resumes from its last checkpoint, and a run "
+        "that fails does not stop the others.",
     )
     parser.add_argument("--methods", nargs="+", required=True, metavar="METHOD", help="first part of a config's name")
     parser.add_argument("--datasets", nargs="+", required=True, metavar="DATASET", help="second part of it")

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmark.command_line import fill_in_newest_run
+from benchmark.command_line import fill_in_newest_run, pass_through_parser
 from benchmark.process import end_with
 from benchmark.runs import find_checkpoint, newest_run
 from benchmark.stages import run_stage
@@ -261,12 +261,11 @@ def _value(record: Record) -> tuple[str, float]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "python -m benchmark regress",
-        description="Trains every method small, on embedded digits, and compares its distance with the stored "
-        "baseline: exit code 1 if one is worse, failed or cannot be compared. All other options are those of `fit`.",
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = pass_through_parser(
+        "regress",
+        "Trains a small network of every method on embedded digits and compares its distance with the stored "
+        "baseline: exit code 1 if one is worse, failed or cannot be compared. All other options are passed on to "
+        "`fit`.",
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument(

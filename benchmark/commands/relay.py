@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import json
 import os
@@ -17,6 +16,7 @@ from lightning import seed_everything
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, Timer
 from torch import Tensor, nn
 
+from benchmark.command_line import pass_through_parser
 from benchmark.stages import DryRun, run_stage
 from leaderboard.files import canonical_sha256, write_atomic
 from systems.base import DiffusionSystem
@@ -41,14 +41,13 @@ def relay(args: Sequence[str]) -> None:
         ValueError: If the weights are of another network, or a number is out of range.
         FileNotFoundError: If pieces of the weights are missing.
     """
-    parser = argparse.ArgumentParser(
-        "python -m benchmark relay",
-        description="Trains for some minutes, from the weights in a folder if there are any, and leaves the averaged "
-        "weights there, kernels in half precision, in files small enough to carry. All other options are those of fit.",
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = pass_through_parser(
+        "relay",
+        "Trains for some minutes, starting from the weights in a folder if there are any, and writes the averaged "
+        "weights back to it, large tensors in half precision, in files small enough to copy. All other options are "
+        "passed on to `fit`.",
     )
-    parser.add_argument("--weights", type=Path, required=True, help="folder of the weights, taken and left")
+    parser.add_argument("--weights", type=Path, required=True, help="folder of the weights, read and replaced")
     parser.add_argument("--minutes", type=float, required=True, help="length of this leg")
     parser.add_argument("--piece_mb", type=int, default=15, help="largest file, in MB")
     options, rest = parser.parse_known_args(args)

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 from rich.table import Table
 
-from benchmark.command_line import fill_in_newest_run
+from benchmark.command_line import fill_in_newest_run, pass_through_parser
 from benchmark.stages import run_stage
 from leaderboard.evaluation.callback import Evaluation
 from leaderboard.record.entries import headline
@@ -130,12 +130,10 @@ def _evaluations(callbacks: Iterable[Any]) -> list[Evaluation]:
 
 
 def _parser(command: str, description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        f"python -m benchmark {command}",
-        description=f"{description} All other options are those of `test`, and so is what is tested by default: the "
-        "newest run. Each point of the sweep leaves a record. Fewer images than the protocol's need --draft.",
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = pass_through_parser(
+        command,
+        f"{description} The newest run is tested unless --ckpt_path names another; all other options are passed on to "
+        "`test`. Each point of the sweep writes a record. Fewer images than the protocol requires need --draft.",
     )
     parser.add_argument("--output", type=Path, help="plot (.png); plots/ in the run folder if not given")
     return parser

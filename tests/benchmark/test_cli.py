@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from benchmark import __version__
-from benchmark.cli import COMMANDS, STAGES, main
+from benchmark.cli import COMMANDS, PASS_THROUGH, STAGES, main
 from benchmark.runs import find_checkpoint, new_run, newest_run
 from leaderboard.extractors.base import Extractor
 from leaderboard.protocols import PROTOCOLS
@@ -52,9 +52,16 @@ def records_of(run: Path) -> list[Path]:
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     main([])
     shown = capsys.readouterr().out
-    for name in [*STAGES, *COMMANDS]:
-        assert re.search(rf"^  {name} +\w", shown, re.MULTILINE), name
+    for name in [*STAGES, *PASS_THROUGH, *COMMANDS]:
+        assert len(re.findall(rf"^  {name:<19} \w", shown, re.MULTILINE)) == 1, name
+    assert all(len(line) <= 80 for line in shown.splitlines())
     assert "configs/quickstart.yaml" in shown
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys; from benchmark.cli import main; main(['--help']); print(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "lightning", "jsonargparse", "numpy", "yaml"} & set(done.stderr.split())
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -69,7 +76,7 @@ def test_unknown_command_lists_the_known(capsys: pytest.CaptureFixture[str]) -> 
     assert "choose one of: fit, validate" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*PASS_THROUGH, *COMMANDS])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
