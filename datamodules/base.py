@@ -13,6 +13,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from PIL import Image
+from platformdirs import user_cache_path
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -33,7 +34,8 @@ from datamodules.sources import Reader, Record, Source, find_image_folder, find_
 
 CACHE_VERSION = 1
 CACHE_VARIABLE = "SPIKING_DIFFUSION_CACHE"
-DEFAULT_CACHE = "~/.cache/spiking-diffusion-benchmark"
+CACHE_NAME = "spiking-diffusion-benchmark"
+"""Folder of decoded images in the user's cache folder."""
 REFERENCE_BATCH = 100
 """Reference images per batch: fixed, so that what is measured of them does not depend on how images are generated."""
 Split = Literal["train", "test", "valid"]
@@ -56,8 +58,8 @@ class ImageDataModule(L.LightningDataModule):
         flip: Whether training images are mirrored at random.
         val_size: Training images held out for validation; 0 uses the source's own validation split, if it has one.
         num_workers: Loader processes for training and validation.
-        cache_dir: Folder of decoded images; none takes $SPIKING_DIFFUSION_CACHE, then
-            ~/.cache/spiking-diffusion-benchmark.
+        cache_dir: Folder of decoded images; null uses $SPIKING_DIFFUSION_CACHE, then spiking-diffusion-benchmark in
+            the user's cache folder ($XDG_CACHE_HOME or ~/.cache on Linux).
         num_samples: Images to generate; none takes as many as the protocol of the evaluation asks for.
         sample_batch_size: Images per batch and device when generating.
         sample_seed: Seed of the first generated image; image k has the seed `sample_seed + k`.
@@ -100,7 +102,8 @@ class ImageDataModule(L.LightningDataModule):
         self.flip = flip
         self.val_size = val_size
         self.num_workers = num_workers
-        self.cache_dir = Path(cache_dir or os.environ.get(CACHE_VARIABLE) or DEFAULT_CACHE).expanduser()
+        folder = cache_dir or os.environ.get(CACHE_VARIABLE) or user_cache_path(CACHE_NAME, appauthor=False)
+        self.cache_dir = Path(folder).expanduser()
         self.num_samples = num_samples
         self.sample_batch_size = sample_batch_size
         self.sample_seed = sample_seed

@@ -8,7 +8,6 @@ again.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import tempfile
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from numpy.lib import format as npy
 from PIL import Image
 from rich.console import Console
@@ -29,7 +29,8 @@ from datamodules.errors import DatasetError
 from datamodules.images import to_array
 
 Sample = tuple[Image.Image, int]
-INSTALL_ATTEMPTS = 10
+LOCK = ".lock"
+"""File in the cache folder that a process locks while it moves an entry into place."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,8 @@ def build_entry(
             described[split] = _write_split(new, split, source, tracked, fit, digest.update)
         meta = {"source": source, "fingerprint": digest.hexdigest(), "splits": described}
         (new / "meta.json").write_text(json.dumps(meta, indent=1))
-        return _install(new, path, aside=Path(folder.name))
+        _install(new, path, aside=Path(folder.name))
+    return Entry(path, meta)
 
 
 def _write_split(
@@ -148,13 +150,15 @@ def _described(file: Path) -> dict[str, Any]:
     return {"shape": list(array.shape), "dtype": str(array.dtype), "bytes": file.stat().st_size}
 
 
-def _install(new: Path, path: Path, aside: Path) -> Entry:
-    """Moves a finished entry to its place; a damaged one there goes aside, a whole one (another process's) is kept."""
-    for attempt in range(INSTALL_ATTEMPTS):
-        if (entry := open_entry(path)) is not None:
-            return entry
-        with contextlib.suppress(FileNotFoundError):
-            path.replace(aside / f"damaged-{attempt}")
-        with contextlib.suppress(OSError):  # another process was faster: its entry is looked at next
-            new.replace(path)
-    raise DatasetError(f"the image cache {path} cannot be replaced; delete it, or give another --data.cache_dir")
+def _install(new: Path, path: Path, aside: Path) -> None:
+    """Moves a finished entry to its place, unless another process has done so; a damaged one there moves to `aside`."""
+    try:
+        with FileLock(path.parent / LOCK):
+            if open_entry(path) is None:
+                if path.exists():
+                    path.replace(aside / "damaged")
+                new.replace(path)
+    except OSError as error:
+        raise DatasetError(
+            f"the image cache {path} cannot be replaced ({error}); delete it, or give another --data.cache_dir"
+        ) from error
