@@ -1,4 +1,4 @@
-"""The command line of the stages: Lightning's parser with short messages, and the newest run where none is named."""
+"""Parsing of options: Lightning's parser with short messages, and the newest run as the default checkpoint."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 import datamodules
 import systems
-from benchmark.messages import plain
+from benchmark.messages import condense
 from benchmark.runs import RUNS, find_checkpoint, newest_run, run_of, update_config
 
-MOST_ALIASES = 20
-"""Aliases of a YAML file that are unfolded: nested, 20 can stand for some thousand values, 100 for more than fit."""
+MAX_ALIASES = 20
+"""Limit on aliases in a YAML file: nested, 20 expand to some thousand values, 100 to more than fits in memory."""
 
 
 class Parser(LightningArgumentParser):
-    """Lightning's parser, whose message is one line, and on a mistyped class names the known ones."""
+    """Lightning's parser with error messages of one line, which list the known classes if one is mistyped."""
 
     def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Namespace:
         """Parses the text of a config, which may have been written by an earlier version."""
         return super().parse_string(update_config(content), *args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Ends with exit code 2."""
-        message = plain(message)
+        """Prints the message and exits with code 2."""
+        message = condense(message)
         if "import path string" in message and "NestedArg" not in message:
             known = {"model": systems.__all__, "data": datamodules.__all__}
             for key, names in known.items():
@@ -39,7 +39,7 @@ class Parser(LightningArgumentParser):
         if not self.exit_on_error:
             super().error(message, ex)
         print(f"error: {message}\ntip: `python -m benchmark COMMAND --help` lists every option", file=sys.stderr)
-        sys.exit(2)  # without the usage, which is pages long
+        sys.exit(2)  # without the usage, which fills pages
 
 
 def pass_through_parser(command: str, description: str) -> ArgumentParser:
@@ -104,19 +104,19 @@ def fill_in_newest_run(args: list[str]) -> list[str]:
 
 
 def _check_config(path: Path) -> None:
-    """Looks at what the parser would choke on; what is wrong otherwise, it says itself.
+    """Refuses files that the parser cannot report well; it reports all other errors itself.
 
     Raises:
-        ValueError: If a configuration is no text or no YAML, or has aliases that may unfold to any size.
+        ValueError: If a config is not text or not YAML, or has so many aliases that it may expand to any size.
     """
     try:
         text = path.read_text(encoding="utf-8")
         aliases = sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text))
     except UnicodeDecodeError:
-        raise ValueError(f"--config {path} is no text in UTF-8; give a YAML file") from None
+        raise ValueError(f"--config {path} is not a text file in UTF-8; give a YAML file") from None
     except yaml.YAMLError as error:
-        raise ValueError(f"--config {path} is no YAML: {plain(str(error))}") from None
+        raise ValueError(f"--config {path} is not YAML: {condense(str(error))}") from None
     except (OSError, ValueError):
         return
-    if aliases > MOST_ALIASES:
-        raise ValueError(f"--config {path} has {aliases} aliases; write out what they stand for")
+    if aliases > MAX_ALIASES:
+        raise ValueError(f"--config {path} has {aliases} aliases; write the values in their place")

@@ -104,7 +104,7 @@ def _settings(checkpoint: str, config: str | None) -> tuple[dict[str, Any], Path
     elif run is not None:
         path = run / "config.yaml"
     else:
-        raise ValueError(f"{checkpoint} lies in no run folder; name its configuration too: `--ddpm_config CONFIG`")
+        raise ValueError(f"{checkpoint} is not in a run folder; name its config too: `--ddpm_config CONFIG`")
     if not path.is_file():
         raise FileNotFoundError(f"--ddpm_config {path} is not a file; give the configuration of training (*.yaml)")
     settings = yaml.safe_load(update_config(path.read_text()))

@@ -17,7 +17,7 @@ import yaml
 from rich.table import Table
 
 from benchmark.command_line import pass_through_parser
-from benchmark.process import PARENT
+from benchmark.process import PARENT_VARIABLE
 from benchmark.runs import RUNS, find_checkpoint, newest_run
 from leaderboard.files import canonical_sha256
 from leaderboard.record.entries import Entry, headline
@@ -201,7 +201,10 @@ def _run(cell: Cell) -> int:
         try:
             for stage in cell.stages():
                 process = Popen(
-                    [*BENCHMARK, *stage], stdout=log, stderr=STDOUT, env=os.environ | {PARENT: str(os.getpid())}
+                    [*BENCHMARK, *stage],
+                    stdout=log,
+                    stderr=STDOUT,
+                    env=os.environ | {PARENT_VARIABLE: str(os.getpid())},
                 )
                 if code := _wait(process):
                     return code

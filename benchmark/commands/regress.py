@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmark.command_line import fill_in_newest_run, pass_through_parser
-from benchmark.process import end_with
+from benchmark.process import terminate_with_parent
 from benchmark.runs import find_checkpoint, newest_run
 from benchmark.stages import run_stage
 from leaderboard.record.entries import headline
@@ -194,7 +194,7 @@ def _measure_all(jobs: Sequence[Job], workers: int) -> Generator[Outcome]:
     # spawned: threads do not survive a fork; one task each: no job sees what another has compiled
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(
-        workers, mp_context=context, initializer=end_with, initargs=(os.getpid(),), max_tasks_per_child=1
+        workers, mp_context=context, initializer=terminate_with_parent, initargs=(os.getpid(),), max_tasks_per_child=1
     ) as pool:
         try:
             for done in as_completed([pool.submit(_measure, job) for job in jobs]):

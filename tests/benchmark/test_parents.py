@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from tiny import SDDPM
 
-from benchmark.process import end_with
+from benchmark.process import terminate_with_parent
 from benchmark.runs import newest_run
 from systems.checkpoints import load_checkpoint
 
@@ -91,7 +91,7 @@ def test_no_training_outlives_the_matrix(number: signal.Signals, tmp_path: Path)
 @pytest.mark.filterwarnings("ignore:.*fork.*")
 def test_a_process_whose_parent_is_gone_already_ends_at_once() -> None:
     def orphan() -> None:
-        end_with(-1)
+        terminate_with_parent(-1)
         time.sleep(60)
 
     process = multiprocessing.get_context("fork").Process(target=orphan)

@@ -159,7 +159,7 @@ def test_what_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"--ckpt_path .*none\.ckpt is not a file"):
         main(["activity", f"--ckpt_path={tmp_path / 'none.ckpt'}"])
     (tmp_path / "other.ckpt").touch()
-    with pytest.raises(ValueError, match="lies in no run folder"):
+    with pytest.raises(ValueError, match="is not in a run folder"):
         main(["activity", f"--ckpt_path={tmp_path / 'other.ckpt'}"])
     with pytest.raises(ValueError, match="num_images=0; give 1 or more"):
         main(["activity", "--num_images=0"])
