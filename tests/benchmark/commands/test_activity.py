@@ -167,5 +167,5 @@ def test_what_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
 
 def test_networks_without_spikes_are_refused() -> None:
     system = DDPM(in_channels=1, base_channels=32, channel_mult=(1, 2), num_res_blocks=1, num_inference_steps=2)
-    with pytest.raises(ValueError, match="has no spiking layer; activity is for spiking networks"):
+    with pytest.raises(ValueError, match="has no spiking layer, but `activity` plots spikes"):
         measure_spikes(system, torch.arange(2), (1, 8, 8))
