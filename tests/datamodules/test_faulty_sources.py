@@ -174,7 +174,7 @@ def test_an_enormous_image_is_not_unpacked(
 
 def test_an_idx_file_that_unpacks_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_idx(tmp_path, GREY, zipped=True)
-    monkeypatch.setattr("datamodules.idx.MOST_BYTES", 30_000)
+    monkeypatch.setattr("datamodules.idx.MAX_BYTES", 30_000)
     fail(mnist(tmp_path), match=r"-ubyte.gz holds more than 30,000 bytes, as no dataset of this family does")
 
 

@@ -74,7 +74,7 @@ def test_generated_images_of_another_shape_are_refused(root: str, cache: str) ->
 
 
 def test_generated_images_that_are_not_numbers_are_refused(root: str, cache: str) -> None:
-    with pytest.raises(ValueError, match="generated images hold NaN: the model has diverged"):
+    with pytest.raises(ValueError, match="generated images contain NaN: the model has diverged"):
         MNIST(root, cache_dir=cache).to_uint8(torch.full((1, 1, 28, 28), torch.nan))
 
 
@@ -163,7 +163,7 @@ def test_impossible_arguments_of_single_datasets() -> None:
 
 
 def test_too_many_images_held_out(root: str, cache: str) -> None:
-    with pytest.raises(ValueError, match=r"val_size=40 leaves nothing of the 40 training images; give less"):
+    with pytest.raises(ValueError, match=r"val_size=40 leaves none of the 40 training images; give less"):
         MNIST(root, val_size=40, cache_dir=cache).setup("fit")
 
 

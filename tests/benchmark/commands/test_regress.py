@@ -138,7 +138,7 @@ def test_new_baselines_are_written_unless_a_seed_failed(make_record: MakeRecord,
 def test_a_command_that_cannot_work_ends_before_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(FileNotFoundError, match=r"sdm has 0 records, .* regress --update --methods sdm"):
         main(["regress", "--methods", "sdm", f"--baselines={tmp_path}"])
-    with pytest.raises(ValueError, match="--update --seeds 0 1: a spread needs 3 seeds or more"):
+    with pytest.raises(ValueError, match="--update --seeds 0 1: a standard deviation needs 3 seeds or more"):
         main(["regress", "--update", "--seeds", "0", "1"])
     with pytest.raises(SystemExit):
         main(["regress", "--methods", "gan"])
