@@ -1,7 +1,6 @@
-"""Files and options that are damaged, foreign or hostile end in one line that says what is wrong, and do nothing else.
+"""Damaged, foreign or hostile files and options end in an error of one line, without any other effect.
 
-The table is what was tried. Each case runs the whole command line; sources of images have a table of their own in
-tests/datamodules/test_faulty_sources.py.
+Each case runs the whole command line. Sources of images are tested in tests/datamodules/test_faulty_sources.py.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ def truncated(good: Path) -> bytes:
 
 def flipped(good: Path) -> bytes:
     content = bytearray(good.read_bytes())
-    content[-22] ^= 0xFF  # where the directory of the archive is told
+    content[-22] ^= 0xFF  # the offset of the archive's directory
     return bytes(content)
 
 

@@ -1,4 +1,4 @@
-"""No worker goes on when the command that started it is gone, however it ended."""
+"""No worker outlives the command that started it, however that ended."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def begin(*command: str) -> subprocess.Popen[bytes]:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a job in the background has none
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # background jobs ignore SIGINT
     )
 
 
 def end(command: subprocess.Popen[bytes], number: signal.Signals, seconds: float) -> None:
-    """Ends a command by a signal, and sees its workers go."""
+    """Ends a command by a signal, and checks that its workers end."""
     workers = children(command.pid)
     assert workers
     try:

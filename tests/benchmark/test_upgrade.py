@@ -1,6 +1,6 @@
-"""What an earlier version left behind stays readable: a run with its configuration and checkpoint, and a record.
+"""Files of earlier versions stay readable: config, checkpoint and record of a run.
 
-`upgrade/make.py` made them; it says when to make them again.
+`upgrade/make.py` made them and says when to make them again.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from make import RECORD, numbers  # noqa: E402
 pytestmark = pytest.mark.usefixtures("uncompiled")
 
 
-def test_a_checkpoint_gives_the_numbers_that_it_gave() -> None:
+def test_a_checkpoint_gives_the_recorded_numbers() -> None:
     recorded = json.loads((UPGRADE / "numbers.json").read_text())
     found = numbers(UPGRADE / "run")
     assert found["loss"] == pytest.approx(recorded["loss"], rel=1e-3)
     assert found["samples"] == pytest.approx(recorded["samples"], rel=5e-2)  # rounding may flip a spike
 
 
-def test_a_training_goes_on(tmp_path: Path) -> None:
+def test_a_training_resumes(tmp_path: Path) -> None:
     shutil.copytree(UPGRADE / "run", tmp_path / "run")
     resume(tmp_path, "--trainer.max_steps=8", "--data.num_samples=20")
     assert load_checkpoint(find_checkpoint(newest_run(tmp_path)))["global_step"] == 8

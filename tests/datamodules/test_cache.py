@@ -1,4 +1,4 @@
-"""The cache is whole or not there, and is built again when it is damaged or the source has changed."""
+"""The cache is complete or absent, and is rebuilt when it is damaged or the source has changed."""
 
 from __future__ import annotations
 

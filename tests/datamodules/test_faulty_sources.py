@@ -1,4 +1,4 @@
-"""Sources that are found but not what they should be end in one error that names the file."""
+"""A malformed source raises one error that names the file."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_more_images_than_labels(tmp_path: Path) -> None:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that announces its size and holds next to nothing."""
+    """A PNG whose header announces a size, with almost no data."""
     chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     rest = b"IDAT" + zlib.compress(b"")
     parts = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in (chunk, rest)]
@@ -159,7 +159,9 @@ def png_header(width: int, height: int) -> bytes:
 
 
 @pytest.mark.filterwarnings("ignore:.*decompression bomb.*")
-@pytest.mark.parametrize("size", [9_000, 11_000, 60_000])  # below and above what Pillow warns of, and refuses
+@pytest.mark.parametrize(
+    "size", [9_000, 11_000, 60_000]
+)  # below and above the limits at which Pillow warns and refuses
 @pytest.mark.parametrize(
     ("make", "splits", "names"), [(MNIST, GREY, "0123456789"), (Letters, letter_splits(), ascii_uppercase)]
 )

@@ -143,7 +143,10 @@ def test_digits_are_scikit_learns(cache: str) -> None:
         ({"num_workers": -1}, r"num_workers=-1 is too small"),
         ({"sample_seed": -1}, r"sample_seed=-1 is too small"),
         ({"fit": "crop"}, r"fit='crop' is unknown; choose 'pad' or 'resize'"),
-        ({"root": "a", "revision": "b"}, r"revision='b' is of the hub, but root='a' is a folder; give one of the two"),
+        (
+            {"root": "a", "revision": "b"},
+            r"revision='b' belongs to the hub, but root='a' is a folder; give one of the two",
+        ),
     ],
 )
 def test_impossible_arguments(options: dict[str, object], message: str) -> None:

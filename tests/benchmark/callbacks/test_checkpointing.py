@@ -1,4 +1,4 @@
-"""Trainings that are killed, stopped or run out of room lose nothing that was finished, and go on as if not stopped."""
+"""Trainings that are killed, stopped or run out of disk space keep their checkpoints and resume exactly."""
 
 from __future__ import annotations
 

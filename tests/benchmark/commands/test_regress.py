@@ -69,7 +69,7 @@ def test_worse_fails_and_better_does_not(
 
 
 def test_a_layer_that_is_counted_otherwise_fails(baseline: Baseline, make_record: MakeRecord) -> None:
-    """Such as one whose input is taken for real values: its distance is what it was."""
+    """A layer counted with real-valued inputs, for example: the distance does not change."""
     record = make_record(10.0)
     changed = replace(record, cost=replace(record.cost, macs=record.cost.macs + 3))
     table, bad = compare({"sdm": [Outcome("sdm", 0, changed)]}, {"sdm": baseline})

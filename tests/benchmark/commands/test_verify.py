@@ -18,7 +18,7 @@ from leaderboard.record.repetition import agree
 
 @pytest.fixture(scope="module")
 def tested(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with one record, of a solver whose options hold an infinity."""
+    """A run with one record, of a solver with an infinite option."""
     runs = shutil.copytree(trained, tmp_path_factory.mktemp("tested") / "runs")
     main(["test", "--draft", f"--trainer.default_root_dir={runs}", *SOLVERS["dpm-solver++"].options])
     return newest_run(runs)
@@ -32,7 +32,7 @@ def record(tested: Path) -> Path:
 
 @pytest.fixture
 def repeated(record: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Stands for the repetition: keeps what it is asked for and finds what the record says."""
+    """Replaces the repetition: records its arguments and returns the original record."""
     asked: list[dict[str, Any]] = []
 
     def repeat(settings: dict[str, Any], checkpoint: Path, folder: Path) -> Record:
