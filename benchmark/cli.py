@@ -1,4 +1,7 @@
-"""The command line: Lightning's stages on configs, and the suite's other commands, under one help."""
+"""The command line: a table of all commands, their help, and the dispatch to the module of each.
+
+Nothing heavy is imported before the command is known, so that `--help` is immediate.
+"""
 
 from __future__ import annotations
 
@@ -12,77 +15,93 @@ from benchmark import __version__
 
 STAGES = {
     "fit": "train a method on a dataset",
-    "validate": "loss of a trained run on held-out images",
+    "validate": "compute the loss of a trained run on held-out images",
     "test": "generate images, measure them and write a record",
     "predict": "generate images as PNG files and a grid",
-    "estimate-gamma": "add the statistic of Analytic-DPM to a checkpoint",
+    "estimate-gamma": "prepare a checkpoint for sampling with Analytic-DPM",
 }
-COMMANDS = {
-    "speed": ("benchmark.speed.suite:speed", "measure neurons, steps, sampling, data and start, as ratios in one run"),
-    "import": (
-        "benchmark.commands.import_checkpoint:import_checkpoint",
-        "turn an authors' checkpoint into one of the suite",
-    ),
-    "convert": ("benchmark.commands.convert:convert", "turn a quantised DDPM into a spiking network"),
-    "leaderboard": ("leaderboard.reports.table:leaderboard", "show the table of the newest run (--wide, --all: more)"),
-    "leaderboard render": (
-        "leaderboard.reports.render:render",
-        "write records and published numbers as a web page and files",
-    ),
-    "reference": (
-        "leaderboard.evaluation.reference:reference",
-        "measure the real images of a dataset, once for all tests",
-    ),
-    "leaderboard verify": ("benchmark.commands.verify:verify", "repeat the evaluation of a record and compare"),
-    "leaderboard seeds": ("leaderboard.reports.seeds:seeds", "show means and spreads over training seeds"),
-    "leaderboard compare": ("leaderboard.reports.compare:compare", "show what differs between two records"),
-    "leaderboard add": ("leaderboard.add:add", "check a record and take it into the leaderboard"),
-    "train-extractor": ("leaderboard.extractors.train:train_extractor", "train the suite's own feature extractor"),
-    "activity": (
-        "benchmark.commands.activity:activity",
-        "draw spikes per layer and diffusion step, and a denoising strip",
-    ),
-    "loader-speed": ("benchmark.speed.loader:loader_speed", "measure the train loader, in images/s"),
-    "attention-speed": ("benchmark.speed.attention:attention_speed", "measure RWKV against softmax attention"),
-}
-SWEEPS = {
+"""Stages of the trainer: they take a config."""
+PASS_THROUGH = {
     "sweep-threshold": (
         "benchmark.commands.sweeps:sweep_threshold",
         "test one checkpoint at several firing thresholds",
     ),
-    "sweep-solvers": ("benchmark.commands.sweeps:sweep_solvers", "test one checkpoint with several solvers and NFE"),
+    "sweep-solvers": (
+        "benchmark.commands.sweeps:sweep_solvers",
+        "test one checkpoint with several samplers and step counts",
+    ),
     "matrix": ("benchmark.commands.matrix:matrix", "train and test methods on datasets with several seeds"),
-    "relay": ("benchmark.commands.relay:relay", "train in legs of some minutes, on machines that keep nothing"),
-    "regress": ("benchmark.commands.regress:regress", "train every method small and compare it with its baseline"),
+    "relay": ("benchmark.commands.relay:relay", "train in short sessions on machines that keep no files"),
+    "regress": ("benchmark.commands.regress:regress", "train small networks and compare them with baselines"),
     "ablate-sdit": (
         "benchmark.commands.ablate_sdit:ablate_sdit",
-        "train and test SDiT and its ablations with several seeds",
+        "train and test SDiT and its ablations, several seeds",
     ),
 }
+"""Commands that pass the options they do not know on to `fit` or `test`."""
+COMMANDS = {
+    "activity": ("benchmark.commands.activity:activity", "draw spikes per layer and diffusion step while sampling"),
+    "reference": (
+        "leaderboard.evaluation.reference:reference",
+        "compute the statistics of real images before any test",
+    ),
+    "leaderboard": ("leaderboard.reports.table:leaderboard", "show the table of the newest run (more: --wide, --all)"),
+    "leaderboard render": ("leaderboard.reports.render:render", "write the leaderboard as a web page and files"),
+    "leaderboard seeds": ("leaderboard.reports.seeds:seeds", "show mean and spread over training seeds"),
+    "leaderboard compare": ("leaderboard.reports.compare:compare", "show the differences between two records"),
+    "leaderboard verify": ("benchmark.commands.verify:verify", "repeat the evaluation of a record and compare"),
+    "leaderboard add": ("leaderboard.add:add", "check a record and add it to the leaderboard"),
+    "import": ("benchmark.commands.import_checkpoint:import_checkpoint", "convert a checkpoint released by authors"),
+    "convert": ("benchmark.commands.convert:convert", "convert a quantised DDPM into a spiking network"),
+    "train-extractor": ("leaderboard.extractors.train:train_extractor", "train the feature extractor of a dataset"),
+    "speed": ("benchmark.speed.suite:speed", "measure neurons, training steps, sampling and data"),
+    "loader-speed": ("benchmark.speed.loader:loader_speed", "measure the training data loader, in images/s"),
+    "attention-speed": ("benchmark.speed.attention:attention_speed", "compare the speed of RWKV and softmax attention"),
+}
+"""All other commands, whose options are the arguments of a function."""
 
-EXAMPLES = """\
-  python -m benchmark fit --config configs/quickstart.yaml      train a small SDDPM on embedded digits (2 minutes)
-  python -m benchmark test                                      evaluate the newest run under runs/
-  python -m benchmark leaderboard                               see the result
+GROUPS = {
+    "train": ("fit", "matrix", "relay", "ablate-sdit"),
+    "evaluate": (
+        "test",
+        "validate",
+        "predict",
+        "estimate-gamma",
+        "sweep-threshold",
+        "sweep-solvers",
+        "activity",
+        "reference",
+    ),
+    "leaderboard": tuple(name for name in COMMANDS if name.startswith("leaderboard")),
+    "tools": ("import", "convert", "train-extractor", "regress", "speed", "loader-speed", "attention-speed"),
+}
+"""The commands as the help shows them."""
+
+HELP = """\
+Reference benchmark for spiking diffusion models.
+
+usage: python -m benchmark COMMAND [--help] [options]
+
+to begin (2 minutes, nothing to download):
+  python -m benchmark fit --config configs/quickstart.yaml
+  python -m benchmark test               evaluate the newest run under runs/
+  python -m benchmark leaderboard        show the result
+  python -m benchmark COMMAND --help     list the options of a command
+with a dataset on disk:
   python -m benchmark fit --config configs/sddpm_fmnist.yaml --data.root FOLDER
-  python -m benchmark fit --help                                every option
 """
 
 
 def print_help() -> None:
-    """Prints what a newcomer can type next."""
-    rows = STAGES | {name: line for name, (_, line) in (SWEEPS | COMMANDS).items()}
-    print(
-        "Reference benchmark for spiking diffusion models.\n\nusage: python -m benchmark COMMAND [--help] [options]\n"
-    )
-    print("commands:")
-    for name, line in rows.items():
-        print(f"  {name:<19} {line}")
-    print(f"\nto begin:\n{EXAMPLES}")
+    """Prints the first commands to type, then every command."""
+    lines = STAGES | {name: line for name, (_, line) in (PASS_THROUGH | COMMANDS).items()}
+    print(HELP)
+    for group, names in GROUPS.items():
+        print(f"{group}:", *(f"  {name:<19} {lines[name]}" for name in names), sep="\n")
 
 
 def complete_flags(command: Callable[..., Any], args: Sequence[str]) -> list[str]:
-    """Accepts boolean options without a value: `--wide` is short for `--wide true`."""
+    """Adds the value to boolean options that have none: `--wide` becomes `--wide=true`."""
     flags = {f"--{name}" for name, option in signature(command).parameters.items() if isinstance(option.default, bool)}
     pairs = zip(args, [*args[1:], "--"], strict=False)
     return [f"{arg}=true" if arg in flags and following.startswith("-") else arg for arg, following in pairs]
@@ -92,7 +111,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Runs one command.
 
     Args:
-        args: What follows `python -m benchmark`; taken from the command line if not given.
+        args: Arguments after `python -m benchmark`; `sys.argv[1:]` by default.
 
     Raises:
         SystemExit: With code 2 if the command is unknown or its options are wrong.
@@ -108,8 +127,8 @@ def main(args: Sequence[str] | None = None) -> None:
         from benchmark.stages import run_stage  # Lightning takes seconds to import
 
         run_stage(args)
-    elif args[0] in SWEEPS:
-        module, function = SWEEPS[args[0]][0].split(":")
+    elif args[0] in PASS_THROUGH:
+        module, function = PASS_THROUGH[args[0]][0].split(":")
         getattr(import_module(module), function)(args[1:])
     elif args[0] in COMMANDS:
         from jsonargparse import auto_cli
@@ -118,6 +137,6 @@ def main(args: Sequence[str] | None = None) -> None:
         command = getattr(import_module(module), function)
         auto_cli(command, args=complete_flags(command, args[1:]), prog=f"python -m benchmark {args[0]}")
     else:
-        known = ", ".join([*STAGES, *SWEEPS, *COMMANDS])
+        known = ", ".join([*STAGES, *PASS_THROUGH, *COMMANDS])
         print(f"error: unknown command {args[0]!r}; choose one of: {known}", file=sys.stderr)
         sys.exit(2)

@@ -1,29 +1,35 @@
-"""The command line of the stages: Lightning's parser with short messages, and the newest run where none is named."""
+"""Parsing of options: Lightning's parser with short messages, and the newest run as the default checkpoint."""
 
 from __future__ import annotations
 
 import sys
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 import datamodules
 import systems
-from benchmark.messages import plain
-from benchmark.runs import RUNS, find_checkpoint, newest_run, run_of
+from benchmark.messages import condense
+from benchmark.runs import RUNS, find_checkpoint, newest_run, run_of, update_config
 
-MOST_ALIASES = 20
-"""Aliases of a YAML file that are unfolded: nested, 20 can stand for some thousand values, 100 for more than fit."""
+MAX_ALIASES = 20
+"""Limit on aliases in a YAML file: nested, 20 expand to some thousand values, 100 to more than fits in memory."""
 
 
 class Parser(LightningArgumentParser):
-    """Lightning's parser, whose message is one line, and on a mistyped class names the known ones."""
+    """Lightning's parser with error messages of one line, which list the known classes if one is mistyped."""
+
+    def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Namespace:
+        """Parses the text of a config, which may have been written by an earlier version."""
+        return super().parse_string(update_config(content), *args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Ends with exit code 2."""
-        message = plain(message)
+        """Prints the message and exits with code 2."""
+        message = condense(message)
         if "import path string" in message and "NestedArg" not in message:
             known = {"model": systems.__all__, "data": datamodules.__all__}
             for key, names in known.items():
@@ -33,84 +39,84 @@ class Parser(LightningArgumentParser):
         if not self.exit_on_error:
             super().error(message, ex)
         print(f"error: {message}\ntip: `python -m benchmark COMMAND --help` lists every option", file=sys.stderr)
-        sys.exit(2)  # without the usage, which is pages long
+        sys.exit(2)  # without the usage, which fills pages
 
 
-def complete(args: list[str]) -> list[str]:
-    """Adds the newest run's config and checkpoint to a command that names neither.
+def pass_through_parser(command: str, description: str) -> ArgumentParser:
+    """Returns the parser of a command that passes the options it does not know on to `fit` or `test`."""
+    return ArgumentParser(
+        f"python -m benchmark {command}",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=ArgumentDefaultsHelpFormatter,
+    )
 
-    A checkpoint of `best` or `last` is one of the newest run. `fit` takes a run's configuration only where it is told
-    to go on, by --ckpt_path without --config.
+
+def fill_in_newest_run(args: list[str]) -> list[str]:
+    """Adds the config and the checkpoint of the newest run where a command names neither.
+
+    `--ckpt_path best` and `--ckpt_path last` become files of the newest run. `fit` uses the config of a run only to
+    resume it, that is with --ckpt_path and without --config.
+
+    Args:
+        args: A stage and its options.
 
     Raises:
-        ValueError: If a config is given without a checkpoint.
+        ValueError: If a config is given without a checkpoint, or a checkpoint outside a run folder without a config.
         FileNotFoundError: If there is no run, or the checkpoint does not exist.
     """
     stage, rest = args[0], args[1:]
-    for option, value in zip(rest, [*rest[1:], ""], strict=False):
-        key, _, given = option.partition("=")
-        if key in ("--config", "-c"):
-            _check_config(Path(given or value))
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-c", "--config", nargs="?", action="append", default=[])
+    parser.add_argument("--ckpt_path", nargs="?")
+    parser.add_argument("--trainer.default_root_dir", nargs="?", dest="folder")
+    typed, _ = parser.parse_known_args(rest)
+    configs = [Path(config) for config in typed.config if config is not None]
+    for config in configs:
+        _check_config(config)
     if any(a in ("-h", "--help") or a.startswith(("--help=", "--print_config")) for a in rest):
         return args
-    typed = {}
-    for name in ("--config", "-c", "--ckpt_path", "--trainer.default_root_dir"):
-        for i, arg in enumerate(rest):
-            if arg == name and i + 1 < len(rest):
-                typed[name] = rest[i + 1]
-            elif arg.startswith(f"{name}="):
-                typed[name] = arg.split("=", 1)[1]
-    checkpoint = typed.get("--ckpt_path")
-    has_config = "--config" in typed or "-c" in typed
-    if stage == "fit" and checkpoint is None:
+    if stage == "fit" and typed.ckpt_path is None:
         return args
-    if has_config and checkpoint is None:
+    if configs and typed.ckpt_path is None:
         raise ValueError(
-            f"`{stage} --config` needs a checkpoint: add `--ckpt_path CHECKPOINT`, or leave out --config to take the "
+            f"`{stage} --config` needs a checkpoint: add `--ckpt_path CHECKPOINT`, or leave out --config to use the "
             "newest run"
         )
-    folder = Path(typed.get("--trainer.default_root_dir", RUNS))
-    if has_config:
-        if checkpoint in ("best", "last"):
-            path = find_checkpoint(newest_run(folder), checkpoint)
-            print(f"{stage} of {path}")
-            return [*args, "--ckpt_path", str(path)]
-        if not Path(str(checkpoint)).is_file():
-            raise FileNotFoundError(f"--ckpt_path {checkpoint} is not a file; give a checkpoint (*.ckpt), best or last")
-        return args
-    if checkpoint in (None, "best", "last"):
-        run = newest_run(folder)
-        path = find_checkpoint(run, checkpoint or "last")
+    run: Path | None
+    if typed.ckpt_path in (None, "best", "last"):
+        run = newest_run(Path(typed.folder or RUNS))
+        path = find_checkpoint(run, typed.ckpt_path or "last")
     else:
-        path = Path(str(checkpoint))
+        path = Path(typed.ckpt_path)
         if not path.is_file():
             raise FileNotFoundError(f"--ckpt_path {path} is not a file; give a checkpoint (*.ckpt), best or last")
-        found = run_of(path)
-        if found is None:
-            raise ValueError(f"--ckpt_path {path} lies in no run folder; name its configuration too: `--config CONFIG`")
-        run = found
-    rest = [
-        a for i, a in enumerate(rest) if not a.startswith("--ckpt_path") and (i == 0 or rest[i - 1] != "--ckpt_path")
-    ]
-    _check_config(run / "config.yaml")
+        if configs:
+            return args
+        run = run_of(path)
+    if run is None:
+        raise ValueError(f"--ckpt_path {path} is not in a run folder; name its config too: `--config CONFIG`")
     print(f"{stage} of {path}")
-    return [stage, "--config", str(run / "config.yaml"), *rest, "--ckpt_path", str(path)]
+    if not configs:
+        _check_config(run / "config.yaml")
+        rest = ["--config", str(run / "config.yaml"), *rest]
+    return [stage, *rest, "--ckpt_path", str(path)]
 
 
 def _check_config(path: Path) -> None:
-    """Looks at what the parser would choke on; what is wrong otherwise, it says itself.
+    """Refuses files that the parser cannot report well; it reports all other errors itself.
 
     Raises:
-        ValueError: If a configuration is no text or no YAML, or has aliases that may unfold to any size.
+        ValueError: If a config is not text or not YAML, or has so many aliases that it may expand to any size.
     """
     try:
         text = path.read_text(encoding="utf-8")
         aliases = sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text))
     except UnicodeDecodeError:
-        raise ValueError(f"--config {path} is no text in UTF-8; give a YAML file") from None
+        raise ValueError(f"--config {path} is not a text file in UTF-8; give a YAML file") from None
     except yaml.YAMLError as error:
-        raise ValueError(f"--config {path} is no YAML: {plain(str(error))}") from None
+        raise ValueError(f"--config {path} is not YAML: {condense(str(error))}") from None
     except (OSError, ValueError):
         return
-    if aliases > MOST_ALIASES:
-        raise ValueError(f"--config {path} has {aliases} aliases; write out what they stand for")
+    if aliases > MAX_ALIASES:
+        raise ValueError(f"--config {path} has {aliases} aliases; write the values in their place")

@@ -1,4 +1,4 @@
-"""One line for what is wrong with a command."""
+"""Error messages of the option parser in one line."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ NOISE = (
     "- Expected a <class 'NoneType'>",
     "Given value type:",
 )
-LONG = 100
-"""Characters above which the given value, which may be a whole configuration, is left out."""
+"""Beginnings of lines that are left out."""
+MAX_VALUE_LENGTH = 100
+"""Characters above which the given value, possibly a whole config, is left out."""
 
 
-def plain(message: str) -> str:
-    """Returns the message of a parser without the types that it tried and the configuration that it repeats."""
+def condense(message: str) -> str:
+    """Joins a parser's message to one line, without the types it tried and without long values."""
     lines = [line.strip() for line in message.splitlines()]
-    said = [line.removeprefix("- ") for line in lines if line and not line.startswith(NOISE)]
-    return " ".join(line for line in said if not (line.startswith("Given value:") and len(line) > LONG))
+    kept = [line.removeprefix("- ") for line in lines if line and not line.startswith(NOISE)]
+    return " ".join(line for line in kept if not (line.startswith("Given value:") and len(line) > MAX_VALUE_LENGTH))

@@ -1,4 +1,4 @@
-"""The process itself: memory that the C library keeps, and an end with the parent process."""
+"""Settings of the process: reuse of freed memory, and termination with the parent process."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ import threading
 import time
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-"""Parameters of glibc's `mallopt`: free memory above which some is returned; blocks taken from the system singly."""
+"""Parameters of glibc's `mallopt`: size of free memory above which some is returned; number of mmap blocks."""
 
 
 def keep_freed_memory() -> None:
-    """Lets tensors of many MiB use the memory of earlier ones; does nothing where the C library is not glibc.
+    """Lets large tensors reuse the memory of freed ones (glibc only; does nothing elsewhere).
 
-    By default, glibc takes every block above 32 MiB from the system and returns it when it is freed. The system clears
-    the pages of each as they are first touched, which takes longer than a spiking layer computes on them. The price is
-    that a process stays as large as it ever was.
+    By default, glibc maps every block above 32 MiB with mmap and unmaps it when it is freed. The kernel zeroes each
+    page at its first use, which takes longer than a spiking layer computes on it. The cost: the process never shrinks.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -27,24 +26,24 @@ def keep_freed_memory() -> None:
             mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-PARENT = "SPIKING_DIFFUSION_PARENT"
-"""Environment variable: the process that `python -m benchmark` ends with."""
-INTERVAL = 0.5
-"""Seconds between looks for the parent."""
+PARENT_VARIABLE = "SPIKING_DIFFUSION_PARENT"
+"""Environment variable with the id of the process that `python -m benchmark` is terminated with."""
+POLL_INTERVAL = 0.5
+"""Seconds between two checks of the parent."""
 
 
-def end_with(parent: int) -> None:
-    """Has this process get a SIGTERM once its parent is gone, be it by SIGKILL, which no parent can hand on.
+def terminate_with_parent(parent: int) -> None:
+    """Sends SIGTERM to this process when its parent dies, even if the parent was killed by SIGKILL.
 
-    A process that lost its parent gets another one, on every POSIX system; Linux alone would tell it by a signal.
+    An orphan gets a new parent on every POSIX system, which is polled; only Linux could send a signal instead.
 
     Args:
-        parent: The process that started this one.
+        parent: Id of the process that started this one.
     """
 
     def watch() -> None:
         while os.getppid() == parent:
-            time.sleep(INTERVAL)
+            time.sleep(POLL_INTERVAL)
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -1,4 +1,4 @@
-"""`fit`, `validate`, `test` and `predict`: a thin LightningCLI over the systems and datamodules."""
+"""`fit`, `validate`, `test`, `predict` and `estimate-gamma`: a thin LightningCLI over systems and datamodules."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 
 from benchmark.callbacks.checkpointing import (
+    AtomicCheckpointIO,
     BestCheckpoint,
     DivergenceGuard,
     LastCheckpoint,
     SaveFitConfig,
-    WholeCheckpointIO,
 )
 from benchmark.callbacks.monitor import ImageProgressBar, ProgressLines, TrainingMonitor
 from benchmark.callbacks.png import PNGWriter
-from benchmark.command_line import Parser, complete
+from benchmark.command_line import Parser, fill_in_newest_run
 from benchmark.runs import RUNS, new_run, run_of, training_seed
 from benchmark.trainer import BenchmarkTrainer
 from datamodules import ImageDataModule
@@ -44,17 +44,17 @@ from systems.base import DiffusionSystem
 
 for message in (
     ".*does not have many workers.*",
-    ".*LightningCLI's args parameter is intended.*",  # main() completes the command line
-    ".*loading a checkpoint outside the 'fit' stage.*",  # averaged weights are the state_dict, nothing is lost
-    ".*Total length of `list` across ranks is zero.*",  # no image is held out
-    ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",  # between Lightning and torch
-    ".*Checkpoint directory .* exists and is not empty.*",  # resumed runs
-    ".*your dataloader is not resumable.*",  # its sampler is: datamodules.loading.TrainingOrder
-    ".*algorithm_type.* is deprecated.*",  # DPM-Solver of noise prediction, which the papers use
+    ".*LightningCLI's args parameter is intended.*",  # main() fills in the newest run
+    ".*loading a checkpoint outside the 'fit' stage.*",  # the state_dict has the averaged weights
+    ".*Total length of `list` across ranks is zero.*",  # without validation images
+    ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",  # Lightning calls torch
+    ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run
+    ".*your dataloader is not resumable.*",  # the sampler is: datamodules.loading.TrainingOrder
+    ".*algorithm_type.* is deprecated.*",  # DPM-Solver with noise prediction, as in the papers
     ".*smaller than the logging interval.*",  # steps are counted across epochs
 ):
     warnings.filterwarnings("ignore", message)
-diffusers.utils.logging.set_verbosity_error()  # orders that a solver lowers at the end of a chain
+diffusers.utils.logging.set_verbosity_error()  # silences the lower orders at the end of a chain
 
 BANNERS = (
     "GPU available: ",  # the first line of `fit` names the device
@@ -65,19 +65,19 @@ BANNERS = (
     "Restored all states ",
     "Loaded model weights ",
     "`Trainer.fit` stopped: `max_",  # as configured
-    "No CUDA runtime is found",  # the compiler looks for it even for code on the CPU
+    "No CUDA runtime is found",  # the compiler looks for it even on the CPU
 )
 """Prefixes of log messages that are not printed."""
 
 
-def is_no_banner(message: logging.LogRecord) -> bool:
-    """Returns whether a log message is printed."""
+def is_printed(message: logging.LogRecord) -> bool:
+    """Whether a log message is printed."""
     return not message.getMessage().startswith(BANNERS)
 
 
 for name in ("lightning.pytorch", "lightning.fabric", "torch"):
     for handler in logging.getLogger(name).handlers:
-        handler.addFilter(is_no_banner)
+        handler.addFilter(is_printed)
 
 
 def fastest_precision(accelerator: str | Accelerator) -> str:
@@ -95,11 +95,11 @@ def fastest_precision(accelerator: str | Accelerator) -> str:
 
 
 class BenchmarkCLI(LightningCLI):
-    """Adds the suite's callbacks under keys of their own, so that no config can drop them, and the run folder."""
+    """LightningCLI with run folders and the suite's callbacks, each under its own key so that no config drops it."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Adds the stage that Lightning's trainer does not have."""
+        """Adds `estimate_gamma`, which Lightning's trainer does not have."""
         return {**LightningCLI.subcommands(), "estimate_gamma": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -118,10 +118,10 @@ class BenchmarkCLI(LightningCLI):
         )
 
     def _parse_ckpt_path(self) -> None:
-        """Takes no options from the checkpoint: a run's are in its config.yaml, and what is typed wins."""
+        """Ignores options in the checkpoint: those of a run are in its config.yaml, and typed options win."""
 
     def before_instantiate_classes(self) -> None:
-        """Chooses the precision, where none is given, and the run folder: that of the checkpoint, or a new one."""
+        """Chooses the precision if none is given, and the run folder: that of the checkpoint, or a new one."""
         config = self.config[self.subcommand]
         config.trainer.precision = config.trainer.precision or fastest_precision(config.trainer.accelerator)
         folder = Path(config.trainer.default_root_dir or RUNS)
@@ -129,23 +129,25 @@ class BenchmarkCLI(LightningCLI):
         elsewhere = None if self.subcommand == "fit" else checkpoint
         run = run_of(checkpoint) if checkpoint else None
         self.run_folder = run or new_run(
-            folder, _short(config.data.class_path), _short(config.model.class_path), elsewhere
+            folder, _class_name(config.data.class_path), _class_name(config.model.class_path), elsewhere
         )
         if self.subcommand == "predict":
-            config.return_predictions = False  # written to disk as they come
-        dump = self.parser.dump(self.config, skip_link_targets=False, skip_none=False, format="json")
-        self.resolved = json.loads(dump, parse_constant=str)[self.subcommand]  # a solver's -Infinity is no JSON
+            config.return_predictions = False  # PNGWriter writes them to disk batch by batch
+        dump = self.parser.dump(self.config, skip_link_targets=False, skip_unset=False, format="json")
+        self.resolved = json.loads(dump, parse_constant=str)[
+            self.subcommand
+        ]  # a solver has -Infinity, which is not JSON
         if self.subcommand != "fit":
             self.resolved["seed_everything"] = training_seed(run) if run else None
         if config.evaluation.draft and self.subcommand != "test":
-            raise ValueError("--draft is an option of `test`, where images are measured; leave it out here")
+            raise ValueError("--draft is an option of `test`, which measures images; omit it here")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Adds TensorBoard, the progress bar and what keeps a training from being lost."""
+        """Adds TensorBoard, the progress bar, atomic checkpoints and the divergence guard."""
         config = self.config[self.subcommand].trainer
         if config.logger in (None, True):
             kwargs["logger"] = TensorBoardLogger(self.run_folder.parent, name="", version=self.run_folder.name)
-        kwargs["plugins"] = [*_listed(self.config_init[self.subcommand].trainer.plugins), WholeCheckpointIO()]
+        kwargs["plugins"] = [*_as_list(self.config_init[self.subcommand].trainer.plugins), AtomicCheckpointIO()]
         self.trainer_defaults["callbacks"] = [DivergenceGuard()]
         if config.logger is not False:
             self.trainer_defaults["callbacks"].append(LearningRateMonitor("step"))
@@ -156,15 +158,15 @@ class BenchmarkCLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         if config.sync_batchnorm and trainer.world_size > 1 and trainer.strategy.root_device.type == "cpu":
             raise ValueError(
-                "--trainer.sync_batchnorm true needs GPUs: torch synchronises no BatchNorm on the CPU; leave it out "
-                "(each process then normalises by its own images) or give --trainer.accelerator gpu"
+                "--trainer.sync_batchnorm true needs GPUs, since torch does not synchronise BatchNorm on the CPU; omit "
+                "it (each process then normalises by its own images) or give --trainer.accelerator gpu"
             )
         if isinstance(trainer.strategy, DDPStrategy) and self.model.trains_in_parts:
             trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
         return trainer
 
     def after_instantiate_classes(self) -> None:
-        """Hands the configuration to the record, and refuses a test that departs from its protocol at once."""
+        """Passes the config on to the record, and refuses a test that deviates from its protocol before it starts."""
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Evaluation):
                 callback.config = self.resolved
@@ -174,31 +176,31 @@ class BenchmarkCLI(LightningCLI):
                     self.datamodule.num_samples = self.datamodule.num_samples or callback.protocol.num_samples
 
     def before_fit(self) -> None:
-        """Prints what is trained, and where."""
+        """Prints run folder, number of parameters, device and precision."""
         if self.trainer.is_global_zero:
-            size = _rounded(sum(p.numel() for p in self.model.parameters()))
+            size = _format_count(sum(p.numel() for p in self.model.parameters()))
             device, number = self.trainer.strategy.root_device.type, self.trainer.world_size
             device += f" x {number}" if number > 1 else ""
             print(f"fit in {self.run_folder}: {size} parameters, {device}, {self.trainer.precision}", flush=True)
 
 
-class Rehearsal(BenchmarkCLI):
-    """Builds all that a stage needs and checks it, but does not run it."""
+class DryRun(BenchmarkCLI):
+    """Builds and checks trainer, model and data of a stage, but does not run it."""
 
     def _run_subcommand(self, subcommand: str) -> None:
         pass
 
 
-def _listed(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def _rounded(count: int) -> str:
-    """Shows a count with three digits."""
+def _format_count(count: int) -> str:
+    """Formats a count with three digits: 1234567 as `1.23 M`."""
     return f"{count / 1e6:.3g} M" if count >= 999_500 else f"{count / 1e3:.3g} K"
 
 
-def _short(class_path: str) -> str:
+def _class_name(class_path: str) -> str:
     return class_path.rsplit(".", 1)[-1].lower()
 
 
@@ -207,13 +209,13 @@ def run_stage(args: list[str], cli: type[BenchmarkCLI] = BenchmarkCLI) -> Benchm
 
     Args:
         args: The stage and its options; `--draft` is short for `--evaluation.draft true`.
-        cli: What runs it, or `Rehearsal`, which needs no checkpoint.
+        cli: `BenchmarkCLI`, or `DryRun`, which needs no checkpoint and does not run the stage.
 
     Returns:
-        The stage's trainer, model and data, after it has run.
+        The CLI with its trainer, model and data, after the stage has run.
     """
     torch.set_float32_matmul_precision("high")
-    if "--draft" in args:  # at the end, since a config that follows would undo it
+    if "--draft" in args:  # at the end, since a later --config would override it
         args = [*(arg for arg in args if arg != "--draft"), "--evaluation.draft=true"]
     return cli(
         DiffusionSystem,
@@ -222,8 +224,8 @@ def run_stage(args: list[str], cli: type[BenchmarkCLI] = BenchmarkCLI) -> Benchm
         subclass_mode_model=True,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
-        load_from_checkpoint_support=False,  # else a copy of a model (EMA) holds this and the processes it started
-        args=args if cli is Rehearsal else complete([args[0].replace("-", "_"), *args[1:]]),
+        load_from_checkpoint_support=False,  # else every copy of the model (EMA) refers to the CLI and its processes
+        args=args if cli is DryRun else fill_in_newest_run([args[0].replace("-", "_"), *args[1:]]),
         parser_class=Parser,
         seed_everything_default=42,
         save_config_callback=SaveFitConfig,

@@ -1,4 +1,4 @@
-"""`python -m benchmark estimate-gamma`: the statistic of Analytic-DPM, from training images into a checkpoint."""
+"""`python -m benchmark estimate-gamma`: adds Analytic-DPM's Gamma, estimated on training images, to a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from systems.diffusion.analytic_dpm import estimate_gamma
 from systems.diffusion.gaussian import GaussianDiffusion
 
 SUFFIX = "-gamma"
-"""Of the copy's name: the checkpoint itself stays as it is, so that records of it can still be verified."""
+"""Suffix of the new file: the original checkpoint is not changed, so that its records can still be verified."""
 
 
 class BenchmarkTrainer(Trainer):
-    """Lightning's trainer with one more stage."""
+    """Lightning's trainer with the stage `estimate_gamma`."""
 
     def estimate_gamma(
         self,
@@ -31,23 +31,23 @@ class BenchmarkTrainer(Trainer):
         weights_only: bool | None = None,
         num_images: int | None = 1000,
     ) -> None:
-        """Estimates the mean squares of the predicted noise for AnalyticDPMScheduler, into a copy of a checkpoint.
+        """Estimates `Gamma_t = E |eps_t|^2 / d` of AnalyticDPMScheduler and adds it to a copy of the checkpoint.
 
-        Takes as many network evaluations as there are diffusion steps, for each image.
+        The network is evaluated once per image and diffusion step.
 
         Args:
             model: A Gaussian method.
-            datamodule: Gives the training images.
+            datamodule: Source of the training images.
             ckpt_path: Checkpoint to read; best or last of the newest run, or a file.
-            weights_only: In every run's config.yaml for Lightning's stages; here no code in a checkpoint is ever run.
-            num_images: Training images; null takes all of them, as the published statistic does.
+            weights_only: Unused, since code in a checkpoint is never run; Lightning writes it to every config.yaml.
+            num_images: Number of training images; null uses all of them, as the paper does.
 
         Raises:
-            ValueError: If the method is no Gaussian diffusion, or there are fewer training images.
+            ValueError: If the method is not a Gaussian diffusion, or there are fewer training images.
         """
         if not isinstance(model, GaussianDiffusion):
             raise ValueError(
-                f"{type(model).__name__} is no Gaussian diffusion of pixels; estimate-gamma is for those alone"
+                f"{type(model).__name__} is not a Gaussian diffusion of pixels, which estimate-gamma needs"
             )
         checkpoint = read_trained(ckpt_path, model.method)
         model.on_load_checkpoint(checkpoint)
@@ -64,9 +64,7 @@ class BenchmarkTrainer(Trainer):
         shown = ", ".join(
             f"{float(gamma[t]):.3f} at t={t}" for t in (0, len(gamma) // 10, len(gamma) // 2, len(gamma) - 1)
         )
-        print(
-            f"Gamma from {num_images:,} images: {shown}\nin {path}, a copy of the checkpoint that is taken from now on:"
-        )
+        print(f"Gamma from {num_images:,} images: {shown}\nin {path}, a copy of the checkpoint, which `test` now uses:")
         print("  python -m benchmark test --model.scheduler AnalyticDPMScheduler --model.num_inference_steps 50")
 
 

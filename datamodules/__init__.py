@@ -1,4 +1,4 @@
-"""Datasets: one LightningDataModule per dataset, all with the same batches, value range and reference images."""
+"""Datasets: one LightningDataModule per dataset, all with the same batch format, value range and reference images."""
 
 from datamodules.base import ImageDataModule
 from datamodules.celeba import CelebA

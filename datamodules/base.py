@@ -1,4 +1,4 @@
-"""The base of all datamodules: one geometry, one value range, one way to name what is generated."""
+"""Base class of all datamodules: geometry, value range, reference images and the seeds of generated images."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from PIL import Image
+from platformdirs import user_cache_path
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -33,35 +34,36 @@ from datamodules.sources import Reader, Record, Source, find_image_folder, find_
 
 CACHE_VERSION = 1
 CACHE_VARIABLE = "SPIKING_DIFFUSION_CACHE"
-DEFAULT_CACHE = "~/.cache/spiking-diffusion-benchmark"
+CACHE_NAME = "spiking-diffusion-benchmark"
+"""Folder of decoded images in the user's cache folder."""
 REFERENCE_BATCH = 100
-"""Reference images per batch: fixed, so that what is measured of them does not depend on how images are generated."""
+"""Reference images per batch: fixed, so that their statistics do not depend on the batch size of sampling."""
 Split = Literal["train", "test", "valid"]
 HOLD_OUT_SEED = 0
-"""Seed of the permutation that holds validation images out: the same images in every run."""
+"""Seed of the permutation that selects validation images: the same images in every run."""
 
 
 class ImageDataModule(L.LightningDataModule):
-    """Images to train on and to compare with, and the seeds of the images to generate.
+    """Images for training, reference images for comparison, and the seeds of the images to generate.
 
     Training and validation batches are float32 `(B, C, H, W)` in [-1, 1]. Test and prediction batches are int64 seeds
-    `(b,)`, one for each image to be generated. Reference images come from `reference_batches`, uint8, in the geometry
-    in which generated images are compared: the dataset's own with `fit="pad"`, the resized one with `fit="resize"`.
+    `(B,)`, one per image to generate. `reference_batches` yields uint8 images in the geometry of the comparison: the
+    dataset's own size with `fit="pad"`, `image_size` with `fit="resize"`.
 
     Args:
-        root: Folder of the dataset; none reads the Hugging Face hub.
+        root: Folder of the dataset; null reads it from the Hugging Face hub.
         batch_size: Training and validation images per batch and device.
-        image_size: Side length in pixels of the images the model sees; none keeps the dataset's own.
-        fit: How images get that size: zero padding, undone losslessly before comparison, or bilinear resizing.
+        image_size: Side length in pixels of the images the model sees; null keeps the dataset's own.
+        fit: How images are brought to that size: zero padding, removed before the comparison, or bilinear resizing.
         flip: Whether training images are mirrored at random.
-        val_size: Training images held out for validation; 0 uses the source's own validation split, if it has one.
-        num_workers: Loader processes for training and validation.
-        cache_dir: Folder of decoded images; none takes $SPIKING_DIFFUSION_CACHE, then
-            ~/.cache/spiking-diffusion-benchmark.
-        num_samples: Images to generate; none takes as many as the protocol of the evaluation asks for.
+        val_size: Number of training images held out for validation; 0 uses the source's validation split, if any.
+        num_workers: Number of loader processes for training and validation.
+        cache_dir: Folder of decoded images; null uses $SPIKING_DIFFUSION_CACHE, then spiking-diffusion-benchmark in
+            the user's cache folder ($XDG_CACHE_HOME or ~/.cache on Linux).
+        num_samples: Number of images to generate; null uses the number of the evaluation protocol.
         sample_batch_size: Images per batch and device when generating.
         sample_seed: Seed of the first generated image; image k has the seed `sample_seed + k`.
-        revision: Revision of the dataset on the hub; none takes the one this benchmark pins, or the latest.
+        revision: Revision of the dataset on the hub; null uses the one pinned here, or else the latest.
 
     Raises:
         ValueError: If an argument is out of range; the message names it.
@@ -100,7 +102,8 @@ class ImageDataModule(L.LightningDataModule):
         self.flip = flip
         self.val_size = val_size
         self.num_workers = num_workers
-        self.cache_dir = Path(cache_dir or os.environ.get(CACHE_VARIABLE) or DEFAULT_CACHE).expanduser()
+        folder = cache_dir or os.environ.get(CACHE_VARIABLE) or user_cache_path(CACHE_NAME, appauthor=False)
+        self.cache_dir = Path(folder).expanduser()
         self.num_samples = num_samples
         self.sample_batch_size = sample_batch_size
         self.sample_seed = sample_seed
@@ -114,7 +117,9 @@ class ImageDataModule(L.LightningDataModule):
         if fit not in ("pad", "resize"):
             raise ValueError(f"fit={fit!r} is unknown; choose 'pad' or 'resize'")
         if root is not None and revision is not None:
-            raise ValueError(f"revision={revision!r} is of the hub, but root={root!r} is a folder; give one of the two")
+            raise ValueError(
+                f"revision={revision!r} belongs to the hub, but root={root!r} is a folder; give one of the two"
+            )
         self._compared_size = self.native_size if fit == "pad" else self.image_size
         self._padding, odd = divmod(self.image_size - self._compared_size, 2)
         if self._padding < 0 or odd:
@@ -130,22 +135,22 @@ class ImageDataModule(L.LightningDataModule):
 
     @property
     def compared_size(self) -> int:
-        """Side length in pixels at which images are compared."""
+        """Side length in pixels at which generated and reference images are compared."""
         return self._compared_size
 
     @property
     def geometry(self) -> dict[str, Any]:
-        """What the compared pixels depend on besides the source."""
+        """Settings that the compared pixels depend on, in addition to the source."""
         return self._geometry()
 
     @property
     def source(self) -> str:
-        """What was read, in words."""
+        """Description of the source that was read."""
         return str(self._entry.meta["source"])
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the decoded splits before crop and resize, the same for every format that stores the pixels."""
+        """SHA-256 of the decoded splits before crop and resize; equal for all file formats with the same pixels."""
         return str(self._entry.meta["fingerprint"])
 
     def num_reference(self, split: Split = "train") -> int:
@@ -162,16 +167,16 @@ class ImageDataModule(L.LightningDataModule):
         return self._entry.size(split)
 
     def prepare_data(self) -> None:
-        """Decodes the dataset into the cache, if it is not there; Lightning calls it once on each machine."""
+        """Decodes the dataset into the cache unless it is there; Lightning calls this once per machine."""
         self._entry  # noqa: B018
 
     def setup(self, stage: str | None = None) -> None:
-        """Opens the images to train on; testing and prediction need none."""
+        """Opens the training and validation images; testing and prediction need none."""
         if stage in (None, "fit", "validate"):
             self._subsets  # noqa: B018
 
     def train_dataloader(self) -> DataLoader[Tensor]:
-        """Shuffled full batches of training images; a training that was stopped within an epoch gets those left of it.
+        """Returns a loader of shuffled full batches; a training resumed within an epoch gets the rest of that epoch.
 
         Raises:
             ValueError: If there are too few images for one batch.
@@ -191,15 +196,15 @@ class ImageDataModule(L.LightningDataModule):
         return self._loader(images, sampler=order, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Tensor] | list[DataLoader[Tensor]]:
-        """Validation images in order; no loader if there are none."""
+        """Returns a loader of the validation images in order, or an empty list if there are none."""
         _, images = self._subsets
         return self._loader(images, sampler=FilledBatches(images, self.batch_size)) if len(images) else []
 
     def test_dataloader(self) -> DataLoader[Tensor]:
-        """Seeds of the images to generate, each on one device only, in the same batches for any number of devices.
+        """Returns a loader of the seeds to sample, each on one device, in the same batches for any number of devices.
 
         Raises:
-            ValueError: If their number was not given.
+            ValueError: If `num_samples` was not given.
         """
         if self.num_samples is None:
             raise ValueError("num_samples is not given; say how many images to generate: --data.num_samples 64")
@@ -208,37 +213,37 @@ class ImageDataModule(L.LightningDataModule):
         return whole_batches(seeds, self.sample_batch_size, sampler=shard)
 
     def predict_dataloader(self) -> DataLoader[Tensor]:
-        """Seeds of the images to generate, as for testing."""
+        """Returns a loader of the seeds to sample, as for testing."""
         return self.test_dataloader()
 
     def reference_batches(self, split: Split = "train") -> Iterator[Tensor]:
-        """Yields a whole split in order, held-out images included, as uint8 `(b, C, H, W)` to compare with."""
+        """Yields a whole split in order, with held-out images, as uint8 `(B, C, H, W)` in the compared geometry."""
         yield from self._entry.images(split).split(REFERENCE_BATCH)
 
     def labelled(self, split: Literal["train", "test"] = "train") -> tuple[Tensor, Tensor]:
-        """Returns a whole split in the compared geometry with its labels from 0 on, -1 where unknown."""
+        """Returns images `(N, C, H, W)` uint8 in the compared geometry and labels `(N,)` from 0, -1 if unknown."""
         return self._entry.images(split), self._entry.labels(split)
 
     def to_uint8(self, images: Tensor) -> Tensor:
-        """Turns generated images in [-1, 1] into bytes in the compared geometry: clamped, rounded, padding cut off.
+        """Converts generated images in [-1, 1] to uint8 in the compared geometry: clamped, rounded, without padding.
 
         Raises:
-            ValueError: If the images have another shape than the training images, or are not numbers.
+            ValueError: If the shape differs from the training images, or a pixel is NaN.
         """
         return to_bytes(self.compared(images))
 
     def compared(self, images: Tensor) -> Tensor:
-        """Cuts the padding off generated images, as floats that may leave [-1, 1].
+        """Removes the padding of generated images `(B, C, H, W)`; values are not clamped.
 
         Raises:
-            ValueError: If the images have another shape than the training images, or are not numbers.
+            ValueError: If the shape differs from the training images, or a pixel is NaN.
         """
         if images.shape[1:] != self.image_shape:
             expected = ", ".join(map(str, self.image_shape))
             raise ValueError(f"generated images have the shape {tuple(images.shape)}, expected (B, {expected})")
         if images.isnan().any():
             raise ValueError(
-                "generated images hold NaN: the model has diverged; lower its learning rate or its precision"
+                "generated images contain NaN: the model has diverged; lower the learning rate or raise the precision"
             )
         pad, end = self._padding, self._padding + self._compared_size
         return images[..., pad:end, pad:end]
@@ -270,11 +275,11 @@ class ImageDataModule(L.LightningDataModule):
 
     @cached_property
     def _subsets(self) -> tuple[TrainingImages, TrainingImages]:
-        """The images to train on, and those to validate on."""
+        """The training images and the validation images."""
         entry = self._entry
         train = entry.images("train")
         if self.val_size >= len(train):
-            raise ValueError(f"val_size={self.val_size} leaves nothing of the {len(train)} training images; give less")
+            raise ValueError(f"val_size={self.val_size} leaves none of the {len(train)} training images; give less")
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(HOLD_OUT_SEED))
         held_out, kept = (part.sort().values for part in order.split([self.val_size, len(train) - self.val_size]))
         valid = train
@@ -308,7 +313,7 @@ class ImageDataModule(L.LightningDataModule):
 
     def _decode(self, record: Record) -> Sample:
         """Decodes and checks one image."""
-        self._check_size(record.image, record.where)  # before its pixels are unpacked, which may be a great many
+        self._check_size(record.image, record.where)  # before decoding, since a small file may contain a huge image
         image = decode(record.image, "L" if self.num_channels == 1 else "RGB", record.where)
         if record.label < -1 or (self.num_classes is not None and record.label >= self.num_classes):
             raise DatasetError(
@@ -325,19 +330,19 @@ class ImageDataModule(L.LightningDataModule):
             )
 
     def _fit_image(self, image: Image.Image) -> Image.Image:
-        """Brings an image into the compared geometry."""
+        """Crops and resizes an image to the compared geometry."""
         return resize(image, self._compared_size)
 
     def _geometry(self) -> dict[str, Any]:
-        """What the cached pixels depend on besides the source."""
+        """Settings that the cached pixels depend on, in addition to the source."""
         return {"size": self._compared_size}
 
     def _canonical(self, train: Reader) -> Callable[[Record], Record]:
-        """Returns what undoes a source's way of storing images and labels."""
+        """Returns a function that undoes the source's conventions (orientation, first label) for one record."""
         return lambda record: record
 
     def _find_original(self, root: Path) -> Source | None:
-        """Finds the files in which the dataset was first published."""
+        """Finds the dataset in its original file format."""
         return None
 
 

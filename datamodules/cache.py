@@ -1,14 +1,12 @@
-"""The cache: each split decoded once into an array of bytes, opened by memory mapping.
+"""Cache of decoded images: each split is decoded once into an array of bytes and opened by memory mapping.
 
-An entry is a folder of `<split>_images.npy` `(N, C, H, W)` uint8, `<split>_labels.npy` `(N,)` int64 and `meta.json`. It
-is written beside its final place and moved there whole, so an interrupted run leaves nothing half-read, and of two
-processes that build the same entry both succeed. An entry whose files differ from `meta.json` in shape or size is built
-again.
+An entry is a folder with `<split>_images.npy` `(N, C, H, W)` uint8, `<split>_labels.npy` `(N,)` int64 and `meta.json`.
+It is built in a temporary folder and then renamed, so that an interrupted run leaves no incomplete entry and several
+processes can build the same one. An entry whose files differ from `meta.json` in shape or size is built again.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import tempfile
@@ -19,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from numpy.lib import format as npy
 from PIL import Image
 from rich.console import Console
@@ -29,12 +28,13 @@ from datamodules.errors import DatasetError
 from datamodules.images import to_array
 
 Sample = tuple[Image.Image, int]
-INSTALL_ATTEMPTS = 10
+LOCK = ".lock"
+"""File in the cache folder that a process locks while it moves an entry into place."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A cached dataset: its folder, and what `meta.json` says of it."""
+    """A cached dataset: its folder and the content of `meta.json`."""
 
     path: Path
     meta: Mapping[str, Any]
@@ -49,22 +49,22 @@ class Entry:
         return int(self.meta["splits"][split]["images"]["shape"][0])
 
     def images(self, split: str) -> Tensor:
-        """Images `(N, C, H, W)` uint8, memory-mapped; writing to them changes no file."""
+        """Images `(N, C, H, W)` uint8, memory-mapped; writing to them does not change the file."""
         return torch.from_numpy(np.load(self.path / f"{split}_images.npy", mmap_mode="c"))
 
     def labels(self, split: str) -> Tensor:
-        """Labels `(N,)` int64, -1 where unknown."""
+        """Labels `(N,)` int64, -1 if unknown."""
         return torch.from_numpy(np.load(self.path / f"{split}_labels.npy"))
 
 
 def open_entry(path: Path) -> Entry | None:
-    """Opens a cache entry, if it is there and complete."""
+    """Opens a cache entry; returns None if it is missing or damaged."""
     try:
         meta = json.loads((path / "meta.json").read_text())
         for split, arrays in meta["splits"].items():
             for kind, expected in arrays.items():
                 file = path / f"{split}_{kind}.npy"
-                if _described(file) != expected:
+                if _array_info(file) != expected:
                     return None
     except (OSError, EOFError, ValueError, KeyError, AttributeError, TypeError):
         return None
@@ -78,12 +78,12 @@ def build_entry(
 
     Args:
         path: Folder of the entry.
-        source: What is read, in words.
-        splits: Decoded images with their labels, in order.
-        fit: Crops and resizes an image; the fingerprint is taken before.
+        source: Description of the source.
+        splits: Decoded images with their labels, by split.
+        fit: Crops and resizes an image; the fingerprint is computed before.
 
     Raises:
-        DatasetError: If a split holds no image, or the folder cannot be written.
+        DatasetError: If a split has no images, or the folder cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,14 +98,15 @@ def build_entry(
     with folder, Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         new = Path(folder.name) / "new"
         new.mkdir()
-        described = {}
+        arrays = {}
         for split, samples in splits.items():
             digest.update(f"{split}:".encode())
             tracked = progress.track(samples, description=f"decoding {path.name}, {split}")
-            described[split] = _write_split(new, split, source, tracked, fit, digest.update)
-        meta = {"source": source, "fingerprint": digest.hexdigest(), "splits": described}
+            arrays[split] = _write_split(new, split, source, tracked, fit, digest.update)
+        meta = {"source": source, "fingerprint": digest.hexdigest(), "splits": arrays}
         (new / "meta.json").write_text(json.dumps(meta, indent=1))
-        return _install(new, path, aside=Path(folder.name))
+        _install(new, path, aside=Path(folder.name))
+    return Entry(path, meta)
 
 
 def _write_split(
@@ -116,7 +117,7 @@ def _write_split(
     fit: Callable[[Image.Image], Image.Image],
     digest: Callable[[bytes], None],
 ) -> dict[str, Any]:
-    """Writes one split, image by image; the number of images is filled into the header at the end."""
+    """Writes one split, image by image; the header gets the number of images at the end."""
     labels: list[int] = []
     shape: tuple[int, ...] = ()
     images_file = folder / f"{split}_images.npy"
@@ -132,29 +133,31 @@ def _write_split(
         if not labels:
             raise DatasetError(f"{source} holds no images in its {split} split; fetch it again")
         file.seek(0)
-        _write_header(file, len(labels), shape)  # of equal length: npy headers leave room for the first axis to grow
+        _write_header(file, len(labels), shape)  # same length: npy headers reserve space for a longer first axis
     digest(f"{len(labels)}x{shape[0]};".encode())
     np.save(folder / f"{split}_labels.npy", np.array(labels, np.int64))
-    return {kind: _described(folder / f"{split}_{kind}.npy") for kind in ("images", "labels")}
+    return {kind: _array_info(folder / f"{split}_{kind}.npy") for kind in ("images", "labels")}
 
 
 def _write_header(file: Any, count: int, shape: tuple[int, ...]) -> None:
     npy.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)})
 
 
-def _described(file: Path) -> dict[str, Any]:
-    """Shape, type and size of an array file; reads its header alone."""
+def _array_info(file: Path) -> dict[str, Any]:
+    """Returns shape, dtype and size of an array file; reads only its header."""
     array = np.load(file, mmap_mode="r")
     return {"shape": list(array.shape), "dtype": str(array.dtype), "bytes": file.stat().st_size}
 
 
-def _install(new: Path, path: Path, aside: Path) -> Entry:
-    """Moves a finished entry to its place; a damaged one there goes aside, a whole one (another process's) is kept."""
-    for attempt in range(INSTALL_ATTEMPTS):
-        if (entry := open_entry(path)) is not None:
-            return entry
-        with contextlib.suppress(FileNotFoundError):
-            path.replace(aside / f"damaged-{attempt}")
-        with contextlib.suppress(OSError):  # another process was faster: its entry is looked at next
-            new.replace(path)
-    raise DatasetError(f"the image cache {path} cannot be replaced; delete it, or give another --data.cache_dir")
+def _install(new: Path, path: Path, aside: Path) -> None:
+    """Moves a finished entry to its place, unless another process has done so; a damaged one there moves to `aside`."""
+    try:
+        with FileLock(path.parent / LOCK):
+            if open_entry(path) is None:
+                if path.exists():
+                    path.replace(aside / "damaged")
+                new.replace(path)
+    except OSError as error:
+        raise DatasetError(
+            f"the image cache {path} cannot be replaced ({error}); delete it, or give another --data.cache_dir"
+        ) from error

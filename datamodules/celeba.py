@@ -22,14 +22,14 @@ PARTITION_SPLITS = {"0": "train", "1": "valid", "2": "test"}
 
 
 class CelebA(ImageDataModule):
-    """CelebA: trained on the official training partition, validated on the official validation one, if it is there.
+    """CelebA: the official training partition, and the official validation partition if the source has it.
 
     Faces are cropped to the central 148 pixels and resized to 64, as FSDDIM and SDDPM do.
 
     Args:
-        center_crop: Side length in pixels of the central square that is kept; none keeps the whole image, as for
-            sources that hold cropped faces.
-        image_size: Side length in pixels to which it is resized; none takes 64.
+        center_crop: Side length in pixels of the central square to crop; null does not crop, for sources that contain
+            cropped faces.
+        image_size: Side length in pixels after resizing; null resizes to 64.
         flip: Whether training images are mirrored at random.
     """
 

@@ -1,4 +1,4 @@
-"""CIFAR-10: 50,000 and 10,000 photographs of ten kinds of things, 32x32 in colour.
+"""CIFAR-10: 50,000 and 10,000 colour photographs in ten classes, 32x32.
 
 Krizhevsky, "Learning multiple layers of features from tiny images", technical report, University of Toronto (2009).
 """
@@ -30,11 +30,11 @@ PICKLED_GLOBALS = {
         ("numpy._core.multiarray", "_reconstruct"),
     )
 }
-"""All that a pickled array needs."""
+"""The only names that unpickling an array needs."""
 
 
 class CIFAR10(ImageDataModule):
-    """CIFAR-10: trained on the training split (see `val_size`), mirrored at random unless `flip` is off."""
+    """CIFAR-10: training images are mirrored at random unless `flip` is false."""
 
     name = "cifar10"
     title = "CIFAR-10"
@@ -85,7 +85,7 @@ def _read_batch(file: Path) -> tuple[NDArray[np.uint8], list[int]]:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickles arrays, numbers and containers, and nothing that could run code."""
+    """Unpickles only arrays, numbers and containers, so that no code can run."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in PICKLED_GLOBALS:

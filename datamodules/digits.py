@@ -1,4 +1,4 @@
-"""Digits: 1,797 handwritten digits, 8x8 grey, that come with scikit-learn; for trying things out without any download.
+"""Digits: 1,797 handwritten digits, 8x8 grey, that come with scikit-learn; for trials without a download.
 
 Alpaydin and Kaynak, "Optical recognition of handwritten digits", UCI Machine Learning Repository (1998).
 """
@@ -28,7 +28,7 @@ class Digits(ImageDataModule):
     num_classes = 10
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(root=None, revision=None, **kwargs)  # embedded: nothing to choose
+        super().__init__(root=None, revision=None, **kwargs)  # embedded: there is no source to choose
 
     @cached_property
     def _source(self) -> Source:
@@ -41,6 +41,6 @@ def _read(part: slice) -> Iterator[Record]:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    images = np.round(digits.images[part] * (255 / 16)).astype(np.uint8)  # from 0..16
+    images = np.round(digits.images[part] * (255 / 16)).astype(np.uint8)  # pixels are 0 to 16
     for index, (image, label) in enumerate(zip(images, digits.target[part], strict=True)):
         yield Record(Image.fromarray(image), int(label), f"digit {index}")

@@ -1,11 +1,11 @@
-"""What can go wrong with a dataset before training starts."""
+"""Errors of datasets."""
 
 from __future__ import annotations
 
 
 class DatasetNotFoundError(FileNotFoundError):
-    """No source of a dataset is in reach; the message names what was tried and the ways out."""
+    """No source of a dataset was found; the message names the paths that were tried and the remedies."""
 
 
 class DatasetError(ValueError):
-    """A source was found but is not what it should be; the message names the file."""
+    """A source was found but is malformed; the message names the file."""

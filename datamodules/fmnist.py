@@ -1,4 +1,4 @@
-"""FashionMNIST: 60,000 and 10,000 pictures of clothing, 28x28 grey.
+"""FashionMNIST: 60,000 and 10,000 images of clothing, 28x28 grey.
 
 Xiao, Rasul and Vollgraf, "Fashion-MNIST: a novel image dataset for benchmarking machine learning algorithms",
 arXiv 1708.07747 (2017).
@@ -14,7 +14,7 @@ from datamodules.sources import Source
 
 
 class FMNIST(ImageDataModule):
-    """FashionMNIST: trained on the training split (see `val_size`); reference images from either split."""
+    """FashionMNIST; see `ImageDataModule`."""
 
     name = "fmnist"
     title = "FashionMNIST"

@@ -16,20 +16,20 @@ from datamodules.errors import DatasetError
 from datamodules.sources import Reader, Record, Source, one_folder, stat_identity
 
 TORCHVISION_FOLDERS = frozenset({"MNIST", "FashionMNIST", "KMNIST", "EMNIST"})
-"""torchvision keeps files of the same names for all of them, in these folders of one root."""
+"""Folders in which torchvision stores these datasets, with the same file names in each."""
 
-MOST_BYTES = 2**30
-"""Nearly twice what the largest file of the family, EMNIST ByClass, holds; a gzip of 1 MB may unpack to more."""
+MAX_BYTES = 2**30
+"""Nearly twice the largest file of these datasets (EMNIST ByClass); a gzip file of 1 MB may unpack to more."""
 
 
 def find_idx(root: Path, folder: str, train: str = "train", test: str = "t10k") -> Source | None:
     """Finds the four IDX files of a dataset, plain or gzipped, in `root` or below.
 
     Args:
-        root: Where to look; folders in which torchvision keeps other datasets are left out.
+        root: Folder to search; torchvision's folders of other datasets are skipped.
         folder: torchvision's folder of this dataset.
-        train: What the names of the training files begin with.
-        test: What the names of the test files begin with.
+        train: Prefix of the training files.
+        test: Prefix of the test files.
 
     Raises:
         DatasetError: If only some of the four files are there, or there are several of one.
@@ -53,13 +53,13 @@ def find_idx(root: Path, folder: str, train: str = "train", test: str = "t10k") 
     files = {name: file for name, file in found.items() if file is not None}
     if not files:
         return None
-    place = next(iter(files.values())).parent
+    folder_found = next(iter(files.values())).parent
     if missing := [name for name in found if name not in files]:
-        raise DatasetError(f"{place} lacks {', '.join(missing)} (plain or .gz); all four files are needed")
+        raise DatasetError(f"{folder_found} lacks {', '.join(missing)} (plain or .gz); all four files are needed")
     readers: dict[str, Reader] = {
         split: partial(_read_idx_pair, files[images], files[labels]) for split, (images, labels) in names.items()
     }
-    return Source(f"IDX files in {place}", stat_identity(files.values()), lambda: readers)
+    return Source(f"IDX files in {folder_found}", stat_identity(files.values()), lambda: readers)
 
 
 def _read_idx_pair(images_file: Path, labels_file: Path) -> Iterator[Record]:
@@ -73,15 +73,15 @@ def _read_idx_pair(images_file: Path, labels_file: Path) -> Iterator[Record]:
 def _read_idx(file: Path, axes: int) -> NDArray[np.uint8]:
     try:
         with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as opened:
-            data = opened.read(MOST_BYTES + 1)
+            data = opened.read(MAX_BYTES + 1)
     except (EOFError, OSError, zlib.error) as error:
         raise DatasetError(f"{file} is damaged ({error}); fetch it again") from error
     if len(data) < 4 + 4 * axes or data[:4] != bytes((0, 0, 8, axes)):
         raise DatasetError(
             f"{file} begins with {data[:4].hex()}, expected 000008{axes:02x}: not an IDX file of {axes} axes"
         )
-    if len(data) > MOST_BYTES:
-        raise DatasetError(f"{file} holds more than {MOST_BYTES:,} bytes, as no dataset of this family does")
+    if len(data) > MAX_BYTES:
+        raise DatasetError(f"{file} holds more than {MAX_BYTES:,} bytes, as no dataset of this family does")
     shape = tuple(int(size) for size in np.frombuffer(data, ">u4", axes, offset=4))
     pixels = np.frombuffer(data, np.uint8, offset=4 + 4 * axes)
     if pixels.size != np.prod(shape, dtype=np.int64):

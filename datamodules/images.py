@@ -1,4 +1,4 @@
-"""Single images on their way into the cache: opened, checked, cropped and resized, all on 8 bits."""
+"""Opening, checking, cropping and resizing of single 8-bit images."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from datamodules.errors import DatasetError
 
 
 def open_image(data: bytes, where: str) -> Image.Image:
-    """Reads the header of an encoded image; the pixels are decoded when they are first used.
+    """Reads the header of an encoded image; the pixels are decoded at their first use.
 
     Raises:
-        DatasetError: If the bytes are no image; names `where` they come from.
+        DatasetError: If the bytes are not an image; the message names their location `where`.
     """
     try:
         return Image.open(io.BytesIO(data))
@@ -24,10 +24,10 @@ def open_image(data: bytes, where: str) -> Image.Image:
 
 
 def decode(image: Image.Image, mode: str, where: str) -> Image.Image:
-    """Decodes an image into `mode` ("L" or "RGB"), if that loses nothing: grey digits stored as RGB are fine.
+    """Decodes an image into `mode` ("L" or "RGB") if that is lossless, such as grey digits stored as RGB.
 
     Raises:
-        DatasetError: If the image is damaged, or holds colours or transparency that `mode` cannot.
+        DatasetError: If the image is damaged, or has colours or transparency that `mode` cannot represent.
     """
     try:
         image.load()
@@ -43,7 +43,7 @@ def decode(image: Image.Image, mode: str, where: str) -> Image.Image:
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """Cuts the central square of `size` pixels, with torchvision's rounding."""
+    """Crops the central square of `size` pixels, with torchvision's rounding."""
     left, top = round((image.width - size) / 2), round((image.height - size) / 2)
     return image.crop((left, top, left + size, top + size))
 

@@ -13,7 +13,7 @@ from datamodules.sources import Source
 
 
 class KMNIST(ImageDataModule):
-    """KMNIST: trained on the training split (see `val_size`); reference images from either split."""
+    """KMNIST; see `ImageDataModule`."""
 
     name = "kmnist"
     title = "KMNIST"

@@ -1,8 +1,8 @@
 """EMNIST Letters: 124,800 and 20,800 handwritten letters in 26 classes, 28x28 grey.
 
 Cohen, Afshar, Tapson and van Schaik, "EMNIST: extending MNIST to handwritten letters", IJCNN 2017, arXiv 1702.05373.
-The original files hold every image transposed and number the letters from 1; some copies hold them upright or number
-them from 0. Here they are upright and numbered from 0, whatever the source.
+The original files store every image transposed and label the letters from 1; some copies store them upright or label
+them from 0. This module always returns upright images and labels from 0.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from datamodules.sources import Reader, Record, Source
 
 TALL = tuple(ord(letter) - ord("A") for letter in "IJL")
 """Letters that are taller than wide in either case."""
-LOOKED_AT = 200
-"""Images of each letter that the orientation is judged by."""
-MARGIN = 0.1
-"""Least mean of `log(height / width)` to judge by; it is about 1.1 for I, 0.6 for J and L."""
+IMAGES_PER_LETTER = 200
+"""Number of images of each letter from which the orientation is determined."""
+MIN_SLENDERNESS = 0.1
+"""Smallest mean of `log(height / width)` that decides the orientation; it is about 1.1 for I, 0.6 for J and L."""
 
 
 class Letters(ImageDataModule):
-    """EMNIST Letters: trained on the training split (see `val_size`), upright and labelled from 0 for A.
+    """EMNIST Letters, upright and labelled from 0 for A.
 
     Args:
-        orientation: How the source stores its images; `auto` finds out from the letters I, J and L, the others are
-            checked against them.
+        orientation: How the source stores its images; `auto` determines it from the letters I, J and L, the other
+            values are checked against them.
     """
 
     name = "letters"
@@ -79,19 +79,19 @@ class Letters(ImageDataModule):
         return canonical
 
     def _survey(self, train: Reader) -> tuple[set[int], dict[int, list[float]]]:
-        """Returns all labels, and the slenderness of the first images of each label that may be I, J or L."""
+        """Returns the set of labels, and the slenderness of the first images of every label that may be I, J or L."""
         labels: set[int] = set()
         seen: dict[int, list[float]] = {letter + first: [] for letter in TALL for first in (0, 1)}
         for record in train():
             labels.add(record.label)
             values = seen.get(record.label)
-            if values is not None and len(values) < LOOKED_AT:
+            if values is not None and len(values) < IMAGES_PER_LETTER:
                 self._check_size(record.image, record.where)
                 values.append(_slenderness(decode(record.image, "L", record.where)))
         return labels, seen
 
     def _is_transposed(self, slenderness: float) -> bool:
-        if abs(slenderness) < MARGIN:
+        if abs(slenderness) < MIN_SLENDERNESS:
             if self.orientation == "auto":
                 raise DatasetError(
                     f"cannot tell whether {self._source.description} stores its letters upright: no labels, or no "
@@ -108,12 +108,12 @@ class Letters(ImageDataModule):
 
 
 def _slenderness(image: Image.Image) -> float:
-    """Logarithm of the ratio of the ink's vertical to its horizontal second moment."""
+    """Returns the logarithm of the ratio of the vertical to the horizontal second moment of the ink."""
     ink = np.asarray(image, dtype=np.float64)
     moments = []
     for profile in (ink.sum(axis=1), ink.sum(axis=0)):
-        place = np.arange(len(profile))
+        position = np.arange(len(profile))
         weight = profile / max(profile.sum(), 1.0)
-        moments.append(float((weight * (place - (weight * place).sum()) ** 2).sum()))
+        moments.append(float((weight * (position - (weight * position).sum()) ** 2).sum()))
     vertical, horizontal = moments
     return math.log((vertical + 0.01) / (horizontal + 0.01))  # a blank or one-pixel image has no moment

@@ -1,4 +1,4 @@
-"""What the loaders serve: training images as float tensors, and the seeds of the images to be generated."""
+"""Datasets, samplers and loaders: training images as float tensors, and the seeds of the images to generate."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 
 class TrainingImages(Dataset[Tensor]):
-    """Images served a batch at a time as float32 `(B, C, H, W)` in [-1, 1]: sliced and scaled as whole arrays.
+    """Images as float32 in [-1, 1]; a whole batch `(B, C, H, W)` is sliced and scaled at once.
 
-    In NumPy, not PyTorch, whose threads slow such small operations down up to a hundredfold where cores are shared.
-    The index `~k` stands for image `k`, mirrored.
+    Uses NumPy, since PyTorch's threads slow down such small operations up to a hundredfold if cores are shared. The
+    index `~k` stands for image `k`, mirrored.
 
     Args:
         images: `(N, C, H, W)` uint8, usually memory-mapped.
-        indices: Which of them to serve.
-        padding: Black pixels added to each side.
+        indices: Images of the dataset, `(M,)`.
+        padding: Number of black pixels added on each side.
     """
 
     def __init__(self, images: Tensor, indices: Tensor, padding: int = 0) -> None:
@@ -53,7 +53,7 @@ class TrainingImages(Dataset[Tensor]):
 
 
 class Seeds(Dataset[Tensor]):
-    """The seeds `first, first + 1, ...`, int64, one for each image to be generated."""
+    """The seeds `first, first + 1, ...`, int64, one per image to generate."""
 
     def __init__(self, first: int, count: int) -> None:
         self.first = first
@@ -70,13 +70,13 @@ class Seeds(Dataset[Tensor]):
 
 
 class TrainingOrder(DistributedSampler[Any]):
-    """Shuffled images of this process; order and mirroring depend on `seed_everything` and the epoch alone.
+    """Shuffled images of this process; order and mirroring depend only on `seed_everything` and the epoch.
 
-    The images of step `k` of all processes together are the same for any number of processes, if they are as many.
+    Step `k` uses the same global batch for any number of processes with equal global batch size.
 
     Args:
-        images: Images to train on.
-        skip: Images of this process that the first epoch leaves out, since they came before a training was stopped.
+        images: Training images.
+        skip: Images of this process to skip in the first epoch, as they were used before the training was stopped.
         epoch: First epoch.
         flip: Whether each image is mirrored with probability 1/2: `~k` stands for the mirrored image `k`.
     """
@@ -91,7 +91,7 @@ class TrainingOrder(DistributedSampler[Any]):
     def __iter__(self) -> Iterator[Any]:
         skip, self.skip = self.skip, 0
         order = super().__iter__()
-        if self.flip:  # drawn for the images of all processes, so that a place in the order decides
+        if self.flip:  # drawn for the global order, so that it does not depend on the number of processes
             coins = np.random.default_rng((self.seed, self.epoch)).random(self.total_size) < 0.5
             mine = np.fromiter(order, np.int64, self.num_samples)
             order = iter(np.where(coins[self.rank :: self.num_replicas], ~mine, mine).tolist())
@@ -99,12 +99,12 @@ class TrainingOrder(DistributedSampler[Any]):
 
 
 class FilledBatches(DistributedSampler[Any]):
-    """Images in order, of which the processes take whole batches in turn, so that batches are those of one process.
+    """Images in order, of which each process gets every n-th batch, so that batches are the same as in one process.
 
-    Where the batches do not go round, the first one fills up.
+    If the number of batches is not a multiple of the number of processes, the first batch is repeated.
 
     Args:
-        images: Images to validate on.
+        images: Validation images.
         batch_size: Images per batch.
     """
 
@@ -121,23 +121,23 @@ class FilledBatches(DistributedSampler[Any]):
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """Maps [-1, 1] to the nearest byte, the inverse of the scaling of `TrainingImages`; values outside are clamped."""
+    """Maps [-1, 1] to uint8 by rounding, the inverse of the scaling in `TrainingImages`; other values are clamped."""
     return images.to(torch.float32).clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
 
 
 def whole_batches(dataset: Dataset[Tensor], batch_size: int, **options: Any) -> DataLoader[Tensor]:
-    """A standard loader over a dataset that serves whole batches; Lightning shards it across devices."""
-    return DataLoader(dataset, batch_size=batch_size, collate_fn=_as_is, **options)
+    """Returns a loader of a dataset that returns whole batches; Lightning distributes it over devices."""
+    return DataLoader(dataset, batch_size=batch_size, collate_fn=_identity, **options)
 
 
 class WholeBatches(UnrepeatedDistributedSampler):
-    """This process's share of the batches that a single process would make: they never depend on their number.
+    """Indices of every n-th batch of a single process, so that batches do not depend on the number of processes.
 
-    Lightning leaves it in place, where its own would repeat items until all shares are equal.
+    Lightning does not replace it by its own sampler, which would repeat items until all processes have equally many.
 
     Args:
-        count: Items of all processes.
-        batch_size: Items of a batch.
+        count: Number of items of all processes.
+        batch_size: Number of items in a batch.
 
     Raises:
         ValueError: If there are fewer batches than processes.
@@ -165,16 +165,16 @@ class WholeBatches(UnrepeatedDistributedSampler):
 
 
 def world_size() -> int:
-    """Number of processes of this run."""
+    """Returns the number of processes of this run."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if distributed else 1
 
 
 def rank() -> int:
-    """Number of this process."""
+    """Returns the rank of this process."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_rank() if distributed else 0
 
 
-def _as_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch

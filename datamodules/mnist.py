@@ -13,7 +13,7 @@ from datamodules.sources import Source
 
 
 class MNIST(ImageDataModule):
-    """MNIST: trained on the training split (see `val_size`); reference images from either split."""
+    """MNIST; see `ImageDataModule`."""
 
     name = "mnist"
     title = "MNIST"

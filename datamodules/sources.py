@@ -1,8 +1,7 @@
-"""Where images come from: parquet files, image folders and the Hugging Face hub.
+"""Sources of images: parquet files, image folders and the Hugging Face hub.
 
-A `Source` is described before it is read: its `identity` keys the cache, and `open` reads nothing until the readers of
-its splits are iterated. The files in which single datasets were first published are read by `idx.py`, `cifar10.py`
-and `celeba.py`.
+A `Source` is found without being read: its `identity` is part of the cache key, and images are read only when the
+readers of its splits are iterated. `idx.py`, `cifar10.py` and `celeba.py` read the original files of single datasets.
 """
 
 from __future__ import annotations
@@ -19,15 +18,15 @@ from datamodules.errors import DatasetError, DatasetNotFoundError
 from datamodules.images import open_image
 
 SPLITS = ("train", "test", "valid")
-"""Names of the splits, which parquet files' names begin with and image folders have."""
+"""Names of the splits: prefixes of parquet files and names of image folders."""
 IMAGE_COLUMNS = ("image", "img")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 HUB_TIMEOUT = 10.0
-"""Seconds to wait for the hub's first answer."""
+"""Seconds to wait for the first response of the hub."""
 
 
 class Record(NamedTuple):
-    """One image of a source, possibly not decoded yet, its label (-1: unknown), and where it is, for error messages."""
+    """One image, possibly not decoded yet, its label (-1: unknown), and its location for error messages."""
 
     image: Image.Image
     label: int
@@ -39,7 +38,7 @@ Reader = Callable[[], Iterator[Record]]
 
 @dataclass(frozen=True)
 class Source:
-    """A dataset that can be read: what it is in words, what identifies it, and how to open its splits."""
+    """A dataset that can be read: its description, its identity in the cache key, and a function that opens it."""
 
     description: str
     identity: str
@@ -47,13 +46,13 @@ class Source:
 
 
 def stat_identity(files: Iterable[Path]) -> str:
-    """Identifies files by path, size and time of change."""
+    """Identifies files by path, size and modification time."""
     stats = ((file.resolve(), file.stat()) for file in files)
     return "\n".join(f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats)
 
 
 def find_parquet(root: Path) -> Source | None:
-    """Finds parquet files of the Hugging Face layout anywhere below `root`, by their names' beginnings.
+    """Finds parquet files of the Hugging Face layout anywhere below `root`, by the prefixes of their names.
 
     Raises:
         DatasetError: If they belong to several datasets, or the training or the test split is missing.
@@ -94,7 +93,7 @@ def find_image_folder(root: Path) -> Source | None:
 
 
 def hub(title: str, hub_id: str, config: str | None, revision: str | None, layouts: str) -> Source:
-    """The dataset `hub_id` of the Hugging Face hub, kept by the `datasets` library in its own cache."""
+    """Returns the dataset `hub_id` of the Hugging Face hub as a source; the `datasets` library caches it."""
     pinned = (
         f"revision {revision}" if revision else "latest revision (none pinned: the fingerprint identifies the data)"
     )
@@ -122,7 +121,7 @@ def require_splits(splits: Iterable[str], what: str) -> None:
 
 
 def _read_parquet(files: list[Path]) -> Iterator[Record]:
-    from datasets import load_dataset  # slow to import, and not needed once the cache is built
+    from datasets import load_dataset  # slow to import, and only needed to build the cache
 
     for file in files:
         load = partial(load_dataset, "parquet", data_files=str(file), split="train", streaming=True)
@@ -169,7 +168,7 @@ def _open_hub(title: str, hub_id: str, config: str | None, revision: str | None,
 
     try:
         if not Path(datasets.config.HF_DATASETS_CACHE, hub_id.replace("/", "___")).exists():
-            # One question, asked once: without a network, load_dataset retries for half a minute and more.
+            # A single request first: without a network, load_dataset retries for half a minute and more.
             HfApi().dataset_info(hub_id, revision=revision, timeout=HUB_TIMEOUT)
         splits = datasets.load_dataset(hub_id, config, revision=revision)
     except Exception as error:  # httpx, huggingface_hub and datasets raise without a common base

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 SHARED = Path(__file__).parents[2] / "shared"
 
 
-# Autograd looks for devices once, in its first backward pass. Once something was compiled it finds one and starts
-# threads, without which forked processes, as the tests of killed runs start them, refuse to differentiate.
+# Autograd detects devices once, in its first backward pass. After a compilation it finds one and starts threads, and
+# forked processes (tests of killed runs) cannot differentiate then. So the first backward pass runs here.
 torch.ones(1, requires_grad=True).sum().backward()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Adds the number of kills that the tests of killed runs try."""
+    """Adds `--kills`."""
     parser.addoption("--kills", type=int, default=2, help="kills of each kind of process at random moments")
 
 
@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def reference() -> Callable[[str], dict[str, Tensor]]:
-    """Loads a file of recorded reference numbers, or skips where the recordings are not at hand."""
+    """Loads a file of recorded reference numbers, or skips the test if it is not available."""
 
     def load(name: str) -> dict[str, Tensor]:
         path = SHARED / "methods" / "reference" / name
@@ -49,7 +49,7 @@ def reference() -> Callable[[str], dict[str, Tensor]]:
 
 @pytest.fixture(scope="module")
 def uncompiled() -> Iterator[None]:
-    """Neurons that start at once: compiling takes longer than the smallest trainings."""
+    """Turns compilation off, which takes longer than the smallest trainings."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("systems.ops.compiled.COMPILE_FROM", 2**62)
         yield
@@ -57,7 +57,7 @@ def uncompiled() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Folder of real images in parquet, or skips where it is not at hand."""
+    """Folder of real images in parquet; skips the test if it is not available."""
     path = SHARED / "data"
     if not path.exists():
         pytest.skip("the folder of real images is not available here")
@@ -89,7 +89,7 @@ def random_weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def small_inception(monkeypatch: pytest.MonkeyPatch) -> int:
-    """Has every Inception network see 75x75 pixels, its least, in place of 299x299: a sixteenth of the time."""
+    """Reduces the input of every Inception network from 299x299 to 75x75 pixels, its minimum: 16 times faster."""
     monkeypatch.setattr("torch_fidelity.feature_extractor_inceptionv3.FeatureExtractorInceptionV3.INPUT_IMAGE_SIZE", 75)
     monkeypatch.setattr("leaderboard.extractors.inception.SIZE", 75)
     return 75

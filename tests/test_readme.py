@@ -13,7 +13,7 @@ from typing import Any
 import jsonargparse
 import pytest
 
-from benchmark.cli import COMMANDS, STAGES, SWEEPS, main
+from benchmark.cli import COMMANDS, STAGES, PASS_THROUGH, main
 from benchmark.stages import BenchmarkCLI, run_stage
 
 FOLDERS = (".github", "benchmark", "configs", "datamodules", "leaderboard", "systems", "tests")
@@ -79,14 +79,14 @@ def check(args: list[str], run: str) -> str:
     name = " ".join(args[:2]) if " ".join(args[:2]) in COMMANDS else args[0]
     rest = args[len(name.split()) :]
     if {"-h", "--help"} & set(rest):
-        assert name in STAGES | COMMANDS | SWEEPS, f"unknown command {name}"
+        assert name in STAGES | COMMANDS | PASS_THROUGH, f"unknown command {name}"
         return run
     if name in STAGES:
         return check_stage(name, rest, run, follows=name != "fit" or "--ckpt_path" in rest)
     if name in COMMANDS:
         parsed(args, jsonargparse.ArgumentParser, "parse_args")
         return run
-    assert name in SWEEPS, f"unknown command {name}"
+    assert name in PASS_THROUGH, f"unknown command {name}"
     ((options, rest),) = parsed(args, argparse.ArgumentParser, "parse_known_args")
     if name == "matrix":
         assert not rest, rest

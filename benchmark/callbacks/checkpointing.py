@@ -1,4 +1,4 @@
-"""What keeps a training from being lost: whole checkpoint files, stops by signal, and a loss that is no number."""
+"""Fault tolerance: atomic checkpoints, clean exit on SIGINT and SIGTERM, abort on a loss that is not finite."""
 
 from __future__ import annotations
 
@@ -20,42 +20,41 @@ from torch import Tensor
 from leaderboard.files import write_atomic
 from systems.checkpoints import read_suite, save_checkpoint
 
-LOST = re.compile("gloo|nccl|peer|heartbeat", re.IGNORECASE)
-"""What torch.distributed says when another process is gone."""
-
-
+LOST_PEER = re.compile("gloo|nccl|peer|heartbeat", re.IGNORECASE)
+"""Messages of torch.distributed when another process is gone."""
 SAME_SIGNAL = 2.0
-"""Seconds within which further signals count as the first, passed on by several."""
+"""Seconds within which further signals count as copies of the first."""
 
 
-class WholeCheckpointIO(TorchCheckpointIO):
-    """Writes checkpoints whole or not at all, and reads them without running code.
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes checkpoints atomically, and reads them without running code.
 
-    Lightning moves a file from the system's temporary folder, which on another file system is a copy that a kill cuts.
+    Lightning moves each file from the system's temporary folder. Onto another file system that is a copy, which a kill
+    can truncate.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Writes beside the final place and renames."""
+        """Writes a temporary file in the same folder and renames it."""
         save_checkpoint(checkpoint, path)
 
     def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> Any:
-        """Reads tensors and plain values of the suite, always to the CPU first."""
+        """Reads tensors and plain values of a checkpoint of the suite, to the CPU."""
         return read_suite(path, "pytorch-lightning_version")
 
 
 class DivergenceError(RuntimeError):
-    """A loss or a weight is no finite number; the message says where, and what to go on from."""
+    """A loss or a weight is not finite; the message names the step and the checkpoint to resume from."""
 
 
 class LastCheckpoint(Checkpoint):
-    """Keeps `last.ckpt`: after every epoch, every few steps if wanted, and when a signal ends the training.
+    """Saves `last.ckpt` after every epoch, every few steps if wanted, and when a signal ends the training.
 
-    SIGINT (Ctrl+C) and SIGTERM are obeyed after the step that is running, by all processes alike; the exit codes are
-    130 and 143. A second signal ends the process at once, unless it comes within two seconds: a terminal, a launcher
-    and a cluster may each pass on the same one.
+    SIGINT (Ctrl+C) and SIGTERM end the training after the running step, in all processes; the exit codes are 130 and
+    143. A second signal ends the process at once, unless it comes within two seconds of the first: a terminal, a
+    launcher and a cluster may each send the same one.
 
     Args:
-        every_n_train_steps: Steps between checkpoints within an epoch; none keeps those of whole epochs.
+        every_n_train_steps: Training steps between checkpoints within an epoch; null saves at the end of epochs only.
     """
 
     def __init__(self, every_n_train_steps: int | None = None) -> None:
@@ -64,36 +63,37 @@ class LastCheckpoint(Checkpoint):
         self.every_n_train_steps = every_n_train_steps
         self.path = Path()
         self._signal: int | None = None
-        self._noted = 0.0
+        self._signal_time = 0.0
         self._step = 0
-        self._saved_step = 0  # nothing is worth saving before the first
+        self._saved_step = 0  # so that nothing is saved before the first step
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Takes the run folder of all processes."""
+        """Sets the path in the run folder, which all processes share."""
         self.path = Path(trainer.log_dir or ".") / "checkpoints" / "last.ckpt"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Obeys signals from here on; Lightning restores their handlers when the training ends."""
+        """Installs the signal handlers; Lightning restores the former ones when the training ends."""
         self._step = self._saved_step = trainer.global_step
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
-                signal.signal(number, self._note)
-            except ValueError:  # not the main thread, which alone may
+                signal.signal(number, self._on_signal)
+            except ValueError:  # only the main thread may set a handler
                 return
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        """Remembers a signal; a second one gets the system's answer."""
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Remembers the first signal; a second one gets the system's default action."""
         if self._signal is None:
-            self._signal, self._noted = number, time.monotonic()
+            self._signal, self._signal_time = number, time.monotonic()
             print(f"\n{signal.Signals(number).name}: saving after this step (once more: stop at once)", flush=True)
-        elif time.monotonic() - self._noted > SAME_SIGNAL:
+        elif time.monotonic() - self._signal_time > SAME_SIGNAL:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        """Saves where it is due, and where training ends within an epoch; the last step of one is left to its end.
+        """Saves when due, and when the training ends within an epoch; the last step of an epoch is saved at its end.
 
-        Nothing is saved while gradients are accumulated, since no checkpoint holds them; a signal waits for the step.
+        Between batches of an accumulated step nothing is saved, since a checkpoint does not contain gradients: a signal
+        takes effect after the step.
         """
         before, self._step = self._step, trainer.global_step
         if trainer.is_last_batch or trainer.global_step == before:
@@ -106,9 +106,9 @@ class LastCheckpoint(Checkpoint):
         self._save(trainer, due=True)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Begins with the next epoch where a checkpoint was written at the end of one.
+        """Starts at the next epoch if the checkpoint was written at the end of one.
 
-        Lightning, when the end is a number of steps, would take one more batch of the old epoch and then leave one out.
+        If `max_steps` ended the training, Lightning would draw one more batch of the old epoch and skip one later.
         """
         loops = checkpoint.get("loops", {}).get("fit_loop", {})
         if not loops or not loops["epoch_loop.batch_progress"]["is_last_batch"]:
@@ -119,12 +119,12 @@ class LastCheckpoint(Checkpoint):
             progress |= dict.fromkeys(progress, progress["ready"])
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Says what a broken connection means: a process that dies ends all."""
-        if trainer.world_size > 1 and isinstance(exception, RuntimeError) and LOST.search(str(exception)):
-            go_on = f"; go on with `python -m benchmark fit --ckpt_path {self.path}`" if self.path.is_file() else ""
+        """Explains a broken connection: if one process dies, all end."""
+        if trainer.world_size > 1 and isinstance(exception, RuntimeError) and LOST_PEER.search(str(exception)):
+            resume = f"; resume with `python -m benchmark fit --ckpt_path {self.path}`" if self.path.is_file() else ""
             print(
-                f"process {trainer.global_rank} of {trainer.world_size} lost another one, whose own message or exit "
-                f"code says why; the training ends{go_on}",
+                f"process {trainer.global_rank} of {trainer.world_size} lost the connection to another one, whose own "
+                f"message or exit code says why; the training ends{resume}",
                 flush=True,
             )
 
@@ -137,14 +137,14 @@ class LastCheckpoint(Checkpoint):
             if not trainer.is_global_zero:
                 raise SystemExit(0)  # the launcher kills the first process if another fails
             print(
-                f"stopped by {signal.Signals(number).name} after step {trainer.global_step}; go on with "
+                f"stopped by {signal.Signals(number).name} after step {trainer.global_step}; resume with "
                 f"`python -m benchmark fit --ckpt_path {self.path}`",
                 flush=True,
             )
             raise SystemExit(128 + number)
 
     def _agreed_signal(self, trainer: Trainer) -> int:
-        """The signal that any process got, or 0: all must stop after the same step."""
+        """Returns the signal that any process received, or 0, so that all stop after the same step."""
         if trainer.world_size == 1:
             return self._signal or 0
         number = torch.tensor(self._signal or 0, device=trainer.strategy.root_device)
@@ -152,94 +152,94 @@ class LastCheckpoint(Checkpoint):
 
 
 class DivergenceGuard(Callback):
-    """Ends a training whose loss or weights are no finite numbers, before they reach a checkpoint.
+    """Aborts the training if the loss or a weight is not finite, before it reaches a checkpoint.
 
-    The loss of a step on a GPU is looked at in the next step, when it is known without waiting for it.
+    On a GPU the loss of a step is checked in the next step, so that the CPU does not wait for it.
     """
 
     def __init__(self) -> None:
-        self._place = ""
+        self._step_info = ""
         self._pending: tuple[Tensor, torch.cuda.Event, str] | None = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Tensor, batch_idx: int) -> None:
-        """Notes what would reproduce this step."""
-        self._place = (
+        """Records what is needed to reproduce this step."""
+        self._step_info = (
             f"step {trainer.global_step} (epoch {trainer.current_epoch}, batch {batch_idx}, process "
             f"{trainer.global_rank} of {trainer.world_size}, seed_everything {os.environ.get('PL_GLOBAL_SEED', 'off')})"
         )
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Looks at the loss.
+        """Checks the loss.
 
         Raises:
             DivergenceError: If it is NaN or infinite.
         """
-        self._look(trainer)
+        self._check_pending(trainer)
         if not loss.is_cuda:
-            self._check(loss, self._place, trainer)
+            self._check(loss, self._step_info, trainer)
             return
-        known = torch.cuda.Event()
-        self._pending = loss.detach().to("cpu", non_blocking=True), known, self._place
-        known.record()
+        copied = torch.cuda.Event()
+        self._pending = loss.detach().to("cpu", non_blocking=True), copied, self._step_info
+        copied.record()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Looks at the last loss.
+        """Checks the loss of the last step.
 
         Raises:
             DivergenceError: If it is NaN or infinite.
         """
-        self._look(trainer)
+        self._check_pending(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Looks at the loss and at the weights, which a gradient can spoil while the loss is still finite.
+        """Checks the loss and the weights, which can overflow while the loss is still finite.
 
         Raises:
             DivergenceError: If one is NaN or infinite.
         """
-        self._look(trainer)
+        self._check_pending(trainer)
         for name, tensor in checkpoint["state_dict"].items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise DivergenceError(f"{name} is not finite after {self._place}; {self._advice(trainer)}")
+                raise DivergenceError(f"{name} is not finite after {self._step_info}; {self._advice(trainer)}")
 
-    def _look(self, trainer: Trainer) -> None:
+    def _check_pending(self, trainer: Trainer) -> None:
         if self._pending is None:
             return
-        (loss, known, place), self._pending = self._pending, None
-        known.synchronize()
-        self._check(loss, place, trainer)
+        (loss, copied, step_info), self._pending = self._pending, None
+        copied.synchronize()
+        self._check(loss, step_info, trainer)
 
-    def _check(self, loss: Tensor, place: str, trainer: Trainer) -> None:
+    def _check(self, loss: Tensor, step_info: str, trainer: Trainer) -> None:
         if not torch.isfinite(loss).all():
-            raise DivergenceError(f"the loss is {float(loss.detach())} at {place}; {self._advice(trainer)}")
+            raise DivergenceError(f"the loss is {float(loss.detach())} at {step_info}; {self._advice(trainer)}")
 
     @staticmethod
     def _advice(trainer: Trainer) -> str:
         last = next((c.path for c in trainer.checkpoint_callbacks if isinstance(c, LastCheckpoint)), None)
-        good = f"the last good checkpoint is {last}" if last and last.is_file() else "there is no checkpoint yet"
+        checkpoint = f"the last good checkpoint is {last}" if last and last.is_file() else "there is no checkpoint yet"
         return (
-            f"{good}. Lower the learning rate, clip gradients (--trainer.gradient_clip_val 1.0) or raise --trainer."
-            "precision; the same step with the same options diverges again"
+            f"{checkpoint}. Lower the learning rate, clip gradients (--trainer.gradient_clip_val 1.0) or raise "
+            "--trainer.precision; the same step with the same options diverges again"
         )
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Keeps the weights of the lowest validation loss; none where no image is held out."""
+    """Saves the weights with the lowest validation loss; saves none if there are no validation images."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Looks for validation images when training starts."""
+        """Turns itself off if there are no validation images."""
         if stage == "fit" and not trainer.datamodule.val_dataloader():  # type: ignore[attr-defined]
             self.monitor, self.save_top_k = None, 0
         super().setup(trainer, pl_module, stage)
 
 
 class SaveFitConfig(SaveConfigCallback):
-    """Keeps the configuration of training in the run folder; later stages leave it as it is."""
+    """Saves the config of `fit` in the run folder; other stages do not change it."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Waits: what is refused later must not have replaced the configuration of a run that shall go on."""
+        """Does nothing: the config is saved in `on_train_start`, so that a failed start does not overwrite a run's."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves when training starts, whole or not at all."""
-        folder = trainer.log_dir  # asks all processes
+        """Saves the config atomically when training starts."""
+        folder = trainer.log_dir  # collective call: every rank must reach it
         if folder is not None and trainer.is_global_zero:
-            write_atomic(Path(folder) / self.config_filename, self.parser.dump(self.config, skip_none=False))
+            write_atomic(Path(folder) / self.config_filename, self.parser.dump(self.config, skip_unset=False))

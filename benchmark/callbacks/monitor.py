@@ -1,10 +1,11 @@
-"""What TensorBoard and the terminal show while a method trains and samples."""
+"""Progress in the terminal, and scalars, firing rates and pictures in TensorBoard."""
 
 from __future__ import annotations
 
 import math
 import time
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
 from io import BytesIO
 from pathlib import Path
@@ -17,7 +18,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
+from torch.utils.tensorboard import SummaryWriter
 
+from datamodules import ImageDataModule
 from leaderboard.files import write_atomic
 from leaderboard.pictures import enlargement, grid
 from systems.base import DiffusionSystem
@@ -25,24 +28,24 @@ from systems.spiking.neurons import SpikingNeuron
 
 
 class ImageProgressBar(TQDMProgressBar):
-    """Counts images, not batches, while sampling: done, images/s, time left.
+    """Progress bar that counts images, not batches, while sampling.
 
-    On a GPU the loss of training is shown every ten steps, since it has to be waited for.
+    On a GPU it is redrawn every ten steps in training, since reading the loss waits for the GPU.
     """
 
     def on_train_start(self, trainer: Trainer, *args: Any) -> None:
-        """Sets how often the bar is drawn."""
+        """Sets how often the bar is redrawn."""
         super().on_train_start(trainer, *args)
         if trainer.strategy.root_device.type != "cpu":
             self._refresh_rate = 10
 
     def on_test_batch_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        """Sets the number of images."""
+        """Sets the total number of images at the first batch."""
         super().on_test_batch_start(trainer, *args, **kwargs)
         self._start(self.test_progress_bar, trainer.test_dataloaders, args)
 
     def on_predict_batch_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        """Sets the number of images."""
+        """Sets the total number of images at the first batch."""
         super().on_predict_batch_start(trainer, *args, **kwargs)
         self._start(self.predict_progress_bar, trainer.predict_dataloaders, args)
 
@@ -67,10 +70,7 @@ class ImageProgressBar(TQDMProgressBar):
 
 
 class ProgressLines(ProgressBar):
-    """Progress as lines, for a log or a pipe, where a bar cannot be redrawn: after 2, 4 and 8 minutes, then every 10.
-
-    The end of training has a line as well.
-    """
+    """Progress as lines, for logs and pipes: after 2, 4 and 8 minutes, then every 10, and at the end of training."""
 
     FIRST = 120.0
     """Seconds until the first line; the time between two lines doubles up to `LONGEST`."""
@@ -83,15 +83,15 @@ class ProgressLines(ProgressBar):
         self._clock = self._next = 0.0
 
     def enable(self) -> None:
-        """Writes lines."""
+        """Turns the lines on."""
         self._enabled = True
 
     def disable(self) -> None:
-        """Writes nothing, as in every process but the first."""
+        """Turns the lines off, as Lightning does in all processes but the first."""
         self._enabled = False
 
     def on_train_start(self, trainer: Trainer, *args: Any) -> None:
-        """Starts the clock; a resumed training starts it at the step it resumes from."""
+        """Starts the clock, at the step that the training resumes from."""
         self._begin(trainer.global_step)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
@@ -153,15 +153,15 @@ class ProgressLines(ProgressBar):
 
 
 class TrainingMonitor(Callback):
-    """Logs gradient norm, images/s and firing rates; every few epochs generated images, a denoising strip, plots.
+    """Logs gradient norm, images/s and firing rates; every few epochs also samples, a denoising strip and plots.
 
-    A layer that is silent (rate 0) or saturated (rate 1) in a step that is logged is watched until the next one, and
-    named in a warning if no step between was another.
+    A layer that is silent (rate 0) or saturated (rate 1) in a logged step is observed in every step until the next
+    logged one. If its rate stays the same throughout, a warning names the layer, once.
 
     Args:
-        every_n_epochs: Epochs between pictures; 0 makes none.
-        num_images: Images in the grid.
-        num_inference_steps: Diffusion steps of the pictures; none takes as many as the method.
+        every_n_epochs: Epochs between pictures; 0 draws none.
+        num_images: Images in the grid of samples.
+        num_inference_steps: Diffusion steps of the pictures, at most the method's own number, which null uses.
     """
 
     def __init__(self, every_n_epochs: int = 10, num_images: int = 16, num_inference_steps: int | None = 50) -> None:
@@ -170,30 +170,30 @@ class TrainingMonitor(Callback):
         self.num_inference_steps = num_inference_steps
         self._hooks: list[RemovableHandle] = []
         self._rates: dict[str, Tensor] = {}
-        self._stuck: dict[str, Tensor] = {}  # whether a suspect has only seen the rate it is suspected of
-        self._suspects: dict[str, float] = {}  # layers of rate 0 or 1 in the last step logged
-        self._told: set[str] = set()
+        self._stuck: dict[str, Tensor] = {}  # layers that stayed at rate 0 or 1 since the last logged step
+        self._suspects: dict[str, float] = {}  # layers of rate 0 or 1 in the last logged step, and the rate
+        self._warned: set[str] = set()
         self._due = False
-        self._clock = self._seconds = 0.0  # of training alone, without validation and pictures between epochs
+        self._clock = self._seconds = 0.0  # of training only, without validation and pictures
         self._images = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts the clock; training resumed within an epoch does not start that epoch again."""
+        """Starts the clock, since a training resumed within an epoch has no `on_train_epoch_start`."""
         self._clock = time.perf_counter()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts the clock again, after what came between epochs."""
+        """Restarts the clock, after validation and pictures."""
         self._clock = time.perf_counter()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Tensor, batch_idx: int) -> None:
-        """Watches the neurons during the steps that are logged, and suspects during all."""
-        self._due = self._logs(trainer)
+        """Adds hooks to all neurons in a logged step, and to suspects in every step."""
+        self._due = self._is_logged_step(trainer)
         if self._due or self._suspects:
             for name, module in pl_module.named_modules():
                 if isinstance(module, SpikingNeuron) and (self._due or name in self._suspects):
                     self._hooks.append(module.register_forward_hook(self._watch(name)))
 
-    def _watch(self, name: str) -> Any:
+    def _watch(self, name: str) -> Callable[[SpikingNeuron, Any, Tensor], None]:
         def hook(module: SpikingNeuron, inputs: Any, spikes: Tensor) -> None:
             rate = (spikes != 0).mean(dtype=torch.float32)
             if name in self._suspects:
@@ -204,25 +204,25 @@ class TrainingMonitor(Callback):
 
         return hook
 
-    def _judge(self, step: int) -> None:
-        """Names the layers whose rate was 0 or 1 in every step since the last one logged, once."""
+    def _warn_of_stuck_layers(self, step: int) -> None:
+        """Warns once of each layer whose rate was 0 or 1 in every step since the last logged one."""
         for name, stuck in self._stuck.items():
-            if bool(stuck) and name not in self._told:
-                self._told.add(name)
+            if bool(stuck) and name not in self._warned:
+                self._warned.add(name)
                 state, remedy = ("silent", "lower") if self._suspects[name] == 0 else ("saturated", "raise")
                 warnings.warn(
-                    f"layer {name} is {state}: firing rate {self._suspects[name]:g} in every step since the one logged "
-                    f"before step {step}. If it stays so, {remedy} --model.threshold, or change the learning rate; its "
-                    f"rate is firing_rate/{name.removeprefix('network.')} in TensorBoard",
+                    f"layer {name} is {state}: firing rate {self._suspects[name]:g} in every step since the last "
+                    f"logged step before {step}. If it stays so, {remedy} --model.threshold, or change the "
+                    f"learning rate; its rate is firing_rate/{name.removeprefix('network.')} in TensorBoard",
                     stacklevel=2,
                 )
         rates = dict(zip(self._rates, torch.stack(list(self._rates.values())).tolist(), strict=True))
-        self._suspects = {name: rate for name, rate in rates.items() if rate in (0, 1) and name not in self._told}
+        self._suspects = {name: rate for name, rate in rates.items() if rate in (0, 1) and name not in self._warned}
         self._stuck.clear()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Logs the norm of the gradient before clipping."""
-        if self._logs(trainer):
+        """Logs the gradient norm before clipping."""
+        if self._is_logged_step(trainer):
             gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
             pl_module.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
 
@@ -243,33 +243,32 @@ class TrainingMonitor(Callback):
         values = {f"firing_rate/{name.removeprefix('network.')}": rate for name, rate in self._rates.items()}
         if self._rates:
             values["train/firing_rate"] = torch.stack(list(self._rates.values())).mean()
-            self._judge(trainer.global_step)
+            self._warn_of_stuck_layers(trainer.global_step)
         self._rates.clear()
         values["train/images_per_second"] = torch.tensor(self._images / self._seconds)
         self._images, self._seconds = 0, 0.0
         pl_module.log_dict(values)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draws the pictures when they are due, and after the last epoch."""
+        """Draws the pictures every `every_n_epochs` epochs and after the last one."""
         last = trainer.global_step == trainer.max_steps or trainer.current_epoch + 1 == trainer.max_epochs
         due = self.every_n_epochs and ((trainer.current_epoch + 1) % self.every_n_epochs == 0 or last)
         if due and isinstance(trainer.logger, TensorBoardLogger) and isinstance(pl_module, DiffusionSystem):
-            self._draw(trainer, pl_module)
+            self._draw(trainer, pl_module, trainer.logger.experiment)
 
     @torch.no_grad()
-    def _draw(self, trainer: Trainer, system: DiffusionSystem) -> None:
-        folder = Path(trainer.log_dir or ".")  # asks all processes
-        board = trainer.logger.experiment  # type: ignore[union-attr]
+    def _draw(self, trainer: Trainer, system: DiffusionSystem, board: SummaryWriter) -> None:
+        folder = Path(trainer.log_dir or ".")  # collective call: every rank must reach it
         if system.generates:
-            self._draw_samples(trainer, system)
+            self._draw_samples(trainer, system, board)
         for name, figure in system.figures().items() if trainer.is_global_zero else ():
             content = BytesIO()
             figure.savefig(content, format="png", dpi=150)
             write_atomic(folder / "plots" / f"{name}.png", content.getvalue())
             board.add_figure(name, figure, trainer.global_step)
 
-    def _draw_samples(self, trainer: Trainer, system: DiffusionSystem) -> None:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    def _draw_samples(self, trainer: Trainer, system: DiffusionSystem, board: SummaryWriter) -> None:
+        data: ImageDataModule = trainer.datamodule  # type: ignore[attr-defined]
         steps, training = system.num_inference_steps, system.training
         system.num_inference_steps = min(self.num_inference_steps or steps, steps)
         system.eval()
@@ -280,12 +279,11 @@ class TrainingMonitor(Callback):
             system.num_inference_steps = steps
             system.train(training)
         shown = [states[round(i * (len(states) - 1) / 9)][:8] for i in range(10)]
-        strip = torch.stack(shown, dim=1).flatten(0, 1)  # a row for each image, x_T to x_0
+        strip = torch.stack(shown, dim=1).flatten(0, 1)  # one row per image, from x_T to x_0
         scale = enlargement(strip.shape[-1])
-        board = trainer.logger.experiment  # type: ignore[union-attr]
         board.add_image("samples", grid(states[-1], columns=4, scale=scale), trainer.global_step)
         board.add_image("denoising", grid(strip, columns=10, scale=scale), trainer.global_step)
 
     @staticmethod
-    def _logs(trainer: Trainer) -> bool:
+    def _is_logged_step(trainer: Trainer) -> bool:
         return (trainer.global_step + 1) % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""What `predict` leaves on disk."""
+"""PNG files of the images that `predict` generates."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from datamodules import ImageDataModule
 from leaderboard.pictures import enlargement, grid, save_png
 
 
 class PNGWriter(Callback):
-    """Writes what `predict` generates: one PNG per seed, and a grid of the first images.
+    """Writes one PNG per generated image, named by its seed, and a grid of the first images.
 
     Args:
-        folder: Folder of the images; `samples/` in the run folder if not given.
-        grid_images: Images in the grid.
+        folder: Folder of the images; null writes to `samples/` in the run folder.
+        grid_images: Number of images in the grid.
     """
 
     def __init__(self, folder: str | None = None, grid_images: int = 64) -> None:
@@ -26,7 +27,7 @@ class PNGWriter(Callback):
         self._first: list[Tensor] = []
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Removes what an earlier call left, which might have made more images."""
+        """Removes the images of an earlier call, which may have been more."""
         if trainer.is_global_zero:
             for path in self._folder(trainer).glob("[0-9]" * 6 + ".png"):
                 path.unlink()
@@ -41,15 +42,16 @@ class PNGWriter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Writes the images of a batch of seeds, `<seed>.png`."""
-        images = trainer.datamodule.to_uint8(outputs).cpu()  # type: ignore[attr-defined]
+        """Writes the images of a batch of seeds as `<seed>.png`."""
+        data: ImageDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        images = data.to_uint8(outputs).cpu()
         for seed, image in zip(batch.tolist(), images, strict=True):
             save_png(image, self._folder(trainer) / f"{seed:06d}.png")
         if sum(map(len, self._first)) < self.grid_images:
             self._first.append(images)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes the grid and says where everything is."""
+        """Writes the grid and prints where the files are."""
         if self._first and trainer.is_global_zero:
             images = torch.cat(self._first)[: self.grid_images]
             path = self._folder(trainer) / "grid.png"

@@ -1,1 +1,1 @@
-"""Commands beside Lightning's stages, one file each."""
+"""Commands other than Lightning's stages, one file each."""

@@ -1,11 +1,10 @@
-"""`python -m benchmark ablate-sdit`: SDiT and its ablations, each trained and tested with several seeds.
+"""`python -m benchmark ablate-sdit`: trains and tests SDiT and its ablations with several seeds.
 
-They are ablations of the suite's own design (`systems/sdit.py`), not of the public code of SDiT.
+The network is the suite's own design (`systems/sdit.py`), not the public code of SDiT.
 """
 
 from __future__ import annotations
 
-import argparse
 import logging
 import shlex
 import statistics
@@ -15,9 +14,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from benchmark.command_line import complete
+from benchmark.command_line import fill_in_newest_run, pass_through_parser
 from benchmark.runs import RUNS
-from benchmark.stages import Rehearsal, run_stage
+from benchmark.stages import DryRun, run_stage
 from leaderboard.files import write_atomic
 from leaderboard.record.entries import headline
 from leaderboard.record.records import Record, find_records, read_record
@@ -29,7 +28,7 @@ VARIANTS = {
     "softmax attention": ("--model.attention=softmax",),
     "spiking embedding": ("--model.embedding=spiking",),
 }
-"""Options of `fit` that make each ablation."""
+"""Variants, and the options of `fit` that define each."""
 
 
 def ablate_sdit(args: Sequence[str]) -> None:
@@ -39,40 +38,37 @@ def ablate_sdit(args: Sequence[str]) -> None:
         args: `--seeds`, `--variants`, `--config`, `--output`, `--draft`, and any option of `fit`.
 
     Raises:
-        ValueError: If the folder holds runs made with other options, or their test would not follow its protocol.
+        ValueError: If the folder contains runs made with other options, or the test would deviate from its protocol.
     """
-    parser = argparse.ArgumentParser(
-        "python -m benchmark ablate-sdit",
-        description="Trains and tests the suite's own design of SDiT and its ablations with several seeds, each a "
-        "variant on the leaderboard. "
-        "All other options are those of `fit`. Runs that are finished are skipped when it is started again.",
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = pass_through_parser(
+        "ablate-sdit",
+        "Trains and tests SDiT as designed here, and its ablations, with several seeds; each is a variant on the "
+        "leaderboard. All other options are passed on to `fit`. Started again, it skips finished runs.",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of training")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
-    parser.add_argument("--config", type=Path, default=Path("configs/sdit_digits.yaml"), help="what to train")
+    parser.add_argument("--config", type=Path, default=Path("configs/sdit_digits.yaml"), help="config of the full SDiT")
     parser.add_argument("--output", type=Path, default=RUNS / "ablate-sdit", help="folder of the runs and the plot")
-    parser.add_argument("--draft", action="store_true", help="test with fewer images than the protocol's; never ranks")
+    parser.add_argument("--draft", action="store_true", help="allow fewer images than the protocol's; never ranked")
     options, rest = parser.parse_known_args(args)
     draft = ["--draft"] * options.draft
-    run_stage(["test", f"--config={options.config}", *rest, *draft], Rehearsal)  # refused now, not after training
-    _remember(
+    run_stage(["test", f"--config={options.config}", *rest, *draft], DryRun)  # fails now, not after training
+    _check_same_options(
         options.output, f"# with {shlex.join([*rest, *draft]) or 'no other option'}\n{options.config.read_text()}"
     )
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # the same lines for each run
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # the same messages in each run
 
     console = terminal()
     records: dict[str, list[Record]] = {name: [] for name in options.variants}
-    for seed in options.seeds:  # seed by seed, so that a stopped ablation still compares like with like
+    for seed in options.seeds:  # outer loop over seeds: a stopped ablation still has comparable runs
         for name in options.variants:
             folder = options.output / f"{name.replace(' ', '-')}-seed{seed}"
             if not find_records([folder]):
                 console.print(f"{name}, seed {seed}", style="bold")
-                place = f"--trainer.default_root_dir={folder}"
-                fit = [f"--config={options.config}", *rest, *VARIANTS[name], f"--seed_everything={seed}", place]
+                in_folder = f"--trainer.default_root_dir={folder}"
+                fit = [f"--config={options.config}", *rest, *VARIANTS[name], f"--seed_everything={seed}", in_folder]
                 run_stage(["fit", *fit])
-                run_stage(complete(["test", place, f"--evaluation.variant={name}, seed {seed}", *draft]))
+                run_stage(fill_in_newest_run(["test", in_folder, f"--evaluation.variant={name}, seed {seed}", *draft]))
             records[name].append(read_record(find_records([folder])[-1]))
     plot = options.output / "ablations.png"
     _plot(records).savefig(plot, dpi=150)
@@ -80,13 +76,13 @@ def ablate_sdit(args: Sequence[str]) -> None:
     console.print(f"plot: {plot}", soft_wrap=True, highlight=False)
 
 
-def _remember(folder: Path, made_with: str) -> None:
-    """Notes what the runs of a folder are made with, or checks it against the note."""
+def _check_same_options(folder: Path, made_with: str) -> None:
+    """Writes the options of the runs into their folder; refuses other options than those already there."""
     path = folder / "made_with.yaml"
     if path.is_file() and path.read_text() != made_with:
         raise ValueError(
-            f"{folder} holds runs made with other options or another config (see {path.name} there); give the same "
-            "again, or another --output"
+            f"{folder} contains runs made with other options or another config (see {path.name} there); give the "
+            "same options, or another --output"
         )
     write_atomic(path, made_with)
 
@@ -96,7 +92,7 @@ def _values(records: Sequence[Record]) -> list[float]:
 
 
 def _spread(values: Sequence[float]) -> str:
-    """Mean and sample standard deviation."""
+    """Formats mean and sample standard deviation."""
     spread = f" ±{statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.2f}{spread}"
 
@@ -122,7 +118,7 @@ def _table(records: Mapping[str, Sequence[Record]]) -> Table:
 
 
 def _plot(records: Mapping[str, Sequence[Record]]) -> Figure:
-    """Draws every run as a dot, beside the mean and spread of its variant."""
+    """Plots every run as a dot next to the mean and spread of its variant."""
     figure = Figure(figsize=(1.2 + 1.5 * len(records), 3.8), layout="constrained")
     axes = figure.subplots()
     for i, runs in enumerate(records.values()):

@@ -1,4 +1,4 @@
-"""`python -m benchmark activity`: where and when a trained network spikes while it generates, as pictures."""
+"""`python -m benchmark activity`: plots where and when a trained network spikes while it samples."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ def activity(
     seed: int = 0,
     output: str | None = None,
 ) -> None:
-    """Draws spikes per layer and diffusion step of a sampling run, and a denoising strip.
+    """Plots spikes per layer and diffusion step while sampling, and a denoising strip.
 
-    The strip of a method that denoises currents (FSDDIM) shows those of every SNN step, their mean, which is the
-    decoded image, and their spread in numbers; that of any other method shows a few images.
+    For FSDDIM, which denoises synaptic currents, the strip shows the currents of every SNN step, their mean, which is
+    the decoded image, and their standard deviation; for any other method it shows a few images.
 
     Args:
-        ckpt_path: Checkpoint in its run folder; none takes the last one of the newest run under runs/.
-        num_images: Images that the spikes are averaged over.
-        num_inference_steps: Diffusion steps of the sampler, at most as many as the run has.
-        seed: Seed of the first image; the strip of currents shows that image.
-        output: Folder of the pictures; `activity/` in the run folder if not given.
+        ckpt_path: Checkpoint in a run folder; null uses the last checkpoint of the newest run under runs/.
+        num_images: Number of images to average the spikes over.
+        num_inference_steps: Diffusion steps of the sampler, at most those of the run.
+        seed: Seed of the first image, which the strip of currents shows.
+        output: Folder of the plots; null writes to `activity/` in the run folder.
 
     Raises:
         FileNotFoundError: If there is no such run or checkpoint.
-        ValueError: If the checkpoint lies in no run folder, or a number is too small.
+        ValueError: If the checkpoint is not in a run folder, or a number is too small.
     """
     for name, number in (("num_images", num_images), ("num_inference_steps", num_inference_steps)):
         if number < 1:
@@ -64,11 +64,11 @@ def activity(
 
 @dataclass
 class SpikeCounts:
-    """Spikes of each neuron layer at each diffusion step, layers in the order in which they first fire.
+    """Spikes of each neuron layer at each diffusion step, layers in the order of the forward pass.
 
     Args:
-        spikes: For each layer, its spikes per image at each diffusion step.
-        neurons: For each layer, its neurons times SNN steps, per image and diffusion step.
+        spikes: Spikes per image at each diffusion step, by layer.
+        neurons: Neurons times SNN steps per image and diffusion step, by layer.
     """
 
     spikes: dict[str, list[float]] = field(default_factory=dict)
@@ -81,8 +81,8 @@ class SpikeCounts:
 
 
 @contextmanager
-def _watch(network: nn.Module) -> Iterator[dict[str, tuple[Tensor, int]]]:
-    """Sums the spikes and the elements of each neuron layer; the caller may empty the sums at any time."""
+def _count_spikes(network: nn.Module) -> Iterator[dict[str, tuple[Tensor, int]]]:
+    """Yields the sums of spikes and of elements of each neuron layer; the caller may clear them at any time."""
     sums: dict[str, tuple[Tensor, int]] = {}
 
     def hook_of(name: str) -> Any:
@@ -94,7 +94,7 @@ def _watch(network: nn.Module) -> Iterator[dict[str, tuple[Tensor, int]]]:
 
     neurons = [(name, module) for name, module in network.named_modules() if isinstance(module, SpikingNeuron)]
     if not neurons:
-        raise ValueError(f"{type(network).__name__} has no spiking layer; activity is for spiking networks")
+        raise ValueError(f"{type(network).__name__} has no spiking layer, but `activity` plots spikes")
     hooks = [module.register_forward_hook(hook_of(name)) for name, module in neurons]
     try:
         yield sums
@@ -109,9 +109,9 @@ def measure_spikes(system: DiffusionSystem, seeds: Tensor, image_shape: tuple[in
     counts = SpikeCounts()
     network = system.network
     assert isinstance(network, nn.Module)
-    with _watch(network) as sums:
+    with _count_spikes(network) as sums:
         states = system.trajectory(seeds, image_shape)
-        next(states)  # comes before any step, though a decoder may have drawn it
+        next(states)  # the state before the first step, for which a decoder may have fired
         sums.clear()
         for _ in states:
             for name, (total, elements) in sums.items():
@@ -122,7 +122,7 @@ def measure_spikes(system: DiffusionSystem, seeds: Tensor, image_shape: tuple[in
 
 
 def draw_spikes(counts: SpikeCounts, title: str) -> Figure:
-    """Draws firing rates as a heat map of layers against diffusion steps, and the spikes of each layer beside it."""
+    """Plots firing rates as a heat map of layers and diffusion steps, next to the spikes per image of each layer."""
     rates, names = counts.rates(), list(counts.spikes)
     figure = Figure(figsize=(9, 1.6 + 0.17 * len(names)), layout="constrained")
     heat, bars = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
@@ -148,7 +148,7 @@ def draw_spikes(counts: SpikeCounts, title: str) -> Figure:
 
 @torch.no_grad()
 def draw_denoising(system: DiffusionSystem, data: ImageDataModule, seeds: Tensor, columns: int = 10) -> Figure:
-    """Draws states from noise to image: the currents of the first seed `(B,)`, or the images of all of them."""
+    """Plots states from noise to image: the currents of the first of `seeds` `(B,)`, or the images of all."""
     if isinstance(system, FSDDIM):
         states = [x[:, 0] for x in system.currents(seeds[:1], data.image_shape)]  # (T, C, H, W)
         rows = [*(f"SNN step {k + 1}" for k in range(system.num_steps)), "mean"]
@@ -180,7 +180,7 @@ def draw_denoising(system: DiffusionSystem, data: ImageDataModule, seeds: Tensor
 
 
 def _spread_out(items: list[Any], count: int) -> list[Any]:
-    """Returns up to `count` items at equal distances, the first and the last among them."""
+    """Returns up to `count` evenly spaced items, including the first and the last."""
     if len(items) <= count:
         return items
     return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]

@@ -1,4 +1,4 @@
-"""`python -m benchmark convert`: a quantised DDPM becomes a spiking network."""
+"""`python -m benchmark convert`: converts a quantised DDPM into a spiking network."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 import yaml
 
-from benchmark.runs import RUNS, new_run, run_of
+from benchmark.runs import RUNS, new_run, run_of, update_config
 from leaderboard.files import write_atomic
 from systems.ann_snn import ANNSNN
 from systems.checkpoints import check_state, network_state, read_trained, save_checkpoint
@@ -28,7 +28,7 @@ KEPT = (
     "num_inference_steps",
     "eta",
 )
-"""Arguments of the DDPM that its conversion takes over."""
+"""Arguments of the DDPM that the spiking network keeps."""
 
 
 def convert(
@@ -38,30 +38,31 @@ def convert(
     finetune_steps: int = 0,
     finetune_inputs: Literal["clean", "diffused"] = "clean",
 ) -> None:
-    """Turns a trained DDPM of quantised activations into a spiking network, in a new run folder beside its own.
+    """Converts a trained DDPM with quantised activations into a spiking network, in a new run folder next to its own.
 
-    With `b` bits the network takes `2^b - 1` SNN time steps. Averaged weights are taken where the DDPM has them.
+    Activations of `b` bits become `T = 2^b - 1` SNN time steps. Averaged weights are used if the DDPM has them.
 
     Args:
         checkpoint: Checkpoint of a DDPM.
-        ddpm_config: Its configuration, where it lies in no run folder.
-        spikes: Without negative spikes (as published), with (as released), or without in the residual blocks alone.
-        finetune_steps: Iterations per block of a fine-tuning that starts at once; 0 converts only.
-        finetune_inputs: What fine-tuning sees: clean images (as released), or diffused ones.
+        ddpm_config: Config of the DDPM, if the checkpoint is not in a run folder.
+        spikes: Without negative spikes (as published), with them (as released), or without them only in the residual
+            blocks.
+        finetune_steps: Fine-tuning iterations per block, started after the conversion; 0 only converts.
+        finetune_inputs: Inputs of fine-tuning: clean images (as released), or diffused ones.
 
     Raises:
         FileNotFoundError: If a file is missing.
-        FileExistsError: If another conversion took the folder within this second.
-        ValueError: If there is no configuration, or it is not that of a quantised DDPM.
-        CheckpointMismatchError: If the checkpoint is not of a DDPM, or not of the configured one.
+        FileExistsError: If the new run folder exists already.
+        ValueError: If there is no config, or its model is not a quantised DDPM.
+        CheckpointMismatchError: If the weights do not fit the configured DDPM.
     """
     if finetune_steps < 0:
-        raise ValueError(f"finetune_steps={finetune_steps} iterations per block; give 0 to convert only, or more")
+        raise ValueError(f"finetune_steps={finetune_steps} iterations per block; give 0 to only convert, or more")
     source = read_trained(checkpoint, DDPM.method)
     settings, folder = _settings(checkpoint, ddpm_config)
     model = settings.get("model") or {}
     if str(model.get("class_path")).rsplit(".", 1)[-1] != DDPM.__name__:
-        raise ValueError(f"the configuration has model {model.get('class_path')}, expected DDPM; give that of training")
+        raise ValueError(f"the config has model {model.get('class_path')}, expected DDPM; give the config of training")
     arguments = {key: value for key, value in (model.get("init_args") or {}).items() if key in KEPT}
     _check(source, checkpoint, arguments)
 
@@ -76,7 +77,7 @@ def convert(
     data = str(settings["data"]["class_path"]).rsplit(".", 1)[-1].lower()
     run = new_run(folder, data, ANNSNN.__name__.lower())
     if run.exists():
-        raise FileExistsError(f"{run} was made within this second; convert again")
+        raise FileExistsError(f"{run} exists already; convert again")
     output = run / "checkpoints" / "last.ckpt"
     write_atomic(run / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
     kept = ("state_dict", "process", "activation_bits", "pytorch-lightning_version")
@@ -97,28 +98,28 @@ def convert(
 
 
 def _settings(checkpoint: str, config: str | None) -> tuple[dict[str, Any], Path]:
-    """Returns the configuration of a checkpoint, and the folder of runs to write to."""
+    """Returns the config of a checkpoint, and the folder in which to create the new run."""
     run = run_of(Path(checkpoint))
     if config is not None:
         path = Path(config)
     elif run is not None:
         path = run / "config.yaml"
     else:
-        raise ValueError(f"{checkpoint} lies in no run folder; name its configuration too: `--ddpm_config CONFIG`")
+        raise ValueError(f"{checkpoint} is not in a run folder; name its config too: `--ddpm_config CONFIG`")
     if not path.is_file():
-        raise FileNotFoundError(f"--ddpm_config {path} is not a file; give the configuration of training (*.yaml)")
-    settings = yaml.safe_load(path.read_text())
+        raise FileNotFoundError(f"--ddpm_config {path} is not a file; give the config of training (*.yaml)")
+    settings = yaml.safe_load(update_config(path.read_text()))
     if not isinstance(settings, dict) or "data" not in settings:
-        raise ValueError(f"{path} is no configuration of a run; give the one that the DDPM was trained with")
+        raise ValueError(f"{path} is not the config of a run; give the config that the DDPM was trained with")
     return settings, run.parent if run else Path((settings.get("trainer") or {}).get("default_root_dir") or RUNS)
 
 
 def _check(source: dict[str, Any], checkpoint: str, arguments: dict[str, Any]) -> None:
-    """Checks that the checkpoint holds the configured network, and one that can be converted."""
+    """Checks that the checkpoint fits the config, and that its activations are quantised."""
     if "network.tail.1.act_alpha" not in source["state_dict"]:
         raise ValueError(
-            f"{checkpoint} has plain ReLUs, which have no levels that spikes could count; train a DDPM with "
-            "--model.activation_bits 2 and convert that"
+            f"{checkpoint} has plain ReLUs, but only quantised activations can be converted; train a DDPM "
+            "with --model.activation_bits 2 and convert it"
         )
     bits = arguments.get("activation_bits", 2)
     check_bits(source, bits, checkpoint)

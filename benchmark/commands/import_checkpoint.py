@@ -1,4 +1,4 @@
-"""`python -m benchmark import`: an authors' checkpoint becomes one of the suite."""
+"""`python -m benchmark import`: converts a checkpoint released by authors into one of the suite."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from systems.checkpoints import load_checkpoint, save_checkpoint
 
 ENTRIES = ("ema_model", "net_model", "model_state_dict")
-"""Where official files keep the network, averaged weights first."""
+"""Keys of the network in released files, averaged weights first."""
 
 
 def import_checkpoint(
@@ -21,16 +21,16 @@ def import_checkpoint(
     method: Literal["sddpm", "sdm", "ddpm", "ann_snn", "fsddim", "spiking_diffusion"] = "sddpm",
     denoiser: str | None = None,
 ) -> None:
-    """Turns an authors' checkpoint into one that `test` and `predict` accept.
+    """Converts a checkpoint released by authors into one that `test` and `predict` accept.
 
-    Every tensor must find its place: unknown and missing ones are listed. Nothing but tensors is unpickled.
+    Every tensor must have a counterpart: unknown and missing ones are listed. Only tensors are unpickled.
 
     Args:
-        checkpoint: Official file: a dict with `ema_model` (taken first), `net_model` or `model_state_dict`, or a state
-            dict alone.
+        checkpoint: Released file: a dict with `ema_model` (preferred), `net_model` or `model_state_dict`, or a plain
+            state dict.
         output: File to write (.ckpt).
         method: Method the checkpoint belongs to.
-        denoiser: Second file, of spiking_diffusion; diff_result/diff_model.pth beside the first if not given.
+        denoiser: Second file of spiking_diffusion; null uses diff_result/diff_model.pth next to the first.
 
     Raises:
         ValueError: If the file is not a checkpoint of the method.
@@ -47,7 +47,7 @@ def import_checkpoint(
     except (KeyError, ValueError, IndexError) as error:
         names = ", ".join(name for state in states for name in list(state)[:3])
         raise ValueError(
-            f"{' with '.join(files)} is no {method} network: {error} not found among its tensors ({names}, ...)"
+            f"{' with '.join(files)} is not a {method} network: {error} not found among its tensors ({names}, ...)"
         ) from None
     save_checkpoint(
         {
@@ -71,5 +71,5 @@ def _state(content: Any, source: str) -> dict[str, torch.Tensor]:
     if isinstance(content, dict):
         content = next((content[entry] for entry in ENTRIES if entry in content), content)
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise ValueError(f"{source} holds no state dict; expected one of {', '.join(ENTRIES)}, or tensors by name")
+        raise ValueError(f"{source} contains no state dict; expected one of {', '.join(ENTRIES)}, or tensors by name")
     return content

@@ -1,4 +1,4 @@
-"""`python -m benchmark matrix`: methods times datasets times seeds, each trained and tested in a process of its own."""
+"""`python -m benchmark matrix`: trains and tests methods x datasets x seeds, each in its own process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from typing import Any, Literal
 import yaml
 from rich.table import Table
 
-from benchmark.process import PARENT
+from benchmark.command_line import pass_through_parser
+from benchmark.process import PARENT_VARIABLE
 from benchmark.runs import RUNS, find_checkpoint, newest_run
 from leaderboard.files import canonical_sha256
 from leaderboard.record.entries import Entry, headline
@@ -24,8 +25,8 @@ from leaderboard.record.records import find_records, read_record
 from leaderboard.reports.terminal import terminal
 
 BENCHMARK = (sys.executable, "-m", "benchmark")
-PLACES = (("--data.root=", "--root="), ("--evaluation.fad_dir=", "--fad_dir="))
-"""Options of `fit` that say where files lie, and the same of `leaderboard verify`."""
+PATH_OPTIONS = (("--data.root=", "--root="), ("--evaluation.fad_dir=", "--fad_dir="))
+"""Options of `fit` that are paths, and their counterparts in `leaderboard verify`."""
 State = Literal["done before", "done", "failed", "stopped", "not begun"]
 
 
@@ -34,13 +35,13 @@ class Cell:
     """One training and its test.
 
     Args:
-        config: Configuration file.
+        config: Config file.
         seed: Seed of training.
-        options: What is typed on top of the configuration.
+        options: Options in addition to the config.
         output: Folder of all cells.
-        draft: Whether the test may depart from its protocol.
-        verify: Whether the test is to be repeated.
-        start: Cell whose last checkpoint this one starts from.
+        draft: Whether the test may deviate from its protocol.
+        verify: Whether the test is repeated and compared.
+        start: Cell from whose last checkpoint this one starts.
     """
 
     config: Path
@@ -53,14 +54,14 @@ class Cell:
 
     @property
     def folder(self) -> Path:
-        """Folder of the run; named by what the result depends on, so that another configuration gets another one."""
+        """Folder of the run; its name has a hash of config, options and seed, so that other settings get another."""
         content = [yaml.safe_load(self.config.read_text()), self.options, self.seed]
         content += [self.start.folder.name] if self.start else []
         return self.output / f"{self.config.stem}-seed{self.seed}-{canonical_sha256(content)[:8]}"
 
     @property
     def entry(self) -> Entry | None:
-        """What was measured, once it was."""
+        """The last record, or None before the test."""
         found = find_records([self.folder])
         return Entry(found[-1], read_record(found[-1])) if found else None
 
@@ -71,21 +72,21 @@ class Cell:
         return entry is not None and (not self.verify or entry.verified is not None)
 
     def stages(self) -> Iterator[list[str]]:
-        """Yields the commands that are left, each once the one before it has ended.
+        """Yields the remaining commands: training or its continuation, test, and repetition of the test.
 
-        They are training, from the start or from where it was killed, the test, and its repetition.
+        Each must have ended before the next one is requested.
 
         Raises:
             FileNotFoundError: If the cell to start from has no checkpoint.
         """
         if self.entry is None:
-            yield from self._measuring()
+            yield from self._fit_and_test()
         if self.verify and self.entry is not None:
-            places = [option.replace(*names) for option in self.options for names in PLACES if names[0] in option]
-            yield ["leaderboard", "verify", str(self.entry.path), "--keep=true", *places]
+            paths = [option.replace(*names) for option in self.options for names in PATH_OPTIONS if names[0] in option]
+            yield ["leaderboard", "verify", str(self.entry.path), "--keep=true", *paths]
 
-    def _measuring(self) -> list[list[str]]:
-        place = f"--trainer.default_root_dir={self.folder}"
+    def _fit_and_test(self) -> list[list[str]]:
+        folder = f"--trainer.default_root_dir={self.folder}"
         try:
             newest_run(self.folder)
         except FileNotFoundError:
@@ -94,33 +95,33 @@ class Cell:
                 fit.append(f"--model.init_from={find_checkpoint(newest_run(self.start.folder))}")
         else:
             fit = ["--ckpt_path=last"]
-        return [["fit", *fit, place], ["test", *["--draft"] * self.draft, place]]
+        return [["fit", *fit, folder], ["test", *["--draft"] * self.draft, folder]]
 
 
 def matrix(args: Sequence[str]) -> None:
-    """Trains and tests methods on datasets with several seeds, or prints the commands that do.
+    """Trains and tests methods on datasets with several seeds, or prints the commands that do so.
 
     Args:
-        args: What follows `matrix`.
+        args: Arguments after `matrix`.
 
     Raises:
         SystemExit: With code 1 if a run failed, 130 or 143 if a signal ended it.
-        ValueError: If an option is not of its form.
-        FileNotFoundError: If there is no configuration for a pair.
+        ValueError: If an option is malformed.
+        FileNotFoundError: If there is no config for a method and dataset.
     """
     options = _parser().parse_args(args)
     cells = _cells(options)
-    left = [cell for cell in cells if not cell.is_done]
+    pending = [cell for cell in cells if not cell.is_done]
     if options.print or options.slurm:
-        begun = {cell.start for cell in left}  # by the command of the cell that starts from them
-        lines = [_command(cell, options) for cell in left if cell not in begun]
+        started = {cell.start for cell in pending}  # run by the command of the cell that starts from them
+        lines = [_command(cell, options) for cell in pending if cell not in started]
         print(_slurm(lines) if options.slurm else "\n".join(lines))
         return
     console = terminal()
-    states: dict[Cell, State] = {cell: "not begun" if cell in left else "done before" for cell in cells}
+    states: dict[Cell, State] = {cell: "not begun" if cell in pending else "done before" for cell in cells}
     stopped = 0
-    for number, cell in enumerate(left, start=1):
-        name = f"{number}/{len(left)} {cell.config.stem}, seed {cell.seed}"
+    for number, cell in enumerate(pending, start=1):
+        name = f"{number}/{len(pending)} {cell.config.stem}, seed {cell.seed}"
         console.print(f"{name}: log in {cell.folder / 'log.txt'}", soft_wrap=True, highlight=False)
         code = _run(cell)
         states[cell] = "done" if code == 0 else "stopped" if code in (130, 143) else "failed"
@@ -133,16 +134,14 @@ def matrix(args: Sequence[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "python -m benchmark matrix",
-        description="Trains and tests every method on every dataset with every seed, one after another. What has a "
-        "record is skipped (and verified, if asked for), what was killed goes on from its last checkpoint, and what "
-        "fails does not stop the rest.",
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = pass_through_parser(
+        "matrix",
+        "Trains and tests every method on every dataset with every seed, one after another. A run that has a record "
+        "is skipped (and verified with --verify), a run that was killed resumes from its last checkpoint, and a run "
+        "that fails does not stop the others.",
     )
-    parser.add_argument("--methods", nargs="+", required=True, metavar="METHOD", help="first part of a config's name")
-    parser.add_argument("--datasets", nargs="+", required=True, metavar="DATASET", help="second part of it")
+    parser.add_argument("--methods", nargs="+", required=True, metavar="METHOD", help="first part of the config's name")
+    parser.add_argument("--datasets", nargs="+", required=True, metavar="DATASET", help="second part")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42], help="seeds of training")
     parser.add_argument("--configs", type=Path, default=Path("configs"), help="folder of METHOD_DATASET.yaml")
     parser.add_argument(
@@ -150,35 +149,35 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="METHOD=METHOD",
-        help="the first starts from the last checkpoint of the second",
+        help="method that starts from the last checkpoint of another one",
     )
     parser.add_argument("--roots", nargs="+", default=[], metavar="DATASET=FOLDER", help="--data.root of datasets")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="options of `fit`, for all runs")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="options of `fit` for all runs")
     parser.add_argument("--output", type=Path, default=RUNS / "matrix", help="folder of the runs")
-    parser.add_argument("--verify", action="store_true", help="repeat each test, and keep the repetition if it agrees")
-    parser.add_argument("--draft", action="store_true", help="let the tests depart from their protocol, unranked")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--print", action="store_true", help="print a command for each run that is left, and run none")
-    what.add_argument("--slurm", action="store_true", help="print a SLURM array script of them, and run none")
+    parser.add_argument("--verify", action="store_true", help="repeat each test and keep the repetition if it agrees")
+    parser.add_argument("--draft", action="store_true", help="let the tests deviate from their protocol; never ranked")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--print", action="store_true", help="only print a command for each pending run")
+    mode.add_argument("--slurm", action="store_true", help="only print a SLURM array script of these commands")
     return parser
 
 
 def _cells(options: argparse.Namespace) -> list[Cell]:
-    roots = _pairs("--roots", options.roots)
+    roots = _parse_pairs("--roots", options.roots)
     if unknown := sorted(roots.keys() - set(options.datasets)):
         raise ValueError(f"--roots names {', '.join(unknown)}, which --datasets does not")
-    starts = _pairs("--start", options.start)
+    starts = _parse_pairs("--start", options.start)
     for method, first in starts.items():
         if first not in options.methods or method not in options.methods[options.methods.index(first) + 1 :]:
             raise ValueError(f"--start {method}={first} needs both in --methods, {first} before {method}")
-    typed = tuple(f"--{key}={value}" for key, value in _pairs("--set", options.set).items())
+    common_options = tuple(f"--{key}={value}" for key, value in _parse_pairs("--set", options.set).items())
     cells = []
-    for seed in options.seeds:  # seed by seed, so that a stopped matrix still compares like with like
+    for seed in options.seeds:  # outer loop over seeds: a stopped matrix still has comparable runs
         for method in options.methods:
             for dataset in options.datasets:
                 root = (f"--data.root={roots[dataset]}",) if dataset in roots else ()
                 config = options.configs / f"{method}_{dataset}.yaml"
-                common = (seed, (*root, *typed), options.output, options.draft, options.verify)
+                common = (seed, (*root, *common_options), options.output, options.draft, options.verify)
                 start = (
                     Cell(options.configs / f"{starts[method]}_{dataset}.yaml", *common) if method in starts else None
                 )
@@ -189,20 +188,23 @@ def _cells(options: argparse.Namespace) -> list[Cell]:
     return list(dict.fromkeys(cells))
 
 
-def _pairs(option: str, typed: Sequence[str]) -> dict[str, str]:
+def _parse_pairs(option: str, typed: Sequence[str]) -> dict[str, str]:
     if wrong := [text for text in typed if not text.partition("=")[0] or "=" not in text]:
         raise ValueError(f"{option} {wrong[0]} has no name and value; give NAME=VALUE")
     return dict(text.split("=", 1) for text in typed)
 
 
 def _run(cell: Cell) -> int:
-    """Runs what is left of a cell; returns 0 or the exit code that ended it."""
+    """Runs the remaining commands of a cell; returns 0, or the exit code of the one that failed."""
     cell.folder.mkdir(parents=True, exist_ok=True)
     with (cell.folder / "log.txt").open("ab") as log:
         try:
             for stage in cell.stages():
                 process = Popen(
-                    [*BENCHMARK, *stage], stdout=log, stderr=STDOUT, env=os.environ | {PARENT: str(os.getpid())}
+                    [*BENCHMARK, *stage],
+                    stdout=log,
+                    stderr=STDOUT,
+                    env=os.environ | {PARENT_VARIABLE: str(os.getpid())},
                 )
                 if code := _wait(process):
                     return code
@@ -213,20 +215,20 @@ def _run(cell: Cell) -> int:
 
 
 def _wait(process: Popen[bytes]) -> int:
-    """Waits for a process and hands on what would end this one, so that it can save and leave."""
-    passed_on: list[int] = []
+    """Waits for a process and forwards SIGINT and SIGTERM to it, so that it can save and exit."""
+    forwarded: list[int] = []
 
-    def pass_on(number: int, frame: Any) -> None:
-        passed_on.append(number)
+    def forward(number: int, frame: Any) -> None:
+        forwarded.append(number)
         process.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         code = process.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return 128 + passed_on[0] if passed_on else code
+    return 128 + forwarded[0] if forwarded else code
 
 
 def _table(states: Mapping[Cell, State]) -> Table:
@@ -252,7 +254,7 @@ def _last_error(log: Path) -> str:
 
 
 def _command(cell: Cell, options: argparse.Namespace) -> str:
-    """A matrix of this cell, and of the one it starts from, which skips and goes on by itself."""
+    """Returns a `matrix` command for one cell and the cell it starts from; run again, it resumes."""
     method, _, dataset = cell.config.stem.rpartition("_")
     words = ["python", "-m", "benchmark", "matrix", "--methods", method, "--datasets", dataset]
     if cell.start:
@@ -276,7 +278,7 @@ def _slurm(lines: Sequence[str]) -> str:
 #SBATCH --gres=gpu:1
 #SBATCH --requeue
 #SBATCH --signal=TERM@120
-# Two minutes before the time limit a run saves and leaves; submitted again, each goes on where it was.
+# Two minutes before the time limit a run saves and exits; submitted again, it resumes.
 commands=(
 {quoted}
 )

@@ -1,4 +1,4 @@
-"""`python -m benchmark regress`: every method trained small, and its distance compared with a stored baseline."""
+"""`python -m benchmark regress`: trains a small network of every method and compares its distance with a baseline."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmark.command_line import complete
-from benchmark.process import end_with
+from benchmark.command_line import fill_in_newest_run, pass_through_parser
+from benchmark.process import terminate_with_parent
 from benchmark.runs import find_checkpoint, newest_run
 from benchmark.stages import run_stage
 from leaderboard.record.entries import headline
@@ -48,13 +48,13 @@ METHODS = {
     "ddpm": None,
     "ann_snn": "ddpm",
 }
-"""Configurations, each with the one whose network it is fine-tuned from."""
+"""Methods, each with the method from whose network it is fine-tuned."""
 
 BASELINE_SEEDS = (0, 1, 2, 3)
 
 
 class Job(NamedTuple):
-    """One network trained with one seed, and those that are fine-tuned from it."""
+    """One network trained with one seed, and the methods that are fine-tuned from it."""
 
     base: str
     methods: tuple[str, ...]
@@ -64,7 +64,7 @@ class Job(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of one method with one seed: a record, or what went wrong."""
+    """Result of one method with one seed: a record, or an error message."""
 
     method: str
     seed: int
@@ -73,7 +73,7 @@ class Outcome(NamedTuple):
 
 
 def regress(args: Sequence[str]) -> None:
-    """Trains and tests every method, and compares it with its baseline; or measures the baselines anew.
+    """Trains and tests every method and compares it with its baseline, or measures new baselines.
 
     Args:
         args: `--methods`, `--seeds`, `--update`, `--baselines`, `--output`, `--workers`, and any option of `fit`.
@@ -81,12 +81,14 @@ def regress(args: Sequence[str]) -> None:
     Raises:
         SystemExit: With code 1 if a method is worse than its baseline, failed or cannot be compared.
         FileNotFoundError: If there is no baseline.
-        ValueError: If a baseline is to be measured with too few seeds.
+        ValueError: If a new baseline is requested with too few seeds.
     """
     options, rest = _parser().parse_known_args(args)
     seeds = options.seeds or (BASELINE_SEEDS if options.update else (0,))
     if options.update and len(set(seeds)) < FEWEST_SEEDS:
-        raise ValueError(f"--update --seeds {' '.join(map(str, seeds))}: a spread takes {FEWEST_SEEDS} seeds or more")
+        raise ValueError(
+            f"--update --seeds {' '.join(map(str, seeds))}: a standard deviation needs {FEWEST_SEEDS} seeds or more"
+        )
     baselines = {} if options.update else {m: read_baseline(options.baselines / m) for m in options.methods}
     console, started = terminal(), time.perf_counter()
     folder = options.output / f"{datetime.now():%Y%m%d-%H%M%S}"
@@ -111,7 +113,7 @@ def regress(args: Sequence[str]) -> None:
 
 
 def compare(outcomes: dict[str, list[Outcome]], baselines: dict[str, Baseline]) -> tuple[Table, bool]:
-    """Compares outcomes by method with their baselines.
+    """Compares the outcomes of each method with its baseline.
 
     Returns:
         A table, and whether the check failed.
@@ -119,8 +121,8 @@ def compare(outcomes: dict[str, list[Outcome]], baselines: dict[str, Baseline]) 
     table = Table(
         title="regression check",
         title_justify="left",
-        caption=f"Worse: above the mean by more than {SPREADS:g} sd and by more than {FLOOR:.0%}. In brackets: against "
-        "the baseline's own record of that seed.",
+        caption=f"Worse: above the mean by more than {SPREADS:g} sd and by more than {FLOOR:.0%}. In brackets: "
+        "difference to the baseline's record of the same seed.",
         caption_justify="left",
     )
     for column in ("method", "distance", "baseline", "limit", "seed", "measured", "verdict"):
@@ -138,13 +140,13 @@ def compare(outcomes: dict[str, list[Outcome]], baselines: dict[str, Baseline]) 
 
 
 def _judge(outcome: Outcome, baseline: Baseline) -> tuple[str, str, bool]:
-    """Returns the distance in words, the verdict, and whether the check fails by it."""
+    """Returns the formatted distance, the verdict, and whether the check fails."""
     if outcome.record is None:
         return "-", outcome.error, True
     if differences := baseline.differences(outcome.record):
-        return "-", f"not comparable: {'; '.join(differences)}; measure the baseline anew with --update", True
+        return "-", f"not comparable: {'; '.join(differences)}; measure a new baseline with --update", True
     if miscounts := baseline.miscounts(outcome.record):
-        return "-", f"other cost of the same network: {'; '.join(miscounts)}", True
+        return "-", f"the same network has another cost: {'; '.join(miscounts)}", True
     value, stored = _value(outcome.record)[1], baseline.same_seed(outcome.record)
     change = "" if stored is None else " (=)" if value == stored else f" ({value - stored:+.2f})"
     verdict = baseline.judge(value)
@@ -152,7 +154,7 @@ def _judge(outcome: Outcome, baseline: Baseline) -> tuple[str, str, bool]:
 
 
 def _update(outcomes: dict[str, list[Outcome]], baselines: Path, console: Console) -> bool:
-    """Writes the baselines of the methods that all seeds finished; returns whether one failed."""
+    """Writes the baselines of methods for which all seeds succeeded; returns whether any failed."""
     table = Table(title="new baselines", title_justify="left")
     for column in ("method", "distance", "mean ± sd", "limit", "seeds"):
         table.add_column(column, justify="left" if column == "method" else "right")
@@ -161,10 +163,10 @@ def _update(outcomes: dict[str, list[Outcome]], baselines: Path, console: Consol
         records = [outcome.record for outcome in results if outcome.record is not None]
         if len(records) < len(results):
             failed = True
-            table.add_row(method, "-", "[red]a seed failed: the old baseline stays", "-", "-")
+            table.add_row(method, "-", "[red]a seed failed: the old baseline is kept", "-", "-")
             continue
         if any(record.code.git_dirty for record in records):
-            console.print(f"{method}: measured with changes that are not committed", style="yellow")
+            console.print(f"{method}: measured with uncommitted changes", style="yellow")
         write_baseline(records, baselines / method)
         baseline = Baseline(records)
         values = ", ".join(f"{value:.2f}" for value in baseline.values)
@@ -175,7 +177,7 @@ def _update(outcomes: dict[str, list[Outcome]], baselines: Path, console: Consol
 
 
 def _jobs(methods: Sequence[str], seeds: Sequence[int], folder: Path, options: Sequence[str]) -> Iterator[Job]:
-    """Gathers the methods that share a network, so that it is trained once."""
+    """Groups the methods that share a network, so that it is trained only once."""
     groups: dict[str, list[str]] = {}
     for method in METHODS:
         if method in methods:
@@ -186,20 +188,20 @@ def _jobs(methods: Sequence[str], seeds: Sequence[int], folder: Path, options: S
 
 
 def _measure_all(jobs: Sequence[Job], workers: int) -> Generator[Outcome]:
-    """Does all jobs, each in a process of its own, or one after the other in this process."""
+    """Runs all jobs, each in its own process, or with one worker one after the other in this process."""
     if workers == 1:
         for job in jobs:
             yield from _measure(job)
         return
-    # spawned: threads do not survive a fork; one task each: no job sees what another has compiled
+    # spawn, since threads do not survive a fork; one task per process, so that jobs do not share compiled code
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(
-        workers, mp_context=context, initializer=end_with, initargs=(os.getpid(),), max_tasks_per_child=1
+        workers, mp_context=context, initializer=terminate_with_parent, initargs=(os.getpid(),), max_tasks_per_child=1
     ) as pool:
         try:
             for done in as_completed([pool.submit(_measure, job) for job in jobs]):
                 yield from done.result()
-        except BaseException:  # such as Ctrl+C: the pool would wait for its workers, and begin what is left
+        except BaseException:  # such as Ctrl+C: the pool would wait for its workers and start pending jobs
             pool.shutdown(wait=False, cancel_futures=True)
             for worker in multiprocessing.active_children():
                 worker.kill()
@@ -207,7 +209,7 @@ def _measure_all(jobs: Sequence[Job], workers: int) -> Generator[Outcome]:
 
 
 def _measure(job: Job) -> list[Outcome]:
-    """Trains and tests the methods of a job; once something goes wrong, the methods that are left count as failed."""
+    """Trains and tests the methods of a job; after an error the remaining methods count as failed."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     job.folder.mkdir(parents=True)
@@ -220,33 +222,33 @@ def _measure(job: Job) -> list[Outcome]:
                 base = base or checkpoint
                 if method in job.methods:
                     outcomes[method] = Outcome(method, job.seed, _test(job, checkpoint))
-        except (Exception, SystemExit) as error:  # of any kind: that a method is broken is what this check is for
+        except (Exception, SystemExit) as error:  # any error: finding broken methods is the purpose of this check
             traceback.print_exc()
-            words = f"failed, see its log.txt: {type(error).__name__}: {error}"
-            outcomes = {m: outcomes.get(m, Outcome(m, job.seed, None, words)) for m in job.methods}
+            message = f"failed, see its log.txt: {type(error).__name__}: {error}"
+            outcomes = {m: outcomes.get(m, Outcome(m, job.seed, None, message)) for m in job.methods}
     return list(outcomes.values())
 
 
 def _train(job: Job, method: str, base: Path | None) -> Path:
-    """Trains a method, from the checkpoint `base` if there is one, and returns its last checkpoint."""
+    """Trains a method, starting from the checkpoint `base` if given, and returns its last checkpoint."""
     runs = job.folder / method
     start = [] if base is None else [f"--model.init_from={base}"]
     quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
-    quiet += ["--trainer.precision=32-true"]  # half precision does not pay at this size
-    place = [f"--trainer.default_root_dir={runs}", f"--seed_everything={job.seed}"]
-    run_stage(["fit", f"--config={CONFIGS / f'{method}.yaml'}", *quiet, *job.options, *start, *place])
+    quiet += ["--trainer.precision=32-true"]  # half precision is not faster at this size
+    run = [f"--trainer.default_root_dir={runs}", f"--seed_everything={job.seed}"]
+    run_stage(["fit", f"--config={CONFIGS / f'{method}.yaml'}", *quiet, *job.options, *start, *run])
     return find_checkpoint(newest_run(runs))
 
 
 def _test(job: Job, checkpoint: Path) -> Record:
     """Tests a checkpoint and returns its record."""
-    run_stage(complete(["test", f"--ckpt_path={checkpoint}", f"--evaluation.variant=seed {job.seed}"]))
+    run_stage(fill_in_newest_run(["test", f"--ckpt_path={checkpoint}", f"--evaluation.variant=seed {job.seed}"]))
     return read_record(find_records([checkpoint.parents[1]])[-1])
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Computes on one thread: as fast at this size, and a sum does not depend on the number of cores."""
+    """Computes on one thread: as fast at this size, and sums do not depend on the number of cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -261,18 +263,20 @@ def _value(record: Record) -> tuple[str, float]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "python -m benchmark regress",
-        description="Trains every method small, on embedded digits, and compares its distance with the stored "
-        "baseline: exit code 1 if one is worse, failed or cannot be compared. All other options are those of `fit`.",
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = pass_through_parser(
+        "regress",
+        "Trains a small network of every method on embedded digits and compares its distance with the stored "
+        "baseline: exit code 1 if one is worse, failed or cannot be compared. All other options are passed on to "
+        "`fit`.",
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument(
-        "--seeds", nargs="+", type=int, help="seeds of training; the first of the baseline's, or all of them to update"
+        "--seeds",
+        nargs="+",
+        type=int,
+        help="seeds of training; default: the first of the baseline, all of them with --update",
     )
-    parser.add_argument("--update", action="store_true", help="measure the baselines anew and replace them")
+    parser.add_argument("--update", action="store_true", help="measure new baselines and replace the stored ones")
     parser.add_argument("--baselines", type=Path, default=BASELINES, help="folder of the baselines")
     parser.add_argument("--output", type=Path, default=Path("build/regress"), help="folder of the runs")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="processes at a time")

@@ -1,4 +1,4 @@
-"""`python -m benchmark sweep-threshold` and `sweep-solvers`: one checkpoint tested under a range of settings."""
+"""`python -m benchmark sweep-threshold` and `sweep-solvers`: test one checkpoint with a range of settings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 from rich.table import Table
 
-from benchmark.command_line import complete
+from benchmark.command_line import fill_in_newest_run, pass_through_parser
 from benchmark.stages import run_stage
 from leaderboard.evaluation.callback import Evaluation
 from leaderboard.record.entries import headline
@@ -25,7 +25,7 @@ PAPER_THRESHOLDS = (0.997, 0.998, 0.999, 1.0, 1.001, 1.002, 1.003)
 
 
 class Solver(NamedTuple):
-    """Options of `test` that choose a solver, and its network evaluations beyond `num_inference_steps`."""
+    """Options of `test` that select a solver, and its network evaluations in addition to `num_inference_steps`."""
 
     options: tuple[str, ...]
     extra: int = 0
@@ -72,7 +72,7 @@ def sweep_solvers(args: Sequence[str]) -> None:
     Args:
         args: `--solvers`, `--nfe`, `--output`, and any option of `test`.
     """
-    parser = _parser("sweep-solvers", "Tests one checkpoint with several solvers at equal numbers of evaluations.")
+    parser = _parser("sweep-solvers", "Tests one checkpoint with several solvers at equal network evaluations (NFE).")
     parser.add_argument("--solvers", nargs="+", choices=SOLVERS, default=list(SOLVERS))
     parser.add_argument("--nfe", type=_positive(int), nargs="+", default=[10, 20, 50, 100], help="network evaluations")
     options, rest = parser.parse_known_args(args)
@@ -95,12 +95,12 @@ def sweep_solvers(args: Sequence[str]) -> None:
 
 
 class _Run:
-    """One checkpoint, to be tested with different options."""
+    """Tests one checkpoint with different options."""
 
     def __init__(self, rest: list[str]) -> None:
-        self.args = complete(["test", *rest])
+        self.args = fill_in_newest_run(["test", *rest])
         self.folder = Path()
-        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # the same lines for each point
+        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # the same messages at each point
 
     def test(self, *options: str) -> Record:
         cli = run_stage([*self.args, *options])
@@ -111,17 +111,17 @@ class _Run:
 
 
 def _require_gamma(args: Sequence[str]) -> None:
-    """Looks for the statistic of Analytic-DPM before the other solvers take their time.
+    """Checks that Gamma of Analytic-DPM is available, before the other solvers run.
 
     Raises:
-        ValueError: If neither the checkpoint nor the options have it.
+        ValueError: If neither the checkpoint nor the options contain it.
     """
     checkpoint = args[args.index("--ckpt_path") + 1] if "--ckpt_path" in args else None
     given = any(arg.startswith("--model.scheduler.gamma") for arg in args)
     if checkpoint is not None and not given and "gamma" not in load_checkpoint(checkpoint):
         raise ValueError(
-            f"{checkpoint} holds no statistic for Analytic-DPM; add it with `python -m benchmark estimate-gamma`, or "
-            "name other solvers: --solvers ddpm ddim dpm-solver++"
+            f"{checkpoint} contains no Gamma for Analytic-DPM; add it with `python -m benchmark estimate-gamma`, or "
+            "choose other solvers: --solvers ddpm ddim dpm-solver++"
         )
 
 
@@ -130,14 +130,12 @@ def _evaluations(callbacks: Iterable[Any]) -> list[Evaluation]:
 
 
 def _parser(command: str, description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        f"python -m benchmark {command}",
-        description=f"{description} All other options are those of `test`, and so is what is tested by default: the "
-        "newest run. Each point of the sweep leaves a record. Fewer images than the protocol's need --draft.",
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = pass_through_parser(
+        command,
+        f"{description} The newest run is tested unless --ckpt_path names another; all other options are passed on to "
+        "`test`. Each point of the sweep writes a record. Fewer images than the protocol requires need --draft.",
     )
-    parser.add_argument("--output", type=Path, help="plot (.png); plots/ in the run folder if not given")
+    parser.add_argument("--output", type=Path, help="file of the plot (.png); by default in plots/ of the run folder")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""`python -m benchmark leaderboard verify`: repeats the evaluation behind a record and compares."""
+"""`python -m benchmark leaderboard verify`: repeats the evaluation of a record and compares the results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from leaderboard.record.repetition import Repetition
 from leaderboard.reports.compare import show
 from leaderboard.reports.terminal import terminal
 
-_PLACES = {
+_PATH_OPTIONS = {
     "root": ("data", "init_args"),
     "inception_weights": ("evaluation",),
     "torchvision_weights": ("evaluation",),
@@ -27,7 +27,7 @@ _PLACES = {
     "fad_dir": ("evaluation",),
     "gamma": ("model", "init_args", "scheduler", "init_args"),
 }
-"""Options that name files or folders, and where in a configuration they are."""
+"""Options that are paths, and the section of a config that contains each."""
 _TRAINER = ("accelerator", "precision", "deterministic", "benchmark", "inference_mode", "limit_test_batches")
 
 
@@ -44,27 +44,27 @@ def verify(
     output: str = "verifications",
     keep: bool = False,
 ) -> None:
-    """Repeats the evaluation behind a record, from its own configuration and checkpoint, and compares.
+    """Repeats the evaluation of a record with its config and checkpoint, and compares the results.
 
-    The repetition runs on one device and goes on where it was interrupted. It leaves a record of its own under
-    `output`; record and run folder stay as they are, unless the repetition is to be kept there.
+    The repetition runs on one device; interrupted, it can be resumed. It writes its own record under `output`; the
+    original record and its run folder are not changed, except that `keep` adds a file.
 
     Args:
         record: Record file.
-        checkpoint: Its checkpoint; looked for by its hash in the run folder of the record and under runs/ if not given.
-        root: Folder of the dataset, if it lies elsewhere than in the record.
-        accelerator: Device to run on, if not that of the record: cpu, gpu.
-        inception_weights: Local file of the 2015 Inception weights, if it lies elsewhere.
-        torchvision_weights: Local file of torchvision's Inception weights, if it lies elsewhere.
-        extractor: File of another small extractor, if it lies elsewhere.
-        fad_dir: Folder of the published autoencoders, if it lies elsewhere.
-        gamma: File with the statistic of Analytic-DPM, if it lies elsewhere.
-        output: Folder for what the repetition leaves.
-        keep: Whether a repetition that agrees is kept beside the record, so that leaderboards call the row verified:
-            of records/X.json as repetitions/X.json.
+        checkpoint: Checkpoint of the record; null searches the run folder of the record and runs/ for its hash.
+        root: Folder of the dataset, if not as in the record.
+        accelerator: Device, if not as in the record: cpu or gpu.
+        inception_weights: Local file of the 2015 Inception weights, if not as in the record.
+        torchvision_weights: Local file of torchvision's Inception weights, if not as in the record.
+        extractor: File of another small extractor, if not as in the record.
+        fad_dir: Folder of the published autoencoders, if not as in the record.
+        gamma: File with Gamma of Analytic-DPM, if not as in the record.
+        output: Folder for the files of the repetition.
+        keep: Whether a repetition that agrees is saved next to the record, records/X.json as repetitions/X.json, so
+            that leaderboards mark the row as verified.
 
     Raises:
-        SystemExit: With code 1 if the repetition does not agree, with code 2 if there could be none.
+        SystemExit: With code 1 if the repetition does not agree, with code 2 if it could not run.
     """
     console = terminal()
     try:
@@ -72,8 +72,8 @@ def verify(
         found = _find_checkpoint(recorded, Path(record), checkpoint)
         if recorded.checkpoint and file_sha256(found) != recorded.checkpoint.sha256:
             rows = [("checkpoint sha256", recorded.checkpoint.sha256, file_sha256(found))]
-            show(console, "not repeated, since this is not what was measured", ("", "record", "given"), rows)
-            _finish(console, False, f"{found} is another checkpoint than that of {record}")
+            show(console, "not repeated: another checkpoint was measured", ("", "record", "given"), rows)
+            _finish(console, False, f"{found} is not the checkpoint of {record}")
         given = {
             "root": root,
             "inception_weights": inception_weights,
@@ -104,25 +104,27 @@ def _finish(console: Console, agrees: bool, message: str) -> None:
 
 
 def _find_checkpoint(record: Record, path: Path, given: str | None) -> Path:
-    """Returns the checkpoint given, or the file with the recorded hash.
+    """Returns the given checkpoint, or the file with the recorded hash.
 
     Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If the record names none.
+        FileNotFoundError: If there is no such file.
+        ValueError: If the record names no checkpoint.
     """
     if given is not None:
         if not Path(given).is_file():
             raise FileNotFoundError(f"--checkpoint {given} is not a file")
         return Path(given)
     if record.checkpoint is None:
-        raise ValueError("it was measured right after training and names no checkpoint; give it: --checkpoint PATH")
+        raise ValueError(
+            "the record names no checkpoint, as it was measured right after training; give it: --checkpoint PATH"
+        )
     named = record.config.get("ckpt_path")
-    places = [Path(named)] if isinstance(named, str) and "\0" not in named else []
-    places += sorted((path.parent.parent / "checkpoints").glob("*.ckpt"))
-    places += sorted(RUNS.glob("*/checkpoints/*.ckpt"))
-    for place in places:
-        if place.is_file() and file_sha256(place) == record.checkpoint.sha256:
-            return place
+    candidates = [Path(named)] if isinstance(named, str) and "\0" not in named else []
+    candidates += sorted((path.parent.parent / "checkpoints").glob("*.ckpt"))
+    candidates += sorted(RUNS.glob("*/checkpoints/*.ckpt"))
+    for path in candidates:
+        if path.is_file() and file_sha256(path) == record.checkpoint.sha256:
+            return path
     raise FileNotFoundError(
         f"its checkpoint {record.checkpoint.name!r} with the SHA-256 {record.checkpoint.sha256} is neither in its run "
         f"folder nor under {RUNS}/; give it: --checkpoint PATH"
@@ -130,45 +132,45 @@ def _find_checkpoint(record: Record, path: Path, given: str | None) -> Path:
 
 
 def _settings(record: Record, accelerator: str | None, given: dict[str, str]) -> dict[str, Any]:
-    """Returns the configuration of the repetition: what a result depends on, and no file or callback besides.
+    """Returns the config of the repetition: the settings that a result depends on, and no others.
 
     Args:
-        record: What is repeated.
-        accelerator: Device, if not that of the record.
-        given: Files and folders that lie elsewhere than in the record, by option.
+        record: Record to repeat.
+        accelerator: Device, if not as in the record.
+        given: Paths of files and folders that differ from the record, by option.
 
     Raises:
-        ValueError: If the record's configuration is not that of a test, or does not say where a file lies.
+        ValueError: If the config of the record is not the config of a test, or lacks the path of a file.
     """
     parts = {name: record.config.get(name) for name in ("model", "data", "evaluation", "trainer")}
     settings = cast(dict[str, Any], _with_infinities(parts))
     data = settings["data"]
     options = data.setdefault("init_args", {}) if isinstance(data, dict) else None
     if not all(isinstance(part, dict) for part in (*settings.values(), options)):
-        raise ValueError(f"its configuration lacks one of {', '.join(parts)}: it was not measured by `benchmark test`")
+        raise ValueError(f"its config lacks one of {', '.join(parts)}: it was not measured by `benchmark test`")
     assert options is not None
-    settings["seed_everything"] = record.seeds.get("training", 0)  # any: it decides nothing of a test
+    settings["seed_everything"] = record.seeds.get("training", 0)  # any value: a test does not depend on it
     settings["trainer"] = {name: settings["trainer"].get(name) for name in _TRAINER} | {"devices": 1}
     if accelerator is not None:
         settings["trainer"]["accelerator"] = accelerator
     settings["evaluation"]["keep_samples"] = False
     options.pop("cache_dir", None)
-    for option, place in _PLACES.items():
+    for option, section in _PATH_OPTIONS.items():
         part: Any = settings
-        for name in place:
+        for name in section:
             part = part.get(name) if isinstance(part, dict) else None
         if not isinstance(part, dict):
             if option in given:
-                raise ValueError(f"--{option} {given[option]}: its configuration has no place for this option")
+                raise ValueError(f"--{option} {given[option]}: its config has no such option")
         elif option in given:
             part[option] = given[option]
         elif str(part.get(option)).startswith(ELSEWHERE):
-            raise ValueError(f"it does not say where {part[option]} lies; give it: --{option} PATH")
+            raise ValueError(f"it does not contain the path of {part[option]}; give it: --{option} PATH")
     return settings
 
 
 def _with_infinities(value: Any) -> Any:
-    """Copies a JSON value, and turns the text that stands for an infinite number in a record back into it."""
+    """Copies a JSON value and replaces the strings that stand for numbers that are not finite by these numbers."""
     if isinstance(value, dict):
         return {name: _with_infinities(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -177,10 +179,10 @@ def _with_infinities(value: Any) -> Any:
 
 
 def _repeat(settings: dict[str, Any], checkpoint: Path, folder: Path) -> Record:
-    """Runs the evaluation in a folder of its own and returns the new record.
+    """Runs the evaluation in a new folder and returns the new record.
 
     Raises:
-        ValueError: If this version of the suite does not take the configuration.
+        ValueError: If this version of the suite does not accept the config.
     """
     from benchmark.stages import run_stage  # Lightning takes seconds to import
     from leaderboard.evaluation.callback import Evaluation
@@ -193,7 +195,7 @@ def _repeat(settings: dict[str, Any], checkpoint: Path, folder: Path) -> Record:
     try:
         cli = run_stage(["test", "--config", str(config), "--ckpt_path", str(checkpoint)])
     except SystemExit:
-        raise ValueError(f"this version of the suite does not take its configuration, {config}") from None
+        raise ValueError(f"this version of the suite does not accept its config, {config}") from None
     callbacks: Iterable[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]
     (record,) = (callback.record for callback in callbacks if isinstance(callback, Evaluation))
     assert record is not None, "a test without a record"
@@ -201,7 +203,7 @@ def _repeat(settings: dict[str, Any], checkpoint: Path, folder: Path) -> Record:
 
 
 def _compare(console: Console, repetition: Repetition) -> None:
-    """Shows both records side by side."""
+    """Prints both records side by side."""
     header = ("", "record", "repetition", "difference", "agrees")
     show(console, "metrics, to agree within the recorded uncertainty", header, repetition.metrics)
     show(console, "cost of an image, to agree within 1 %", header, repetition.costs)

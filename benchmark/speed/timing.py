@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmark.stages import Rehearsal, run_stage
+from benchmark.stages import DryRun, run_stage
 
 WARM_UP = 2
 """Untimed steps before the timed ones."""
@@ -25,12 +25,12 @@ def config_path(name: str) -> Path:
     return Path("configs") / f"{name}.yaml"
 
 
-def build_config(name: str, *options: str) -> Rehearsal:
+def build_config(name: str, *options: str) -> DryRun:
     """Builds the system and data of a configuration; for Spiking-Diffusion with one epoch in each stage."""
     if "spiking_diffusion" in name:
         options += ("--model.autoencoder_epochs=1", "--model.denoiser_epochs=1", "--model.data_variance=0.1")
     args = ["fit", f"--config={config_path(name)}", "--trainer.logger=false", *options]
-    return cast(Rehearsal, run_stage(args, Rehearsal))
+    return cast(DryRun, run_stage(args, DryRun))
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:

@@ -1,4 +1,4 @@
-"""Small datasets made by the tests, and writers of every layout in which datasets are kept."""
+"""Small generated datasets, and writers for every supported layout."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def random_splits(size: int = 28, channels: int = 1, train: int = 40, test: int 
 
 
 def letter_splits(per_class: int = 3) -> Splits:
-    """Noise for most letters; I, J and L are vertical strokes, with their hooks."""
+    """Noise for most letters; I, J and L are vertical strokes, J and L with a hook."""
     random = np.random.default_rng(0)
     labels = [i % 26 for i in range(26 * per_class)]
     images = random.integers(0, 256, (len(labels), 28, 28), dtype=np.uint8)
@@ -56,7 +56,7 @@ def write_parquet(
     labelled: bool = True,
     schema: bool = True,
 ) -> Path:
-    """Writes the layout of Hugging Face; without `schema`, bytes and numbers only."""
+    """Writes the Hugging Face layout; without `schema`, columns of bytes and numbers."""
     for split, (images, labels) in splits.items():
         rows: dict[str, list[object]] = {column: [{"bytes": encode(image), "path": None} for image in images]}
         struct_ = {"bytes": Value("binary"), "path": Value("string")}
@@ -92,7 +92,7 @@ def write_idx(folder: Path, splits: Splits, train: str = "train", test: str = "t
 
 
 def write_cifar(folder: Path, splits: Splits) -> Path:
-    """Writes the python batches of CIFAR-10; the training images are shared out over five."""
+    """Writes the python batches of CIFAR-10, with the training images in five files."""
     folder.mkdir(parents=True, exist_ok=True)
     images, labels = splits["train"]
     fifths = np.array_split(np.arange(len(images)), 5)
@@ -104,7 +104,7 @@ def write_cifar(folder: Path, splits: Splits) -> Path:
 
 
 def write_celeba(root: Path, counts: tuple[int, int, int] = (30, 6, 8), size: tuple[int, int] = (178, 218)) -> Path:
-    """Writes CelebA as first published, with photographs of coloured noise."""
+    """Writes CelebA in its original layout, with images of coloured noise."""
     random = np.random.default_rng(0)
     folder = root / "img_align_celeba"
     folder.mkdir(parents=True)

@@ -1,6 +1,6 @@
-"""The command line for tests of several processes: draws that depend on the image alone, and a process that dies.
+"""Command line for tests with several processes: random draws depend only on the image, and a process may be killed.
 
-A network without BatchNorm must then be trained alike by any number of processes.
+A network without BatchNorm then trains equally with any number of processes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from systems.diffusion.gaussian import GaussianDiffusion
 
 
 def loss(system: GaussianDiffusion, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """The loss of a noise predictor, whose draws the image decides."""
+    """Loss of a noise predictor, with `t` and noise seeded by each image."""
     generators = [torch.Generator().manual_seed(zlib.crc32(image.numpy().tobytes())) for image in images]
     noise = torch.stack([torch.randn(image.shape, generator=g) for image, g in zip(images, generators, strict=True)])
     t = torch.cat([torch.randint(1000, (1,), generator=g) for g in generators])
@@ -31,7 +31,7 @@ def loss(system: GaussianDiffusion, images: Tensor, generator: torch.Generator |
 
 
 def die(system: DiffusionSystem, batch: Tensor, batch_idx: int) -> None:
-    """Ends the process that DIES names before its third step."""
+    """Kills the process of rank $DIES before its third step."""
     if system.global_rank == int(os.environ.get("DIES", -1)) and system.global_step == 2:
         os.kill(os.getpid(), signal.SIGKILL)
 

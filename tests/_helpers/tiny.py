@@ -1,4 +1,4 @@
-"""Trainings of a second or less, and how to run them in forked processes that have imported everything."""
+"""Trainings of a second or less, and helpers to run them in forked processes, which need no imports."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def fit(folder: Path, *options: str) -> Path:
 
 
 def resume(folder: Path, *options: str) -> None:
-    """Goes on with the newest run below a folder."""
+    """Resumes the newest run in a folder."""
     main(["fit", "--ckpt_path=last", f"--trainer.default_root_dir={folder}", *options])
 
 
@@ -77,12 +77,12 @@ def weights(run: Path) -> dict[str, Tensor]:
 
 
 def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    """Whether weights are the same bit for bit."""
+    """Whether weights are bit-equal."""
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
 def forked(work: Callable[[], Any], log: Path) -> multiprocessing.Process:
-    """Starts work in a copy of this process, as the command line would run it: an error is a line and exit code 1."""
+    """Runs `work` in a fork of this process; an error is written to `log` and gives exit code 1."""
 
     def child() -> None:
         with log.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from benchmark import __version__
-from benchmark.cli import COMMANDS, STAGES, main
+from benchmark.cli import COMMANDS, PASS_THROUGH, STAGES, main
 from benchmark.runs import find_checkpoint, new_run, newest_run
 from leaderboard.extractors.base import Extractor
 from leaderboard.protocols import PROTOCOLS
@@ -52,9 +52,16 @@ def records_of(run: Path) -> list[Path]:
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     main([])
     shown = capsys.readouterr().out
-    for name in [*STAGES, *COMMANDS]:
-        assert re.search(rf"^  {name} +\w", shown, re.MULTILINE), name
+    for name in [*STAGES, *PASS_THROUGH, *COMMANDS]:
+        assert len(re.findall(rf"^  {name:<19} \w", shown, re.MULTILINE)) == 1, name
+    assert all(len(line) <= 80 for line in shown.splitlines())
     assert "configs/quickstart.yaml" in shown
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys; from benchmark.cli import main; main(['--help']); print(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "lightning", "jsonargparse", "numpy", "yaml"} & set(done.stderr.split())
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -69,7 +76,7 @@ def test_unknown_command_lists_the_known(capsys: pytest.CaptureFixture[str]) -> 
     assert "choose one of: fit, validate" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*PASS_THROUGH, *COMMANDS])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
@@ -87,7 +94,7 @@ def test_mistyped_class_lists_the_known(option: str, known: str, capsys: pytest.
     assert known in message.split("error:")[-1]
 
 
-def test_fit_leaves_a_complete_run(runs: Path) -> None:
+def test_fit_writes_a_complete_run(runs: Path) -> None:
     (run,) = runs.glob("digits-*")
     assert re.fullmatch(r"digits-sddpm-\d{8}-\d{6}-[0-9a-f]{4}", run.name)
     assert (run / "config.yaml").is_file()
@@ -110,7 +117,7 @@ def test_tensorboard_shows_the_training(runs: Path) -> None:
     assert all(s.value > 0 for s in events.Scalars("train/images_per_second"))
 
 
-def test_test_takes_the_newest_run_and_writes_a_record(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_test_uses_the_newest_run_and_writes_a_record(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["test", "--draft", f"--trainer.default_root_dir={runs}"])
     run = newest_run(runs)
     record = read_record(records_of(run)[-1])
@@ -126,7 +133,7 @@ def test_test_takes_the_newest_run_and_writes_a_record(runs: Path, capsys: pytes
     assert "draft" in capsys.readouterr().out
 
 
-def test_what_is_typed_wins_over_the_checkpoint(runs: Path) -> None:
+def test_typed_options_win_over_the_checkpoint(runs: Path) -> None:
     run = newest_run(runs)
     checkpoint = find_checkpoint(run)
     given = [f"--config={run / 'config.yaml'}", f"--ckpt_path={checkpoint}"]
@@ -145,7 +152,7 @@ def test_a_record_has_the_seed_of_training_whatever_is_typed(runs: Path) -> None
     assert record.config["seed_everything"] == 42
 
 
-def test_a_record_has_no_seed_where_that_of_training_is_unknown(runs: Path, tmp_path: Path) -> None:
+def test_a_record_has_no_seed_if_the_seed_of_training_is_unknown(runs: Path, tmp_path: Path) -> None:
     run = newest_run(runs)
     elsewhere = tmp_path / "weights.ckpt"
     shutil.copy(find_checkpoint(run), elsewhere)
@@ -167,7 +174,7 @@ def test_a_training_without_seed_has_none_in_its_record(
     assert read_record(records_of(run)[-1]).seeds == seeds | {"sampling": 0}
 
 
-def test_the_same_test_gives_the_same_metrics(runs: Path) -> None:
+def test_metrics_do_not_depend_on_the_batch_size_of_sampling(runs: Path) -> None:
     values = []
     for chunk in (60, 17):
         main(["test", "--draft", f"--trainer.default_root_dir={runs}", f"--data.sample_batch_size={chunk}"])
@@ -182,14 +189,14 @@ def test_best_checkpoint_can_be_tested(runs: Path) -> None:
     assert checkpoint.name.startswith("best-")
 
 
-def test_predict_leaves_no_images_of_an_earlier_call(runs: Path) -> None:
+def test_predict_removes_the_images_of_an_earlier_call(runs: Path) -> None:
     for count in (10, 4):
         main(["predict", f"--trainer.default_root_dir={runs}", f"--data.num_samples={count}"])
     assert len(list((newest_run(runs) / "samples").glob("0*.png"))) == 4
 
 
 @pytest.mark.parametrize("stage", ["test", "validate", "fit"])
-def test_the_last_checkpoint_is_that_of_the_newest_run_also_beside_a_configuration(
+def test_last_is_the_checkpoint_of_the_newest_run_also_with_a_config(
     stage: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = [*TINY, "--trainer.max_steps=6", "--ckpt_path", "last"]
@@ -199,7 +206,7 @@ def test_the_last_checkpoint_is_that_of_the_newest_run_also_beside_a_configurati
         main([stage, *options, f"--trainer.default_root_dir={tmp_path}"])
 
 
-def test_a_refused_fit_leaves_the_configuration_of_the_run(runs: Path) -> None:
+def test_a_refused_fit_does_not_change_the_config_of_the_run(runs: Path) -> None:
     config = newest_run(runs) / "config.yaml"
     before = config.read_text()
     for options in (["--model.base_channels=16"], ["--config=configs/regress/fsddim.yaml"]):
@@ -290,7 +297,9 @@ def test_leaderboard_renders_the_records(runs: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [5, 6])
 @pytest.mark.parametrize("limit", [[], ["--trainer.limit_train_batches=4"], ["--trainer.accumulate_grad_batches=2"]])
-def test_resume_goes_on_where_training_stopped(stop: int, limit: list[str], tmp_path: Path, uncompiled: None) -> None:
+def test_a_resumed_training_equals_an_uninterrupted_one(
+    stop: int, limit: list[str], tmp_path: Path, uncompiled: None
+) -> None:
     straight, parts = tmp_path / "straight", tmp_path / "parts"
     calm = ["--monitor.every_n_epochs=0", "--trainer.check_val_every_n_epoch=3", *limit]
     main(["fit", *TINY, f"--trainer.default_root_dir={straight}", "--trainer.max_steps=11", *calm])
@@ -307,7 +316,7 @@ def test_resume_goes_on_where_training_stopped(stop: int, limit: list[str], tmp_
         assert torch.equal(resumed["state_dict"][name], weights), name
 
 
-def test_averaged_weights_are_what_is_tested(runs: Path, tmp_path: Path) -> None:
+def test_averaged_weights_are_tested(runs: Path, tmp_path: Path) -> None:
     averaging = ["--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=0.5"]
     main(["fit", *TINY, f"--trainer.default_root_dir={tmp_path}", "--trainer.max_steps=6", *averaging])
     averaged, plain = (torch.load(find_checkpoint(newest_run(f)), weights_only=True) for f in (tmp_path, runs))
@@ -319,7 +328,7 @@ def test_averaged_weights_are_what_is_tested(runs: Path, tmp_path: Path) -> None
     assert records_of(newest_run(tmp_path))
 
 
-def test_what_departs_from_the_protocol_is_refused_at_once_without_draft(runs: Path) -> None:
+def test_a_deviation_from_the_protocol_is_refused_at_once_without_draft(runs: Path) -> None:
     full = ["test", f"--trainer.default_root_dir={runs}", "--data.num_samples=null"]
     before = records_of(newest_run(runs))
     for option, message in (
@@ -335,7 +344,7 @@ def test_what_departs_from_the_protocol_is_refused_at_once_without_draft(runs: P
     assert records_of(newest_run(runs)) == before
 
 
-def test_number_of_images_is_the_protocols_where_none_is_given(runs: Path) -> None:
+def test_the_default_number_of_images_is_the_protocols(runs: Path) -> None:
     full = ["test", f"--trainer.default_root_dir={runs}", "--data.num_samples=null", "--model.num_inference_steps=1"]
     main([*full, "--data.sample_batch_size=1000"])
     record = read_record(records_of(newest_run(runs))[-1])
@@ -343,7 +352,7 @@ def test_number_of_images_is_the_protocols_where_none_is_given(runs: Path) -> No
     assert {value.num_samples for value in record.metrics.values()} == {2000}
 
 
-def test_second_test_does_not_look_at_real_images_again(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_test_does_not_read_real_images_again(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     forward = Extractor.forward
 
@@ -361,7 +370,7 @@ def test_second_test_does_not_look_at_real_images_again(runs: Path, monkeypatch:
     assert values[0] == values[1]
 
 
-def test_draft_is_of_test_alone() -> None:
+def test_draft_is_an_option_of_test_only() -> None:
     with pytest.raises(ValueError, match="--draft is an option of `test`"):
         main(["fit", "--config=configs/quickstart.yaml", "--draft"])
 

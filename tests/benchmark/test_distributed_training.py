@@ -133,7 +133,7 @@ def test_a_process_that_dies_ends_the_training(dies: int, tmp_path: Path, monkey
     monkeypatch.setenv("DIES", str(dies))
     codes = two_of(train, tmp_path)
     assert (codes[dies], codes[1 - dies]) == (-signal.SIGKILL, 1)
-    assert f"process {1 - dies} of 2 lost another one" in (tmp_path / f"log{1 - dies}").read_text()
+    assert f"process {1 - dies} of 2 lost the connection to another one" in (tmp_path / f"log{1 - dies}").read_text()
     assert torch.load(find_checkpoint(newest_run(tmp_path)), weights_only=True)["global_step"] == 2
 
 
@@ -162,7 +162,7 @@ def test_a_signal_to_one_process_stops_both(tmp_path: Path, monkeypatch: pytest.
 
 def test_synchronised_batch_norm_needs_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning.pytorch.Trainer.world_size", 2)
-    with pytest.raises(ValueError, match=r"--trainer.sync_batchnorm true needs GPUs: torch synchronises no BatchNorm"):
+    with pytest.raises(ValueError, match=r"--trainer.sync_batchnorm true needs GPUs, since torch does not synchronise"):
         fit(tmp_path, *OPTIONS, "--trainer.sync_batchnorm=true", "--trainer.callbacks=null")
 
 

@@ -1,7 +1,6 @@
-"""Files and options that are damaged, foreign or hostile end in one line that says what is wrong, and do nothing else.
+"""Damaged, foreign or hostile files and options end in an error of one line, without any other effect.
 
-The table is what was tried. Each case runs the whole command line; sources of images have a table of their own in
-tests/datamodules/test_faulty_sources.py.
+Each case runs the whole command line. Sources of images are tested in tests/datamodules/test_faulty_sources.py.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import torch
 import yaml
 from tiny import SDDPM, fit
 
-from benchmark.callbacks.checkpointing import WholeCheckpointIO
+from benchmark.callbacks.checkpointing import AtomicCheckpointIO
 from systems.checkpoints import CheckpointMismatchError
 
 QUICKSTART = Path("configs/quickstart.yaml").read_text()
@@ -68,7 +67,7 @@ def truncated(good: Path) -> bytes:
 
 def flipped(good: Path) -> bytes:
     content = bytearray(good.read_bytes())
-    content[-22] ^= 0xFF  # where the directory of the archive is told
+    content[-22] ^= 0xFF  # the offset of the archive's directory
     return bytes(content)
 
 
@@ -132,7 +131,7 @@ def test_checkpoints(case: str, run: Path, tmp_path: Path, error: Callable[..., 
         assert match in said
     else:
         with pytest.raises((ValueError, CheckpointMismatchError), match=re.escape(match)):
-            WholeCheckpointIO().load_checkpoint(path)
+            AtomicCheckpointIO().load_checkpoint(path)
     assert [file.name for file in tmp_path.iterdir()] == ["bad.ckpt"]
 
 
@@ -166,14 +165,14 @@ CONFIGS: dict[str, tuple[str | bytes, int, str]] = {
     "broken syntax": (
         QUICKSTART.replace("trainer:", "trainer: ["),
         1,
-        "config.yaml is no YAML: while parsing a flow sequence",
+        "config.yaml is not YAML: while parsing a flow sequence",
     ),
     "tabs": (
         "trainer:\n\tmax_steps: 1\n",
         1,
-        "config.yaml is no YAML: while scanning for the next token",
+        "config.yaml is not YAML: while scanning for the next token",
     ),
-    "bytes": (bytes(range(256)), 1, "is no text in UTF-8"),
+    "bytes": (bytes(range(256)), 1, "is not a text file in UTF-8"),
     "empty": ("", 2, "Unexpected config"),
     "list": ("- 1\n", 2, "Unexpected config"),
     "tag with code": ("model: !!python/object/apply:os.system ['touch executed']\n", 2, "could not determine a constr"),
@@ -203,7 +202,7 @@ def test_aliases_that_unfold_to_billions(tmp_path: Path, error: Callable[..., st
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 8)]
     (tmp_path / "config.yaml").write_text("\n".join(lines))
-    assert "has 63 aliases; write out what they stand for" in error("fit", f"--config={tmp_path / 'config.yaml'}")
+    assert "has 63 aliases; write the values in their place" in error("fit", f"--config={tmp_path / 'config.yaml'}")
 
 
 @pytest.mark.parametrize(

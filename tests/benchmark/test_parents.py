@@ -1,4 +1,4 @@
-"""No worker goes on when the command that started it is gone, however it ended."""
+"""No worker outlives the command that started it, however that ended."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from tiny import SDDPM
 
-from benchmark.process import end_with
+from benchmark.process import terminate_with_parent
 from benchmark.runs import newest_run
 from systems.checkpoints import load_checkpoint
 
@@ -49,12 +49,12 @@ def begin(*command: str) -> subprocess.Popen[bytes]:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a job in the background has none
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # background jobs ignore SIGINT
     )
 
 
 def end(command: subprocess.Popen[bytes], number: signal.Signals, seconds: float) -> None:
-    """Ends a command by a signal, and sees its workers go."""
+    """Ends a command by a signal, and checks that its workers end."""
     workers = children(command.pid)
     assert workers
     try:
@@ -93,7 +93,7 @@ def test_no_training_outlives_the_matrix(number: signal.Signals, tmp_path: Path)
 @pytest.mark.filterwarnings("ignore:.*fork.*")
 def test_a_process_whose_parent_is_gone_already_ends_at_once() -> None:
     def orphan() -> None:
-        end_with(-1)
+        terminate_with_parent(-1)
         time.sleep(60)
 
     process = multiprocessing.get_context("fork").Process(target=orphan)

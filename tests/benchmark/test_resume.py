@@ -1,4 +1,4 @@
-"""Evaluations that are killed, in processes of their own, and go on."""
+"""Evaluations that are killed, each in its own process, resume."""
 
 from __future__ import annotations
 

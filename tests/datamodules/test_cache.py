@@ -1,4 +1,4 @@
-"""The cache is whole or not there, and is built again when it is damaged or the source has changed."""
+"""The cache is complete or absent, and is rebuilt when it is damaged or the source has changed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pytest
 import torch
 from dataset_layouts import random_splits, write_idx
 
-from datamodules import MNIST, DatasetError, ImageDataModule, cache
+from datamodules import MNIST, DatasetError, ImageDataModule
+from datamodules.cache import LOCK
 from datamodules.sources import Record
 
 SPLITS = random_splits()
@@ -25,7 +26,7 @@ def make(tmp_path: Path) -> Callable[[], MNIST]:
 
 
 def entry(tmp_path: Path) -> Path:
-    (path,) = (tmp_path / "cache").iterdir()
+    (path,) = (path for path in (tmp_path / "cache").iterdir() if path.name != LOCK)
     return path
 
 
@@ -74,7 +75,7 @@ def test_a_damaged_entry_is_built_again(
     again = make()
     assert is_right(again)
     assert again.fingerprint == fingerprint
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == [entry(tmp_path).name]
+    assert entry(tmp_path)  # nothing else is left
 
 
 def test_an_interrupted_build_leaves_nothing(
@@ -151,7 +152,7 @@ def test_several_processes_at_once_all_succeed(make: Callable[[], MNIST], tmp_pa
     assert len({fingerprints.get(timeout=60) for _ in processes}) == 1
     for process in processes:
         process.join()
-    assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert entry(tmp_path)
     assert is_right(make())
 
 
@@ -166,9 +167,12 @@ def test_a_cache_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_an_entry_that_cannot_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = str(write_idx(tmp_path / "source", SPLITS))
-    monkeypatch.setattr(cache, "open_entry", lambda path: None)
-    monkeypatch.setattr("datamodules.base.open_entry", lambda path: None)
-    with pytest.raises(DatasetError, match=r"cannot be replaced; delete it, or give another --data.cache_dir"):
+
+    def refuse(self: Path, target: Path) -> Path:
+        raise PermissionError(f"no right to move {self} to {target}")
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(DatasetError, match=r"cannot be replaced .*; delete it, or give another --data.cache_dir"):
         MNIST(root, cache_dir=str(tmp_path / "cache")).prepare_data()
 
 
@@ -177,6 +181,9 @@ def test_the_cache_folder_can_be_set_by_the_environment(tmp_path: Path, monkeypa
     assert MNIST().cache_dir == tmp_path
     assert MNIST(cache_dir="~/here").cache_dir == Path.home() / "here"
     monkeypatch.delenv("SPIKING_DIFFUSION_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert MNIST().cache_dir == tmp_path / "xdg" / "spiking-diffusion-benchmark"
+    monkeypatch.delenv("XDG_CACHE_HOME")
     assert MNIST().cache_dir == Path.home() / ".cache" / "spiking-diffusion-benchmark"
 
 

@@ -1,4 +1,4 @@
-"""CelebA as first published: its partition, its crop, and what can be wrong with them."""
+"""CelebA in its original layout: partition, crop, and errors in them."""
 
 from __future__ import annotations
 

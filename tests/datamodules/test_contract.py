@@ -1,4 +1,4 @@
-"""What every datamodule promises, whatever its dataset."""
+"""The contract of all datamodules."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 
 class Recorder(LightningModule):
-    """Writes what each process is given to files."""
+    """Writes the batches of each process to files."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ def test_two_processes_share_images_and_seeds(tmp_path: Path) -> None:
 
 
 def main(folder: Path) -> None:
-    """What both processes of the test above run."""
+    """Runs in both processes of the test above."""
     data = MNIST(
         str(folder / "source"), batch_size=4, cache_dir=str(folder / "cache"), num_samples=11, sample_batch_size=3
     )

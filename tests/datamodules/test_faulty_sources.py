@@ -1,4 +1,4 @@
-"""Sources that are found but not what they should be end in one error that names the file."""
+"""A malformed source raises one error that names the file."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_more_images_than_labels(tmp_path: Path) -> None:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that announces its size and holds next to nothing."""
+    """A PNG whose header announces a size, with almost no data."""
     chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     rest = b"IDAT" + zlib.compress(b"")
     parts = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in (chunk, rest)]
@@ -159,7 +159,9 @@ def png_header(width: int, height: int) -> bytes:
 
 
 @pytest.mark.filterwarnings("ignore:.*decompression bomb.*")
-@pytest.mark.parametrize("size", [9_000, 11_000, 60_000])  # below and above what Pillow warns of, and refuses
+@pytest.mark.parametrize(
+    "size", [9_000, 11_000, 60_000]
+)  # below and above the limits at which Pillow warns and refuses
 @pytest.mark.parametrize(
     ("make", "splits", "names"), [(MNIST, GREY, "0123456789"), (Letters, letter_splits(), ascii_uppercase)]
 )
@@ -174,7 +176,7 @@ def test_an_enormous_image_is_not_unpacked(
 
 def test_an_idx_file_that_unpacks_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_idx(tmp_path, GREY, zipped=True)
-    monkeypatch.setattr("datamodules.idx.MOST_BYTES", 30_000)
+    monkeypatch.setattr("datamodules.idx.MAX_BYTES", 30_000)
     fail(mnist(tmp_path), match=r"-ubyte.gz holds more than 30,000 bytes, as no dataset of this family does")
 
 

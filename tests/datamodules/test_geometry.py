@@ -74,7 +74,7 @@ def test_generated_images_of_another_shape_are_refused(root: str, cache: str) ->
 
 
 def test_generated_images_that_are_not_numbers_are_refused(root: str, cache: str) -> None:
-    with pytest.raises(ValueError, match="generated images hold NaN: the model has diverged"):
+    with pytest.raises(ValueError, match="generated images contain NaN: the model has diverged"):
         MNIST(root, cache_dir=cache).to_uint8(torch.full((1, 1, 28, 28), torch.nan))
 
 
@@ -143,7 +143,10 @@ def test_digits_are_scikit_learns(cache: str) -> None:
         ({"num_workers": -1}, r"num_workers=-1 is too small"),
         ({"sample_seed": -1}, r"sample_seed=-1 is too small"),
         ({"fit": "crop"}, r"fit='crop' is unknown; choose 'pad' or 'resize'"),
-        ({"root": "a", "revision": "b"}, r"revision='b' is of the hub, but root='a' is a folder; give one of the two"),
+        (
+            {"root": "a", "revision": "b"},
+            r"revision='b' belongs to the hub, but root='a' is a folder; give one of the two",
+        ),
     ],
 )
 def test_impossible_arguments(options: dict[str, object], message: str) -> None:
@@ -163,7 +166,7 @@ def test_impossible_arguments_of_single_datasets() -> None:
 
 
 def test_too_many_images_held_out(root: str, cache: str) -> None:
-    with pytest.raises(ValueError, match=r"val_size=40 leaves nothing of the 40 training images; give less"):
+    with pytest.raises(ValueError, match=r"val_size=40 leaves none of the 40 training images; give less"):
         MNIST(root, val_size=40, cache_dir=cache).setup("fit")
 
 

@@ -1,4 +1,4 @@
-"""Where images are read from: every layout gives the same data, and no source one clear error."""
+"""Every layout gives the same data, and a missing source one clear error."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LETTERS = letter_splits()
 
 
 def hub_copy(splits: Splits, column: str = "image") -> datasets.DatasetDict:
-    """What `load_dataset` would return for these images."""
+    """Returns the result of `load_dataset` for these images."""
 
     def split(images: np.ndarray, labels: list[int]) -> datasets.Dataset:
         rows = {column: [{"bytes": encode(image), "path": None} for image in images], "label": labels}
@@ -43,7 +43,7 @@ def hub_copy(splits: Splits, column: str = "image") -> datasets.DatasetDict:
 
 @pytest.fixture
 def fake_hub(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[object, ...]]]:
-    """Lets the hub answer with the given splits; returns the list of what it is asked."""
+    """Makes the hub return the given splits; returns the list of its calls."""
 
     real = datasets.load_dataset
 

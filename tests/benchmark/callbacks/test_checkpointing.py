@@ -1,4 +1,4 @@
-"""Trainings that are killed, stopped or run out of room lose nothing that was finished, and go on as if not stopped."""
+"""Trainings that are killed, stopped or run out of disk space keep their checkpoints and resume exactly."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_a_signal_saves_and_leaves(
     assert process.exitcode == 128 + number
     last = newest_run(tmp_path) / "checkpoints" / "last.ckpt"
     said = (tmp_path / "log").read_text()
-    assert f"stopped by {number.name} after step {step + 1}; go on with `python -m benchmark fit --ckpt_path" in said
+    assert f"stopped by {number.name} after step {step + 1}; resume with `python -m benchmark fit --ckpt_path" in said
     assert "Traceback" not in said
     assert load_checkpoint(last)["global_step"] == step + 1
     resume(tmp_path)

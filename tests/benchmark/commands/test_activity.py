@@ -161,7 +161,7 @@ def test_what_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"--ckpt_path .*none\.ckpt is not a file"):
         main(["activity", f"--ckpt_path={tmp_path / 'none.ckpt'}"])
     (tmp_path / "other.ckpt").touch()
-    with pytest.raises(ValueError, match="lies in no run folder"):
+    with pytest.raises(ValueError, match="is not in a run folder"):
         main(["activity", f"--ckpt_path={tmp_path / 'other.ckpt'}"])
     with pytest.raises(ValueError, match="num_images=0; give 1 or more"):
         main(["activity", "--num_images=0"])
@@ -169,5 +169,5 @@ def test_what_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
 
 def test_networks_without_spikes_are_refused() -> None:
     system = DDPM(in_channels=1, base_channels=32, channel_mult=(1, 2), num_res_blocks=1, num_inference_steps=2)
-    with pytest.raises(ValueError, match="has no spiking layer; activity is for spiking networks"):
+    with pytest.raises(ValueError, match="has no spiking layer, but `activity` plots spikes"):
         measure_spikes(system, torch.arange(2), (1, 8, 8))

@@ -126,7 +126,7 @@ def test_errors_name_the_way_out(runs: Path, tmp_path: Path) -> None:
     size = dict(in_channels=1, base_channels=32, channel_mult=(1,), num_res_blocks=1)
     alone = checkpoint_of(DDPM(**size), tmp_path / "alone.ckpt")
     config = next(path for path in runs.iterdir() if "ddpm" in path.name) / "config.yaml"
-    with pytest.raises(ValueError, match=r"lies in no run folder; name its configuration too: `--ddpm_config CONFIG`"):
+    with pytest.raises(ValueError, match=r"is not in a run folder; name its config too: `--ddpm_config CONFIG`"):
         main(["convert", alone])
     with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml is not a file"):
         main(["convert", alone, "--ddpm_config=nowhere.yaml"])

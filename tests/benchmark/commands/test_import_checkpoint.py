@@ -77,7 +77,7 @@ def test_reference_network_survives_the_import(
         prediction = system.network(recorded["input.x"], recorded["input.t"])
     torch.testing.assert_close(prediction, recorded["output.eval"], rtol=0, atol=1e-5)
     other = {"sddpm": "sdm", "sdm": "sddpm"}[method]
-    with pytest.raises(ValueError, match=f"is no {other} network: 'conv"):
+    with pytest.raises(ValueError, match=f"is not a {other} network: 'conv"):
         main(["import", f"--method={other}", source, str(tmp_path / "other.ckpt")])
 
 
@@ -156,7 +156,9 @@ def test_imported_pair_is_tested(
     with pytest.raises(FileNotFoundError, match=r"diff_result/diff_model\.pth is not a file"):
         main(["import", *given, str(output)])
     main(["import", *given, str(output), f"--denoiser={tmp_path / 'moved.pth'}"])
-    with pytest.raises(ValueError, match=r"model\.pth is no spiking_diffusion network: 'conv1\.0\.weight' not found"):
+    with pytest.raises(
+        ValueError, match=r"model\.pth is not a spiking_diffusion network: 'conv1\.0\.weight' not found"
+    ):
         main(["import", *given, str(output), f"--denoiser={given[1]}"])
     with pytest.raises(ValueError, match="imported from one file"):
         main(["import", "--method=sddpm", given[1], str(output), f"--denoiser={given[1]}"])
@@ -188,9 +190,9 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     output = str(tmp_path / "out.ckpt")
     with pytest.raises(FileNotFoundError, match="is not a file"):
         main(["import", str(tmp_path / "nothing.pt"), output])
-    with pytest.raises(ValueError, match="is no sddpm network"):
+    with pytest.raises(ValueError, match="is not a sddpm network"):
         main(["import", save({"weight": torch.zeros(2)}, tmp_path / "other.pt"), output])
-    with pytest.raises(ValueError, match="holds no state dict"):
+    with pytest.raises(ValueError, match="contains no state dict"):
         main(["import", save([1, 2], tmp_path / "list.pt"), output])
     whole = (tmp_path / "other.pt").read_bytes()
     (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])

@@ -1,4 +1,4 @@
-"""A matrix of runs skips what is done, goes on with what was killed, and does not stop where one fails."""
+"""A matrix skips finished runs, resumes killed ones, and continues after one fails."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_one_failure_does_not_stop_the_rest_and_nothing_is_done_twice(
     assert find_records([configs.parent / "out"]) == records
     in_process.clear()
     assert run(configs, "--print", methods=("bad", "good")) == 0
-    (line,) = capsys.readouterr().out.splitlines()  # what is left
+    (line,) = capsys.readouterr().out.splitlines()  # the pending run
     assert shlex.split(line)[:8] == ["python", "-m", "benchmark", "matrix", "--methods", "bad", "--datasets", "digits"]
 
 

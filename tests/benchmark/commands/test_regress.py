@@ -71,12 +71,12 @@ def test_worse_fails_and_better_does_not(
 
 
 def test_a_layer_that_is_counted_otherwise_fails(baseline: Baseline, make_record: MakeRecord) -> None:
-    """Such as one whose input is taken for real values: its distance is what it was."""
+    """A layer counted with real-valued inputs, for example: the distance does not change."""
     record = make_record(10.0)
     changed = replace(record, cost=replace(record.cost, macs=record.cost.macs + 3))
     table, bad = compare({"sdm": [Outcome("sdm", 0, changed)]}, {"sdm": baseline})
     assert bad
-    assert re.search(r"other cost of the same network: MACs: [\d,]+, in the baseline [\d,]+ ", shown(table))
+    assert re.search(r"the same network has another cost: MACs: [\d,]+, in the baseline [\d,]+ ", shown(table))
 
 
 def test_what_failed_or_differs_fails_beside_what_is_fine(baseline: Baseline, make_record: MakeRecord) -> None:
@@ -140,7 +140,7 @@ def test_new_baselines_are_written_unless_a_seed_failed(make_record: MakeRecord,
 def test_a_command_that_cannot_work_ends_before_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(FileNotFoundError, match=r"sdm has 0 records, .* regress --update --methods sdm"):
         main(["regress", "--methods", "sdm", f"--baselines={tmp_path}"])
-    with pytest.raises(ValueError, match="--update --seeds 0 1: a spread takes 3 seeds or more"):
+    with pytest.raises(ValueError, match="--update --seeds 0 1: a standard deviation needs 3 seeds or more"):
         main(["regress", "--update", "--seeds", "0", "1"])
     with pytest.raises(SystemExit):
         main(["regress", "--methods", "gan"])

@@ -58,7 +58,7 @@ def test_analytic_sampler_asks_for_its_statistic(runs: Path) -> None:
     with pytest.raises(ValueError, match="python -m benchmark estimate-gamma"):
         main(["test", "--draft", f"--ckpt_path={plain}", "--model.scheduler=AnalyticDPMScheduler", *FEW])
     before = len(records(runs))
-    with pytest.raises(ValueError, match="holds no statistic for Analytic-DPM"):
+    with pytest.raises(ValueError, match="contains no Gamma for Analytic-DPM"):
         main(["sweep-solvers", "--draft", f"--ckpt_path={plain}", *FEW])
     assert len(records(runs)) == before
     plain.unlink()

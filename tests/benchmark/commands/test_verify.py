@@ -18,7 +18,7 @@ from leaderboard.record.repetition import agree
 
 @pytest.fixture(scope="module")
 def tested(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with one record, of a solver whose options hold an infinity."""
+    """A run with one record, of a solver with an infinite option."""
     runs = shutil.copytree(trained, tmp_path_factory.mktemp("tested") / "runs")
     main(["test", "--draft", f"--trainer.default_root_dir={runs}", *SOLVERS["dpm-solver++"].options])
     return newest_run(runs)
@@ -32,7 +32,7 @@ def record(tested: Path) -> Path:
 
 @pytest.fixture
 def repeated(record: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Stands for the repetition: keeps what it is asked for and finds what the record says."""
+    """Replaces the repetition: records its arguments and returns the original record."""
     asked: list[dict[str, Any]] = []
 
     def repeat(settings: dict[str, Any], checkpoint: Path, folder: Path) -> Record:
@@ -126,7 +126,7 @@ def test_another_checkpoint_fails_at_once(
     with pytest.raises(SystemExit) as stop:
         verify(str(record), str(tampered))
     assert stop.value.code == 1
-    assert "is another checkpoint than that of" in " ".join(capsys.readouterr().out.split())
+    assert "is not the checkpoint of" in " ".join(capsys.readouterr().out.split())
     assert repeated == []
 
 
@@ -154,7 +154,7 @@ def test_missing_checkpoint_is_named_by_its_hash(
     hashed = {"name": "last.ckpt", "sha256": "c" * 64}
     for fields, message in (
         ({"checkpoint": hashed}, f"SHA-256 {'c' * 64} is neither in its run folder nor under runs/; give it: --checkp"),
-        ({"checkpoint": None}, "was measured right after training and names no checkpoint; give it: --checkpoint PATH"),
+        ({"checkpoint": None}, "names no checkpoint, as it was measured right after training; give it"),
     ):
         with pytest.raises(SystemExit) as stop:
             verify(str(edited(record, tmp_path, **fields)))
@@ -178,7 +178,7 @@ def test_a_file_that_the_record_does_not_place_is_asked_for(
         with pytest.raises(SystemExit) as stop:
             verify(str(path), **given)
         assert stop.value.code == 2
-        assert f"it does not say where .../{name} lies; give it: --{option} PATH" in capsys.readouterr().err
+        assert f"it does not contain the path of .../{name}; give it: --{option} PATH" in capsys.readouterr().err
         given[option] = f"here/{name}"
     verify(str(path), **given)
     (settings,) = repeated
@@ -204,7 +204,7 @@ def test_only_what_a_result_depends_on_is_repeated(record: Path, repeated: list[
     [
         (b"{}", [], "field checkpoint: the field is missing"),
         (None, ["--checkpoint=nowhere.ckpt"], "--checkpoint nowhere.ckpt is not a file"),
-        (None, ["--root=elsewhere"], "does not take its configuration"),
+        (None, ["--root=elsewhere"], "does not accept its config"),
     ],
 )
 def test_what_cannot_be_verified_is_no_failure(

@@ -1,7 +1,7 @@
 """Makes the run beside this file, and the record in tests/leaderboard, with the present version of the suite.
 
-Run it where the format of checkpoints, configurations or records changes on purpose, and only then: what it makes is
-what users of the version before hold in their hands. `python tests/benchmark/upgrade/make.py`
+Run it only when the format of checkpoints, configs or records is changed on purpose: the files stand for those of users
+of the previous version. `python tests/benchmark/upgrade/make.py`
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ OPTIONS = [
 
 
 def numbers(run: Path) -> dict[str, float]:
-    """Loss of eight images and the sum of two samples of a run's last checkpoint."""
+    """Loss of eight images and sum of two samples, from the last checkpoint of a run."""
     from benchmark.runs import load_run
 
     system, _ = load_run(run / "checkpoints" / "last.ckpt")
@@ -45,13 +45,13 @@ def numbers(run: Path) -> dict[str, float]:
 
 
 def make() -> None:
-    """Trains, tests, and keeps what is left."""
+    """Trains, tests, and copies config, checkpoint and record."""
     from benchmark.cli import main
     from benchmark.runs import newest_run
 
     quickstart = HERE.parents[2] / "configs" / "quickstart.yaml"
     with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)  # so that no path of this machine is kept
+        os.chdir(folder)  # so that the files contain no path of this machine
         shutil.copy(quickstart, "quickstart.yaml")
         main(["fit", "--config=quickstart.yaml", *OPTIONS])
         main(["test", "--draft"])
