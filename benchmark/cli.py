@@ -97,7 +97,7 @@ def print_help() -> None:
     lines = STAGES | {name: line for name, (_, line) in (PASS_THROUGH | COMMANDS).items()}
     print(HELP)
     for group, names in GROUPS.items():
-        print(f"{group}:", *(f"  {name:<19} {lines[name]}" for name in names), sep="\n")
+        print(f"{group}:", *(f"  {name:<20} {lines[name]}" for name in names), sep="\n")
 
 
 def complete_flags(command: Callable[..., Any], args: Sequence[str]) -> list[str]:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from systems.spiking_diffusion import SpikingDiffusion, read_official
 
+ROUNDING = 1e-5
+"""Norm below which a recorded gradient is the rounding error of an exact zero: of a bias before a norm."""
 FILES = ("vqsvae_small.safetensors", "sdid_small.safetensors")
 
 
@@ -31,6 +33,9 @@ def check_gradients(ours: dict[str, Tensor | None], theirs: dict[str, Tensor], f
     for name, gradient in theirs.items():
         found = ours[name]
         assert found is not None, name
+        if gradient.norm() < ROUNDING:
+            assert found.norm() < 10 * ROUNDING, name  # depends on the processor
+            continue
         assert (found - gradient).norm() < 1e-4 * gradient.norm().clamp(min=floor), name
 
 

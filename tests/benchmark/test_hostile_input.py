@@ -22,6 +22,8 @@ from tiny import SDDPM, fit
 from benchmark.callbacks.checkpointing import AtomicCheckpointIO
 from systems.checkpoints import CheckpointMismatchError
 
+pytestmark = pytest.mark.slow
+
 QUICKSTART = Path("configs/quickstart.yaml").read_text()
 
 

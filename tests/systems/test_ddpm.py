@@ -65,6 +65,7 @@ def test_default_sampler_does_not_clamp() -> None:
     assert (small().num_steps, small().solver, small().nfe) == (1, "DDPM", 3)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_moves_a_clip_value() -> None:
     system = small(dropout=0.0)
     with torch.no_grad():

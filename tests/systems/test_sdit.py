@@ -49,6 +49,7 @@ def test_neuron_options_reach_every_neuron_and_the_module() -> None:
     assert sdit.network.reconstruction.beta == 0.9
 
 
+@pytest.mark.slow
 def test_a_few_steps_lower_the_loss() -> None:
     sdit = system()
     optimizer = torch.optim.AdamW(sdit.parameters(), 3e-3)

@@ -15,7 +15,7 @@ from leaderboard.extractors.inception import ResizedInception, TorchvisionIncept
 from leaderboard.protocols import OFFLINE_V1, PROTOCOLS, STANDARD_V1
 
 Weights = dict[str, Path]
-pytestmark = pytest.mark.filterwarnings("ignore:.*is not the published Inception file.*")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*is not the published Inception file.*")]
 
 
 def images(*shape: int, seed: int = 0) -> Tensor:

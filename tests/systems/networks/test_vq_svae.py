@@ -65,7 +65,7 @@ def test_reproduces_losses_gradients_and_statistics(network: VQSVAE, recorded: d
     theirs = {_rename(k.removeprefix(prefix)): v for k, v in recorded.items() if k.startswith(prefix)}
     assert theirs.keys() == dict(network.named_parameters()).keys()
     ours = {name: parameter.grad for name, parameter in network.named_parameters()}
-    check_gradients(ours, theirs, floor=1e-2)  # gradients of biases before a norm are only rounding errors
+    check_gradients(ours, theirs, floor=1e-2)
     check_gradients({"x": images.grad}, {"x": recorded["train.grad.input"].sum(0)}, floor=1e-3)
     prefix = "after_train."
     check_statistics(network, {_rename(k.removeprefix(prefix)): v for k, v in recorded.items() if k.startswith(prefix)})

@@ -13,6 +13,8 @@ from systems.ops.quantise import Quantise
 from systems.ops.scale_steps import ScaleSteps
 from systems.ops.token_shift import TokenShift
 
+pytestmark = pytest.mark.slow  # compiles
+
 
 def test_works_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_compiler(*args: object) -> Tensor:
