@@ -13,7 +13,7 @@ from typing import Any
 import jsonargparse
 import pytest
 
-from benchmark.cli import COMMANDS, STAGES, PASS_THROUGH, main
+from benchmark.cli import COMMANDS, PASS_THROUGH, STAGES, main
 from benchmark.stages import BenchmarkCLI, run_stage
 
 FOLDERS = (".github", "benchmark", "configs", "datamodules", "leaderboard", "systems", "tests")
