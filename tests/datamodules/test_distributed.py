@@ -47,7 +47,8 @@ def test_two_processes_share_images_and_seeds(tmp_path: Path) -> None:
         for split, count in {"train": 40, "test": 2}.items()
     }
     write_idx(tmp_path / "source", counting)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    tests = Path(__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests / "_helpers")])}
     subprocess.run([sys.executable, __file__, str(tmp_path)], env=environment, check=True, timeout=200)
     seen = {name: numbers(tmp_path / name) for name in ("train-0", "train-1", "test-0", "test-1")}
     assert len(seen["train-0"]) == len(seen["train-1"]) == 20
