@@ -90,6 +90,7 @@ class SpikingDiffusion(DiffusionSystem):
     """
 
     method = "spiking-diffusion"
+    network: nn.ModuleDict
     trains_in_parts = True
 
     def __init__(

@@ -46,7 +46,7 @@ class TrainingGraphs(Callback):
                 f"{', '.join(found)}; leave it out"
             )
         system = cast(DiffusionSystem, pl_module)
-        system.replay = TrainingReplay(cast(nn.Module, system.network))
+        system.replay = TrainingReplay(system.network)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Frees the graphs."""

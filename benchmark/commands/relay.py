@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import load_torch_model, save_torch_state_dict
 from lightning import seed_everything
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, Timer
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmark.stages import Rehearsal, run_stage
 from leaderboard.files import canonical_sha256, write_atomic
@@ -91,7 +91,7 @@ def take(system: DiffusionSystem, folder: Path) -> list[dict[str, Any]]:
     missing = [name for name in content["files"] if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}; bring all files of the earlier leg")
-    load_torch_model(cast(nn.Module, system.network), (folder / content["files"][0]).parent, strict=True)
+    load_torch_model(system.network, (folder / content["files"][0]).parent, strict=True)
     return list(content["legs"])
 
 
@@ -103,7 +103,7 @@ def leave(system: DiffusionSystem, folder: Path, legs: list[dict[str, Any]], pie
     place = folder / f"leg-{len(legs)}"
     shutil.rmtree(place, ignore_errors=True)  # of a leg that was killed
     place.mkdir(parents=True)
-    state = {name: _halve(tensor) for name, tensor in cast(nn.Module, system.network).state_dict().items()}
+    state = {name: _halve(tensor) for name, tensor in system.network.state_dict().items()}
     save_torch_state_dict(state, place, max_shard_size=f"{piece_mb}MB")
     files = [str(path.relative_to(folder)) for path in sorted(place.iterdir())]
     content = _identity(system) | {"legs": legs, "files": files}

@@ -82,8 +82,8 @@ def reference(
     if size != kind.native_size:
         options |= {"image_size": size, "fit": "resize"}
     module = make_data(data, {k: value for k, value in options.items() if value is not None or k in data_options})
-    if departures := chosen.departures(module.name, kind.native_size, module.compared_size, chosen.num_samples, 0):
-        raise ValueError(f"{protocol} cannot be prepared: {'; '.join(departures)}")
+    if deviations := chosen.deviations(module.name, kind.native_size, module.compared_size, chosen.num_samples, 0):
+        raise ValueError(f"{protocol} cannot be prepared: {'; '.join(deviations)}")
     module.prepare_data()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     weights = (inception_weights, torchvision_weights, extractor)
