@@ -42,6 +42,8 @@ class DiffusionSystem(L.LightningModule):
     """Diffusion steps of the sampler."""
     threshold: float | None = None
     """Firing threshold of all neurons, where the method has one."""
+    network: nn.Module
+    """Network that generates the images; its parameters and operations are counted."""
     is_generated = False
     """True while `test_step` should skip generation because this batch was restored from an interrupted test."""
     trains_in_parts: bool = False

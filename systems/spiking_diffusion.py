@@ -92,6 +92,7 @@ class SpikingDiffusion(DiffusionSystem):
     """
 
     method = "spiking-diffusion"
+    network: nn.ModuleDict
     trains_in_parts = True
 
     def __init__(

@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import load_torch_model, save_torch_state_dict
 from lightning import seed_everything
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, Timer
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmark.command_line import pass_through_parser
 from benchmark.stages import DryRun, run_stage
@@ -90,7 +90,7 @@ def load_weights(system: DiffusionSystem, folder: Path) -> list[dict[str, Any]]:
     missing = [name for name in content["files"] if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}; copy all files of the earlier leg")
-    load_torch_model(cast(nn.Module, system.network), (folder / content["files"][0]).parent, strict=True)
+    load_torch_model(system.network, (folder / content["files"][0]).parent, strict=True)
     return list(content["legs"])
 
 
@@ -102,7 +102,7 @@ def save_weights(system: DiffusionSystem, folder: Path, legs: list[dict[str, Any
     target = folder / f"leg-{len(legs)}"
     shutil.rmtree(target, ignore_errors=True)  # left by a leg that was killed
     target.mkdir(parents=True)
-    state = {name: _to_file_format(tensor) for name, tensor in cast(nn.Module, system.network).state_dict().items()}
+    state = {name: _to_file_format(tensor) for name, tensor in system.network.state_dict().items()}
     save_torch_state_dict(state, target, max_shard_size=f"{piece_mb}MB")
     files = [str(path.relative_to(folder)) for path in sorted(target.iterdir())]
     content = _identity(system) | {"legs": legs, "files": files}

@@ -1,7 +1,7 @@
-"""Generated images batch by batch on disk, so that an evaluation that was killed goes on where it stopped.
+"""Generated images on disk, one file per batch, so that an interrupted evaluation resumes where it stopped.
 
-Each finished batch is one file, `<run>/evaluation/<key>/chunk-<index of its first image>.npz`: its uint8 images and
-what they took. The key stands for all that images and counts depend on, so nothing out of date is ever taken up.
+Each finished batch is one file, `<run>/evaluation/<key>/chunk-<index of its first image>.npz`, with its images and
+their `GenerationStats`. The key is a hash of everything that images and counts depend on, so stale files are not used.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from leaderboard.files import canonical_sha256, file_sha256, write_atomic
 
 
 @dataclass(frozen=True)
-class Share:
-    """What generating some images took; shares add up over batches and processes.
+class GenerationStats:
+    """Number of images, time, memory and counts of a batch; they add up over batches and processes.
 
     Args:
         images: Number of images.
-        seconds: Time of one device.
-        peak_memory_bytes: Peak memory of the device while it generated; `None` where it cannot be measured.
+        seconds: Device time; the sum over devices if there are several.
+        peak_memory_bytes: Peak memory of the device during generation; `None` where it cannot be measured.
         counts: Spikes and operations.
     """
 
@@ -41,29 +41,29 @@ class Share:
     peak_memory_bytes: int | None = None
     counts: Counts = field(default_factory=Counts)
 
-    def __add__(self, other: Share) -> Share:
+    def __add__(self, other: GenerationStats) -> GenerationStats:
         peaks = [p for p in (self.peak_memory_bytes, other.peak_memory_bytes) if p is not None]
-        return Share(
+        return GenerationStats(
             self.images + other.images,
             self.seconds + other.seconds,
             max(peaks, default=None),
             self.counts + other.counts,
         )
 
-    def over_processes(self) -> Share:
-        """Returns the sum of the shares of all processes; all of them have to call it."""
+    def over_processes(self) -> GenerationStats:
+        """Returns the sum over all processes; a collective call that every process must make."""
         if world_size() == 1:
             return self
-        shares: list[Any] = [None] * world_size()
-        torch.distributed.all_gather_object(shares, self)
-        return sum(shares, Share())
+        gathered: list[Any] = [None] * world_size()
+        torch.distributed.all_gather_object(gathered, self)
+        return sum(gathered, GenerationStats())
 
 
 class Chunks:
     """The finished batches of one evaluation.
 
     Args:
-        folder: Folder of their files; made when the first is written.
+        folder: Folder of their files, created with the first one.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -74,44 +74,44 @@ class Chunks:
         """Number of finished batches."""
         return len(list(self.folder.glob("chunk-*.npz")))
 
-    def read(self, first: int, count: int) -> tuple[Tensor, Tensor, Share] | None:
-        """Returns a finished batch as it was written, nothing if it is to be generated.
+    def read(self, first: int, count: int) -> tuple[Tensor, Tensor, GenerationStats] | None:
+        """Returns a finished batch as it was written, or None if it must be generated.
 
         Args:
             first: Index of the batch's first image.
-            count: Its number of images; a file of another number was the last batch of fewer images.
+            count: Its number of images; a file with another number, such as a shorter last batch, is not used.
         """
         path = self._path(first)
         try:
             with np.load(path, allow_pickle=False) as file:
-                images, share = torch.from_numpy(file["images"]), json.loads(str(file["share"]))
-                pixels = images if share.pop("same") else torch.from_numpy(file["pixels"])
-            found = images, pixels, Share(**share | {"counts": Counts(**share["counts"])})
+                images, stats = torch.from_numpy(file["images"]), json.loads(str(file["stats"]))
+                pixels = images if stats.pop("same") else torch.from_numpy(file["pixels"])
+            found = images, pixels, GenerationStats(**stats | {"counts": Counts(**stats["counts"])})
         except FileNotFoundError:
             return None
-        except Exception as error:  # whatever is wrong with the file, its images can be generated again
+        except Exception as error:  # whatever the damage, the images can be generated again
             warnings.warn(f"{path} is damaged ({error}); its images are generated again", stacklevel=2)
             return None
         return found if len(images) == count else None
 
-    def write(self, first: int, images: Tensor, pixels: Tensor, share: Share) -> None:
-        """Keeps a finished batch, in one step.
+    def write(self, first: int, images: Tensor, pixels: Tensor, stats: GenerationStats) -> None:
+        """Writes a finished batch atomically.
 
         Args:
             first: Index of its first image.
-            images: uint8 images `(B, C, H, W)` in the memory of the host.
-            pixels: The same as they are compared; `images` itself where these are bytes, too.
-            share: What they took.
+            images: uint8 images `(B, C, H, W)` on the CPU.
+            pixels: The same images as the protocol compares them; `images` itself if it compares uint8 images.
+            stats: Statistics of the batch.
         """
         same = pixels is images
         arrays: dict[str, Any] = {"images": images.numpy()} | ({} if same else {"pixels": pixels.numpy()})
-        arrays["share"] = np.array(json.dumps(asdict(share) | {"same": same}))
+        arrays["stats"] = np.array(json.dumps(asdict(stats) | {"same": same}))
         buffer = io.BytesIO()
-        np.savez(buffer, **arrays)  # with checksums
+        np.savez(buffer, **arrays)  # zip stores checksums
         write_atomic(self._path(first), buffer.getvalue())
 
     def clear(self) -> None:
-        """Removes the files of this evaluation, and the folder of evaluations if no other is unfinished."""
+        """Deletes the files of this evaluation, and the parent folder once it is empty."""
         shutil.rmtree(self.folder, ignore_errors=True)
         if self.folder.parent.is_dir() and not any(self.folder.parent.iterdir()):
             self.folder.parent.rmdir()
@@ -121,20 +121,20 @@ class Chunks:
 
 
 def generation_key(system: Any, data: Any, checkpoint: str, model: Any, environment: dict[str, Any]) -> str:
-    """Returns a hash of everything that the images of an evaluation and their counts depend on.
+    """Returns a hash of everything that the generated images and their counts depend on.
 
     Args:
-        system: The method, for its source.
-        data: Datamodule, for seeds, batches and geometry.
+        system: The method; its source code is hashed.
+        data: Datamodule; its seeds, batch size and geometry are hashed.
         checkpoint: SHA-256 of the checkpoint.
-        model: Resolved configuration of the method, as JSON; the content of files that it names counts, too.
-        environment: What else counts, as JSON: versions, device, precision.
+        model: Resolved configuration of the method, as JSON; the contents of files named in it are hashed too.
+        environment: Other conditions, as JSON: versions, device, precision.
     """
     names = ("name", "image_shape", "native_size", "fit", "sample_seed", "sample_batch_size")
     settings = {
         "checkpoint": checkpoint,
         "model": model,
-        "files": {name: file_sha256(Path(name)) for name in _texts(model) if _is_file(name)},
+        "files": {name: file_sha256(Path(name)) for name in _strings(model) if _is_file(name)},
         "data": {name: getattr(data, name) for name in names},
         "environment": environment,
         "source": _source_sha256(type(system)),
@@ -142,24 +142,24 @@ def generation_key(system: Any, data: Any, checkpoint: str, model: Any, environm
     return canonical_sha256(settings)[:16]
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """Yields every text in a JSON value."""
+def _strings(value: Any) -> Iterator[str]:
+    """Yields every string in a JSON value."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
         for item in value.values() if isinstance(value, dict) else value:
-            yield from _texts(item)
+            yield from _strings(item)
 
 
 def _is_file(name: str) -> bool:
     try:
         return Path(name).is_file()
-    except (OSError, ValueError):  # no name of a file at all
+    except (OSError, ValueError):  # cannot be a file name
         return False
 
 
 def _source_sha256(system: type) -> str:
-    """Hash of the code that generates and counts: versions alone do not tell that somebody edits it."""
+    """Returns a hash of the code that generates and counts, because package versions do not reveal local edits."""
     root = Path(__file__).parents[2]
     files = [file for package in ("systems", "datamodules") for file in sorted((root / package).rglob("*.py"))]
     return canonical_sha256(

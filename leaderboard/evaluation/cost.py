@@ -1,17 +1,19 @@
-"""What a network costs to run: firing rates, synaptic operations and energy, counted by forward hooks.
+"""Inference cost of a network: firing rates, synaptic operations (SOPs) and energy, counted by forward hooks.
 
 Rules, for each call of a convolution or linear layer with `D` dense connections (multiply-accumulates of the call):
 
-- Input of spikes: all 0 or `a`, or all -a, 0 or `a`, with `a` 1 or the height of a neuron's spikes, which folds into
-  the weights: `SOPs = D * spikes / numel(input)`; these are accumulates (AC), plus one AC for each output element if
-  the layer has a bias. Border taps count as if every input element reached all of them.
-- Spikes of a token and of the one before it, mixed by a `ShiftedLinear`: accumulates as of a convolution of two taps.
-- Any other input: `D` multiply-accumulates (MAC), also that of quantised activations of several levels.
+- Spike input: every value is 0 or `a`, or every value is -a, 0 or `a`, where `a` is 1 or the amplitude of a neuron's
+  spikes, which folds into the weights. `SOPs = D * spikes / numel(input)`; each is an accumulate (AC), plus one AC for
+  each output element if the layer has a bias. Zero-padding is ignored: border elements count with all taps.
+- Any other input: `D` multiply-accumulates (MAC). This includes quantised activations of several levels.
+- A layer that applies each weight several times states so by a class attribute `taps_per_weight`, which multiplies `D`
+  (`ShiftedLinear` has 2: it is a convolution over a token and the one before it). Layers without it count with 1.
 
-A layer called with several inputs concatenates their channels; each is then judged by itself, with its share of `D`.
+A layer called with several inputs concatenates their channels; each input is classified separately, with its share of
+`D`.
 
-A static image that a stem convolution sees once, before it is repeated over the SNN time steps, is counted once.
-Neuron updates and attention products are not counted, nor is batch normalisation, which folds into the weights.
+A stem convolution that runs once on the image, before it is repeated over the SNN time steps, is counted once. Neuron
+updates and attention products are not counted, nor is batch normalisation, which folds into the weights.
 
 Energy at 45 nm (Horowitz, ISSCC 2014, https://doi.org/10.1109/ISSCC.2014.6757323): 4.6 pJ per MAC, 0.9 pJ per AC.
 """
@@ -30,7 +32,6 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from leaderboard.record.records import Cost
-from systems.networks.spiking_transformer import ShiftedLinear
 from systems.ops.compiled import compiled, dense, memory
 from systems.ops.cuda_graphs import REPLAYABLE
 from systems.spiking.neurons import SpikingNeuron
@@ -44,31 +45,44 @@ _MILLIJOULES = 1e-9  # of a picojoule
 
 
 def _as_rows(x: Tensor) -> Tensor:
-    """Returns the elements of `x` in rows that are short enough for exact sums of spikes in float32."""
+    """Reshapes `x` to rows that are short enough for spikes to be counted exactly in float32."""
     x = dense(x)
     return memory(x, math.prod(x.shape[: x.dim() // 2]), -1)
 
 
 @compiled
-def _sizes(x: Tensor) -> Tensor:
-    """Sums of absolute values in each row."""
+def _abs_row_sums(x: Tensor) -> Tensor:
+    """Returns the sum of absolute values of each row."""
     return x.abs().sum((1, 2), dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 @compiled
-def _survey(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Largest absolute value, 0 if there is no other but 0, and the sums of each row."""
-    size = x.abs().to(torch.promote_types(x.dtype, torch.float32))
-    height = size.amax()
-    return height, ((height - size) * size).amax(), size.sum((1, 2))
+def _abs_stats(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the amplitude `a = max |x|`, a number that is 0 only if `|x|` is 0 or `a` everywhere, and the row sums.
 
+    The number is the maximum of `(a - s) s` with `s = |x|`:
 
-def _count(sizes: Tensor, height: Tensor | float) -> Tensor:
-    """Returns how many elements of 0 or ±`height` are not 0, exactly, in float64, from the sums of their rows.
-
-    Sums are ten times as fast as comparisons of bfloat16 on a CPU.
+    s = |x|      0  .7   .7  0   a = .7        0  .7   1.4  0   a = 1.4
+    (a - s) s    0   0    0  0   maximum 0     0  .49   0   0   maximum .49, not binary
     """
-    return (sizes / height).round().sum(dtype=torch.float64)
+    size = x.abs().to(torch.promote_types(x.dtype, torch.float32))
+    amplitude = size.amax()
+    not_binary = ((amplitude - size) * size).amax()
+    return amplitude, not_binary, size.sum((1, 2))
+
+
+def _count_spikes(row_sums: Tensor, amplitude: Tensor | float) -> Tensor:
+    """Returns the exact number of nonzero elements, in float64, from the row sums of `|x|` in {0, `amplitude`}.
+
+    On a CPU, sums are ten times as fast as comparisons in bfloat16.
+    """
+    return (row_sums / amplitude).round().sum(dtype=torch.float64)
+
+
+def _taps_per_weight(layer: nn.Module) -> int:
+    """Returns how many connections each weight of a layer stands for: its `taps_per_weight` if it has one, else 1."""
+    taps: int = getattr(layer, "taps_per_weight", 1)
+    return taps
 
 
 @dataclass
@@ -77,19 +91,19 @@ class _Connections:
 
     counts: Tensor | None = None
 
-    def add(self, layer: nn.Module, inputs: Sequence[Tensor], out: Tensor, heights: Tensor) -> None:
+    def add(self, layer: nn.Module, inputs: Sequence[Tensor], out: Tensor, amplitudes: Tensor) -> None:
         weight, bias = layer.weight, layer.bias
         assert isinstance(weight, Tensor)
         elements = sum(x.numel() for x in inputs)
-        # weight[0] holds the taps of an output element, or of an input element where the convolution is transposed
-        taps = 2 if isinstance(layer, ShiftedLinear) else 1
-        dense = taps * math.prod(weight.shape[1:]) * (elements if isinstance(layer, _TRANSPOSED) else out.numel())
+        # weight[0] contains the weights of one output element, or of one input element in a transposed convolution
+        fan = _taps_per_weight(layer) * math.prod(weight.shape[1:])
+        dense = fan * (elements if isinstance(layer, _TRANSPOSED) else out.numel())
         counts = torch.zeros(4, dtype=torch.float64, device=out.device)
         for x in inputs:
             share = dense * x.numel() / max(elements, 1)
-            height, others, sizes = _survey(_as_rows(x))
-            is_spikes = (others == 0) & torch.isin(height, heights.to(height))
-            sops = share * _count(sizes, height + (height == 0)) / max(x.numel(), 1)
+            amplitude, not_binary, row_sums = _abs_stats(_as_rows(x))
+            is_spikes = (not_binary == 0) & torch.isin(amplitude, amplitudes.to(amplitude))
+            sops = share * _count_spikes(row_sums, amplitude + (amplitude == 0)) / max(x.numel(), 1)
             zero, all_dense = torch.zeros_like(sops), torch.full_like(sops, share)
             spiking = torch.stack([all_dense, sops, zero, sops])
             real = torch.stack([zero, zero, all_dense, zero])
@@ -105,21 +119,21 @@ class _Neurons:
 
     counts: Tensor | None = None
 
-    def add(self, spikes: Tensor, height: Tensor | float) -> None:
-        total = _count(_sizes(_as_rows(spikes)), height).view(1)
+    def add(self, spikes: Tensor, amplitude: Tensor | float) -> None:
+        total = _count_spikes(_abs_row_sums(_as_rows(spikes)), amplitude).view(1)
         steps = spikes.shape[0] * spikes.shape[1]  # (T, B, ...)
         counts = F.pad(F.pad(total, (0, 1), value=spikes.numel()), (0, 1), value=steps)
         self.counts = _added(self.counts, counts)
 
 
 def _added(total: Tensor | None, counts: Tensor) -> Tensor:
-    """Adds in place, on the device, so that a CUDA graph of a network counts each time that it is replayed."""
+    """Adds in place on the device, so that every replay of a CUDA graph counts."""
     return counts if total is None else total.add_(counts)
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What a `CostMeter` counted: plain numbers that go into a file, and add up over batches and processes.
+    """Counts of a `CostMeter` as plain numbers, which are written to files and add up over batches and processes.
 
     Args:
         connections: `[dense if spikes, SOPs, MACs, ACs, dense]` of each convolution or linear layer.
@@ -149,11 +163,11 @@ class Counts:
         """Returns the cost of one generated image over its whole denoising chain.
 
         Args:
-            network: The network that ran, for its parameters.
-            num_images: Images behind the counts.
-            nfe: Network evaluations of each image's chain, kept beside the counts.
-            images_per_second: Measured throughput of one device, if timed by the caller.
-            peak_memory_bytes: Measured peak memory of the device, if read by the caller.
+            network: The network that ran; its parameters are counted.
+            num_images: Number of images that were generated for these counts.
+            nfe: Network evaluations per image, stored with the counts.
+            images_per_second: Throughput of one device, if the caller measured it.
+            peak_memory_bytes: Peak memory of the device, if the caller measured it.
 
         Raises:
             ValueError: If `num_images` is not positive, or no counted layer ran.
@@ -180,7 +194,7 @@ class Counts:
         )
 
     def _firing_rates(self) -> tuple[dict[str, float], float | None]:
-        """Rate of each layer over all calls, and their mean weighted by neurons (`None` without neurons)."""
+        """Returns the firing rate of each layer over all calls, and the mean over neurons (`None` without neurons)."""
         rates = {name: spikes / elements for name, (spikes, elements, _) in self.neurons.items()}
         neurons = {name: elements / steps for name, (_, elements, steps) in self.neurons.items()}
         if not rates:
@@ -188,13 +202,13 @@ class Counts:
         return rates, sum(rates[name] * neurons[name] for name in rates) / sum(neurons.values())
 
     def _paper_energy(self, spike_fed: float, sops: float, macs: float, num_images: int) -> float | None:
-        """SDDPM's formula (arXiv 2306.17046): every layer but the first convolution is taken as fed by spikes.
+        """Returns the energy in mJ by SDDPM's formula (arXiv 2306.17046): all layers but the first convolution use ACs.
 
-        Layers that in truth see real values get the mean input rate of the spike-fed ones, weighted by connections.
-        An ANN has MACs alone (arXiv 2408.16467, Table 4).
+        Layers whose input is not spikes are assigned the mean input rate of the others, weighted by connections. An ANN
+        has only MACs (arXiv 2408.16467, Table 4).
         """
         if not spike_fed:
-            # neurons, but no layer fed by spikes: no rate to assume
+            # with neurons but without any layer fed by spikes, there is no rate to assume
             return None if self.neurons else PICOJOULES_PER_MAC * macs * _MILLIJOULES / num_images
         rate = sops / spike_fed
         energy = 0.0
@@ -207,7 +221,7 @@ class Counts:
 
 
 def strict_energy_mj(macs: float, acs: float) -> float:
-    """Energy at 45 nm in millijoules."""
+    """Returns the energy in millijoules at 45 nm (4.6 pJ per MAC, 0.9 pJ per AC)."""
     return (PICOJOULES_PER_MAC * macs + PICOJOULES_PER_AC * acs) * _MILLIJOULES
 
 
@@ -219,12 +233,12 @@ def _add_by_name(first: dict[str, list[float]], second: dict[str, list[float]]) 
 
 
 class CostMeter:
-    """Counts spikes, operations and energy of every forward pass made while it is open.
+    """Counts spikes and operations of every forward pass of a network inside its `with` block.
 
-    Counts stay on the device, with no synchronisation and no activation kept; only `take` waits for them.
+    Counts are accumulated on the device without storing activations or synchronising; only `take` waits for them.
 
     Args:
-        network: Network to watch; its convolutions, linear layers and `SpikingNeuron` layers are counted.
+        network: Network whose convolutions, linear layers and `SpikingNeuron` layers are counted.
 
     Example:
         >>> with CostMeter(network) as meter:
@@ -241,9 +255,10 @@ class CostMeter:
 
     def __enter__(self) -> Self:
         neurons = [module for module in self.network.modules() if isinstance(module, SpikingNeuron)]
-        heights = [1.0, *([0.0] if neurons else []), *(float(neuron.amplitude) for neuron in neurons)]
+        zero = [0.0] if neurons else []  # in an ANN, an input of only zeros does not count as spikes
+        amplitudes = [1.0, *zero, *(float(neuron.amplitude) for neuron in neurons)]
         device = next((p.device for p in self.network.parameters()), None)
-        self._heights = torch.tensor(heights, dtype=torch.float64, device=device)  # without neurons zeros are no spikes
+        self._amplitudes = torch.tensor(amplitudes, dtype=torch.float64, device=device)
         for name, module in self.network.named_modules():
             if isinstance(module, (*_CONVOLUTIONS, nn.Linear)):
                 self._hooks.append(module.register_forward_hook(self._connection_hook(name), with_kwargs=True))
@@ -264,7 +279,7 @@ class CostMeter:
             if self._first_convolution is None and isinstance(module, _CONVOLUTIONS):
                 self._first_convolution = name
             inputs = args or (kwargs["input"],)
-            self._connections.setdefault(name, _Connections()).add(module, inputs, out, self._heights)
+            self._connections.setdefault(name, _Connections()).add(module, inputs, out, self._amplitudes)
 
         setattr(hook, REPLAYABLE, True)
         return hook
@@ -278,7 +293,7 @@ class CostMeter:
         return hook
 
     def take(self) -> Counts:
-        """Returns what was counted since the meter was opened or last asked, and counts from zero again."""
+        """Returns the counts since the meter was opened or last read, and resets them to zero."""
         counts = Counts(
             {name: layer.counts.tolist() for name, layer in self._connections.items() if layer.counts is not None},
             {name: layer.counts.tolist() for name, layer in self._neurons.items() if layer.counts is not None},

@@ -1,7 +1,7 @@
-"""What is measured of the real images, kept on disk: it depends on dataset, protocol and network, and on no method.
+"""Reference statistics of the real images, cached on disk; they depend on dataset, protocol and network.
 
-A file holds the sums and features of one view. Its key names all that they depend on and its checksum covers every
-byte, so that another dataset, protocol or network never finds it and a damaged file is measured again.
+A file contains the sums and features of one view. Its key names everything they depend on and its checksum covers every
+byte, so another dataset, protocol or network never uses it, and a damaged file is replaced.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from leaderboard.metrics.generation import GenerationMetrics
 from leaderboard.protocols import PROTOCOLS, Protocol, ProtocolName
 
 VERSION = 1
-"""Number that changes with the meaning of what is kept."""
+"""Version of the file format; files of another version are not used."""
 
 
 class Part(Interface):
-    """Something that is measured of real images."""
+    """Metrics that share one network and need reference statistics."""
 
     identity: str
-    """What it depends on besides images and protocol: its network."""
+    """Name and hash of the network, part of the cache key."""
 
     def reference_metrics(self) -> Mapping[str, Metric]:
-        """Returns the metrics that hold something of the real images, by name; none if it does without."""
+        """Returns the metrics with reference statistics by name; empty if there are none."""
 
     def update_reference(self, images: Tensor, indices: Tensor) -> None:
-        """Adds real images, uint8 `(B, C, H, W)`, with their places `(B,)`."""
+        """Adds real images, uint8 `(B, C, H, W)`, with their indices `(B,)` in the reference."""
 
 
 def reference(
@@ -59,21 +59,21 @@ def reference(
     cache_dir: str | None = None,
     data_options: dict[str, Any] = {},  # noqa: B006 (never changed)
 ) -> None:
-    """Measures the real images of a dataset once and for all tests under a protocol, which does so itself if need be.
+    """Precomputes the reference statistics of a dataset under a protocol; `test` computes them if they are missing.
 
     Args:
-        data: Name of the dataset, such as mnist, without which there is nothing to do.
+        data: Dataset name, e.g. mnist (required).
         protocol: How images are compared.
-        root: Folder of the dataset; none reads the Hugging Face hub.
+        root: Folder of the dataset; read from the Hugging Face hub if not given.
         inception_weights: Local file of the 2015 Inception weights, where they cannot be downloaded.
         torchvision_weights: Local file of torchvision's Inception weights, where they cannot be downloaded.
         extractor: File of another small extractor made by `train-extractor`, for offline-v1.
         fad_dir: Folder of the published autoencoders.
-        cache_dir: Folder of decoded images and of these files; the same as for `test` if not given.
+        cache_dir: Folder of decoded images and reference statistics; the same as for `test` if not given.
         data_options: Further options of the data module, such as '{center_crop: null}'.
 
     Raises:
-        ValueError: If there is no such dataset, or the protocol is not defined for it.
+        ValueError: If the dataset is unknown, or the protocol is not defined for it.
     """
     chosen = PROTOCOLS[protocol]
     kind = data_module(data)
@@ -82,8 +82,8 @@ def reference(
     if size != kind.native_size:
         options |= {"image_size": size, "fit": "resize"}
     module = make_data(data, {k: value for k, value in options.items() if value is not None or k in data_options})
-    if departures := chosen.departures(module.name, kind.native_size, module.compared_size, chosen.num_samples, 0):
-        raise ValueError(f"{protocol} cannot be prepared: {'; '.join(departures)}")
+    if deviations := chosen.deviations(module.name, kind.native_size, module.compared_size, chosen.num_samples, 0):
+        raise ValueError(f"{protocol} cannot be prepared: {'; '.join(deviations)}")
     module.prepare_data()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     weights = (inception_weights, torchvision_weights, extractor)
@@ -98,17 +98,17 @@ def build_parts(
     fad_dir: str | None,
     is_first_process: bool = True,
 ) -> list[GenerationMetrics | FrechetAutoencoderDistance]:
-    """Returns everything that an evaluation measures images with: one part for each view, and the autoencoder's.
+    """Returns the metrics of an evaluation: one part for each view, and one for the Fréchet autoencoder distance.
 
     Args:
         protocol: How images are compared.
         data: Real images.
-        weights: Files of the 2015 Inception, of torchvision's, and of a small extractor, each possibly none.
+        weights: Local files of the 2015 Inception network, torchvision's Inception and a small extractor, or None.
         fad_dir: Folder of the published autoencoders.
-        is_first_process: Whether this process is the first of several.
+        is_first_process: Whether this is the first of the processes.
 
     Raises:
-        ValueError: If an option is given that the protocol has no use for.
+        ValueError: If `fad_dir` is given but the protocol has no Fréchet autoencoder distance.
     """
     groups, total = protocol.jackknife_groups, num_reference(data, protocol)
     if fad_dir is not None and not protocol.fad:
@@ -116,7 +116,7 @@ def build_parts(
     parts: list[GenerationMetrics | FrechetAutoencoderDistance] = []
     for view in protocol.views:
         extractor = view_extractor(view, data.name, *weights)
-        if note := extractor.foreign_to(data.fingerprint):
+        if note := extractor.trained_on_other_data(data.fingerprint):
             warnings.warn(note, stacklevel=2)
         part = GenerationMetrics(extractor, view.metrics_for(data.name), total, groups, view.kept_images, note)
         part.identity = f"{extractor.name} {extractor.sha256} {view.input}"
@@ -127,13 +127,13 @@ def build_parts(
 
 
 def num_reference(data: ImageDataModule, protocol: Protocol) -> int:
-    """Number of real images that a protocol compares with."""
+    """Returns the number of real images in the reference of a protocol."""
     available = data.num_reference(cast(Split, protocol.reference_split(data.name)))
     return min(available, protocol.reference.images or available)
 
 
 def reference_batches(data: ImageDataModule, protocol: Protocol) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields the real images of a protocol, uint8 `(b, C, H, W)`, with their places `(b,)`."""
+    """Yields the real images of a protocol, uint8 `(B, C, H, W)`, with their indices `(B,)` in the reference."""
     total, start = num_reference(data, protocol), 0
     seed = protocol.reference.mirrored.get(data.name)
     mirrored = torch.zeros(total, dtype=torch.bool)
@@ -158,41 +158,41 @@ def prepare_reference(
     world: int = 1,
     broadcast: Callable[[bool], bool] = bool,
 ) -> None:
-    """Gives every part what it needs of the real images, from disk where it is there, and keeps what is measured.
+    """Sets the reference statistics of every part, from the cache or by computing and caching them.
 
     Args:
-        parts: What images are measured with.
+        parts: Metrics of the evaluation.
         data: Real images.
         protocol: How images are compared.
-        device: Where the parts are.
-        rank: Number of this process.
-        world: Number of processes, each of which measures its share.
-        broadcast: Tells every process what the first one says.
+        device: Device of the parts.
+        rank: Rank of this process.
+        world: Number of processes, which take batches in turn.
+        broadcast: Returns the first process's argument on every process.
     """
     missing: list[tuple[Part, Path, str]] = []
     for part in (part for part in parts if part.reference_metrics()):
-        path, key = _place(part, data, protocol)
-        kept = _read(path, key, part) if rank == 0 else None
-        if not broadcast(kept is not None):
+        path, key = _cache_file(part, data, protocol)
+        cached = _read(path, key, part) if rank == 0 else None
+        if not broadcast(cached is not None):
             missing.append((part, path, key))
-        elif kept is not None:
+        elif cached is not None:
             for name, state in _states(part).items():
-                state.copy_(kept[name])
-            _tell(f"reference: {path.name}")
+                state.copy_(cached[name])
+            _print(f"reference: {path.name}")
     if not missing:
         return
     batches = reference_batches(data, protocol)
-    shown = track(batches, "reference images", total=None, transient=True, disable=not Console().is_terminal)
-    for i, (images, indices) in enumerate(shown):
+    progress = track(batches, "reference images", total=None, transient=True, disable=not Console().is_terminal)
+    for i, (images, indices) in enumerate(progress):
         if i % world == rank:
             for part, _, _ in missing:
                 part.update_reference(images.to(device), indices)
     for part, path, key in missing:
-        _keep(part, path, key, rank)
+        _write(part, path, key, rank)
 
 
-def _place(part: Part, data: ImageDataModule, protocol: Protocol) -> tuple[Path, str]:
-    """Returns the file of a part, and the key that its content must have."""
+def _cache_file(part: Part, data: ImageDataModule, protocol: Protocol) -> tuple[Path, str]:
+    """Returns the cache file of a part, and the key that the file must contain."""
     key = {
         "version": VERSION,
         "dataset": data.name,
@@ -206,7 +206,7 @@ def _place(part: Part, data: ImageDataModule, protocol: Protocol) -> tuple[Path,
 
 
 def _states(part: Part) -> dict[str, Tensor]:
-    """Returns what a part holds of the real images."""
+    """Returns the reference statistics of a part by name."""
     return {
         f"{name}.{state}": cast(Tensor, value)
         for name, metric in part.reference_metrics().items()
@@ -215,8 +215,8 @@ def _states(part: Part) -> dict[str, Tensor]:
     }
 
 
-def _keep(part: Part, path: Path, key: str, rank: int) -> None:
-    """Writes what all processes hold of the real images together."""
+def _write(part: Part, path: Path, key: str, rank: int) -> None:
+    """Writes the reference statistics of all processes together; a collective call."""
     tensors: dict[str, Tensor] = {}
     for name, metric in part.reference_metrics().items():
         with metric.sync_context():
@@ -228,31 +228,31 @@ def _keep(part: Part, path: Path, key: str, rank: int) -> None:
         write_atomic(path, save(tensors, {"key": key, "sha256": _digest(tensors)}))
     except OSError as error:
         warnings.warn(
-            f"what was measured of the real images cannot be kept in {path} ({error}), so the next test measures it "
-            "again; give another folder with --data.cache_dir",
+            f"the reference statistics cannot be written to {path} ({error}), so the next test computes them again; "
+            "set another folder with --data.cache_dir",
             stacklevel=2,
         )
     else:
-        _tell(f"reference: {path.name} (new)")
+        _print(f"reference: {path.name} (new)")
 
 
 def _read(path: Path, key: str, part: Part) -> dict[str, Tensor] | None:
-    """Returns the content of a file that is there, whole and of this key."""
+    """Returns the statistics in a file; None if it does not exist, is damaged or has another key."""
     if not path.exists():
         return None
     expected = {name: (state.dtype, state.shape) for name, state in _states(part).items()}
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dictionary)
+            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
         if metadata["key"] != key:
-            raise ValueError("it is of another dataset, protocol or network")
+            raise ValueError("it belongs to another dataset, protocol or network")
         if {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()} != expected:
-            raise ValueError("it holds other arrays")
+            raise ValueError("it contains other arrays")
         if metadata["sha256"] != _digest(tensors):
-            raise ValueError("its content does not have its checksum")
+            raise ValueError("its content does not match its checksum")
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        warnings.warn(f"{path} is damaged ({error}); the real images are measured again", stacklevel=2)
+        warnings.warn(f"{path} is damaged ({error}); the reference statistics are computed again", stacklevel=2)
         return None
     return tensors
 
@@ -265,5 +265,5 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _tell(line: str) -> None:
+def _print(line: str) -> None:
     Console().print(line, soft_wrap=True, highlight=False, markup=False)

@@ -1,4 +1,4 @@
-"""Feature extractors behind the metrics: the 2015 Inception network, and the suite's own small one per dataset."""
+"""Feature extractors of the metrics: the 2015 Inception network, and the suite's own small one for each dataset."""
 
 from __future__ import annotations
 
@@ -24,30 +24,33 @@ EXTRACTORS = Path(__file__).parent / "weights"
 """Folder of the shipped weights, `<dataset>.safetensors`."""
 
 METADATA_KEY = "extractor"
-"""Key of the JSON object in such a file that says how it was made: dataset, sizes, test accuracy and command."""
+"""Key of the JSON metadata in a weights file: dataset, architecture, test accuracy and training command."""
 
 
 class Extractor(nn.Module, ABC):
-    """A fixed network from uint8 images to features and class logits, the same in any training precision.
+    """A fixed network from uint8 images to features and class logits, computed in full precision.
 
     Args:
-        name: Name that metric keys and records carry.
+        name: Name in metric keys and records.
         num_features: Width `D` of the features.
         num_classes: Width `K` of the logits.
-        sha256: SHA-256 of the file of weights.
+        sha256: SHA-256 of the weights file.
     """
 
     dtypes: tuple[torch.dtype, ...] = (torch.uint8,)
-    """Types of images that it takes; floats are on the scale of the bytes."""
+    """Accepted image dtypes; floats are in [0, 255]."""
 
     def __init__(self, name: str, num_features: int, num_classes: int, sha256: str) -> None:
         super().__init__()
         self.name, self.num_features, self.num_classes, self.sha256 = name, num_features, num_classes, sha256
 
-    def foreign_to(self, fingerprint: str) -> str:
-        """Says what the extractor was trained on, if that is not the reference data of this fingerprint but should be.
+    def trained_on_other_data(self, fingerprint: str) -> str:
+        """Returns a warning if the extractor should have been trained on the reference data but was not, else "".
 
-        Empty for an extractor that is the same for all data, such as Inception.
+        Always empty for extractors that do not depend on the dataset, such as Inception.
+
+        Args:
+            fingerprint: Fingerprint of the reference data.
         """
         return ""
 
@@ -55,12 +58,12 @@ class Extractor(nn.Module, ABC):
         """Returns features `(B, D)` and logits `(B, K)` of uint8 images `(B, C, H, W)`.
 
         Raises:
-            ValueError: If the images are not uint8 `(B, C, H, W)`.
+            ValueError: If the images have another dtype than `dtypes`, or another shape.
         """
         if images.dtype not in self.dtypes or images.dim() != 4:
             raise ValueError(
-                f"extractor {self.name!r} got {images.dtype} images of shape {tuple(images.shape)}; it takes uint8 "
-                "(B, C, H, W), so quantise the samples first"
+                f"extractor {self.name!r} got {images.dtype} images of shape {tuple(images.shape)}; it expects "
+                "uint8 (B, C, H, W), so quantise the samples first"
             )
         with torch.no_grad(), full_precision(images.device.type):
             return self.extract(images)
@@ -73,13 +76,13 @@ class Extractor(nn.Module, ABC):
 class InceptionExtractor(Extractor):
     """torch-fidelity's `inception-v3-compat` with its own resize to 299x299; grey images are replicated to 3 channels.
 
-    Logits are those without the last layer's bias, as the Inception score of its authors takes them.
+    Its logits omit the bias of the last layer, as in the original Inception score (https://arxiv.org/abs/1606.03498).
 
     Args:
         weights_path: Local file of weights; downloaded once into torch's hub folder if not given.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If the file does not exist.
         RuntimeError: If the download fails.
     """
 
@@ -97,18 +100,18 @@ class InceptionExtractor(Extractor):
             ValueError: If the images have neither 1 nor 3 channels.
         """
         if images.shape[1] not in (1, 3):
-            raise ValueError(f"Inception takes images of 1 or 3 channels, found shape {tuple(images.shape)}")
+            raise ValueError(f"Inception expects images of 1 or 3 channels, found shape {tuple(images.shape)}")
         features, logits = self.network(images.expand(-1, 3, -1, -1))
         return features, logits
 
 
 class SmallNetwork(nn.Module):
-    """Classifier of small images: four 3x3 convolutions, three of them halving the size, and the mean of all places.
+    """Classifier of small images: four 3x3 convolutions, of which three have stride 2, and global average pooling.
 
     Args:
         in_channels: Channels `C` of the images.
         num_classes: Number of classes `K`.
-        channels: Channels after each convolution, multiples of 8; the last is the width `D` of the features.
+        channels: Output channels of each convolution, multiples of 8; the last is the width `D` of the features.
     """
 
     def __init__(self, in_channels: int, num_classes: int, channels: Sequence[int] = (32, 64, 96, 64)) -> None:
@@ -128,20 +131,20 @@ class SmallNetwork(nn.Module):
 
 
 class SmallExtractor(Extractor):
-    """The suite's own extractor of one dataset, for evaluation without any download.
+    """The suite's own extractor of one dataset, for evaluation without downloads.
 
     Args:
-        weights_path: File made by `python -m benchmark train-extractor`, whose metadata name dataset and sizes.
+        weights_path: File written by `python -m benchmark train-extractor`; its metadata contain the architecture.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file was not made by the training command.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file was not written by that command.
     """
 
     def __init__(self, weights_path: str | Path) -> None:
         path = Path(weights_path)
         if not path.is_file():
-            raise FileNotFoundError(f"extractor {path} is not a file; make it with: {training_command(path.stem)}")
+            raise FileNotFoundError(f"extractor {path} is not a file; create it with: {training_command(path.stem)}")
         try:
             with safe_open(path, framework="pt") as file:
                 self.metadata: dict[str, Any] = json.loads((file.metadata() or {})[METADATA_KEY])
@@ -149,7 +152,7 @@ class SmallExtractor(Extractor):
             sizes, dataset = self.metadata["architecture"], self.metadata["dataset"]
         except (SafetensorError, KeyError) as error:
             raise ValueError(
-                f"{path} is no extractor of the suite ({error}); give a file made by: {training_command('<dataset>')}"
+                f"{path} is not an extractor of the suite ({error}); use a file from: {training_command('<dataset>')}"
             ) from error
         network = SmallNetwork(**sizes)
         network.load_state_dict(state)
@@ -159,8 +162,8 @@ class SmallExtractor(Extractor):
         self.requires_grad_(False)
         self.eval()
 
-    def foreign_to(self, fingerprint: str) -> str:
-        """Says what the extractor was trained on, if that is not the data of this fingerprint."""
+    def trained_on_other_data(self, fingerprint: str) -> str:
+        """Returns a warning that names the training data if its fingerprint is another one, else ""."""
         trained = str(self.metadata.get("dataset_fingerprint", "unknown"))
         if trained == fingerprint:
             return ""
@@ -171,11 +174,11 @@ class SmallExtractor(Extractor):
         """Computes features and logits.
 
         Raises:
-            ValueError: If the images have other channels than the training data, or are smaller than 8x8.
+            ValueError: If the number of channels differs from the training data, or images are smaller than 8x8.
         """
         if images.shape[1] != self.in_channels or min(images.shape[2:]) < 8:
             raise ValueError(
-                f"extractor {self.name!r} got images of shape {tuple(images.shape)}; it takes {self.in_channels} "
+                f"extractor {self.name!r} got images of shape {tuple(images.shape)}; it expects {self.in_channels} "
                 "channel(s) of at least 8x8, so choose the extractor of this dataset"
             )
         features, logits = self.network(images)
@@ -183,15 +186,15 @@ class SmallExtractor(Extractor):
 
 
 def load_extractor(name_or_path: str, dataset: str, inception_weights: str | None = None) -> Extractor:
-    """Returns an extractor ready for use.
+    """Loads an extractor.
 
     Args:
-        name_or_path: `"inception-v3-compat"`, `"suite"`, or a file made by `train-extractor`.
-        dataset: Dataset whose shipped extractor `"suite"` means.
+        name_or_path: `"inception-v3-compat"`, `"suite"`, or a file written by `train-extractor`.
+        dataset: Dataset of the shipped extractor that `"suite"` selects.
         inception_weights: Local file of the Inception weights; downloaded if not given.
 
     Raises:
-        FileNotFoundError: If the weights are not there; the message says how to get them.
+        FileNotFoundError: If the weights do not exist; the message says how to get them.
         RuntimeError: If the Inception weights cannot be downloaded.
     """
     if name_or_path == INCEPTION:
@@ -202,42 +205,44 @@ def load_extractor(name_or_path: str, dataset: str, inception_weights: str | Non
     if not path.is_file():
         shipped = ", ".join(sorted(p.stem for p in EXTRACTORS.glob("*.safetensors"))) or "none"
         raise FileNotFoundError(
-            f"the suite has no extractor for {dataset!r} (it has: {shipped}); make it with: {training_command(dataset)}"
+            f"the suite has no extractor for {dataset!r} (it has: {shipped}); create it with: "
+            f"{training_command(dataset)}"
         )
     return SmallExtractor(path)
 
 
 def training_command(data: str) -> str:
-    """Returns the command that makes the suite's extractor for a dataset, as the user types it."""
+    """Returns the command line that trains the suite's extractor of a dataset."""
     return f"python -m benchmark train-extractor {data}"
 
 
 def published_weights(given: str | None, url: str, option: str) -> tuple[Path, str]:
-    """Returns a file of published weights and its SHA-256; one that is not the published file brings a warning.
+    """Returns a file of published weights and its SHA-256, with a warning if it is not the published file.
 
     Args:
-        given: Local copy; downloaded once into torch's hub folder if there is none.
-        url: Where it is published; the file's name ends with the start of its SHA-256.
-        option: Option of the evaluation that names a local copy.
+        given: Local copy; downloaded once into torch's hub folder if not given.
+        url: Address of the file, whose name ends with the first digits of its SHA-256.
+        option: Option of the evaluation that sets a local copy.
 
     Raises:
-        FileNotFoundError: If there is no such local copy.
+        FileNotFoundError: If the local copy does not exist.
         RuntimeError: If the download fails.
     """
     path = Path(given) if given is not None else _download(url, option)
     if not path.is_file():
-        raise FileNotFoundError(f"{option}={given} is not a file; give the path of a copy of {url}")
+        raise FileNotFoundError(f"{option}={given} is not a file; set it to the path of a copy of {url}")
     sha256, expected = file_sha256(path), _url_hash(url)
     if not sha256.startswith(expected):
         warnings.warn(
             f"{path} is not the published Inception file (SHA-256 {sha256[:8]}, expected {expected}): its distances "
-            "compare with no others",
+            "cannot be compared with others",
             stacklevel=3,
         )
     return path, sha256
 
 
 def _url_hash(url: str) -> str:
+    """Returns the first digits of the SHA-256 in the file name."""
     return Path(url).stem.split("-")[-1]
 
 
@@ -249,7 +254,7 @@ def _download(url: str, option: str) -> Path:
             torch.hub.download_url_to_file(url, str(path), hash_prefix=_url_hash(url), progress=False)
         except (URLError, OSError, RuntimeError) as error:
             raise RuntimeError(
-                f"cannot download the Inception weights ({error}). Fetch {url} elsewhere and give its path with "
+                f"cannot download the Inception weights ({error}). Fetch {url} elsewhere and set its path with "
                 f"--evaluation.{option} PATH, or evaluate with the suite's own extractor under the protocol offline-v1"
             ) from error
     return path

@@ -1,7 +1,8 @@
-"""The Inception networks as the papers' programs feed them, for the papers' own protocols.
+"""Inception networks with the preprocessing of the papers' released code, for the papers' own protocols.
 
-`leaderboard.extractors.base.InceptionExtractor` is the one of `standard-v1`. Here are the same 2015 weights behind
-other resizes, and torchvision's network, which was trained otherwise.
+`standard-v1` uses `leaderboard.extractors.base.InceptionExtractor`. This module has the same 2015 weights with other
+resizing (clean-fid: G. Parmar et al., CVPR 2022, https://arxiv.org/abs/2104.11222), and torchvision's network, whose
+weights differ.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from leaderboard.protocols import SUITE, TORCHVISION, View
 
 URL_TORCHVISION = str(Inception_V3_Weights.IMAGENET1K_V1.url)
 SIZE = 299
-"""Side length in pixels of the networks' images."""
+"""Side length of the network input in pixels."""
 
 
 def view_extractor(
@@ -31,17 +32,17 @@ def view_extractor(
     torchvision_weights: str | None = None,
     extractor: str | None = None,
 ) -> Extractor:
-    """Returns the network of a view.
+    """Returns the extractor of a view.
 
     Args:
         view: View of a protocol.
-        dataset: Dataset whose shipped extractor the suite's own means.
+        dataset: Dataset of the shipped extractor, for views with `"suite"`.
         inception_weights: Local file of the 2015 weights; downloaded if not given.
         torchvision_weights: Local file of torchvision's weights; downloaded if not given.
-        extractor: File of another small extractor, in place of the shipped one.
+        extractor: File of a small extractor to use instead of the shipped one.
 
     Raises:
-        FileNotFoundError: If weights are not there; the message says how to get them.
+        FileNotFoundError: If weights do not exist; the message says how to get them.
         RuntimeError: If weights cannot be downloaded.
     """
     if view.extractor == SUITE:
@@ -54,11 +55,11 @@ def view_extractor(
 
 
 class ResizedInception(InceptionExtractor):
-    """The 2015 Inception network behind another program's resize.
+    """The 2015 Inception network with the resizing of another program.
 
     Args:
         weights_path: Local file of weights; downloaded if not given.
-        resize: `"bilinear"`, or `"clean"` for clean-fid's.
+        resize: `"bilinear"`, or `"clean"` for the resizing of clean-fid.
     """
 
     dtypes = (torch.uint8, torch.float32)
@@ -76,17 +77,17 @@ class ResizedInception(InceptionExtractor):
 
 
 class TorchvisionInception(Extractor):
-    """torchvision's Inception network as Spiking-Diffusion's program feeds it.
+    """torchvision's Inception network with the preprocessing of Spiking-Diffusion's released code.
 
     Args:
         weights_path: Local file of weights; downloaded if not given.
-        scaling: `"twice"`: images in [-1, 1] pass the network's own transform, which expects [0, 1]. `"unit"`: images
-            in [0, 1] pass none.
+        scaling: `"twice"` applies the network's own input transform, which expects [0, 1], to images in [-1, 1];
+            `"unit"` uses images in [0, 1] without a transform.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If the file does not exist.
         RuntimeError: If the download fails.
-        ValueError: If the file holds no such network.
+        ValueError: If the file does not contain weights of this network.
     """
 
     def __init__(self, weights_path: str | None, scaling: str) -> None:
@@ -98,8 +99,8 @@ class TorchvisionInception(Extractor):
             self.network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{path} holds no weights of torchvision's inception_v3 ({str(error).splitlines()[0]}); give a copy of "
-                f"{URL_TORCHVISION}"
+                f"{path} does not contain weights of torchvision's inception_v3 ({str(error).splitlines()[0]}); use a "
+                f"copy of {URL_TORCHVISION}"
             ) from None
         self.classifier = self.network.fc
         self.network.fc = nn.Identity()  # so that the network ends with the pooled features
@@ -114,9 +115,9 @@ class TorchvisionInception(Extractor):
 
 
 def _three_channels(images: Tensor) -> Tensor:
-    """Returns images of 1 or 3 channels as floats of 3."""
+    """Converts images of 1 or 3 channels to float images of 3 channels."""
     if images.shape[1] not in (1, 3):
-        raise ValueError(f"Inception takes images of 1 or 3 channels, found shape {tuple(images.shape)}")
+        raise ValueError(f"Inception expects images of 1 or 3 channels, found shape {tuple(images.shape)}")
     return images.float().expand(-1, 3, -1, -1)
 
 
@@ -125,12 +126,12 @@ def _interpolate(images: Tensor) -> Tensor:
 
 
 def _bilinear(images: Tensor) -> Tensor:
-    """Resizes bilinearly on half-pixel centres without antialiasing, 0..255 to [-1, 1]."""
+    """Resizes bilinearly with half-pixel centres and without antialiasing; maps [0, 255] to [-1, 1]."""
     return 2 * _interpolate(images / 255) - 1
 
 
 def _clean(images: Tensor) -> Tensor:
-    """Resizes each channel by PIL's bicubic filter on floats, clipped and not rounded; 0..255 to [-1, 1)."""
+    """Resizes each channel with PIL's bicubic filter on floats, clips without rounding; maps [0, 255] to [-1, 1)."""
     grey = bool((images[:, :1] == images).all())
     channels = (images[:, :1] if grey else images).cpu().numpy()
     resized = [

@@ -1,4 +1,4 @@
-"""Trains the suite's own feature extractor of a dataset: a small classifier of its images."""
+"""Training of the suite's own feature extractor of a dataset, a small classifier."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Recipe(NamedTuple):
     epochs: int
     channels: tuple[int, ...] = (32, 64, 128, 128)
     shift: bool = True
-    """Whether images are shifted at random by up to an eighth of their size: where they are not all centred alike."""
+    """Whether images are shifted at random by up to an eighth of their size; off if all images are centred."""
     flip: bool = False
-    """Whether images are mirrored at random: where an image and its mirror image are of the same kind."""
+    """Whether images are mirrored at random; on if mirroring preserves the class."""
     task: str = "classes"
-    """What is learned: the labels, or, without labels, by which quarter turn an image was rotated."""
+    """`"classes"` to predict labels, or `"rotation"` to predict by which quarter turn an image was rotated."""
 
 
 RECIPES = {
@@ -42,7 +42,7 @@ RECIPES = {
     "cifar10": Recipe(epochs=30, flip=True),
     "celeba": Recipe(epochs=10, flip=True, task="rotation"),
 }
-"""By dataset. Rotation prediction is that of Gidaris et al., ICLR 2018, https://arxiv.org/abs/1803.07728."""
+"""Recipe of each dataset. Rotation prediction: S. Gidaris et al., ICLR 2018, https://arxiv.org/abs/1803.07728."""
 
 
 def train_extractor(
@@ -58,21 +58,21 @@ def train_extractor(
 ) -> None:
     """Trains a classifier on a dataset's train split and saves it as the dataset's extractor for offline-v1.
 
-    Faces have no classes: the extractor of CelebA learns by which quarter turn an image was rotated.
+    Faces have no classes, so the extractor of CelebA predicts by which quarter turn an image was rotated.
 
     Args:
         data: Name of the dataset, such as digits.
-        root: Folder of the dataset; none reads the Hugging Face hub.
+        root: Folder of the dataset; read from the Hugging Face hub if not given.
         epochs: Passes over the train split; the dataset's recipe if not given.
-        output: File to write; none is that of the extractor that the suite ships.
-        overwrite: Whether a file that is there is replaced: results of another extractor do not compare.
+        output: File to write; the file of the shipped extractor if not given.
+        overwrite: Whether to replace an existing file. Results of different extractors cannot be compared.
         seed: Seed of the initial weights, the order of the images, their shifts and their mirroring.
-        trained_on: What the images are, in words, where they are not the dataset's own train split.
-        bfloat16: Whether training computes in mixed precision; evaluation never does.
+        trained_on: Description of the images if they are not the dataset's own train split.
+        bfloat16: Whether to train in mixed precision; evaluation always uses full precision.
         data_options: Further options of the data module, such as '{center_crop: null}'.
 
     Raises:
-        ValueError: If there is no such dataset, or images lack the label that is to be learned.
+        ValueError: If the dataset is unknown, or images have no label to learn.
         FileExistsError: If the file exists.
     """
     options = data_options | ({} if root is None else {"root": root})
@@ -80,26 +80,26 @@ def train_extractor(
     path = Path(output) if output is not None else EXTRACTORS / f"{module.name}.safetensors"
     if path.exists() and not overwrite:
         raise FileExistsError(
-            f"{path} exists; give another --output, or --overwrite true: results of another extractor do not compare"
+            f"{path} exists; set another --output, or --overwrite true (results of different extractors do not compare)"
         )
     recipe = RECIPES[module.name] if epochs is None else RECIPES[module.name]._replace(epochs=epochs)
     module.prepare_data()
     module.setup("fit")
     images, labels = module.labelled("train")
     if recipe.task == "classes" and labels.min() < 0:
-        raise ValueError(f"data={data!r} has images without a label, but the extractor is a classifier of them")
+        raise ValueError(f"data={data!r} has images without a label, but the extractor is a classifier")
     sizes: dict[str, Any] = {
         "in_channels": images.shape[1],
         "num_classes": 4 if recipe.task == "rotation" else module.num_classes,
         "channels": list(recipe.channels),
     }
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # all random numbers are drawn on the CPU
+        torch.default_generator.manual_seed(seed)  # all random draws are on the CPU
         network = _fit(SmallNetwork(**sizes), images, labels, recipe, bfloat16)
     state = {key: value.half().contiguous() for key, value in network.state_dict().items()}
-    network.load_state_dict(state)  # the test sees the weights as rounded in the file
+    network.load_state_dict(state)  # test with the rounded weights of the file
     accuracy = _accuracy(network, *module.labelled("test"), recipe.task)
-    typed = f"--epochs {recipe.epochs} --seed {seed}{' --bfloat16 true' * bfloat16}"
+    options_used = f"--epochs {recipe.epochs} --seed {seed}{' --bfloat16 true' * bfloat16}"
     description = {
         "dataset": module.name,
         "dataset_fingerprint": module.fingerprint,
@@ -107,9 +107,9 @@ def train_extractor(
         "task": recipe.task,
         "architecture": sizes,
         "test_accuracy": round(accuracy, 4),
-        "command": f"{training_command(module.name)} {typed}",
+        "command": f"{training_command(module.name)} {options_used}",
     }
-    # one entry, since safetensors writes several in random order and the file's hash names the extractor
+    # a single metadata entry, because safetensors writes several in random order and the file's hash must be stable
     write_atomic(path, save(state, {METADATA_KEY: json.dumps(description, sort_keys=True)}))
     learned = "test images classified" if recipe.task == "classes" else "quarter turns of test images recognised"
     print(f"{path}: {accuracy:.2%} of the {learned} correctly")
@@ -123,8 +123,8 @@ def _fit(network: SmallNetwork, images: Tensor, labels: Tensor, recipe: Recipe, 
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=_LEARNING_RATE, total_steps=steps)
     for _ in track(range(recipe.epochs), description="training"):
         for batch in torch.randperm(len(images)).split(_BATCH_SIZE):
-            shown = _shifted(images[batch]) if recipe.shift else images[batch]
-            x, y = _examples(_mirrored(shown) if recipe.flip else shown, labels[batch], recipe.task)
+            augmented = _shifted(images[batch]) if recipe.shift else images[batch]
+            x, y = _examples(_mirrored(augmented) if recipe.flip else augmented, labels[batch], recipe.task)
             with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
                 _, logits = network(x.to(device))
             loss = F.cross_entropy(logits.float(), y.to(device))
@@ -151,7 +151,7 @@ def _mirrored(images: Tensor) -> Tensor:
 
 
 def _examples(images: Tensor, labels: Tensor, task: str) -> tuple[Tensor, Tensor]:
-    """Returns what is shown and what is to be said of it: images and labels, or all quarter turns of the images."""
+    """Returns inputs and targets: images and labels, or the images in all quarter turns and the index of the turn."""
     if task == "classes":
         return images, labels
     turned = torch.cat([images.rot90(turn, (2, 3)) for turn in range(4)])

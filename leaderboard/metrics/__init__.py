@@ -1,1 +1,1 @@
-"""Metrics of generated images, as running sums."""
+"""Metrics of generated images, computed from running sums."""

@@ -4,16 +4,16 @@ H. Kamata, Y. Mukuta, T. Harada, "Fully Spiking Variational Autoencoder", AAAI 2
 Autoencoders and statistics are published at https://github.com/kamata1729/FullySpikingVAE, folder `metrics` (MIT
 licence): `stat_checkpoints/{mnist_64,fashion_64,cifar10_128,celeba_128}.pth` and `stats/<name>_test_<D>.npz`, where `D`
 is the width of the latent vector. FSDDIM redistributes files of the same names (https://github.com/mil-tokyo/FSDDIM,
-folder `fad`). `stats/mnist_test_128.npz` belongs to an autoencoder that the published program does not use.
+folder `fad`). `stats/mnist_test_128.npz` belongs to an autoencoder that the released code does not use.
 
-The files of MNIST and Fashion-MNIST reproduce recorded values of the published program. The weights of CIFAR-10 and
-CelebA have not been tried here yet: their loading is tested with random weights of the published shapes.
+The files of MNIST and Fashion-MNIST reproduce recorded values of the released code. The weights of CIFAR-10 and CelebA
+have not been tested: their loading is tested with random weights of the published shapes.
 
-Two values, never to be confused:
+There are two values, which must not be mixed:
 
-- `fad_published`, to compare with papers: the autoencoder's batch norm normalises each batch of 250 images by its own
-  statistics, as in the released program, and the reference is the distributed statistics of the test split. Shifts that
-  a whole set has in common, such as its brightness, are normalised away.
+- `fad_published`, comparable with papers: batch norm uses the statistics of each batch of 250 images, as in the
+  released code, and the reference is the distributed statistics of the test split. Shifts common to a whole set, such
+  as its brightness, are normalised away.
 - `fad_eval`, the sound one: batch norm in evaluation mode, and the protocol's own reference images.
 """
 
@@ -48,7 +48,7 @@ class Autoencoder:
         num_features: Width `D` of the latent vector.
         channels: Image channels.
         depth: Convolutions of the encoder.
-        test_images: Images of the test split, from which the published statistics were computed.
+        test_images: Number of images of the test split, from which the published statistics were computed.
     """
 
     name: str
@@ -64,21 +64,21 @@ AUTOENCODERS = {
     "cifar10": Autoencoder("cifar10", 128, 3, 4, 10_000),
     "celeba": Autoencoder("celeba", 128, 3, 5, 19_962),
 }
-"""Published autoencoders by the suite's name of the dataset."""
+"""Published autoencoders by dataset name of the suite."""
 
 BATCH = 250
-"""Images that share the statistics of batch norm in `fad_published`."""
+"""Number of images that share batch-norm statistics in `fad_published`."""
 
 
 class FADEncoder(nn.Module):
     """Encoder of the autoencoder: 3x3 convolutions of stride 2 with batch norm, then a linear map to the latent vector.
 
-    Whether it is in training mode decides how batch norm works, and with it the meaning of the features.
+    Training mode selects batch statistics, evaluation mode the stored ones, so the features depend on the mode.
 
     Args:
         in_channels: Channels of the images.
         num_features: Width `D` of the latent vector.
-        depth: Convolutions; each halves the side length, the last one returns 2x2 pixels.
+        depth: Number of convolutions; each halves the side length, down to 2x2 pixels.
     """
 
     def __init__(self, in_channels: int, num_features: int, depth: int = 4) -> None:
@@ -87,7 +87,7 @@ class FADEncoder(nn.Module):
         widths = (in_channels, *(32 * 2**level for level in range(depth)))
         self.encoder = nn.Sequential()
         for c_in, c_out in pairwise(widths):
-            norm = nn.BatchNorm2d(c_out, momentum=0.0)  # training mode leaves the running statistics as they are
+            norm = nn.BatchNorm2d(c_out, momentum=0.0)  # training mode must not change the running statistics
             self.encoder.append(nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), norm, nn.LeakyReLU()))
         self.latent_layer = nn.Linear(4 * widths[-1], num_features)
 
@@ -98,11 +98,11 @@ class FADEncoder(nn.Module):
 
 
 def load_encoder(path: Path) -> FADEncoder:
-    """Loads the encoder of a published autoencoder; nothing but tensors is unpickled.
+    """Loads the encoder of a published autoencoder; only tensors are unpickled.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it holds no such autoencoder.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it does not contain such an autoencoder.
     """
     _require(path)
     try:
@@ -112,12 +112,12 @@ def load_encoder(path: Path) -> FADEncoder:
         encoder.load_state_dict({k: v for k, v in state.items() if k.startswith(("encoder.", "latent_layer."))})
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, IndexError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} is no autoencoder of the FAD ({reason}); fetch it again from {SOURCE}") from None
+        raise ValueError(f"{path} is not an autoencoder of the FAD ({reason}); fetch it again from {SOURCE}") from None
     return encoder.requires_grad_(False)
 
 
 def to_encoder_input(images: Tensor, size: int = 32) -> Tensor:
-    """Converts uint8 images `(B, C, H, W)` to float `(B, C, size, size)` in [-1, 1]; PIL resizes (bilinear, 8 bits)."""
+    """Converts uint8 images `(B, C, H, W)` to float `(B, C, size, size)` in [-1, 1] (PIL, bilinear, 8 bits)."""
     if images.shape[-2:] != (size, size):
         pixels = images.cpu().movedim(1, -1).squeeze(-1).numpy()  # (B, H, W) or (B, H, W, 3)
         resized = [to_array(resize(Image.fromarray(image), size)) for image in pixels]
@@ -126,18 +126,18 @@ def to_encoder_input(images: Tensor, size: int = 32) -> Tensor:
 
 
 class FrechetAutoencoderDistance(nn.Module):
-    """Both FADs of one evaluation, fed batch by batch; memory does not grow with the number of images.
+    """Both FADs of one evaluation, updated in batches; memory does not grow with the number of images.
 
     Args:
         dataset: Name of the dataset, one of `AUTOENCODERS`.
         folder: Folder with `stat_checkpoints/` and `stats/` as published.
-        num_groups: Groups of generated images behind the jackknife error; image `k` belongs to group `k % num_groups`.
-        is_first_process: Whether this process adds the published statistics; exactly one of several must.
-        keys: Which of both are measured.
+        num_groups: Groups of generated images for the jackknife error; image `k` belongs to group `k % num_groups`.
+        is_first_process: Whether this process adds the published statistics; exactly one process must.
+        keys: Which of the two to compute.
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If the dataset has no published autoencoder, or a file is not what it should be.
+        ValueError: If the dataset has no published autoencoder, or a file has unexpected content.
     """
 
     def __init__(
@@ -172,14 +172,14 @@ class FrechetAutoencoderDistance(nn.Module):
         if is_first_process:
             add_reference_statistics(self.published, mean, covariance, published.test_images)
         self.generated_count = SumMetric()
-        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._pending: list[tuple[Tensor, Tensor]] = []
 
     def reference_metrics(self) -> dict[str, Metric]:
-        """Returns what `fad_eval` holds of the real images."""
+        """Returns the metrics with reference statistics by name."""
         return {"own": self.own} if "fad_eval" in self.keys else {}
 
     def update_reference(self, images: Tensor, indices: Tensor) -> None:
-        """Adds real images, uint8 `(B, C, H, W)`, with their places `(B,)`, to those that `fad_eval` compares with."""
+        """Adds real images, uint8 `(B, C, H, W)`, with their indices `(B,)`, to the reference of `fad_eval`."""
         self.own.update(self.features(to_encoder_input(images, self.encoder.size), train=False), indices, real=True)
 
     def update_generated(self, images: Tensor, indices: Tensor) -> None:
@@ -189,13 +189,13 @@ class FrechetAutoencoderDistance(nn.Module):
         if "fad_eval" in self.keys:
             self.own.update(self.features(x, train=False), indices, real=False)
         if "fad_published" in self.keys:
-            self._waiting.extend(zip(x, indices, strict=True))
-        while len(self._waiting) >= BATCH:
+            self._pending.extend(zip(x, indices, strict=True))
+        while len(self._pending) >= BATCH:
             self._finish_batch()
 
     def compute(self) -> dict[str, MetricValue]:
         """Returns the distances with their jackknife errors."""
-        if self._waiting:
+        if self._pending:
             self._finish_batch()
         used = int(self.generated_count.compute())
         values = {}
@@ -218,13 +218,13 @@ class FrechetAutoencoderDistance(nn.Module):
             return self.encoder(x)
 
     def _finish_batch(self) -> None:
-        batch, self._waiting = self._waiting[:BATCH], self._waiting[BATCH:]
+        batch, self._pending = self._pending[:BATCH], self._pending[BATCH:]
         images, indices = (torch.stack(part) for part in zip(*batch, strict=True))
         self.published.update(self.features(images, train=True), indices, real=False)
 
 
 def add_reference_statistics(distance: FrechetDistance, mean: Tensor, covariance: Tensor, count: int) -> None:
-    """Adds reference images known by mean `(D,)`, covariance `(D, D)` (divided by `count - 1`) and number alone."""
+    """Adds `count` reference images of which only mean `(D,)` and unbiased covariance `(D, D)` are known."""
     mean, covariance = (x.to(distance.reference_sum) for x in (mean, covariance))
     distance.reference_sum += count * mean
     distance.reference_outer += (count - 1) * covariance + count * torch.outer(mean, mean)
@@ -238,12 +238,15 @@ def _shape(encoder: FADEncoder) -> tuple[int, int, int]:
 
 
 def _published_statistics(path: Path, width: int) -> tuple[Tensor, Tensor]:
+    """Returns mean `(D,)` and covariance `(D, D)` of the published features, in float64."""
     _require(path)
     try:
         with np.load(path, allow_pickle=False) as file:
             mean, covariance = (torch.from_numpy(file[key]).double() for key in ("mu", "sigma"))
     except (ValueError, KeyError, EOFError, OSError) as error:
-        raise ValueError(f"{path} holds no statistics of the FAD ({error}); fetch it again from {SOURCE}") from None
+        raise ValueError(
+            f"{path} does not contain statistics of the FAD ({error}); fetch it again from {SOURCE}"
+        ) from None
     if mean.shape != (width,) or covariance.shape != (width, width):
         raise ValueError(f"{path} has statistics of {len(mean)} features, but the autoencoder has {width}")
     return mean, covariance
@@ -252,5 +255,6 @@ def _published_statistics(path: Path, width: int) -> tuple[Tensor, Tensor]:
 def _require(path: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} is not there; --evaluation.fad_dir takes the folder with stat_checkpoints/ and stats/ of {SOURCE}"
+            f"{path} does not exist; set --evaluation.fad_dir to the folder with stat_checkpoints/ and stats/ from "
+            f"{SOURCE}"
         )

@@ -1,7 +1,11 @@
-"""Metrics of one view: each batch of images passes the extractor once and leaves only running sums behind.
+"""All metrics of one view: FID, KID, Inception score, precision and recall, by streaming.
 
-State size depends on the extractor alone: about 1 GB on the device with Inception's 2,048 features. Under distributed
-evaluation each process must see images of its own: a sampler that repeats some to fill up would count these twice.
+Each batch of images passes the extractor once and is reduced to running sums. Their size depends only on the extractor:
+about 1 GB on the device for Inception's 2,048 features. In distributed evaluation, processes must receive disjoint
+images: images repeated by a padding sampler would count twice.
+
+Sources: `leaderboard.metrics.streaming` (Fréchet distance, Inception score) and `leaderboard.metrics.feature_metrics`
+(kernel distance, precision and recall).
 """
 
 from __future__ import annotations
@@ -22,22 +26,23 @@ from leaderboard.protocols import INCEPTION, TORCHVISION
 from leaderboard.record.records import MetricValue
 
 FRECHET = {"fid": "exact", "fd": "exact", "fid_newton_schulz": "newton_schulz", "fid_svd": "svd"}
-"""Root of each Fréchet distance."""
+"""Matrix square root of each Fréchet distance, a key of `leaderboard.metrics.matrix_sqrt.ROOTS`."""
 
 FAMILIES = {
     INCEPTION: ("fid", "fid_newton_schulz", "kid", "is", "precision_recall"),
     TORCHVISION: ("fid_svd", "is"),
 }
-"""What can be measured with an extractor, if not the families of the suite's own."""
+"""Families of metrics for each Inception network."""
 
 OWN_FAMILIES = ("fd", "kd", "precision_recall")
+"""Families of metrics for the suite's own extractors."""
 
 MINIMUM = 20
-"""Fewest images, generated and real, that give a value at all."""
+"""Minimum number of generated and of real images."""
 
 
 def metric_keys(family: str, extractor: str) -> tuple[str, ...]:
-    """Returns the keys of a family of metrics measured with an extractor of that name."""
+    """Returns the record keys of a family of metrics for an extractor name."""
     if family in FRECHET and family != "fd":
         return (family,)
     if extractor == INCEPTION:
@@ -46,23 +51,23 @@ def metric_keys(family: str, extractor: str) -> tuple[str, ...]:
 
 
 class GenerationMetrics(nn.Module):
-    """All metrics of one view, fed batch by batch with real and generated images.
+    """All metrics of one view, updated with batches of real and generated images.
 
-    Keys are `fid`, `kid_mean`, `is_mean`, `precision` and `recall` with Inception, whose Fréchet and kernel distances
-    alone are called FID and KID. With another extractor they carry its name: `fd_<extractor>`, `kd_<extractor>`,
-    `is_<extractor>`, `precision_<extractor>`, `recall_<extractor>`. A Fréchet distance by a formula of its own is
-    called so: `fid_svd`, `fid_newton_schulz`.
+    Keys are `fid`, `kid_mean`, `is_mean`, `precision` and `recall` with Inception; only its Fréchet and kernel
+    distances are called FID and KID. With another extractor they contain its name: `fd_<extractor>`, `kd_<extractor>`,
+    `is_<extractor>`, `precision_<extractor>`, `recall_<extractor>`. Fréchet distances with another matrix square root
+    are named after it: `fid_svd`, `fid_newton_schulz`.
 
     Args:
-        extractor: Network run once on each batch.
+        extractor: Feature extractor, run once on each batch.
         metrics: Families to compute with their parameters, such as `view.metrics_for(dataset)`.
-        num_reference: Real images there are.
-        num_groups: Groups of generated images behind the jackknife errors.
-        kept_images: Images whose features are kept for kernel distance, precision and recall.
-        note: What a reader of every value should know.
+        num_reference: Number of real images in the reference.
+        num_groups: Groups of generated images for the jackknife errors.
+        kept_images: Number of images whose features are stored for kernel distance, precision and recall.
+        note: Remark that is added to every value.
 
     Raises:
-        ValueError: If a metric does not exist with this extractor.
+        ValueError: If a metric is not defined for this extractor.
     """
 
     def __init__(
@@ -102,7 +107,7 @@ class GenerationMetrics(nn.Module):
 
         Args:
             images: uint8 images `(B, C, H, W)`.
-            indices: Their places `(B,)` among the real images.
+            indices: Their indices `(B,)` in the reference.
 
         Raises:
             ValueError: If there is not one index per image.
@@ -113,8 +118,8 @@ class GenerationMetrics(nn.Module):
         """Adds generated images.
 
         Args:
-            images: Images `(B, C, H, W)`, uint8, or floats on the same scale where the protocol does not quantise.
-            indices: Their indices `(B,)`, image `k` being the one sampled from the `k`-th noise.
+            images: Images `(B, C, H, W)`, uint8, or floats in the same range if the protocol does not quantise.
+            indices: Their indices `(B,)`; image `k` is generated from the `k`-th seed.
 
         Raises:
             ValueError: If there is not one index per image.
@@ -136,14 +141,14 @@ class GenerationMetrics(nn.Module):
                 metric.update(logits, indices)
 
     def reference_metrics(self) -> dict[str, Metric]:
-        """Returns the metrics that hold something of the real images, by name."""
+        """Returns the metrics with reference statistics by name."""
         return {name: cast(Metric, metric) for name, metric in self.metrics.items() if name != "score"}
 
     def compute(self) -> dict[str, MetricValue]:
-        """Returns every metric; the uncertainty is the jackknife error, or the spread over subsets or splits.
+        """Returns every metric; uncertainties are jackknife errors, or standard deviations over subsets or splits.
 
         Raises:
-            ValueError: If there are too few images for any value.
+            ValueError: If there are fewer than `MINIMUM` real or generated images.
         """
         counts = {"reference": self.num_reference, "generated": int(self.generated_count.compute())}
         for kind, count in counts.items():
@@ -154,9 +159,9 @@ class GenerationMetrics(nn.Module):
                 )
         values = self._frechet(counts) if "frechet" in self.metrics else {}
         if "table" in self.metrics:
-            values |= self._kept()
+            values |= self._feature_metrics()
         if "score" in self.metrics:
-            value, error = self._of("score")
+            value, error = self._result("score")
             (key,) = metric_keys("is", self.extractor.name)
             values[key] = MetricValue(float(value), float(error), counts["generated"])
         return {k: replace(v, note="; ".join(filter(None, (self.note, v.note)))) for k, v in values.items()}
@@ -167,10 +172,11 @@ class GenerationMetrics(nn.Module):
         note = f"singular covariance: only {' and '.join(few)} images for {width} features" if few else ""
         families = [family for family in self.options if family in FRECHET]
         values: dict[str, MetricValue] = {}
-        for family, (value, error) in zip(families, self._of("frechet").tolist(), strict=True):
+        for family, (value, error) in zip(families, self._result("frechet").tolist(), strict=True):
             if family == "fid_newton_schulz" and not (math.isfinite(value) and math.isfinite(error)):
                 warnings.warn(
-                    f"{family} is left out: its iterations diverge on these covariances, {note or 'as they may'}",
+                    f"{family} is omitted: its Newton-Schulz iterations diverge on these covariances"
+                    f"{note and f' ({note})'}",
                     stacklevel=2,
                 )
             else:
@@ -178,8 +184,8 @@ class GenerationMetrics(nn.Module):
                 values[key] = MetricValue(value, error, used, note)
         return values
 
-    def _kept(self) -> dict[str, MetricValue]:
-        reference, generated, indices = self._of("table")
+    def _feature_metrics(self) -> dict[str, MetricValue]:
+        reference, generated, indices = self._result("table")
         found: dict[str, tuple[Tensor, Tensor]] = {}
         for family, options in self.options.items():
             keys = metric_keys(family, self.extractor.name)
@@ -190,5 +196,5 @@ class GenerationMetrics(nn.Module):
                 found |= zip(keys, precision_recall(reference, generated, groups, **options), strict=True)
         return {key: MetricValue(float(value), float(error), len(generated)) for key, (value, error) in found.items()}
 
-    def _of(self, name: str) -> Any:
+    def _result(self, name: str) -> Any:
         return cast(Metric, self.metrics[name]).compute()

@@ -1,7 +1,11 @@
-"""Traces of the root of a product of two covariances, the part of the Fréchet distance that programs do differently.
+"""Trace of the matrix square root `tr sqrt(A B)` of two covariances, the term of the Fréchet distance.
 
-Each function takes the first covariance `(D, D)` and returns a function of the second, so that what depends on the
-first alone is done once.
+Implementations of FID differ in this term. `exact` is the definition (D. Dowson, B. Landau, 1982,
+https://doi.org/10.1016/0047-259X(82)90077-X), `newton_schulz` the approximation of SDDPM's released code, `svd` the
+formula of Spiking-Diffusion's released code.
+
+Each function accepts the covariance `A` `(D, D)` and returns a function of `B` `(D, D)`, so that work that depends only
+on `A` is done once.
 """
 
 from __future__ import annotations
@@ -17,18 +21,18 @@ from systems.ops.precision import full_precision
 Trace = Callable[[Tensor], Tensor]
 
 ITERATIONS = 50
-"""Newton-Schulz iterations of the program released with SDDPM."""
+"""Newton-Schulz iterations in SDDPM's released code."""
 
 
 def exact(first: Tensor) -> Trace:
-    """The root itself, by the eigenvalues of the symmetric `F' B F` with `A = F F'`: those of `A B` but for zeros."""
+    """Exact root: `A B` and the symmetric `F' B F`, with `A = F F'`, have the same nonzero eigenvalues."""
     values, vectors = _eigen(first)
     factor = vectors * values.sqrt()
     return lambda second: torch.linalg.eigvalsh(factor.T @ second @ factor).clamp(min=0).sqrt().sum()
 
 
 def newton_schulz(first: Tensor) -> Trace:
-    """The root of `A B` by 50 Newton-Schulz iterations in float32; not finite where they diverge."""
+    """Root of `A B` by 50 Newton-Schulz iterations in float32; not finite if they diverge."""
 
     def trace(second: Tensor) -> Tensor:
         product = (first @ second).float()
@@ -45,7 +49,7 @@ def newton_schulz(first: Tensor) -> Trace:
 
 
 def svd(first: Tensor) -> Trace:
-    """`U sqrt(D) V'` of `A B = U D V'` (singular values), as released with Spiking-Diffusion: no root of `A B`."""
+    """`U sqrt(D) V'` with the singular value decomposition `A B = U D V'`; in general not a root of `A B`."""
     values, vectors = _eigen(first)
 
     def trace(second: Tensor) -> Tensor:
@@ -56,7 +60,7 @@ def svd(first: Tensor) -> Trace:
 
 
 def _eigen(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the eigenvalues `(R,)` that are not zero, few where the images are few, and their vectors `(D, R)`."""
+    """Returns the nonzero eigenvalues `(R,)`, fewer than the number of images, and their eigenvectors `(D, R)`."""
     values, vectors = torch.linalg.eigh(covariance)
     rank = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
     return values[rank], vectors[:, rank]
@@ -65,4 +69,4 @@ def _eigen(covariance: Tensor) -> tuple[Tensor, Tensor]:
 ROOTS: Mapping[str, Callable[[Tensor], Trace]] = MappingProxyType(
     {"exact": exact, "newton_schulz": newton_schulz, "svd": svd}
 )
-"""By name."""
+"""Matrix square roots by name."""

@@ -1,7 +1,12 @@
-"""Fréchet distance, kept features and Inception score as running sums, from features and logits computed elsewhere.
+"""Fréchet distance (FID), feature table and Inception score, as running sums over features and logits.
 
-All states are sums over images known by their index, so processes and parts merge, and nothing depends on batch size or
-order.
+- Fréchet distance: M. Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash
+  Equilibrium", NeurIPS 2017, https://arxiv.org/abs/1706.08500.
+- Inception score: T. Salimans et al., "Improved Techniques for Training GANs", NeurIPS 2016,
+  https://arxiv.org/abs/1606.03498.
+
+All states are sums over images with known indices, so the states of processes add up and results do not depend on batch
+size or order.
 """
 
 from __future__ import annotations
@@ -19,11 +24,14 @@ from leaderboard.metrics.matrix_sqrt import ROOTS, Trace
 class FrechetDistance(Metric):
     """Fréchet distance of two sets of features, with its jackknife standard error over groups of generated images.
 
+    `|m_r - m_g|^2 + tr(C_r + C_g - 2 sqrt(C_r C_g))`, with means `m` and covariances `C` of reference and generated
+    features.
+
     Args:
         num_features: Width `D` of the features.
-        num_groups: Groups `G` left out in turn; image `k` belongs to group `k % G`.
-        roots: How the root of the covariances' product is taken; several give several distances of the same sums.
-            Newton-Schulz iterations, which approximate the exact root slowly, have the error of the exact one.
+        num_groups: Number of groups `G`, each left out in turn; image `k` belongs to group `k % G`.
+        roots: Matrix square roots (`leaderboard.metrics.matrix_sqrt.ROOTS`); one distance is computed for each. The
+            error of `"newton_schulz"`, which is slow, is computed with the exact root.
         kwargs: Options of `torchmetrics.Metric`.
     """
 
@@ -59,47 +67,47 @@ class FrechetDistance(Metric):
             count[group] += len(members)
 
     def compute(self) -> Tensor:
-        """Returns distance and standard error, `(R, 2)`, for each of the roots."""
+        """Returns distance and standard error for each of the `R` roots, `(R, 2)`."""
         reference = (self.reference_sum[0], self.reference_outer[0], self.reference_count[0])
         mean, covariance = _moments(*reference)
-        of_parts = ["exact" if root == "newton_schulz" else root for root in self.roots]
-        traces = {root: ROOTS[root](covariance) for root in {*self.roots, *of_parts}}
+        error_roots = ["exact" if root == "newton_schulz" else root for root in self.roots]
+        traces = {root: ROOTS[root](covariance) for root in {*self.roots, *error_roots}}
 
         def distances(kept: Tensor, roots: Sequence[str]) -> Tensor:
             return self._distances(kept, mean, covariance, [traces[root] for root in roots])
 
         whole = distances(torch.ones(self.num_groups, dtype=torch.bool), self.roots)
-        parts = [distances(~left_out, of_parts) for left_out in torch.eye(self.num_groups, dtype=torch.bool)]
+        parts = [distances(~left_out, error_roots) for left_out in torch.eye(self.num_groups, dtype=torch.bool)]
         return torch.stack([whole, jackknife_error(torch.stack(parts))], dim=1)
 
     def _distances(self, kept: Tensor, mean: Tensor, covariance: Tensor, traces: list[Trace]) -> Tensor:
         states = (self.generated_sum, self.generated_outer, self.generated_count)
         own_mean, own_covariance = _moments(*(state[kept.to(state.device)].sum(0) for state in states))
-        apart = (mean - own_mean).square().sum() + covariance.trace() + own_covariance.trace()
-        return torch.stack([apart - 2 * trace(own_covariance) for trace in traces])
+        without_root = (mean - own_mean).square().sum() + covariance.trace() + own_covariance.trace()
+        return torch.stack([without_root - 2 * trace(own_covariance) for trace in traces])
 
 
 def _moments(total: Tensor, outer: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean `(D,)` and unbiased covariance `(D, D)` of sums."""
+    """Returns mean `(D,)` and unbiased covariance `(D, D)` from the sum, the sum of outer products and the count."""
     mean = total / count
     return mean, (outer - count * torch.outer(mean, mean)) / (count - 1)
 
 
 def jackknife_error(parts: Tensor) -> Tensor:
-    """Standard error from the values `(G, ...)` that are found without each of `G` groups in turn."""
+    """Returns the jackknife standard error from `G` values `(G, ...)`, each computed without one of `G` groups."""
     return ((len(parts) - 1) * (parts - parts.mean(0)).square().mean(0)).sqrt()
 
 
 class FeatureTable(Metric):
-    """Features of some images, in bounded memory: the first generated ones, and real ones spread over their split.
+    """Features of a bounded number of images: the first generated ones, and real ones evenly spread over the reference.
 
-    They stand in a table by image index, so that a sum over processes puts it together. A split sorted by class is
-    represented as well as a shuffled one.
+    Rows are indexed by image, so that the tables of several processes add up. Even spacing represents a split sorted by
+    class as well as a shuffled one.
 
     Args:
         num_features: Width `D` of the features.
-        num_images: Images of each kind.
-        num_reference: Real images there are.
+        num_images: Maximum number of generated and of real images.
+        num_reference: Number of real images in the reference.
         kwargs: Options of `torchmetrics.Metric`.
     """
 
@@ -120,13 +128,13 @@ class FeatureTable(Metric):
         """Adds the features `(B, D)` of images with the indices `(B,)`, real or generated."""
         table, seen = (getattr(self, f"{'reference' if real else 'generated'}_{name}") for name in ("table", "seen"))
         rows = indices.to(table.device)
-        if real:  # row r holds the image r * N // R
+        if real:  # row r of R is image r * N // R of N
             rows = (rows * len(table) + self.num_reference - 1) // self.num_reference
-            taking_part = (rows < len(table)) & (rows * self.num_reference // len(table) == indices.to(table.device))
+            in_table = (rows < len(table)) & (rows * self.num_reference // len(table) == indices.to(table.device))
         else:
-            taking_part = rows < len(table)
-        rows = rows[taking_part]
-        table.index_add_(0, rows, features[taking_part].to(table.dtype))
+            in_table = rows < len(table)
+        rows = rows[in_table]
+        table.index_add_(0, rows, features[in_table].to(table.dtype))
         seen.index_add_(0, rows, torch.ones_like(rows))
 
     def compute(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,15 +148,15 @@ class FeatureTable(Metric):
     @staticmethod
     def _features(table: Tensor, seen: Tensor) -> Tensor:
         rows = seen > 0
-        return table[rows].double() / seen[rows, None]  # an index met twice holds the same image
+        return table[rows].double() / seen[rows, None]  # an index added twice is the same image
 
 
 class StreamingInceptionScore(Metric):
-    """Inception score by running sums, where torchmetrics' `InceptionScore` keeps all logits.
+    """Inception score `exp(E_x KL(p(y|x) || p(y)))` by running sums; torchmetrics' `InceptionScore` stores all logits.
 
     Args:
         num_classes: Width `K` of the logits.
-        splits: Splits; image `k` belongs to split `k % splits`.
+        splits: Number of splits; image `k` belongs to split `k % splits`.
         kwargs: Options of `torchmetrics.Metric`.
     """
 
@@ -173,7 +181,7 @@ class StreamingInceptionScore(Metric):
         self.count.index_add_(0, split, torch.ones_like(log_p[:, 0]))
 
     def compute(self) -> tuple[Tensor, Tensor]:
-        """Returns mean and standard deviation over the splits: `exp(mean KL(p(y|x) || p(y)))` of each."""
+        """Returns mean and standard deviation of the score over the splits."""
         marginal = self.probability_sum / self.count[:, None]
         scores = (self.negentropy_sum / self.count - torch.special.xlogy(marginal, marginal).sum(1)).exp()
         return scores.mean(), scores.std()

@@ -1,7 +1,7 @@
-"""Evaluation protocols: named, immutable descriptions of how a number was measured, one YAML file each beside this.
+"""Evaluation protocols: named, immutable descriptions of how results are measured, one YAML file each.
 
-Results under different protocols never share a table, and a result without one is none. What belongs to a method's
-entry (solver, number of function evaluations, SNN time steps) is part of the record and not of the protocol.
+Every result has a protocol, and results under different protocols never share a table. The settings of a method's entry
+(solver, number of function evaluations, SNN time steps) are part of the record and not of the protocol.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from leaderboard.files import canonical_sha256
 from leaderboard.schema import SchemaError, from_json
 
 INCEPTION = "inception-v3-compat"
-"""Name of torch-fidelity's port of the 2015 Inception network, whose Fréchet distance alone is called FID."""
+"""Name of torch-fidelity's port of the 2015 Inception network; only its Fréchet distance is called FID."""
 
 TORCHVISION = "torchvision"
-"""Name of torchvision's Inception network, trained otherwise on other images."""
+"""Name of torchvision's Inception network, whose weights differ from the 2015 network's."""
 
 SUITE = "suite"
-"""Stands for the extractor that the suite ships for the dataset."""
+"""Placeholder for the extractor that the suite ships for the dataset."""
 
 FOLDER = Path(__file__).parent
-"""Folder of the files, `<name>.yaml`."""
+"""Folder of the protocol files, `<name>.yaml`."""
 
 LOCKED = {
     "standard-v1": "34f9e30f29a01c2bbb8ec5ee8c8e3709a653f1f397163d69a14d33b78d30ea59",
@@ -35,7 +35,7 @@ LOCKED = {
     "paper-fsddim": "4df4ffb5a116320111eae6efb407f5314bc5a2d76393ac431326b031a5454df4",
     "paper-spiking-diffusion": "a3e21a41cf665cf672c7afe10281107527c87e26f7a1a77a9e88e5a8484fb489",
 }
-"""Hash of each shipped description. A protocol never changes: another one gets another name."""
+"""Hash of each shipped protocol. Protocols never change: a changed one needs a new name."""
 
 ProtocolName = Literal["standard-v1", "offline-v1", "paper-sddpm", "paper-fsddim", "paper-spiking-diffusion"]
 
@@ -46,9 +46,9 @@ class Reference:
 
     Args:
         split: Split of the dataset, in its order.
-        split_of: Split of single datasets, where it is another one.
-        images: First images that are taken; none takes the whole split.
-        mirrored: Datasets whose images are mirrored with probability 1/2, with the seed of the draws.
+        split_of: Exceptions: the split of each dataset that uses another one.
+        images: Number of images, the first ones of the split; None uses the whole split.
+        mirrored: Datasets whose images are mirrored with probability 1/2, each with its random seed.
     """
 
     split: str
@@ -59,18 +59,18 @@ class Reference:
 
 @dataclass(frozen=True)
 class View:
-    """One network that looks at the images, and what is measured on its features.
+    """One feature extractor and the metrics that are computed from its features.
 
     Args:
         extractor: `"inception-v3-compat"`, `"torchvision"`, or `"suite"` for the one shipped for the dataset.
-        weights: Beginning of the SHA-256 of the file of weights; empty where the suite ships its own.
-        input: How images reach the network: `"torch-fidelity"`, `"bilinear"`, `"clean"`, `"twice"`, `"unit"` or `"own"`
+        weights: First digits of the SHA-256 of the weights file; empty for the suite's own.
+        input: Preprocessing of the images: `"torch-fidelity"`, `"bilinear"`, `"clean"`, `"twice"`, `"unit"` or `"own"`
             (`leaderboard.extractors.inception`).
-        about: The same in words.
-        kept_images: Images, generated (the first) and real (evenly spread over the reference), whose features are kept
-            for kernel distance, precision and recall.
-        metrics: Families of metrics with their parameters (`leaderboard.metrics.generation`); `datasets` names those on
-            which a metric means something, where it does not on all.
+        about: Description of extractor and preprocessing in words.
+        kept_images: Number of images whose features are stored for kernel distance, precision and recall: the first
+            generated ones, and as many real ones, evenly spread over the reference.
+        metrics: Families of metrics with their parameters (`leaderboard.metrics.generation`); `datasets` restricts a
+            metric to the datasets on which it is meaningful.
     """
 
     extractor: str
@@ -81,7 +81,7 @@ class View:
     metrics: dict[str, dict[str, Any]]
 
     def metrics_for(self, dataset: str) -> dict[str, dict[str, Any]]:
-        """Returns the metrics that mean something on a dataset, each with its parameters."""
+        """Returns the metrics that are meaningful on a dataset, each with its parameters."""
         chosen = {
             name: options for name, options in self.metrics.items() if dataset in options.get("datasets", [dataset])
         }
@@ -93,22 +93,23 @@ class Protocol:
     """How images are compared, whatever the method.
 
     Args:
-        name: Name with a version; a changed protocol gets a new name.
-        title: What it is, in a line.
-        num_samples: Generated images; fewer make a draft, which never ranks.
-        max_samples: Generated images above which a run is no longer this protocol.
-        sample_seed: Seed from which the noise of image `k` is derived, as `sample_seed + k`.
-        size: Side length in pixels at which the images of each dataset are compared; empty for the dataset's own.
-        resolution: How images get that size, in words.
-        quantisation: What becomes of generated images in [-1, 1]: `"round"` to uint8 by `round((x + 1) * 127.5)`,
-            clipped, `"truncate"` the same without rounding, or `"none"` for floats that may leave the range.
+        name: Name with a version; a changed protocol needs a new name.
+        title: Description in one line.
+        num_samples: Number of generated images; a run with fewer is a draft, which never ranks.
+        max_samples: Largest number of generated images under this protocol.
+        sample_seed: Image `k` is generated from the seed `sample_seed + k`.
+        size: Side length in pixels at which the images of each dataset are compared; empty for native size.
+        resolution: How images are resized, in words.
+        quantisation: Conversion of generated images `x` in [-1, 1] to [0, 255]: `"round"` to uint8 by
+            `round((x + 1) * 127.5)`, clipped; `"truncate"` the same without rounding; `"none"` keeps floats, which may
+            exceed the range.
         reference: Real images.
-        views: Networks, and what is measured on the features of each.
-        fad: Fréchet autoencoder distances, where the published autoencoder is at hand.
-        reconstruction: Measures of the autoencoder of methods that have one, on the test split.
-        jackknife_groups: Groups of generated images (image `k` in group `k % groups`), each left out in turn, behind
-            the uncertainty of Fréchet distances, precision and recall.
-        notes: What a reader must know: mistakes of a release, and what it leaves open.
+        views: Feature extractors with their metrics.
+        fad: Fréchet autoencoder distances, computed if the published autoencoder is available.
+        reconstruction: Metrics of the method's own autoencoder on the test split, for methods that have one.
+        jackknife_groups: Number of groups of generated images (image `k` in group `k % groups`); leaving out each in
+            turn yields the uncertainty of Fréchet distances, precision and recall.
+        notes: Caveats for the reader, such as mistakes of a release and details it does not specify.
     """
 
     name: str
@@ -127,7 +128,7 @@ class Protocol:
     notes: tuple[str, ...]
 
     def description(self) -> dict[str, Any]:
-        """Returns the whole protocol as a JSON object, as records carry it."""
+        """Returns the whole protocol as a JSON object, as stored in records."""
         return json.loads(json.dumps(asdict(self)))
 
     @property
@@ -136,18 +137,18 @@ class Protocol:
         return canonical_sha256(self.description())
 
     def reference_split(self, dataset: str) -> str:
-        """Returns the split of a dataset that images are compared with."""
+        """Returns the split of a dataset that generated images are compared with."""
         return self.reference.split_of.get(dataset, self.reference.split)
 
-    def departures(self, dataset: str, native: int, size: int, num_samples: int, sample_seed: int) -> list[str]:
-        """Returns in words what a run does otherwise than the protocol: nothing for a run that may rank.
+    def deviations(self, dataset: str, native: int, size: int, num_samples: int, sample_seed: int) -> list[str]:
+        """Describes each deviation of a run from the protocol in words; a run without any may rank.
 
         Args:
             dataset: Name of the dataset.
-            native: Its own side length in pixels.
+            native: Native side length of its images in pixels.
             size: Side length in pixels at which images are compared.
-            num_samples: Images to generate.
-            sample_seed: Seed of the first.
+            num_samples: Number of images to generate.
+            sample_seed: Seed of the first image.
 
         Raises:
             ValueError: If there are more images than the protocol allows.
@@ -176,10 +177,10 @@ class Protocol:
 
 
 def read_protocol(path: Path) -> Protocol:
-    """Reads a protocol and checks that it is the one that was published under its name.
+    """Reads a protocol and checks its hash against the one published under its name.
 
     Raises:
-        ValueError: If the file is no protocol, or was changed.
+        ValueError: If the file is not a protocol, or was changed.
     """
     try:
         protocol = from_json(Protocol, yaml.safe_load(path.read_text(encoding="utf-8")))
@@ -188,16 +189,16 @@ def read_protocol(path: Path) -> Protocol:
     if protocol.sha256 != LOCKED.get(path.stem) or protocol.name != path.stem:
         raise ValueError(
             f"{path} was changed: its description has the hash {protocol.sha256}, expected {LOCKED.get(path.stem)}. "
-            "Protocols are immutable: restore the file, and make a new version under a new name"
+            "Protocols are immutable: restore the file and publish changes as a new protocol under a new name"
         )
     return protocol
 
 
 PROTOCOLS = {name: read_protocol(FOLDER / f"{name}.yaml") for name in LOCKED}
-"""Every protocol of the suite by its name."""
+"""All protocols of the suite by name."""
 
 STANDARD_V1 = PROTOCOLS["standard-v1"]
 """The default: 50,000 images at native resolution against the whole train split."""
 
 OFFLINE_V1 = PROTOCOLS["offline-v1"]
-"""No download anywhere: the suite's own extractor. Its distance is never called FID."""
+"""Needs no download: the suite's own extractor, whose distance is never called FID."""

@@ -73,6 +73,9 @@ class ShiftedLinear(nn.Linear):
         `(..., N, in_features)` to `(..., N, out_features)`; the token before the first is zero.
     """
 
+    taps_per_weight = 2
+    """Connections for which each stored weight counts: one to the token itself and one to the token before it."""
+
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features)
         self.mix = nn.Parameter(torch.arange(in_features) / in_features)  # initial values of RWKV-4's first layer

@@ -82,7 +82,7 @@ def test_killed_command_goes_on(runs: Path, expected: Any, capsys: pytest.Captur
     assert 2 <= len(done) <= BATCHES
     written = [path.stat().st_mtime_ns for path in done]
     main(["test", "--draft", f"--trainer.default_root_dir={runs}", "--evaluation.keep_samples=true"])
-    assert f"goes on from {len(done)} finished batches" in capsys.readouterr().out
+    assert f"resumes after {len(done)} finished batches" in capsys.readouterr().out
     assert [path.stat().st_mtime_ns for path in done] == written  # nothing was generated twice
     assert_same(newest(runs), expected)
 
@@ -187,7 +187,7 @@ def test_options_that_change_images_take_up_nothing(runs: Path, capsys: pytest.C
     assert "goes on" not in capsys.readouterr().out
     assert newest(runs)[0].nfe == 2
     main([*test, "--data.num_samples=40", "--data.sample_batch_size=30", "--evaluation.variant=kept"])
-    assert "goes on from 1 finished batches" in capsys.readouterr().out
+    assert "resumes after 1 finished batches" in capsys.readouterr().out
     assert newest(runs)[0].metrics["fd_digits"].num_samples == 40
 
 

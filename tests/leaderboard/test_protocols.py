@@ -37,7 +37,7 @@ def test_hash_ignores_key_order_and_sees_every_value() -> None:
     ],
 )
 def test_published_protocols_never_change(name: str, sha256: str) -> None:
-    """A changed protocol needs a new name, since records carry this hash; so do its lock and this test."""
+    """Records contain this hash, so a changed protocol needs a new name, a new lock and a new line here."""
     assert PROTOCOLS[name].sha256 == LOCKED[name] == sha256
     assert canonical_sha256(PROTOCOLS[name].description()) == sha256
     assert replace(PROTOCOLS[name], sample_seed=1).sha256 != sha256
@@ -90,27 +90,27 @@ def test_protocols_are_immutable() -> None:
         STANDARD_V1.num_samples = 1  # type: ignore[misc]
 
 
-def test_what_departs_from_a_protocol_is_named() -> None:
-    assert STANDARD_V1.departures(**MNIST, size=28, num_samples=50_000) == []
-    assert OFFLINE_V1.departures(**MNIST, size=28, num_samples=10_000) == []
-    assert STANDARD_V1.departures("faces", 64, 64, 50_000, 0) == []  # of any dataset that the suite comes to have
-    found = STANDARD_V1.departures("mnist", 28, 32, 49_999, 7)
+def test_deviations_from_a_protocol_are_named() -> None:
+    assert STANDARD_V1.deviations(**MNIST, size=28, num_samples=50_000) == []
+    assert OFFLINE_V1.deviations(**MNIST, size=28, num_samples=10_000) == []
+    assert STANDARD_V1.deviations("faces", 64, 64, 50_000, 0) == []  # also of datasets added later
+    found = STANDARD_V1.deviations("mnist", 28, 32, 49_999, 7)
     assert found == [
         "it takes 50,000 generated images, not 49,999",
         "it compares mnist at 28x28 pixels, not 32x32 (leave out --data.fit resize)",
         "its first image has the seed 0, not 7",
     ]
     with pytest.raises(ValueError, match=r"10001 generated .* 'offline-v1', which takes 2000 to 10000"):
-        OFFLINE_V1.departures(**MNIST, size=28, num_samples=10_001)
+        OFFLINE_V1.deviations(**MNIST, size=28, num_samples=10_001)
 
 
 @pytest.mark.parametrize("name", ["paper-sddpm", "paper-fsddim"])
 def test_papers_compare_resized_images(name: str) -> None:
     protocol = PROTOCOLS[name]
-    assert protocol.departures(**MNIST, size=32, num_samples=protocol.num_samples) == []
-    (found,) = protocol.departures(**MNIST, size=28, num_samples=protocol.num_samples)
+    assert protocol.deviations(**MNIST, size=32, num_samples=protocol.num_samples) == []
+    (found,) = protocol.deviations(**MNIST, size=28, num_samples=protocol.num_samples)
     assert found == "it compares mnist at 32x32 pixels, not 28x28 (--data.image_size 32 --data.fit resize)"
-    (found,) = protocol.departures("kmnist", 28, 28, protocol.num_samples, 0)
+    (found,) = protocol.deviations("kmnist", 28, 28, protocol.num_samples, 0)
     assert found == "it is defined for mnist, fmnist, cifar10, celeba, not for kmnist"
 
 
@@ -123,7 +123,7 @@ def test_reference_splits() -> None:
     assert splits(PROTOCOLS["paper-spiking-diffusion"])[0] == "test"
 
 
-def test_inception_score_only_where_it_means_something() -> None:
+def test_inception_score_only_where_it_is_meaningful() -> None:
     (view,) = STANDARD_V1.views
     assert set(view.metrics_for("cifar10")) == {"fid", "kid", "is", "precision_recall"}
     assert set(view.metrics_for("mnist")) == {"fid", "kid", "precision_recall"}

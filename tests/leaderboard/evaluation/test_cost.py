@@ -24,7 +24,7 @@ def measure(network: nn.Module, *inputs: Tensor, num_images: int = 1):  # noqa: 
 
 
 def test_batch_of_two_counted_by_hand() -> None:
-    """A hook that looks at the first sample only sees one spike here, not four."""
+    """A hook that reads only the first sample would see one spike instead of four."""
     layer = nn.Linear(3, 5)
     x = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
     cost = measure(layer, x, num_images=2)
@@ -133,9 +133,9 @@ def test_energy_by_both_formulas() -> None:
     assert cost.energy_paper_mj == pytest.approx((4.6 * 9 + 0.9 * (1 + 16 / 4)) * 1e-9)
 
 
-def test_ann_costs_macs_alone() -> None:
+def test_ann_costs_only_macs() -> None:
     network = nn.Sequential(nn.Conv2d(1, 2, 3, bias=False), nn.ReLU(), nn.Conv2d(2, 1, 3))
-    network[0].weight.data.fill_(-1)  # the ReLU gives nothing but zeros, which are no spikes here
+    network[0].weight.data.fill_(-1)  # the ReLU returns only zeros, which do not count as spikes in an ANN
     cost = measure(network, torch.rand(1, 1, 5, 5))
     assert cost.firing_rate is None
     assert (cost.sops, cost.acs, cost.macs) == (0, 0, 2 * 9 * 9 + 2 * 9)
@@ -147,7 +147,7 @@ def test_neurons_that_feed_no_layer_have_no_paper_energy() -> None:
 
 
 @pytest.mark.parametrize("signed", [False, True])
-def test_spikes_of_another_height_are_accumulates(signed: bool) -> None:
+def test_spikes_of_another_amplitude_are_accumulates(signed: bool) -> None:
     class Net(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:  # (T, B, 2)
             return self[2](self[1](self[0](x)))
@@ -165,7 +165,7 @@ def test_spikes_of_another_height_are_accumulates(signed: bool) -> None:
 
 def test_levels_of_a_quantised_activation_are_real_values() -> None:
     levels = torch.tensor([[0.0, 2.0, 4.0, 6.0], [0.0, 2.0, 2.0, 0.0], [6.0, 0.0, 0.0, 6.0]])
-    neuron = ConvertedNeuron()  # spikes of height 6
+    neuron = ConvertedNeuron()  # spikes of amplitude 6
     network = nn.ModuleList([nn.Linear(4, 3, bias=False), neuron])
     with CostMeter(network) as meter:
         for x in levels:
@@ -176,7 +176,7 @@ def test_levels_of_a_quantised_activation_are_real_values() -> None:
 
 
 def test_token_shift_costs_accumulates_of_two_taps() -> None:
-    """Each spike reaches 5 outputs of its own token and 5 of the next; what is mixed is neither 0 nor 1."""
+    """Each spike reaches 5 outputs of its own token and 5 of the next; the mixed values are neither 0 nor 1."""
     layer = ShiftedLinear(4, 5)
     layer.mix.data.fill_(0.3)
     s = torch.tensor([[[1.0, 0, 0, 1], [0, 1, 0, 0], [0, 0, 0, 0]], [[0, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]])
@@ -185,6 +185,21 @@ def test_token_shift_costs_accumulates_of_two_taps() -> None:
     assert cost.acs == (4 * 2 * 5 + 2 * 3 * 5) / 2  # and a bias for each output
     assert cost.energy_strict_mj == pytest.approx(0.9e-9 * cost.acs)
     assert measure(layer, 0.5 * s + 0.1).macs == 2 * 3 * 5 * 2 * 4
+
+
+def test_a_layer_can_state_its_taps_per_weight() -> None:
+    class TwoSided(nn.Linear):
+        """Applies its weights to the features and to their mirror image."""
+
+        taps_per_weight = 2
+
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) + super().forward(input.flip(-1))
+
+    x = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
+    one_tap, two_taps = (measure(layer(3, 5, bias=False), x) for layer in (nn.Linear, TwoSided))
+    assert (one_tap.sops, two_taps.sops) == (4 * 5, 4 * 5 * 2)
+    assert measure(TwoSided(3, 5), x + 0.5).macs == 2 * 3 * 5 * 2
 
 
 def test_layers_of_a_block_count_the_spikes_and_not_their_shift() -> None:
@@ -200,7 +215,7 @@ def test_layers_of_a_block_count_the_spikes_and_not_their_shift() -> None:
     assert 0 < of_blocks["mid_block.spatial_r"][1] == of_blocks["mid_block.spatial_k"][1]  # of the same spikes
 
 
-def test_parameters_and_what_the_caller_measured() -> None:
+def test_parameters_and_measurements_of_the_caller() -> None:
     network = nn.Linear(3, 5)
     network.bias.requires_grad_(False)
     with CostMeter(network) as meter:
@@ -232,7 +247,7 @@ def test_errors_say_what_to_do() -> None:
 
 
 @pytest.mark.parametrize(("second", "macs"), [(spikes(1, 2, 4, 4), 0), (torch.full((1, 2, 4, 4), 0.5), 2 * 3 * 16)])
-def test_concatenated_inputs_are_judged_one_by_one(second: Tensor, macs: int) -> None:
+def test_concatenated_inputs_are_classified_separately(second: Tensor, macs: int) -> None:
     class Concatenating(nn.Conv2d):
         def forward(self, *parts: Tensor) -> Tensor:
             return super().forward(torch.cat(parts, dim=1))

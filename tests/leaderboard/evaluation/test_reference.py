@@ -20,7 +20,7 @@ from leaderboard.protocols import OFFLINE_V1, PROTOCOLS, Reference
 CPU = torch.device("cpu")
 NONE = (None, None, None)
 STATES = 5
-"""Arrays of the reference: sum, outer product and count, features and where they are."""
+"""Number of arrays of a reference: sum, outer product and count; feature table and its row counts."""
 
 
 def prepare(data: ImageDataModule, fad_dir: str | None = None) -> list:
@@ -50,7 +50,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Digits:
 
 @pytest.fixture
 def kept(digits: Digits) -> Path:
-    """The file of the digits under offline-v1, the only one there."""
+    """The file of the digits under offline-v1, the only one in the cache."""
     for path in digits.cache_dir.glob("reference-*"):
         path.unlink()
     prepare(digits)
@@ -60,18 +60,18 @@ def kept(digits: Digits) -> Path:
 
 @pytest.fixture
 def no_images(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Lets whatever looks at real images fail from now on."""
+    """Returns a function after whose call any access to the real images fails."""
 
     def forbid() -> None:
         def fail(*args: object) -> None:
-            raise AssertionError("the real images were looked at again")
+            raise AssertionError("the real images were read again")
 
         monkeypatch.setattr(ImageDataModule, "reference_batches", fail)
 
     return forbid
 
 
-def test_measured_once_and_the_same_bit_for_bit(
+def test_computed_once_and_restored_bit_for_bit(
     digits: Digits, kept: Path, no_images: Callable[[], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     kept.unlink()
@@ -92,7 +92,7 @@ def test_measured_once_and_the_same_bit_for_bit(
     assert not list(digits.cache_dir.glob("*.part"))
 
 
-def test_batches_of_generated_images_do_not_matter(digits: Digits, kept: Path) -> None:
+def test_statistics_do_not_depend_on_batch_sizes(digits: Digits, kept: Path) -> None:
     expected = states(prepare(digits))
     kept.unlink()
     other = Digits(cache_dir=str(digits.cache_dir), sample_batch_size=7, batch_size=3)
@@ -106,22 +106,24 @@ def flip_a_bit(content: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (flip_a_bit, "its content does not have its checksum"),
+        (flip_a_bit, "its content does not match its checksum"),
         (lambda content: content[:-1], "is damaged"),
         (lambda content: content[:7], "is damaged"),
         (lambda content: b"", "is damaged"),
-        (lambda content: content.replace(b"digits", b"stigid"), "of another dataset, protocol or network"),
+        (lambda content: content.replace(b"digits", b"stigid"), "it belongs to another dataset, protocol or network"),
     ],
 )
-def test_damaged_file_is_measured_again(
+def test_damaged_file_is_computed_again(
     digits: Digits, kept: Path, damage: Callable[[bytes], bytes], message: str
 ) -> None:
     expected, content = states(prepare(digits)), kept.read_bytes()
     kept.write_bytes(damage(content))
     assert kept.read_bytes() != content
-    with pytest.warns(UserWarning, match=rf"{kept.name} is damaged .*; the real images are measured again") as told:
+    with pytest.warns(
+        UserWarning, match=rf"{kept.name} is damaged .*; the reference statistics are computed again"
+    ) as warned:
         found = states(prepare(digits))
-    assert message in str(told[0].message)
+    assert message in str(warned[0].message)
     assert same(found, expected)
     assert same(states(prepare(digits)), expected)  # the new file is whole
 
@@ -142,7 +144,7 @@ def test_folder_that_cannot_be_written_only_warns(digits: Digits, kept: Path, mo
 
     kept.unlink()
     monkeypatch.setattr("leaderboard.evaluation.reference.write_atomic", full)
-    with pytest.warns(UserWarning, match=r"cannot be kept .*no space left.* --data\.cache_dir"):
+    with pytest.warns(UserWarning, match=r"cannot be written .*no space left.* --data\.cache_dir"):
         assert len(states(prepare(digits))) == STATES
 
 
@@ -179,7 +181,7 @@ def mnist(tmp_path: Path) -> MNIST:
     return MNIST(root=str(tmp_path / "data"), cache_dir=str(tmp_path / "cache"))
 
 
-def test_autoencoders_reference_is_kept_too(
+def test_reference_of_the_autoencoder_is_cached_too(
     tmp_path: Path, no_images: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, folder = mnist(tmp_path), tmp_path / "fad"
@@ -200,7 +202,7 @@ def test_autoencoders_reference_is_kept_too(
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*")
-def test_several_processes_keep_what_one_does(digits: Digits, kept: Path) -> None:
+def test_several_processes_write_the_same_statistics_as_one(digits: Digits, kept: Path) -> None:
     expected = states(prepare(digits))
     kept.unlink()
     context = multiprocessing.get_context("fork")
@@ -217,12 +219,12 @@ def test_several_processes_keep_what_one_does(digits: Digits, kept: Path) -> Non
 
 
 def one_of_two(data: Digits, rendezvous: Path, rank: int) -> None:
-    """What each process of the test above runs."""
+    """Runs in each process of the test above."""
     torch.set_num_threads(1)  # threads do not survive a fork
     torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
 
-    def broadcast(said: bool) -> bool:
-        box = [said]
+    def broadcast(value: bool) -> bool:
+        box = [value]
         torch.distributed.broadcast_object_list(box, src=0)
         return box[0]
 
@@ -232,11 +234,11 @@ def one_of_two(data: Digits, rendezvous: Path, rank: int) -> None:
         (part,) = parts
         count = part.reference_metrics()["frechet"].reference_count.clone()
         torch.distributed.all_reduce(count)
-        assert int(count) == 1500, "every image once, whether measured or read"
+        assert int(count) == 1500, "every image once, whether computed or cached"
     torch.distributed.destroy_process_group()
 
 
-def test_command_measures_what_a_test_would(
+def test_command_prepares_what_a_test_needs(
     tmp_path: Path, no_images: Callable[[], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(["reference", "--data", "digits", "--protocol", "offline-v1", "--cache_dir", str(tmp_path)])

@@ -54,7 +54,7 @@ def test_inception_refuses_other_channels(inception: InceptionExtractor) -> None
         inception(images(2, 4, 8, 8))
 
 
-def test_no_network_and_no_file_says_the_ways_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_errors_without_network_or_file_name_the_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def fail(*args: object, **kwargs: object) -> None:
         raise URLError("no network")
 
@@ -65,7 +65,7 @@ def test_no_network_and_no_file_says_the_ways_out(monkeypatch: pytest.MonkeyPatc
     )
     with pytest.raises(RuntimeError, match=message + ".* offline-v1"):
         load_extractor("inception-v3-compat", "cifar10")
-    with pytest.raises(FileNotFoundError, match=r"inception_weights=nowhere\.pth is not a file; give the path"):
+    with pytest.raises(FileNotFoundError, match=r"inception_weights=nowhere\.pth is not a file; set it to the path"):
         load_extractor("inception-v3-compat", "cifar10", inception_weights="nowhere.pth")
 
 
@@ -79,7 +79,7 @@ def test_small_extractor_takes_any_size(tmp_path: Path, shape: tuple[int, ...]) 
     assert extractor.name == "toy"
 
 
-def test_the_file_says_how_wide_the_network_is(tmp_path: Path) -> None:
+def test_metadata_determine_the_width_of_the_network(tmp_path: Path) -> None:
     sizes = {"in_channels": 1, "num_classes": 3, "channels": [8, 16, 8, 24]}
     metadata = {"dataset": "toy", "architecture": sizes}
     save_file(SmallNetwork(**sizes).state_dict(), tmp_path / "x", {"extractor": json.dumps(metadata)})
@@ -89,18 +89,20 @@ def test_the_file_says_how_wide_the_network_is(tmp_path: Path) -> None:
     assert logits.shape == (2, 3) == (2, extractor.num_classes)
 
 
-def test_an_extractor_of_other_data_says_so(tmp_path: Path, inception: InceptionExtractor) -> None:
+def test_extractor_of_other_data_returns_a_warning(tmp_path: Path, inception: InceptionExtractor) -> None:
     path = weights_file(tmp_path / "x.safetensors", dataset_fingerprint="a" * 64, trained_on="half of it")
     extractor = SmallExtractor(path)
-    assert extractor.foreign_to("a" * 64) == ""
+    assert extractor.trained_on_other_data("a" * 64) == ""
     expected = "extractor trained on other data than the reference: half of it (fingerprint aaaaaaaaaaaa)"
-    assert extractor.foreign_to("b" * 64) == expected
-    assert "other data of toy (fingerprint unknown)" in SmallExtractor(weights_file(path)).foreign_to("b" * 64)
-    assert inception.foreign_to("b" * 64) == ""
+    assert extractor.trained_on_other_data("b" * 64) == expected
+    assert "other data of toy (fingerprint unknown)" in SmallExtractor(weights_file(path)).trained_on_other_data(
+        "b" * 64
+    )
+    assert inception.trained_on_other_data("b" * 64) == ""
 
 
 @pytest.mark.usefixtures("digits")
-def test_an_evaluation_by_an_extractor_of_other_data_says_so(tmp_path: Path) -> None:
+def test_evaluation_with_an_extractor_of_other_data_warns(tmp_path: Path) -> None:
     path = weights_file(tmp_path / "x.safetensors", dataset_fingerprint="a" * 64, trained_on="half of it")
     runs = f"--trainer.default_root_dir={tmp_path}"
     small = ["--trainer.max_steps=1", "--model.base_channels=4", "--model.num_inference_steps=1"]
@@ -112,7 +114,7 @@ def test_an_evaluation_by_an_extractor_of_other_data_says_so(tmp_path: Path) -> 
         assert record.metrics[key].note.startswith("extractor trained on other data than the reference: half of it")
 
 
-def test_mixed_precision_around_it_changes_nothing(tmp_path: Path) -> None:
+def test_autocast_does_not_change_the_features(tmp_path: Path) -> None:
     extractor = SmallExtractor(weights_file(tmp_path / "x.safetensors"))
     x = images(4, 1, 8, 8)
     expected, _ = extractor(x)
@@ -127,17 +129,17 @@ def test_mixed_precision_around_it_changes_nothing(tmp_path: Path) -> None:
 def test_wrong_images_are_refused(tmp_path: Path) -> None:
     extractor = SmallExtractor(weights_file(tmp_path / "x.safetensors"))
     with pytest.raises(
-        ValueError, match=r"torch.float32 images of shape \(1, 1, 8, 8\); it takes uint8 \(B, C, H, W\)"
+        ValueError, match=r"torch.float32 images of shape \(1, 1, 8, 8\); it expects uint8 \(B, C, H, W\)"
     ):
         extractor(torch.rand(1, 1, 8, 8))
-    with pytest.raises(ValueError, match=r"it takes 1 channel\(s\) of at least 8x8"):
+    with pytest.raises(ValueError, match=r"it expects 1 channel\(s\) of at least 8x8"):
         extractor(images(1, 3, 8, 8))
     with pytest.raises(ValueError, match="at least 8x8"):
         extractor(images(1, 1, 7, 8))
 
 
-def test_missing_or_foreign_weights_name_the_command(tmp_path: Path) -> None:
-    command = "make it with: python -m benchmark train-extractor"
+def test_errors_about_weights_name_the_training_command(tmp_path: Path) -> None:
+    command = "create it with: python -m benchmark train-extractor"
     with pytest.raises(FileNotFoundError, match=rf"no extractor for 'sky' \(it has: .*digits.*\); {command} sky"):
         load_extractor("suite", "sky")
     with pytest.raises(FileNotFoundError, match=rf"gone\.safetensors is not a file; {command} gone"):
@@ -146,7 +148,7 @@ def test_missing_or_foreign_weights_name_the_command(tmp_path: Path) -> None:
     save_file({"w": torch.zeros(1)}, foreign)
     for content in (foreign.read_bytes(), b"text"):
         foreign.write_bytes(content)
-        with pytest.raises(ValueError, match=r"foreign\.safetensors is no extractor of the suite"):
+        with pytest.raises(ValueError, match=r"foreign\.safetensors is not an extractor of the suite"):
             SmallExtractor(foreign)
 
 
@@ -154,7 +156,7 @@ SHIPPED = sorted(EXTRACTORS.glob("*.safetensors"))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_shipped_extractors_are_small_and_say_how_they_were_made(path: Path) -> None:
+def test_shipped_extractors_are_small_and_name_their_command(path: Path) -> None:
     assert path.stat().st_size < 1_000_000
     metadata = SmallExtractor(path).metadata
     assert metadata["dataset"] == path.stem
@@ -201,7 +203,7 @@ def test_training_is_reproducible_and_leaves_the_random_state(tmp_path: Path, ca
     assert torch.equal(torch.get_rng_state(), state)
     assert files[0].read_bytes() == files[1].read_bytes()
     for output in (str(files[0]), None):
-        with pytest.raises(FileExistsError, match=r"exists; give another --output, or --overwrite true"):
+        with pytest.raises(FileExistsError, match=r"exists; set another --output, or --overwrite true"):
             train_extractor("Digits", epochs=1, output=output)
     extractor = SmallExtractor(files[0])
     assert extractor.metadata["command"] == "python -m benchmark train-extractor digits --epochs 1 --seed 0"
@@ -220,8 +222,17 @@ def test_colour_extractors_are_trained_by_the_same_command(
             Image.fromarray(images(size, size, 3).roll(k).numpy()).save(path)
     options = {"cache_dir": str(tmp_path / "cache")} | ({"center_crop": None} if name == "celeba" else {})
     file = tmp_path / f"{name}.safetensors"
-    places = [f"--root={tmp_path / 'data'}", f"--output={file}", f"--data_options={json.dumps(options)}"]
-    main(["train-extractor", name, *places, "--epochs=1", "--bfloat16=true", "--trained_on=ten images of noise"])
+    options_of_files = [f"--root={tmp_path / 'data'}", f"--output={file}", f"--data_options={json.dumps(options)}"]
+    main(
+        [
+            "train-extractor",
+            name,
+            *options_of_files,
+            "--epochs=1",
+            "--bfloat16=true",
+            "--trained_on=ten images of noise",
+        ]
+    )
     extractor = SmallExtractor(file)
     assert extractor.num_classes == (4 if name == "celeba" else 10)
     assert extractor.metadata["task"] == ("rotation" if name == "celeba" else "classes")
@@ -247,7 +258,7 @@ def test_quarter_turns_can_be_learned_without_labels(tmp_path: Path, monkeypatch
     assert SmallExtractor(tmp_path / "x.safetensors").metadata["test_accuracy"] > 0.5  # by chance 0.25
 
 
-def test_mirroring_turns_some_images_and_no_others() -> None:
+def test_mirroring_mirrors_about_half_of_the_images() -> None:
     torch.manual_seed(0)
     x = images(64, 1, 2, 4)
     mirrored = training._mirrored(x)
@@ -261,7 +272,7 @@ def test_every_dataset_has_a_recipe() -> None:
     assert set(RECIPES) == {"digits", "mnist", "fmnist", "kmnist", "letters", "cifar10", "celeba"}
 
 
-def test_training_refuses_what_it_cannot_learn(digits: Digits, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_refuses_unknown_data_and_missing_labels(digits: Digits, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"data='sky' is not a dataset of the suite; choose one of: celeba, .*mnist"):
         train_extractor("sky")
     with pytest.raises(ValueError, match=r"data='digits' does not accept the options foo: .*'foo'"):

@@ -29,9 +29,9 @@ def test_clean_resize_is_clean_fids(shape: tuple[int, ...]) -> None:
     x = images(*shape)
     expected = [build_resizer("clean")(image.expand(3, -1, -1).permute(1, 2, 0).numpy()) for image in x]
     found = (_clean(x.float().expand(-1, 3, -1, -1)) * 128 + 128).permute(0, 2, 3, 1)
-    np.testing.assert_allclose(found.numpy(), np.stack(expected), rtol=0, atol=1e-4)  # 128 times as much in between
+    np.testing.assert_allclose(found.numpy(), np.stack(expected), rtol=0, atol=1e-4)  # differences are scaled by 128
     assert float(found.min()) == 0  # clipped, where the filter overshoots
-    assert (found != found.round()).any()  # and not rounded
+    assert (found != found.round()).any()  # but not rounded
 
 
 def test_bilinear_keeps_floats_as_they_are() -> None:
@@ -42,8 +42,8 @@ def test_bilinear_keeps_floats_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("resize", ["clean", "bilinear"])
-def test_same_network_behind_another_resize(random_weights: Weights, small_inception: int, resize: str) -> None:
-    """Images of the network's own size are resized by none of them."""
+def test_same_network_with_another_resize(random_weights: Weights, small_inception: int, resize: str) -> None:
+    """Images of the network's input size are not resized."""
     ours = ResizedInception(str(random_weights["inception"]), resize)
     theirs = InceptionExtractor(str(random_weights["inception"]))
     x = images(3, 3, small_inception, small_inception)
@@ -56,7 +56,7 @@ def test_same_network_behind_another_resize(random_weights: Weights, small_incep
 
 
 def test_only_networks_of_unquantised_protocols_take_floats(random_weights: Weights) -> None:
-    with pytest.raises(ValueError, match="it takes uint8"):
+    with pytest.raises(ValueError, match="it expects uint8"):
         InceptionExtractor(str(random_weights["inception"]))(images(1, 1, 28, 28).float())
     with pytest.raises(ValueError, match="1 or 3 channels, found shape"):
         ResizedInception(str(random_weights["inception"]), "clean")(images(1, 2, 28, 28))
@@ -84,7 +84,7 @@ def test_torchvision_network_transforms_twice(random_weights: Weights) -> None:
     assert not torch.allclose(twice(grey)[0], unit(grey)[0])
 
 
-def test_every_view_has_its_network(random_weights: Weights) -> None:
+def test_every_view_has_its_extractor(random_weights: Weights) -> None:
     files = (str(random_weights["inception"]), str(random_weights["torchvision"]))
     found = {name: [view_extractor(v, "digits", *files) for v in p.views] for name, p in PROTOCOLS.items()}
     kinds = {name: [type(extractor) for extractor in extractors] for name, extractors in found.items()}
@@ -108,5 +108,5 @@ def test_wrong_or_missing_torchvision_weights_are_refused(monkeypatch: pytest.Mo
         TorchvisionInception("gone.pth", "twice")
     for content in ({"weight": torch.zeros(1)}, [1]):
         torch.save(content, tmp_path / "other.pth")
-        with pytest.raises(ValueError, match=r"other\.pth holds no weights of torchvision's inception_v3"):
+        with pytest.raises(ValueError, match=r"other\.pth does not contain weights of torchvision's inception_v3"):
             TorchvisionInception(str(tmp_path / "other.pth"), "twice")

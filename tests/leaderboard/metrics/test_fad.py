@@ -96,11 +96,11 @@ def test_reproduces_recorded_distances(
 
 def test_streamed_images_give_both_distances(recorded: dict[str, Tensor], published: Path, real_images: Tensor) -> None:
     fad = FrechetAutoencoderDistance("fmnist", published, num_groups=10)
-    for start in range(0, 10_000, 700):  # batches that are no multiple of those that batch norm sees
+    for start in range(0, 10_000, 700):  # not a multiple of the batch size of batch norm
         images = real_images[start : start + 700]
         fad.update_reference(images, torch.arange(start, start + len(images)))
         fad.update_generated(images, torch.arange(start, start + len(images)))
-    assert len(fad._waiting) == 0
+    assert len(fad._pending) == 0
     values = fad.compute()
     expected = float(recorded["fad.test_split.train_bn.bs250_seq.vs_published"])
     assert values["fad_published"].value == pytest.approx(expected, abs=2e-5)
@@ -110,8 +110,8 @@ def test_streamed_images_give_both_distances(recorded: dict[str, Tensor], publis
     assert "autoencoder fashion_64.pth (234f4335), batch statistics of 250 images" in values["fad_published"].note
 
 
-def folder_of(tmp_path: Path, width: int = 64) -> Path:
-    """A folder laid out as the published one, with random weights and statistics of the size `width`."""
+def published_layout(tmp_path: Path, width: int = 64) -> Path:
+    """Returns a folder with the published layout, random weights and statistics of `width` features."""
     for name in ("stat_checkpoints", "stats"):
         (tmp_path / name).mkdir(parents=True)
     torch.manual_seed(0)
@@ -120,7 +120,7 @@ def folder_of(tmp_path: Path, width: int = 64) -> Path:
     return tmp_path
 
 
-def test_batches_of_the_sampler_do_not_matter(tmp_path: Path) -> None:
+def test_values_do_not_depend_on_the_batch_size_of_the_sampler(tmp_path: Path) -> None:
     images = torch.randint(256, (520, 1, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
     def values(size: int) -> dict:
@@ -130,13 +130,13 @@ def test_batches_of_the_sampler_do_not_matter(tmp_path: Path) -> None:
             fad.update_generated(images[index], index)
         return fad.compute()
 
-    folder = folder_of(tmp_path)
+    folder = published_layout(tmp_path)
     first, other = values(520), values(33)
     for key in first:
         assert other[key].value == pytest.approx(first[key].value, rel=1e-5, abs=1e-6)
 
 
-def test_statistics_stand_for_images() -> None:
+def test_statistics_equal_the_images_they_come_from() -> None:
     features = torch.randn(300, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 2
     by_images, by_statistics = FrechetDistance(5), FrechetDistance(5)
     by_images.update(features, torch.arange(300), real=True)
@@ -146,7 +146,7 @@ def test_statistics_stand_for_images() -> None:
 
 
 def test_few_images_are_noted(tmp_path: Path) -> None:
-    fad = FrechetAutoencoderDistance("mnist", folder_of(tmp_path), num_groups=2)
+    fad = FrechetAutoencoderDistance("mnist", published_layout(tmp_path), num_groups=2)
     images = torch.randint(256, (30, 1, 32, 32), dtype=torch.uint8)
     fad.update_reference(images, torch.arange(30))
     fad.update_generated(images, torch.arange(30))
@@ -154,8 +154,8 @@ def test_few_images_are_noted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["fad_published", "fad_eval"])
-def test_only_what_the_protocol_names_is_measured(tmp_path: Path, key: str) -> None:
-    fad = FrechetAutoencoderDistance("mnist", folder_of(tmp_path), num_groups=2, keys=(key,))
+def test_only_the_values_of_the_protocol_are_computed(tmp_path: Path, key: str) -> None:
+    fad = FrechetAutoencoderDistance("mnist", published_layout(tmp_path), num_groups=2, keys=(key,))
     images = torch.randint(256, (30, 1, 32, 32), dtype=torch.uint8)
     assert (fad.reference_metrics() == {}) == (key == "fad_published")
     fad.update_reference(images, torch.arange(30))
@@ -167,7 +167,7 @@ def test_only_what_the_protocol_names_is_measured(tmp_path: Path, key: str) -> N
 def test_coloured_images_are_measured_against_the_published_statistics(
     dataset: str, tmp_path: Path, published: Path
 ) -> None:
-    """With random weights, because the weights of these datasets are not at hand, and the published statistics."""
+    """With the published statistics, but random weights, because these weights are not available."""
     about = AUTOENCODERS[dataset]
     name, size = f"{about.name}_{about.num_features}", 2 ** (about.depth + 1)
     torch.manual_seed(0)
@@ -205,23 +205,25 @@ class Malicious:
 def test_faulty_folders_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="has no autoencoder of 'kmnist', only of mnist, fmnist, cifar10, celeba"):
         FrechetAutoencoderDistance("kmnist", tmp_path, 10)
-    with pytest.raises(FileNotFoundError, match=r"mnist_64\.pth is not there; --evaluation\.fad_dir takes the folder"):
+    with pytest.raises(
+        FileNotFoundError, match=r"mnist_64\.pth does not exist; set --evaluation\.fad_dir to the folder"
+    ):
         FrechetAutoencoderDistance("mnist", tmp_path, 10)
     with pytest.raises(ValueError, match="has statistics of 3 features, but the autoencoder has 64"):
-        FrechetAutoencoderDistance("mnist", folder_of(tmp_path / "a", width=3), 10)
-    folder = folder_of(tmp_path / "b")
+        FrechetAutoencoderDistance("mnist", published_layout(tmp_path / "a", width=3), 10)
+    folder = published_layout(tmp_path / "b")
     torch.save(FADEncoder(3, 128, 5).state_dict(), folder / "stat_checkpoints" / "cifar10_128.pth")
     with pytest.raises(
         ValueError, match="128 features and 5 convolutions; the autoencoder of cifar10 has 3, 128 and 4"
     ):
         FrechetAutoencoderDistance("cifar10", folder, 10)
     (folder / "stats" / "mnist_test_64.npz").write_bytes(b"no archive")
-    with pytest.raises(ValueError, match="holds no statistics of the FAD"):
+    with pytest.raises(ValueError, match="does not contain statistics of the FAD"):
         FrechetAutoencoderDistance("mnist", folder, 10)
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "malicious.pth"
     for content in (Malicious(), {"weight": torch.zeros(2)}):
         torch.save(content, path)
-        with pytest.raises(ValueError, match="is no autoencoder of the FAD"):
+        with pytest.raises(ValueError, match="is not an autoencoder of the FAD"):
             load_encoder(path)
     assert not Path("owned").exists()

@@ -26,7 +26,7 @@ def test_values_are_those_of_torch_fidelity(neighbours: int, shift: float) -> No
     assert measure(reference, generated, neighbours=neighbours) == pytest.approx(expected, abs=1e-7)
 
 
-def test_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_do_not_depend_on_the_block_size(monkeypatch: pytest.MonkeyPatch) -> None:
     reference, generated = points(230, 1), points(210, 2, 1.0)
     groups = torch.arange(210) % 10
     expected = precision_recall(reference, generated, groups)

@@ -161,7 +161,7 @@ def test_the_same_images_are_at_distance_zero() -> None:
     assert abs(values["kd_toy"].value) < 3 * values["kd_toy"].uncertainty
 
 
-def test_only_inception_gives_fid() -> None:
+def test_only_inception_returns_fid() -> None:
     assert set(evaluate(toy(INCEPTION))) == {"fid", "kid_mean", "is_mean", "precision", "recall"}
     assert set(evaluate(toy())) == {"fd_toy", "kd_toy", "precision_toy", "recall_toy"}
     with pytest.raises(ValueError, match=r"metrics=\['fid'\] cannot be .* extractor 'toy'; choose from: fd, kd"):
@@ -262,7 +262,7 @@ def test_too_few_images_and_wrong_indices_are_refused() -> None:
         metrics.update_generated(FAKE[:19], torch.arange(3))
 
 
-def test_roots_of_their_own_have_names_of_their_own() -> None:
+def test_other_matrix_roots_have_their_own_names() -> None:
     values = evaluate(GenerationMetrics(Projection(INCEPTION), {"fid": {}, "fid_newton_schulz": {}}, len(REAL)))
     assert values["fid_newton_schulz"].value == pytest.approx(values["fid"].value, rel=1e-3)
     svd = evaluate(GenerationMetrics(Projection("torchvision"), {"fid_svd": {}}, len(REAL)))
@@ -270,14 +270,14 @@ def test_roots_of_their_own_have_names_of_their_own() -> None:
     assert svd["fid_svd"].value > values["fid"].value
 
 
-def test_diverging_iterations_are_left_out() -> None:
+def test_diverging_iterations_are_omitted() -> None:
     metrics = GenerationMetrics(Projection(INCEPTION), {"fid": {}, "fid_newton_schulz": {}}, len(REAL))
     same = torch.full_like(FAKE, 7)
-    with pytest.warns(UserWarning, match="fid_newton_schulz is left out: its iterations diverge"):
+    with pytest.warns(UserWarning, match="fid_newton_schulz is omitted: its Newton-Schulz iterations diverge"):
         assert set(evaluate(metrics, fake=same)) == {"fid"}
 
 
-def test_score_alone_needs_no_real_images() -> None:
+def test_inception_score_needs_no_real_images() -> None:
     metrics = GenerationMetrics(Projection("torchvision"), {"is": {"splits": 4}}, len(REAL))
     assert metrics.reference_metrics() == {}
     metrics.update_generated(FAKE, torch.arange(len(FAKE)))
@@ -285,8 +285,8 @@ def test_score_alone_needs_no_real_images() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*")
-def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
-    """Under gloo, each process with every other image; forked, since importing everything again takes longest."""
+def test_two_processes_return_the_same_as_one(tmp_path: Path) -> None:
+    """Under gloo, each process with every other image; forked, to save the time of the imports."""
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=one_of_two, args=(tmp_path, rank)) for rank in range(2)]
     for process in processes:
@@ -305,7 +305,7 @@ def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
 
 
 def one_of_two(folder: Path, rank: int) -> None:
-    """What each process of the test above runs."""
+    """Runs in each process of the test above."""
     torch.set_num_threads(1)  # threads do not survive a fork
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     metrics = toy(INCEPTION)

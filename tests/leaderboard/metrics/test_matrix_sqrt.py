@@ -25,7 +25,7 @@ def test_exact_root_is_scipys() -> None:
 
 
 def test_exact_root_of_singular_covariances() -> None:
-    """Of few images: the nonzero eigenvalues of the product, found through the images themselves."""
+    """Fewer images than features: the nonzero eigenvalues of the product are computed from the images themselves."""
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(12, 40, generator=generator, dtype=torch.float64) for _ in range(2))
     x, y = x - x.mean(0), y - y.mean(0)
@@ -39,14 +39,14 @@ def test_newton_schulz_comes_close_in_single_precision() -> None:
     assert float(newton_schulz(a)(b)) != float(exact(a)(b))
 
 
-def test_svd_is_the_released_formula_and_no_root() -> None:
+def test_svd_is_the_released_formula_and_not_a_root() -> None:
     a, b = covariance(20, 100, 0), covariance(20, 100, 1)
     u, d, vh = np.linalg.svd((a @ b).numpy())
     released = u @ np.diag(np.sqrt(d)) @ vh
     assert float(svd(a)(b)) == pytest.approx(float(np.trace(released)), rel=1e-9)
     assert not np.allclose(released @ released, (a @ b).numpy())
     assert float(svd(a)(b)) < by_scipy(a, b)  # so that the distance comes out larger
-    assert float(svd(a)(a)) == pytest.approx(float(a.trace()), rel=1e-9)  # a symmetric product: nothing is wrong
+    assert float(svd(a)(a)) == pytest.approx(float(a.trace()), rel=1e-9)  # a symmetric product has the right root
 
 
 def test_svd_of_singular_covariances() -> None:
