@@ -21,6 +21,7 @@ from rich.table import Table
 from leaderboard.files import write_atomic
 from leaderboard.record.entries import RECORDS, Entry, headline, order_metrics, read_records
 from leaderboard.record.records import Record
+from leaderboard.reports.pareto import Point, pareto_front
 from leaderboard.reports.table import (
     METHOD_NOTES,
     Cell,
@@ -182,19 +183,23 @@ def _plot(rows: Sequence[dict[str, Cell]], quality: str) -> Figure:
     """Quality against energy, with the spread over the seeds; a line joins what nothing beats in both."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    points = [(row["mJ"].value or 0.0, row[quality].value or 0.0, row) for row in rows]
-    front = sorted(
-        (x, y) for x, y, _ in points if not any(a <= x and b <= y and (a, b) != (x, y) for a, b, _ in points)
-    )
+    points = [_point(row, quality) for row in rows]
+    front = [(point.energy, point.quality) for point in pareto_front(points)]
     axes.step(*zip(*front, strict=True), where="post", color="0.6", lw=1, label="Pareto front")
     shown: Counter[str] = Counter()
-    for x, y, row in points:
-        method = row["Method"].text.split(",")[0]
-        colour = f"C{COLOURS.index(method) if method in COLOURS else len(COLOURS)}"
-        marker = MARKERS[shown[method] % len(MARKERS)]
-        shown[method] += 1
-        name = f"{row['Method'].text}, {row['Solver']}"
-        axes.errorbar(x, y, yerr=float(row[quality].uncertainty or 0), fmt=marker, color=colour, capsize=3, label=name)
+    for point in points:
+        colour = f"C{COLOURS.index(point.method) if point.method in COLOURS else len(COLOURS)}"
+        marker = MARKERS[shown[point.method] % len(MARKERS)]
+        shown[point.method] += 1
+        axes.errorbar(
+            point.energy,
+            point.quality,
+            yerr=point.uncertainty,
+            fmt=marker,
+            color=colour,
+            capsize=3,
+            label=point.label,
+        )
     axes.set(xlabel="45 nm arithmetic per image, strict (mJ)", ylabel=f"{quality} (lower is better)", xscale="log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
@@ -203,3 +208,14 @@ def _plot(rows: Sequence[dict[str, Cell]], quality: str) -> Figure:
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False, title="method, solver, NFE")
     return figure
+
+
+def _point(row: dict[str, Cell], quality: str) -> Point:
+    return Point(
+        energy=row["mJ"].value or 0.0,
+        quality=row[quality].value or 0.0,
+        uncertainty=float(row[quality].uncertainty or 0),
+        method=row["Method"].text.split(",")[0],
+        label=f"{row['Method'].text}, {row['Solver']}",
+        anchor="",
+    )
