@@ -250,6 +250,11 @@ def uncertain_cell(value: float, uncertainty: float, note: str = "") -> Cell:
     return Cell(f"{value:.{decimals}f}", value, f"{uncertainty:.{decimals}f}", note)
 
 
+def plus_minus(value: float, spread: float | None = None) -> str:
+    """Formats a distance and its uncertainty or spread, if there is one, with two decimals each."""
+    return f"{value:.2f}" if spread is None else f"{value:.2f} ±{spread:.2f}"
+
+
 def number_cell(value: float | None) -> Cell:
     """Shows a number with three digits, or whole if large."""
     if value is None:
