@@ -63,7 +63,8 @@ def sweep_threshold(args: Sequence[str]) -> None:
     for threshold, record in zip(options.thresholds, records, strict=True):
         cost = record.cost
         rate = "-" if cost.firing_rate is None else f"{cost.firing_rate:.4f}"
-        table.add_row(f"{threshold:g}", _distance(record), rate, f"{cost.sops / 1e9:.4g}", f"{cost.energy_strict_mj:.4g}")
+        sops, energy = f"{cost.sops / 1e9:.4g}", f"{cost.energy_strict_mj:.4g}"
+        table.add_row(f"{threshold:g}", _distance(record), rate, sops, energy)
     _finish(table, _plot_thresholds(options.thresholds, records), options.output or run.folder / "threshold.png")
 
 
