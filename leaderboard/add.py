@@ -16,7 +16,7 @@ from leaderboard.files import canonical_sha256, write_atomic
 from leaderboard.metrics.generation import metric_keys
 from leaderboard.protocols import PROTOCOLS, SUITE
 from leaderboard.record.entries import RECORDS, Entry
-from leaderboard.record.records import Record, RecordError, find_records, portable, read_record, write_record
+from leaderboard.record.records import Record, RecordError, find_records, read_record, redact_paths, write_record
 
 _OPTIONAL = "fid_newton_schulz"
 """Left out of a record where its iterations diverge."""
@@ -41,7 +41,7 @@ def add(file: str, to: str = RECORDS) -> None:
     """
     path = Path(file)
     try:
-        record = portable(read_record(path))
+        record = redact_paths(read_record(path))
         problems = [*_name_problems(path), *find_problems(record), *_duplicates(record, Path(to))]
     except RecordError as error:
         problems = [str(error).removeprefix(f"{path}: ")]

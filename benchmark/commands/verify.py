@@ -14,7 +14,7 @@ from rich.text import Text
 from benchmark.runs import RUNS
 from leaderboard.files import file_sha256, write_atomic
 from leaderboard.record.entries import Entry
-from leaderboard.record.records import ELSEWHERE, Record, portable, read_record, record_text
+from leaderboard.record.records import REDACTED, Record, read_record, record_text, redact_paths
 from leaderboard.record.repetition import Repetition
 from leaderboard.reports.compare import show
 from leaderboard.reports.terminal import terminal
@@ -90,7 +90,7 @@ def verify(
     repetition = Repetition(recorded, repeated)
     _compare(console, repetition)
     if keep and repetition.agrees:
-        write_atomic(Entry(Path(record), recorded).repetition, record_text(portable(repeated)))
+        write_atomic(Entry(Path(record), recorded).repetition, record_text(redact_paths(repeated)))
     agrees = "agrees" if repetition.agrees else "does not agree"
     _finish(console, repetition.agrees, f"{record} {agrees} with its repetition")
 
@@ -162,7 +162,7 @@ def _settings(record: Record, accelerator: str | None, given: dict[str, str]) ->
                 raise ValueError(f"--{option} {given[option]}: its configuration has no place for this option")
         elif option in given:
             part[option] = given[option]
-        elif str(part.get(option)).startswith(ELSEWHERE):
+        elif str(part.get(option)).startswith(REDACTED):
             raise ValueError(f"it does not say where {part[option]} lies; give it: --{option} PATH")
     return settings
 

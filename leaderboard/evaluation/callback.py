@@ -33,8 +33,8 @@ from leaderboard.record.records import (
     ProtocolEntry,
     Record,
     check_name,
-    portable,
     record_name,
+    redact_paths,
     write_record,
 )
 from leaderboard.reports.table import show_result
@@ -182,7 +182,7 @@ class Evaluation(Callback):
             return
         metrics |= self._reconstruction(trainer, cast(Any, pl_module))
         folder = self._folder
-        self.record = record = portable(self._record(trainer, pl_module, metrics))
+        self.record = record = redact_paths(self._record(trainer, pl_module, metrics))
         self._save_grid((folder / "samples" / record_name(record)).with_suffix(".png"))
         path = write_record(record, folder / "records")  # last: where there is a record, nothing is missing
         if self._chunks is not None and not self.keep_samples:

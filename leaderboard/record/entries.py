@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from leaderboard.files import canonical_sha256
-from leaderboard.record.records import MetricValue, Record, RecordError, find_records, portable, read_record
+from leaderboard.record.records import MetricValue, Record, RecordError, find_records, read_record, redact_paths
 from leaderboard.record.repetition import Repetition
 
 RECORDS = "leaderboard/data/records"
@@ -91,7 +91,7 @@ def read_records(folders: Iterable[str | Path]) -> tuple[list[tuple[Path, Record
     broken = []
     for path in find_records(searched):
         try:
-            entry = Entry(path, portable(read_record(path)))
+            entry = Entry(path, redact_paths(read_record(path)))
         except RecordError as error:
             broken.append(str(error))
             continue

@@ -1,4 +1,4 @@
-"""Record files that nobody honest would write: each ends in one error that names file and field."""
+"""Malformed and malicious record files: each raises one error that names the file and the field."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def valid(make_record: Make, tmp_path: Path) -> dict[str, Any]:
 
 
 def put(data: dict[str, Any], path: str, value: Any) -> None:
-    """Replaces one field, and keeps the hash of the configuration right."""
+    """Replaces one field and updates the hash of the configuration."""
     *parents, last = path.split("/")
     for name in parents:
         data = data[name]
@@ -95,12 +95,12 @@ def test_value_is_refused(valid: dict[str, Any], file: Path, path: str, value: A
         (b"{" * 100_000, "not a readable JSON file"),
         (b"[" * 200_000 + b"]" * 200_000, "not a readable JSON file .*recursion"),
         (b'{"a": ' * 100_000 + b"1" + b"}" * 100_000, "not a readable JSON file .*recursion"),
-        (b'{"nfe": 1, "nfe": 2}', "field 'nfe': the field is there twice"),
-        (b'{"a": {"\\u001b": 1, "\\u001b": 2}}', r"field '\\x1b': the field is there twice"),
+        (b'{"nfe": 1, "nfe": 2}', "field 'nfe': the field occurs twice"),
+        (b'{"a": {"\\u001b": 1, "\\u001b": 2}}', r"field '\\x1b': the field occurs twice"),
         (b"1" * 5000, "not a readable JSON file"),
         (b"null", "field the top level: expected an object, found None"),
         (b'"' + b"x" * 5000 + b'"', "field the top level: expected an object"),
-        (b" " * (LARGEST_FILE + 1), "not a readable JSON file .4,194,305 bytes, a record has at most 4,194,304"),
+        (b" " * (LARGEST_FILE + 1), "not a readable JSON file .4,194,305 bytes, more than the maximum of 4,194,304"),
     ],
 )
 def test_file_is_refused(file: Path, content: bytes, message: str) -> None:
@@ -124,7 +124,7 @@ QUICK = settings(
 
 
 def read_or_refuse(file: Path) -> None:
-    """A record is either refused in so many words, or whole enough for every table."""
+    """A record is either refused with a clear error or complete enough for every table."""
     entries = []
     with contextlib.suppress(RecordError):
         entries.append((file, read_record(file)))
@@ -154,7 +154,7 @@ def test_any_change_is_a_record_or_an_error(file: Path, valid: dict[str, Any], d
     else:
         where.pop(name, None)
     for field, content in (("config", record), ("protocol", record.get("protocol"))):
-        if isinstance(content, dict):  # hashes that fit, so that more than them is looked at
+        if isinstance(content, dict):  # matching hashes, so that later checks are reached
             key, value = (
                 ("config_sha256", content.get(field)) if field == "config" else ("sha256", content.get("description"))
             )
