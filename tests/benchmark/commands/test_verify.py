@@ -83,7 +83,7 @@ def test_a_kept_repetition_marks_the_row_as_verified(
     main([*copied, "--keep=true"])
     assert read_record(kept) == redact_paths(read_record(record))
     capsys.readouterr()
-    main(["leaderboard", f"--records=[{tmp_path}]"])
+    main(["leaderboard", f"--records=[{tmp_path}]", "--wide"])
     assert read_record(record).created[:10] in capsys.readouterr().out
 
 
