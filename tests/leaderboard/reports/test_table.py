@@ -180,7 +180,7 @@ def test_no_records_says_what_to_run(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_a_folder_that_is_not_there_is_named_unless_it_is_a_default(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(FileNotFoundError, match=r"^--records .*nowhere is no folder; give folders to search, such as"):
+    with pytest.raises(FileNotFoundError, match=r"^--records .*nowhere: not a folder; give folders to search, such as"):
         leaderboard([str(tmp_path), str(tmp_path / "nowhere")])
     monkeypatch.chdir(tmp_path)
     leaderboard()
