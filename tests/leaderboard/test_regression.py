@@ -79,8 +79,8 @@ def test_baselines_are_written_read_and_replaced(make_record: MakeRecord, tmp_pa
     assert sorted(read_baseline(folder).values) == [4, 5, 6, 7]
 
 
-def test_too_few_records_are_no_baseline(make_record: MakeRecord, tmp_path: Path) -> None:
+def test_too_few_records_are_refused(make_record: MakeRecord, tmp_path: Path) -> None:
     write_record(make_record(), tmp_path / "sdm")
-    command = r"measure it with: python -m benchmark regress --update --methods sdm"
+    command = r"create it with: python -m benchmark regress --update --methods sdm"
     with pytest.raises(FileNotFoundError, match=rf"sdm has 1 records, but a baseline needs 3 seeds or more; {command}"):
         read_baseline(tmp_path / "sdm")
