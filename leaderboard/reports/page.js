@@ -49,8 +49,8 @@
     detail.querySelector("details").open = isOpen;
   }
 
-  entries.forEach((entry, place) => {
-    entry.dataset.order = place;
+  entries.forEach((entry, index) => {
+    entry.dataset.order = index;
     const name = entry.querySelector(".name");
     const button = document.createElement("button");
     button.type = "button";

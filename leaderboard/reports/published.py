@@ -142,16 +142,16 @@ def _check(published: Published) -> None:
     for i, result in enumerate(published.results):
         where = f"results.{i} ({result.method}, {result.dataset}, {result.table})"
         named = {"sources": (result.source,), "protocols": (result.protocol,), "caveats": result.caveats}
-        for kind, names in named.items():
+        for section, names in named.items():
             for name in names:
-                if name not in getattr(published, kind):
-                    raise SchemaError(f"{where}: {name!r} is not defined under {kind}; define it or correct it")
-            used[kind].update(names)
+                if name not in getattr(published, section):
+                    raise SchemaError(f"{where}: {name!r} is not defined under {section}; define it or correct it")
+            used[section].update(names)
         if not result.metrics:
             raise SchemaError(f"{where}: expected at least one metric")
         if result in seen:
             raise SchemaError(f"{where}: the result occurs twice; remove one")
         seen.append(result)
-    for kind, found in used.items():
-        if unused := sorted(getattr(published, kind).keys() - found):
-            raise SchemaError(f"{kind}.{unused[0]}: no result uses it; remove it or correct the spelling")
+    for section, found in used.items():
+        if unused := sorted(getattr(published, section).keys() - found):
+            raise SchemaError(f"{section}.{unused[0]}: no result uses it; remove it or correct the spelling")

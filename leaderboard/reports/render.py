@@ -121,19 +121,19 @@ def to_csv(records: Iterable[tuple[Path, Record]], published: Published) -> str:
     writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
     writer.writeheader()
     for group in tables(records):
-        for place, entry in enumerate(group, 1):
+        for position, entry in enumerate(group, 1):
             for key, metric in sorted(entry.record.metrics.items()):
                 value = {"metric": key, "value": metric.value, "uncertainty": metric.uncertainty}
                 value |= {"num_samples": metric.num_samples, "note": metric.note}
-                writer.writerow(_escape_formulas(_measured_columns(entry, _rank(place, entry)) | value))
+                writer.writerow(_escape_formulas(_measured_columns(entry, _rank(position, entry)) | value))
     for result in published.results:
         for key, number in result.metrics.items():
             writer.writerow(_escape_formulas(_published_columns(result, published) | {"metric": key, "value": number}))
     return text.getvalue()
 
 
-def _rank(place: int, entry: Entry) -> int | None:
-    return None if entry.record.draft or not math.isfinite(entry.frechet) else place
+def _rank(position: int, entry: Entry) -> int | None:
+    return None if entry.record.draft or not math.isfinite(entry.frechet) else position
 
 
 def _verified_day(entry: Entry) -> str | None:
@@ -211,12 +211,12 @@ def to_json(records: Iterable[tuple[Path, Record]], published: Published) -> str
             "protocol": group[0].record.protocol.name,
             "entries": [
                 {
-                    "rank": _rank(place, entry),
+                    "rank": _rank(position, entry),
                     "file": entry.path.name,
                     "record": asdict(entry.record),
                     "verified": _verified_day(entry),
                 }
-                for place, entry in enumerate(group, 1)
+                for position, entry in enumerate(group, 1)
             ],
         }
         for group in tables(records)

@@ -321,10 +321,10 @@ def short_rows(group: list[Entry], newest: Entry | None) -> list[int | None]:
     """
     if len(group) <= SHORT_ROWS:
         return list(range(len(group)))
-    place = group.index(newest) if newest in group else 0
-    if place < SHORT_ROWS - 1:
+    index = group.index(newest) if newest in group else 0
+    if index < SHORT_ROWS - 1:
         return [*range(SHORT_ROWS - 1), None]
-    first, last = place - 1, min(place + 1, len(group) - 1)
+    first, last = index - 1, min(index + 1, len(group) - 1)
     top = SHORT_ROWS - 1 - (last - first + 1) - (last < len(group) - 1)
     return [*range(top), None, *range(first, last + 1), *[None] * (last < len(group) - 1)]
 
@@ -343,14 +343,14 @@ def _print_short(console: Console, group: list[Entry], newest: Entry | None, eve
     for name in numbers:
         table.add_column(Text(name), justify="right", no_wrap=True)
     notes: list[str] = []
-    for place in range(len(group)) if every_row else short_rows(group, newest):
-        if place is None:
+    for index in range(len(group)) if every_row else short_rows(group, newest):
+        if index is None:
             table.add_row("...")
             continue
-        row, marked = rows[place], group[place] == newest
+        row, marked = rows[index], group[index] == newest
         cells = [
             f"{'> ' if marked else ''}{row['#']}",
-            entry_name(group[place].record),
+            entry_name(group[index].record),
             *(str(row[n]) for n in numbers),
         ]
         table.add_row(*(Text(c, no_wrap=True, overflow="ellipsis") for c in cells), style="bold" if marked else None)
