@@ -1,4 +1,4 @@
-"""`python -m benchmark leaderboard add`: takes in a record of somebody else, if it is whole and agrees with itself."""
+"""`python -m benchmark leaderboard add`: adds an external record after checking its schema and consistency."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from leaderboard.files import canonical_sha256, write_atomic
 from leaderboard.metrics.generation import metric_keys
 from leaderboard.protocols import PROTOCOLS, SUITE
 from leaderboard.record.entries import RECORDS, Entry
-from leaderboard.record.records import Record, RecordError, find_records, portable, read_record, write_record
+from leaderboard.record.records import Record, RecordError, find_records, read_record, redact_paths, write_record
 
 _OPTIONAL = "fid_newton_schulz"
-"""Left out of a record where its iterations diverge."""
+"""Metric that is missing from records in which its iteration diverged."""
 _ROUNDING = 1e-6
-"""Relative error of numbers computed again."""
+"""Relative tolerance of recomputed numbers."""
 
 
 def add(file: str, to: str = RECORDS) -> None:
-    """Checks a record and copies it into the leaderboard under its own name, or says why not.
+    """Checks a record and copies it into the leaderboard under its canonical name, or prints why it is refused.
 
-    Its grid of samples comes along, and the repetition that `leaderboard verify --keep` left.
+    The sample grid and the repetition kept by `leaderboard verify --keep` are copied with it.
 
-    Checked are the schema, the hashes, the protocol, and that the numbers agree with each other. That they are true is
-    checked by `leaderboard verify` alone.
+    The checks cover the schema, the hashes, the protocol and the consistency of the numbers. Only `leaderboard verify`
+    checks that the numbers can be reproduced.
 
     Args:
-        file: Record to take in.
+        file: Record to add.
         to: Folder of the records.
 
     Raises:
@@ -41,7 +41,7 @@ def add(file: str, to: str = RECORDS) -> None:
     """
     path = Path(file)
     try:
-        record = portable(read_record(path))
+        record = redact_paths(read_record(path))
         problems = [*_name_problems(path), *find_problems(record), *_duplicates(record, Path(to))]
     except RecordError as error:
         problems = [str(error).removeprefix(f"{path}: ")]
@@ -59,7 +59,7 @@ def add(file: str, to: str = RECORDS) -> None:
 
 
 def find_problems(record: Record) -> list[str]:
-    """Returns what in a record cannot be, a line each."""
+    """Returns the inconsistencies of a record, one line each."""
     return [
         *_metric_problems(record),
         *_sample_problems(record),
@@ -70,16 +70,16 @@ def find_problems(record: Record) -> list[str]:
 
 def _name_problems(path: Path) -> Iterator[str]:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*\.json", path.name) or ".." in path.name:
-        yield "the file's name is not safe; give it one of letters, digits and . _ + - that ends in .json"
+        yield "the file name is not safe; use only letters, digits and . _ + -, and the suffix .json"
 
 
 def _duplicates(record: Record, folder: Path) -> Iterator[str]:
-    """Names the file that has the same content; broken files in the folder are no business of this record."""
+    """Yields the files with the same content; ignores broken files in the folder."""
     content = canonical_sha256(asdict(record))
     for path in find_records([folder]):
         try:
             if canonical_sha256(asdict(read_record(path))) == content:
-                yield f"the same record is there already: {path}"
+                yield f"the same record exists already: {path}"
         except RecordError:
             continue
 
@@ -89,16 +89,16 @@ def _metric_problems(record: Record) -> Iterator[str]:
     views = {dataset if v.extractor == SUITE else v.extractor: v.metrics_for(dataset) for v in protocol.views}
     views = {extractor: families for extractor, families in views.items() if families}
     if record.extractor.name != " + ".join(views):
-        yield f"extractor.name: {record.extractor.name!r} is not that of {protocol.name}, {' + '.join(views)}"
+        yield f"extractor.name: expected {' + '.join(views)} for {protocol.name}, found {record.extractor.name!r}"
         return
     known = {key for name, families in views.items() for family in families for key in metric_keys(family, name)}
     if missing := sorted(known - record.metrics.keys() - {_OPTIONAL}):
-        yield f"metrics: {', '.join(missing)} of {protocol.name} are missing"
+        yield f"metrics: {', '.join(missing)} required by {protocol.name} but missing"
     if unknown := sorted(record.metrics.keys() - known - {*protocol.fad, *protocol.reconstruction}):
-        yield f"metrics: {', '.join(unknown)} do not belong to {protocol.name}"
+        yield f"metrics: {', '.join(unknown)} not part of {protocol.name}"
     for key, metric in record.metrics.items():
         if metric.uncertainty < 0:
-            yield f"metrics.{key}.uncertainty: {metric.uncertainty:g} is below 0"
+            yield f"metrics.{key}.uncertainty: {metric.uncertainty:g} is negative"
 
 
 def _sample_problems(record: Record) -> Iterator[str]:
@@ -108,23 +108,23 @@ def _sample_problems(record: Record) -> Iterator[str]:
     counts = {key: metric.num_samples for key, metric in record.metrics.items()}
     most = max(counts.values())
     if not record.draft and most < protocol.num_samples:
-        yield f"draft: {most} generated images of {protocol.num_samples} make a draft, but it is not marked as one"
+        yield f"draft: must be true, {most} images are fewer than the {protocol.num_samples} of {protocol.name}"
     if most > protocol.max_samples:
-        yield f"metrics: {most} generated images are more than the {protocol.max_samples} of {protocol.name}"
-    asked = _asked_samples(record.config)
-    if not record.draft and asked not in (None, most):
-        yield f"metrics: {most} generated images, but the configuration asks for {asked}"
+        yield f"metrics: {most} generated images exceed the maximum of {protocol.max_samples} of {protocol.name}"
+    configured = _configured_samples(record.config)
+    if not record.draft and configured not in (None, most):
+        yield f"metrics: {most} generated images, but the configuration sets num_samples to {configured}"
     kept = min((view.kept_images for view in protocol.views if view.kept_images), default=most)
     for key, count in counts.items():
         if key.startswith("reconstruction_"):
             if count != 0:
-                yield f"metrics.{key}.num_samples: {count} generated images, but a reconstruction takes none"
+                yield f"metrics.{key}.num_samples: {count}, expected 0: a reconstruction uses no generated images"
         elif count < min(most, kept):
-            yield f"metrics.{key}.num_samples: {count} of the {most} generated images"
+            yield f"metrics.{key}.num_samples: computed from only {count} of the {most} generated images"
 
 
-def _asked_samples(config: Any) -> Any:
-    """Returns the number of images that a configuration asks for, if it does."""
+def _configured_samples(config: Any) -> Any:
+    """Returns the number of images set in a configuration, or None."""
     for name in ("data", "init_args", "num_samples"):
         config = config.get(name) if isinstance(config, dict) else None
     return config
@@ -134,31 +134,31 @@ def _cost_problems(record: Record) -> Iterator[str]:
     cost = record.cost
     for name, value in asdict(cost).items():
         if isinstance(value, int | float) and value < 0:
-            yield f"cost.{name}: {value:g} is below 0"
+            yield f"cost.{name}: {value:g} is negative"
     energy = strict_energy_mj(cost.macs, cost.acs)
     if not math.isclose(cost.energy_strict_mj, energy, rel_tol=_ROUNDING):
-        yield f"cost.energy_strict_mj: {cost.energy_strict_mj:g} mJ, but the MACs and ACs take {energy:g} mJ"
+        yield f"cost.energy_strict_mj: {cost.energy_strict_mj:g} mJ, but its MACs and ACs amount to {energy:g} mJ"
     if cost.acs < cost.sops * (1 - _ROUNDING):
-        yield f"cost.acs: {cost.acs:g} accumulates are fewer than the {cost.sops:g} synaptic operations among them"
+        yield f"cost.acs: {cost.acs:g} accumulates, fewer than the {cost.sops:g} synaptic operations they include"
     if cost.trainable_parameters > cost.parameters:
-        yield f"cost.trainable_parameters: {cost.trainable_parameters} of {cost.parameters} parameters"
+        yield f"cost.trainable_parameters: {cost.trainable_parameters} exceeds the {cost.parameters} parameters"
     yield from _rate_problems(cost.firing_rate, cost.firing_rates)
 
 
 def _rate_problems(mean: float | None, rates: dict[str, float]) -> Iterator[str]:
     for name, rate in rates.items():
         if not 0 <= rate <= 1:
-            yield f"cost.firing_rates.{name}: {rate:g} is no rate from 0 to 1"
+            yield f"cost.firing_rates.{name}: {rate:g} is not between 0 and 1"
     if mean is None or not rates:
         if mean is not None or rates:
-            yield "cost.firing_rate: a mean and the rates of the layers go together"
+            yield "cost.firing_rate: expected both the mean and the rates of the layers, or neither"
     elif not min(rates.values()) - _ROUNDING <= mean <= max(rates.values()) + _ROUNDING:
-        yield f"cost.firing_rate: {mean:g} lies outside the rates of the layers that it is the mean of"
+        yield f"cost.firing_rate: the mean {mean:g} is outside the range of the layers' rates"
 
 
 def _provenance_problems(record: Record) -> Iterator[str]:
     if record.nfe != record.cost.nfe:
-        yield f"cost.nfe: {record.cost.nfe}, but nfe: {record.nfe}"
+        yield f"cost.nfe: {record.cost.nfe} differs from nfe: {record.nfe}"
     for name, count in (
         ("nfe", record.nfe),
         ("num_steps", record.num_steps),
@@ -167,14 +167,14 @@ def _provenance_problems(record: Record) -> Iterator[str]:
         if count < 1:
             yield f"{name}: {count} is below 1"
     if record.wall_time_seconds < 0:
-        yield f"wall_time_seconds: {record.wall_time_seconds:g} is below 0"
+        yield f"wall_time_seconds: {record.wall_time_seconds:g} is negative"
     if datetime.fromisoformat(record.created) > datetime.now(UTC):
-        yield f"created: {record.created} lies in the future"
+        yield f"created: {record.created} is in the future"
     if record.checkpoint is None:
-        yield "checkpoint: none is named, so that nobody can repeat the evaluation; test the saved checkpoint"
+        yield "checkpoint: missing, so the evaluation cannot be repeated; test a saved checkpoint with --ckpt_path"
     hashes = {"dataset.fingerprint": record.dataset.fingerprint, "extractor.sha256": record.extractor.sha256}
     if record.checkpoint is not None:
         hashes["checkpoint.sha256"] = record.checkpoint.sha256
     for name, text in hashes.items():
         if not re.fullmatch(r"[0-9a-f]{64}", text):
-            yield f"{name}: expected a SHA-256 in 64 hexadecimal digits, found {text[:80]!a}"
+            yield f"{name}: expected a SHA-256 of 64 hexadecimal digits, found {text[:80]!a}"

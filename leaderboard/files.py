@@ -10,7 +10,7 @@ from typing import Any
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Writes a file so that a reader sees all of it or nothing."""
+    """Writes a file atomically: readers see either the old or the complete new content."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -21,12 +21,12 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """Returns the SHA-256 of a file's content."""
+    """Returns the SHA-256 of a file in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def canonical_sha256(value: Any) -> str:
-    """Returns the SHA-256 of a JSON value, independent of key order and spacing."""
+    """Returns the SHA-256 of a JSON value in hexadecimal digits, independent of key order and whitespace."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -8,34 +8,32 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
+from torchvision.utils import make_grid
 
 from leaderboard.files import write_atomic
 
 
 def grid(images: Tensor, columns: int, scale: int = 1) -> Tensor:
-    """Arranges images in rows, on white.
+    """Arranges images in rows on a white page.
 
     Args:
-        images: uint8 `(N, C, H, W)`.
-        columns: Images in a row.
-        scale: Whole enlargement of each pixel.
+        images: uint8 `(N, C, H, W)`, `C` 1 or 3.
+        columns: Images per row. One image in one column is returned without a border.
+        scale: Integer factor by which each pixel is enlarged.
 
     Returns:
-        uint8 page `(C, height, width)`.
+        uint8 page `(C, height, width)`; its last row is filled up with white.
     """
     gap = max(1, scale // 2)
     images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     missing = -len(images) % columns
-    images = torch.cat([images, images.new_full((missing, *images.shape[1:]), 255)])
-    images = F.pad(images, (0, gap, 0, gap), value=255)
-    rows = images.unflatten(0, (-1, columns))  # (rows, columns, C, H, W)
-    page = rows.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)  # (C, rows * H, columns * W)
-    return F.pad(page, (gap, 0, gap, 0), value=255)
+    images = torch.cat([images, images.new_full((missing, *images.shape[1:]), 255)])  # whole rows of white
+    page = make_grid(images, nrow=columns, padding=gap, pad_value=255)  # repeats a single channel three times
+    return page[: images.shape[1]]
 
 
 def save_png(image: Tensor, path: Path) -> None:
-    """Writes a uint8 image `(C, H, W)` of 1 or 3 channels, whole or not at all."""
+    """Writes a uint8 image `(C, H, W)`, `C` 1 or 3, as an atomic PNG file."""
     array = image.cpu().movedim(0, -1).squeeze(-1).contiguous().numpy()
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, "PNG")
@@ -43,5 +41,5 @@ def save_png(image: Tensor, path: Path) -> None:
 
 
 def enlargement(size: int, target: int = 64) -> int:
-    """Returns the whole factor that brings small images near `target` pixels."""
+    """Returns the integer scale that brings images of side `size` closest to `target` pixels, at least 1."""
     return max(1, round(target / size))

@@ -1,4 +1,4 @@
-"""Baselines of the regression check: records of several seeds, and whether a new record is as good as they are."""
+"""Baselines of the regression check: records of several seeds and the comparison of a new record with them."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from leaderboard.record.entries import headline
 from leaderboard.record.records import Record, find_records, read_record, write_record
 
 BASELINES = Path(__file__).parent / "data" / "baselines"
-"""Folder of the shipped baselines, `<configuration>/*.json`, one record for each seed."""
+"""Folder of the shipped baselines, `<configuration>/*.json`, one record per seed."""
 
 SPREADS = 4.0
-"""Standard deviations over the seeds of a baseline by which a distance may differ from its mean."""
+"""Tolerance around the mean of a baseline, in standard deviations over its seeds."""
 
 FLOOR = 0.15
-"""Share of the mean by which it may always differ: a spread over few seeds can be small by chance."""
+"""Minimum tolerance as a fraction of the mean, because a spread over few seeds can be small by chance."""
 
 FEWEST_SEEDS = 3
-"""Seeds that a spread is measured with, at least."""
+"""Minimum number of seeds of a baseline."""
 
-_PLACES = ("trainer.default_root_dir", "model.init_args.init_from", "data.init_args.cache_dir")
-"""Entries of a configuration that change from run to run."""
+_RUN_PATHS = ("trainer.default_root_dir", "model.init_args.init_from", "data.init_args.cache_dir")
+"""Configuration entries that differ between runs and are not compared."""
 
 
 class Verdict(Enum):
-    """What a comparison with a baseline says."""
+    """Result of the comparison with a baseline."""
 
     OK = "ok"
     WORSE = "WORSE"
@@ -42,14 +42,14 @@ class Baseline:
     """Distances of one configuration, trained with several seeds.
 
     Args:
-        records: One record for each seed.
+        records: One record per seed.
     """
 
     records: Sequence[Record]
 
     @property
     def values(self) -> list[float]:
-        """The distance of each seed."""
+        """Distance of each seed."""
         return [headline(record)[1].value for record in self.records]
 
     @property
@@ -64,24 +64,24 @@ class Baseline:
 
     @property
     def tolerance(self) -> float:
-        """How far a distance may lie from the mean: `SPREADS` standard deviations, at least `FLOOR` of the mean."""
+        """Allowed deviation from the mean: `max(SPREADS * spread, FLOOR * mean)`."""
         return max(SPREADS * self.spread, FLOOR * self.mean)
 
     def judge(self, distance: float) -> Verdict:
-        """Says whether a distance lies within the tolerance, above or below."""
+        """Returns whether a distance is within the tolerance, above it or below it."""
         if distance > self.mean + self.tolerance:
             return Verdict.WORSE
         return Verdict.BETTER if distance < self.mean - self.tolerance else Verdict.OK
 
     def same_seed(self, record: Record) -> float | None:
-        """Returns the distance of the baseline's record of the same training seed, if there is one."""
+        """Returns the distance of the baseline's record with the same seeds, or None."""
         found = [v for r, v in zip(self.records, self.values, strict=True) if r.seeds == record.seeds]
         return found[0] if found else None
 
     def miscounts(self, record: Record) -> list[str]:
-        """Names what no training changes in the cost of a configuration, and yet differs.
+        """Returns the differences in costs that do not depend on training.
 
-        Multiply-accumulates are among it: which layers see real values is a property of the network.
+        MACs are among these costs, because the network's structure determines which layers have real-valued inputs.
         """
         old, new = self.records[0].cost, record.cost
         counts = (
@@ -90,19 +90,19 @@ class Baseline:
             ("MACs", new.macs, old.macs),
         )
         return [
-            f"{name}: {now:,.0f}, in the baseline {then:,.0f}"
+            f"{name}: {now:,.0f}, but {then:,.0f} in the baseline"
             for name, now, then in counts
             if not math.isclose(now, then)
         ]
 
     def differences(self, record: Record) -> list[str]:
-        """Names what keeps a record from being compared: other data, extractor, protocol or configuration.
+        """Returns the reasons why a record is not comparable: other data, extractor, protocol or configuration.
 
-        Options that only one of the two has, such as one that was added since, do not count.
+        Options that only one of the two has are ignored, because options may have been added in the meantime.
         """
         old = self.records[0]
         found = [
-            f"{name} is {new}, in the baseline {then}"
+            f"{name} is {new}, but {then} in the baseline"
             for name, new, then in (
                 ("extractor", record.extractor.sha256[:8], old.extractor.sha256[:8]),
                 ("dataset", record.dataset.fingerprint[:8], old.dataset.fingerprint[:8]),
@@ -120,20 +120,20 @@ def read_baseline(folder: Path) -> Baseline:
     """Reads the baseline of a configuration.
 
     Raises:
-        FileNotFoundError: If it has too few records.
-        RecordError: If one is broken.
+        FileNotFoundError: If it has fewer than `FEWEST_SEEDS` records.
+        RecordError: If a record is broken.
     """
     records = [read_record(path) for path in find_records([folder])]
     if len(records) < FEWEST_SEEDS:
         raise FileNotFoundError(
-            f"{folder} has {len(records)} records, a baseline takes {FEWEST_SEEDS} seeds or more; measure it with: "
+            f"{folder} has {len(records)} records, but a baseline needs {FEWEST_SEEDS} seeds or more; create it with: "
             f"python -m benchmark regress --update --methods {folder.name}"
         )
     return Baseline(records)
 
 
 def write_baseline(records: Sequence[Record], folder: Path) -> None:
-    """Replaces the baseline of a configuration."""
+    """Writes the baseline of a configuration and deletes the old one."""
     before = find_records([folder])
     for record in records:
         write_record(record, folder)
@@ -142,7 +142,7 @@ def write_baseline(records: Sequence[Record], folder: Path) -> None:
 
 
 def _explicit(config: Mapping[str, Any], part: str) -> Any:
-    """Returns a part of a configuration; null was full precision before a precision was chosen for each device."""
+    """Returns a part of a configuration; in older records, precision null means full precision."""
     options = config.get(part)
     if part == "trainer" and isinstance(options, Mapping):
         return {**options, "precision": options.get("precision") or "32-true"}
@@ -153,5 +153,5 @@ def _differences(new: Any, old: Any, where: str) -> Iterator[str]:
     if isinstance(new, dict) and isinstance(old, dict):
         for key in sorted(new.keys() & old.keys()):
             yield from _differences(new[key], old[key], f"{where}.{key}")
-    elif new != old and where not in _PLACES:
-        yield f"{where} is {new}, in the baseline {old}"
+    elif new != old and where not in _RUN_PATHS:
+        yield f"{where} is {new}, but {old} in the baseline"

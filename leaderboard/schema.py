@@ -1,4 +1,4 @@
-"""Strict conversion of JSON values to dataclasses: nothing unknown, nothing missing, no silent change of type."""
+"""Strict conversion of JSON values to dataclasses: no unknown or missing fields, no implicit type conversion."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ Data = TypeVar("Data")
 
 LARGEST_INTEGER = 2**63 - 1
 LARGEST_NUMBER = 1e30
-"""Far beyond any measurement, and far from overflowing in one."""
+"""Far above any measurement, yet small enough that computations do not overflow."""
 LONGEST_TEXT = 4096
 DEEPEST = 32
-"""Levels of free JSON."""
-_UNSAFE = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, invisible, half of a pair, line breaks: they can fool a terminal
+"""Maximum nesting depth of free JSON."""
+_UNSAFE = ("Cc", "Cf", "Cs", "Zl", "Zp")
+"""Unicode categories that can mislead a terminal: control, invisible, lone surrogates, line and paragraph breaks."""
 
 
 class SchemaError(ValueError):
-    """A value that does not fit its declared type; the message starts with the path of the field."""
+    """A value does not match its declared type; the message starts with the path of the field."""
 
 
 def from_json(kind: type[Data], value: Any, field: str = "") -> Data:
@@ -28,10 +29,10 @@ def from_json(kind: type[Data], value: Any, field: str = "") -> Data:
 
     Args:
         kind: Dataclass whose fields are bool, int, float, str, `Literal`, `None` unions, `dict[str, ...]`,
-            `tuple[..., ...]` for lists, nested dataclasses, or `Any` for free JSON. Text and keys, but those of free
-            JSON, hold no control characters.
+            `tuple[..., ...]` for lists, nested dataclasses, or `Any` for free JSON. Text and keys outside free JSON
+            must not contain control characters.
         value: JSON object to convert.
-        field: Path of the object in its file, for messages.
+        field: Path of the object in its file, for error messages.
 
     Raises:
         SchemaError: If a field is unknown, missing, of another type, too large, or not a finite number.
@@ -78,11 +79,11 @@ def _convert(kind: Any, value: Any, field: str) -> Any:
 def _scalar(kind: type, value: Any, field: str) -> Any:
     _plain_json(value, field)
     if kind is float and type(value) is int:
-        value = float(value)  # JSON does not tell 1 from 1.0
+        value = float(value)  # JSON does not distinguish 1 from 1.0
     if type(value) is not kind:
         raise SchemaError(f"{field}: expected {kind.__name__}, found {_shown(value)}")
     if isinstance(value, float) and abs(value) > LARGEST_NUMBER:
-        raise SchemaError(f"{field}: expected a number up to {LARGEST_NUMBER:g}, found {value:g}")
+        raise SchemaError(f"{field}: expected a number of magnitude up to {LARGEST_NUMBER:g}, found {value:g}")
     return _plain_text(value, field) if isinstance(value, str) else value
 
 
@@ -96,7 +97,7 @@ def _plain_text(text: str, field: str) -> str:
 
 def _plain_json(value: Any, field: str, level: int = 0) -> Any:
     if level > DEEPEST:
-        raise SchemaError(f"{field[:200]}...: expected at most {DEEPEST} levels, found more")
+        raise SchemaError(f"{field[:200]}...: expected at most {DEEPEST} nested levels, found more")
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
@@ -108,14 +109,14 @@ def _plain_json(value: Any, field: str, level: int = 0) -> Any:
     elif isinstance(value, float) and not math.isfinite(value):
         raise SchemaError(f"{field}: expected a finite number, found {value}")
     elif isinstance(value, int) and abs(value) > LARGEST_INTEGER:
-        raise SchemaError(f"{field}: expected an integer of 64 bits, found one of {value.bit_length()} bits")
+        raise SchemaError(f"{field}: expected a 64-bit integer, found one of {value.bit_length()} bits")
     elif value is not None and not isinstance(value, bool | int | float | str):
         raise SchemaError(f"{field}: expected a JSON value, found {_shown(value)}")
     return value
 
 
 def _join(parent: str, name: str) -> str:
-    """Path of a field, in a form that is safe to print."""
+    """Returns the path of a field in a form that is safe to print."""
     name = name if name.isprintable() and len(name) <= 60 else _shown(name)
     return f"{parent}.{name}" if parent else name
 

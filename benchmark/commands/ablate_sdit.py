@@ -20,6 +20,7 @@ from benchmark.stages import DryRun, run_stage
 from leaderboard.files import write_atomic
 from leaderboard.record.entries import headline
 from leaderboard.record.records import Record, find_records, read_record
+from leaderboard.reports.table import plus_minus
 from leaderboard.reports.terminal import terminal
 
 VARIANTS = {
@@ -93,8 +94,7 @@ def _values(records: Sequence[Record]) -> list[float]:
 
 def _spread(values: Sequence[float]) -> str:
     """Formats mean and sample standard deviation."""
-    spread = f" ±{statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{spread}"
+    return plus_minus(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
 def _table(records: Mapping[str, Sequence[Record]]) -> Table:

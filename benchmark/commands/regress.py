@@ -35,6 +35,7 @@ from leaderboard.regression import (
     read_baseline,
     write_baseline,
 )
+from leaderboard.reports.table import plus_minus
 from leaderboard.reports.terminal import terminal
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "regress"
@@ -130,7 +131,7 @@ def compare(outcomes: dict[str, list[Outcome]], baselines: dict[str, Baseline]) 
     failed = False
     for method, baseline in baselines.items():
         limit = f"{baseline.mean + baseline.tolerance:.2f}"
-        cells = (method, headline(baseline.records[0])[0], f"{baseline.mean:.2f} ±{baseline.spread:.2f}", limit)
+        cells = (method, headline(baseline.records[0])[0], plus_minus(baseline.mean, baseline.spread), limit)
         for outcome in outcomes[method]:
             measured, verdict, bad = _judge(outcome, baseline)
             failed |= bad
@@ -170,7 +171,7 @@ def _update(outcomes: dict[str, list[Outcome]], baselines: Path, console: Consol
         write_baseline(records, baselines / method)
         baseline = Baseline(records)
         values = ", ".join(f"{value:.2f}" for value in baseline.values)
-        spread = f"{baseline.mean:.2f} ±{baseline.spread:.2f}"
+        spread = plus_minus(baseline.mean, baseline.spread)
         table.add_row(method, _value(records[0])[0], spread, f"{baseline.mean + baseline.tolerance:.2f}", values)
     console.print(table)
     return failed

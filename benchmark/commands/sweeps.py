@@ -17,6 +17,7 @@ from benchmark.stages import run_stage
 from leaderboard.evaluation.callback import Evaluation
 from leaderboard.record.entries import headline
 from leaderboard.record.records import Record
+from leaderboard.reports.table import plus_minus
 from leaderboard.reports.terminal import terminal
 from systems.checkpoints import load_checkpoint
 
@@ -62,7 +63,8 @@ def sweep_threshold(args: Sequence[str]) -> None:
     for threshold, record in zip(options.thresholds, records, strict=True):
         cost = record.cost
         rate = "-" if cost.firing_rate is None else f"{cost.firing_rate:.4f}"
-        table.add_row(f"{threshold:g}", _value(record), rate, f"{cost.sops / 1e9:.4g}", f"{cost.energy_strict_mj:.4g}")
+        sops, energy = f"{cost.sops / 1e9:.4g}", f"{cost.energy_strict_mj:.4g}"
+        table.add_row(f"{threshold:g}", _distance(record), rate, sops, energy)
     _finish(table, _plot_thresholds(options.thresholds, records), options.output or run.folder / "threshold.png")
 
 
@@ -90,7 +92,7 @@ def sweep_solvers(args: Sequence[str]) -> None:
     key = headline(results[options.solvers[0]][0])[0]
     table = Table("solver", *(f"NFE {nfe}" for nfe in options.nfe), title=key, title_justify="left")
     for name, records in results.items():
-        table.add_row(name, *map(_value, records))
+        table.add_row(name, *map(_distance, records))
     _finish(table, _plot_solvers(results), options.output or run.folder / "solvers.png")
 
 
@@ -149,9 +151,9 @@ def _positive(kind: type) -> Callable[[str], Any]:
     return parse
 
 
-def _value(record: Record) -> str:
-    value = headline(record)[1]
-    return f"{value.value:.2f} ±{value.uncertainty:.2f}"
+def _distance(record: Record) -> str:
+    metric = headline(record)[1]
+    return plus_minus(metric.value, metric.uncertainty)
 
 
 def _finish(table: Table, figure: Figure, path: Path) -> None:

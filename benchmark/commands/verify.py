@@ -14,7 +14,7 @@ from rich.text import Text
 from benchmark.runs import RUNS
 from leaderboard.files import file_sha256, write_atomic
 from leaderboard.record.entries import Entry
-from leaderboard.record.records import ELSEWHERE, Record, portable, read_record, record_text
+from leaderboard.record.records import REDACTED, Record, read_record, record_text, redact_paths
 from leaderboard.record.repetition import Repetition
 from leaderboard.reports.compare import show
 from leaderboard.reports.terminal import terminal
@@ -90,7 +90,7 @@ def verify(
     repetition = Repetition(recorded, repeated)
     _compare(console, repetition)
     if keep and repetition.agrees:
-        write_atomic(Entry(Path(record), recorded).repetition, record_text(portable(repeated)))
+        write_atomic(Entry(Path(record), recorded).repetition, record_text(redact_paths(repeated)))
     agrees = "agrees" if repetition.agrees else "does not agree"
     _finish(console, repetition.agrees, f"{record} {agrees} with its repetition")
 
@@ -116,7 +116,7 @@ def _find_checkpoint(record: Record, path: Path, given: str | None) -> Path:
         return Path(given)
     if record.checkpoint is None:
         raise ValueError(
-            "the record names no checkpoint, as it was measured right after training; give it: --checkpoint PATH"
+            "the record names no checkpoint, as it was measured right after training; add --checkpoint PATH"
         )
     named = record.config.get("ckpt_path")
     candidates = [Path(named)] if isinstance(named, str) and "\0" not in named else []
@@ -127,7 +127,7 @@ def _find_checkpoint(record: Record, path: Path, given: str | None) -> Path:
             return path
     raise FileNotFoundError(
         f"its checkpoint {record.checkpoint.name!r} with the SHA-256 {record.checkpoint.sha256} is neither in its run "
-        f"folder nor under {RUNS}/; give it: --checkpoint PATH"
+        f"folder nor under {RUNS}/; add --checkpoint PATH"
     )
 
 
@@ -164,8 +164,8 @@ def _settings(record: Record, accelerator: str | None, given: dict[str, str]) ->
                 raise ValueError(f"--{option} {given[option]}: its config has no such option")
         elif option in given:
             part[option] = given[option]
-        elif str(part.get(option)).startswith(ELSEWHERE):
-            raise ValueError(f"it does not contain the path of {part[option]}; give it: --{option} PATH")
+        elif str(part.get(option)).startswith(REDACTED):
+            raise ValueError(f"it does not contain the path of {part[option]}; add --{option} PATH")
     return settings
 
 

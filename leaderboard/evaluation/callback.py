@@ -34,8 +34,8 @@ from leaderboard.record.records import (
     ProtocolEntry,
     Record,
     check_name,
-    portable,
     record_name,
+    redact_paths,
     write_record,
 )
 from leaderboard.reports.table import show_result
@@ -187,7 +187,7 @@ class Evaluation(Callback):
             return
         metrics |= self._reconstruction(_data(trainer), system)
         folder = self._folder
-        self.record = record = portable(self._record(_data(trainer), system, metrics))
+        self.record = record = redact_paths(self._record(_data(trainer), system, metrics))
         self._save_grid((folder / "samples" / record_name(record)).with_suffix(".png"))
         path = write_record(record, folder / "records")  # last, so that a run with a record is complete
         if self._chunks is not None and not self.keep_samples:

@@ -1,1 +1,1 @@
-"""Records: their fields, their repetitions, and what tells one from another."""
+"""Records: fields, files, repetitions and differences."""

@@ -1,4 +1,4 @@
-"""What two records differ in."""
+"""Differences between two records."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ Row = tuple[str, str, str]
 
 
 def provenance(record: Record) -> dict[str, str]:
-    """Returns all that a result may depend on besides the configuration, by name."""
+    """Returns everything a result may depend on besides its configuration, by name."""
     checkpoint = record.checkpoint
     return {
         "method": record.method,
@@ -32,6 +32,6 @@ def provenance(record: Record) -> dict[str, str]:
 
 
 def differences(a: dict[str, str], b: dict[str, str]) -> list[Row]:
-    """Returns the names whose values differ, with both; what one lacks is a dash."""
+    """Returns name and both values of each difference; a missing value is shown as a dash."""
     names = dict.fromkeys([*a, *b])
     return [(name, a.get(name, "-"), b.get(name, "-")) for name in names if a.get(name) != b.get(name)]

@@ -1,4 +1,4 @@
-"""Records with their files: those of folders, and what ranks them."""
+"""Records with their files: how they are found, grouped and ranked."""
 
 from __future__ import annotations
 
@@ -11,49 +11,49 @@ from functools import cached_property
 from pathlib import Path
 
 from leaderboard.files import canonical_sha256
-from leaderboard.record.records import MetricValue, Record, RecordError, find_records, portable, read_record
+from leaderboard.record.records import MetricValue, Record, RecordError, find_records, read_record, redact_paths
 from leaderboard.record.repetition import Repetition
 
 RECORDS = "leaderboard/data/records"
-"""Folder of the records that belong to the project, those of others among them."""
+"""Folder of the project's records, including external ones."""
 FOLDERS = ("runs", RECORDS)
-"""Folders that are searched for records if none is given."""
+"""Folders searched for records by default."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A record and the file it came from."""
+    """A record and its file."""
 
     path: Path
     record: Record
 
     @property
     def frechet(self) -> float:
-        """The Fréchet distance that ranks the entry, infinite if it was not measured."""
+        """Fréchet distance by which the entry is ranked; infinite if not measured."""
         if not self.record.metrics:
             return math.inf
         key, metric = headline(self.record)
-        return metric.value if _kind(key) == 0 else math.inf
+        return metric.value if _metric_order(key) == 0 else math.inf
 
     @property
     def table_key(self) -> tuple[str, ...]:
-        """What entries must share to be comparable: data, protocol and weights of the extractor."""
+        """Values that comparable entries share: data, protocol and extractor weights."""
         r = self.record
         return (r.dataset.name, r.protocol.name, r.protocol.sha256, r.dataset.fingerprint, r.extractor.sha256)
 
     @property
     def samples(self) -> Path:
-        """File of the grid of samples, which is there if the record still lies in its run."""
+        """File of the sample grid; exists if the record is in its run folder or in the leaderboard."""
         return self.path.parent.parent / "samples" / f"{self.path.stem}.png"
 
     @property
     def repetition(self) -> Path:
-        """File of the repetition that `leaderboard verify --keep` leaves."""
+        """File that `leaderboard verify --keep` writes."""
         return self.path.parent.parent / "repetitions" / self.path.name
 
     @property
     def in_run(self) -> bool:
-        """Whether the record is in a run folder, which has a configuration or a TensorBoard log."""
+        """True if the record is in a run folder, which contains a configuration or a TensorBoard log."""
         run = self.path.parent.parent
         return self.path.parent.name == "records" and (
             (run / "config.yaml").is_file() or any(run.glob("events.out.tfevents*"))
@@ -65,7 +65,7 @@ class Entry:
 
     @cached_property
     def verified(self) -> Record | None:
-        """The repetition, if there is one that agrees with the record."""
+        """Record of a repetition that agrees with this one, or None."""
         try:
             repeated = read_record(self.repetition)
         except RecordError:
@@ -74,24 +74,24 @@ class Entry:
 
 
 def read_records(folders: Iterable[str | Path]) -> tuple[list[tuple[Path, Record]], list[str]]:
-    """Reads the records of folders, a copy of one only once, preferably where its samples lie.
+    """Reads the records in folders; of identical copies only one, preferably one with its sample grid.
 
     Returns:
-        The records, each with its file, and a message for each that is broken.
+        The records with their files, and an error message for each broken record.
 
     Raises:
-        FileNotFoundError: If a folder does not exist, other than those that are searched by default.
+        FileNotFoundError: If a folder does not exist, unless it is one of the default `FOLDERS`.
     """
     searched = list(map(str, folders))
     if missing := [folder for folder in searched if folder not in FOLDERS and not Path(folder).is_dir()]:
         raise FileNotFoundError(
-            f"--records {', '.join(missing)} is no folder; give folders to search, such as [{', '.join(FOLDERS)}]"
+            f"--records {', '.join(missing)}: not a folder; give folders to search, such as [{', '.join(FOLDERS)}]"
         )
     entries: dict[str, Entry] = {}
     broken = []
     for path in find_records(searched):
         try:
-            entry = Entry(path, portable(read_record(path)))
+            entry = Entry(path, redact_paths(read_record(path)))
         except RecordError as error:
             broken.append(str(error))
             continue
@@ -102,17 +102,17 @@ def read_records(folders: Iterable[str | Path]) -> tuple[list[tuple[Path, Record
 
 
 def order_metrics(keys: Iterable[str]) -> list[str]:
-    """Returns metric keys in the order of columns: the Fréchet distance first."""
-    return sorted(set(keys), key=lambda key: (_kind(key), key))
+    """Returns metric keys in column order, Fréchet distance first."""
+    return sorted(set(keys), key=lambda key: (_metric_order(key), key))
 
 
 def headline(record: Record) -> tuple[str, MetricValue]:
-    """Returns the metric that ranks a record, with its key: the Fréchet distance where it was measured."""
-    key = min(record.metrics, key=lambda key: (_kind(key), key))
+    """Returns key and value of the metric that ranks a record: the Fréchet distance if it was measured."""
+    key = min(record.metrics, key=lambda key: (_metric_order(key), key))
     return key, record.metrics[key]
 
 
-def _kind(key: str) -> int:
-    """Order of the metrics: Fréchet, kernel, Inception score, others."""
+def _metric_order(key: str) -> int:
+    """Sort key of metrics: Fréchet distance, kernel distance, Inception score, others."""
     patterns = ("fid|fid_.*|fd_.*", "kid_mean|kd_.*", "is_.*", ".*")
     return next(i for i, pattern in enumerate(patterns) if re.fullmatch(pattern, key))

@@ -1,4 +1,4 @@
-"""Leaderboard records: one JSON file per evaluated run, checked against a strict schema and never overwritten."""
+"""Leaderboard records: one JSON file per evaluated run, validated against a strict schema and never overwritten."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from leaderboard.schema import SchemaError, from_json
 
 SCHEMA_VERSION: Final = 1
 LARGEST_FILE = 4 * 2**20
-"""Bytes of a record file; usual ones take some thousands."""
+"""Maximum size of a record file in bytes; typical records are a few kilobytes."""
 _NAME = re.compile(r"(?!.*\.\.)[\w .,:;=+()%-]*")
-ELSEWHERE = ".../"
-"""Stands in a record for the folders of a file or folder that lay outside the working folder."""
+REDACTED = ".../"
+"""Replaces the parent folders of a path outside the working folder."""
 _OUTSIDE = re.compile(r"(?:^|(?<=\s))(?=[/\\]|~[^\s/\\]*[/\\]|\.\.[/\\]|[A-Za-z]:[/\\]).*[/\\](?=[^/\\])", re.DOTALL)
 
 
 class RecordError(ValueError):
-    """A record that breaks the schema; the message names the file and the field."""
+    """A record that violates the schema; the message names the file and the field."""
 
 
 @dataclass(frozen=True)
 class MetricValue:
-    """A metric with its uncertainty (one standard error or spread, as the metric says) and generated images behind it.
+    """A metric with its uncertainty.
 
     Args:
         value: The metric.
-        uncertainty: Its uncertainty, in the same unit.
-        num_samples: Generated images that it was computed from.
-        note: What a reader should know, such as a singular covariance; empty if nothing.
+        uncertainty: One standard error or standard deviation (see the metric), in the unit of `value`.
+        num_samples: Number of generated images it was computed from.
+        note: Remark for the reader, such as a singular covariance; may be empty.
     """
 
     value: float
@@ -47,22 +47,22 @@ class MetricValue:
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of one generated image over its whole denoising chain (rules of counting: `leaderboard.evaluation.cost`).
+    """Cost per generated image over the whole denoising chain (counting rules: `leaderboard.evaluation.cost`).
 
     Args:
         parameters: Parameters of the network.
-        trainable_parameters: Those that require gradients.
+        trainable_parameters: Parameters that require gradients.
         nfe: Network evaluations per image.
-        firing_rate: Mean over the neuron layers weighted by their neurons; `None` without neurons.
-        firing_rates: Spikes per neuron and step of each neuron layer.
-        sops: Synaptic operations: connections that a spike passed.
+        firing_rate: Mean over the neuron layers, weighted by number of neurons; `None` without neurons.
+        firing_rates: Spikes per neuron and time step, by neuron layer.
+        sops: Synaptic operations: accumulates caused by spikes.
         macs: Multiply-accumulates.
-        acs: Accumulates: `sops` and the biases of spike-fed layers.
-        energy_strict_mj: Millijoules at 45 nm, layers fed by real values counted as MACs.
-        energy_paper_mj: Millijoules by SDDPM's formula, all but the first convolution as ACs, of an ANN all as MACs;
-            `None` if there are neurons but no layer is fed by spikes.
-        images_per_second: Measured throughput of one device.
-        peak_memory_bytes: Measured peak memory of the device while it generates.
+        acs: Accumulates: `sops` plus the biases of layers with spike inputs.
+        energy_strict_mj: Energy in mJ at 45 nm; layers with real-valued inputs count as MACs.
+        energy_paper_mj: Energy in mJ by SDDPM's formula: all layers but the first convolution count as ACs, for an ANN
+            all as MACs; `None` if the network has neurons but no layer with spike inputs.
+        images_per_second: Measured throughput on one device.
+        peak_memory_bytes: Measured peak device memory during generation.
     """
 
     parameters: int
@@ -81,7 +81,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class ProtocolEntry:
-    """Protocol of a record: its name, full description and hash (see `leaderboard.protocols.Protocol`)."""
+    """Protocol of a record: name, full description and hash (see `leaderboard.protocols.Protocol`)."""
 
     name: str
     description: dict[str, Any]
@@ -90,7 +90,7 @@ class ProtocolEntry:
 
 @dataclass(frozen=True)
 class Artefact:
-    """A file or set of arrays that the result depends on: a checkpoint or an extractor."""
+    """A file or set of arrays that the result depends on: a checkpoint or feature extractor."""
 
     name: str
     sha256: str
@@ -98,7 +98,7 @@ class Artefact:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Data of the reference: name, fingerprint of its content, and where it came from."""
+    """Reference data: name, fingerprint of its content, and source."""
 
     name: str
     fingerprint: str
@@ -107,7 +107,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Code:
-    """Versions that ran; commit and dirty flag are `None` outside a git checkout."""
+    """Code and library versions; commit and dirty flag are `None` outside a git checkout."""
 
     git_commit: str | None
     git_dirty: bool | None
@@ -116,29 +116,29 @@ class Code:
 
 @dataclass(frozen=True)
 class Record:
-    """One evaluated run: what was measured, how, with which code, data and weights, and at what cost.
+    """Result of one evaluated run, with its protocol, provenance and cost.
 
     Args:
         method: Class name of the method.
-        variant: What tells this entry from others of the method; may be empty.
+        variant: Distinguishes this result from others of the method; may be empty.
         dataset: Reference data.
-        protocol: How it was measured.
-        draft: Whether the protocol was not kept to the letter (`--draft`); drafts are shown last and never ranked.
+        protocol: Evaluation protocol.
+        draft: True if the run deviates from the protocol (`--draft`); drafts are listed last and never ranked.
         config: Resolved configuration of the run.
         config_sha256: `canonical_sha256(config)`.
-        code: Versions of everything that ran.
-        seeds: Seeds by purpose, such as training (absent where it was not seeded) and sampling.
+        code: Code and library versions.
+        seeds: Seeds by purpose, such as training (absent if not seeded) and sampling.
         checkpoint: Weights of the model; `None` for a model tested right after `fit`.
         extractor: Weights of the feature extractor.
-        hardware: Device in words.
+        hardware: Name of the device.
         created: UTC time in ISO 8601.
-        wall_time_seconds: Time of the evaluation.
-        metrics: Values by metric key.
+        wall_time_seconds: Duration of the evaluation.
+        metrics: Metrics by key.
         solver: Sampler of the denoising chain.
         nfe: Network evaluations per image.
         num_steps: SNN time steps `T`.
         cost: Operations, energy and throughput per image.
-        source: `"measured"`; published numbers are kept elsewhere.
+        source: `"measured"`; published results are stored separately.
         schema_version: Version of this schema.
     """
 
@@ -166,40 +166,40 @@ class Record:
 
 
 def write_record(record: Record, folder: str | Path) -> Path:
-    """Writes a record to its own new file in `folder`, in one step, and returns the path.
+    """Writes a record atomically to a new file in `folder` and returns the path.
 
     Raises:
-        RecordError: If the record breaks the schema, for example by a number that is not finite.
-        FileExistsError: If this very record is there already.
+        RecordError: If the record violates the schema, for example with a non-finite number.
+        FileExistsError: If the same record exists already.
     """
     name, text = _file(record)
     path = Path(folder) / name
     if path.exists():
-        raise FileExistsError(f"{path} exists; a record is never overwritten; evaluate again to write a new one")
+        raise FileExistsError(f"{path} exists, and records are never overwritten; evaluate again to write a new one")
     write_atomic(path, text)
     return path
 
 
 def record_name(record: Record) -> str:
-    """Returns the name of the file that `write_record` writes.
+    """Returns the file name that `write_record` chooses.
 
     Raises:
-        RecordError: If the record breaks the schema.
+        RecordError: If the record violates the schema.
     """
     return _file(record)[0]
 
 
 def record_text(record: Record) -> str:
-    """Returns the content of the file that `write_record` writes.
+    """Returns the file content that `write_record` writes.
 
     Raises:
-        RecordError: If the record breaks the schema.
+        RecordError: If the record violates the schema.
     """
     return _file(record)[1]
 
 
 def _file(record: Record) -> tuple[str, str]:
-    """Returns name and content of a record's file."""
+    """Returns the file name and content of a record."""
     data = asdict(record)
     created = _check(data, f"new record of {record.method}")
     text = json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n"
@@ -208,16 +208,16 @@ def _file(record: Record) -> tuple[str, str]:
 
 
 def read_record(path: str | Path) -> Record:
-    """Reads and checks one record.
+    """Reads and validates one record.
 
     Raises:
-        RecordError: If the file is no JSON, breaks the schema, or was edited so that a hash no longer fits.
+        RecordError: If the file is not valid JSON, violates the schema, or was edited so that a hash does not match.
     """
     path = Path(path)
     try:
         if (size := path.stat().st_size) > LARGEST_FILE:
-            raise ValueError(f"{size:,} bytes, a record has at most {LARGEST_FILE:,}")
-        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
+            raise ValueError(f"{size:,} bytes, more than the maximum of {LARGEST_FILE:,}")
+        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object_without_duplicates)
     except SchemaError as error:
         raise RecordError(f"{path}: field {error}") from error
     except (OSError, ValueError, RecursionError) as error:
@@ -226,31 +226,32 @@ def read_record(path: str | Path) -> Record:
     return from_json(Record, data)
 
 
-def portable(record: Record) -> Record:
-    """Returns a record whose configuration and data source name no folder of the machine that measured it.
+def redact_paths(record: Record) -> Record:
+    """Removes folders of the measuring machine from the configuration and data source of a record.
 
-    Of a path outside the working folder (absolute, of a home, or upwards) the last name stays, behind `ELSEWHERE`.
+    Paths outside the working folder (absolute, relative to a home folder, or starting with `..`) keep only their last
+    component, prefixed with `REDACTED`.
     """
-    config = _without_places(record.config)
-    source = _without_places(record.dataset.source)
+    config = _redact(record.config)
+    source = _redact(record.dataset.source)
     return replace(
         record, config=config, config_sha256=canonical_sha256(config), dataset=replace(record.dataset, source=source)
     )
 
 
-def _without_places(value: Any) -> Any:
+def _redact(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _without_places(item) for name, item in value.items()}
+        return {name: _redact(item) for name, item in value.items()}
     if isinstance(value, list):
-        return [_without_places(item) for item in value]
-    return _OUTSIDE.sub(ELSEWHERE, value) if isinstance(value, str) else value
+        return [_redact(item) for item in value]
+    return _OUTSIDE.sub(REDACTED, value) if isinstance(value, str) else value
 
 
 def check_name(field: str, name: str, required: bool = True) -> None:
-    """Checks a name that tables, files and pages will show: no markup, no path, no control character.
+    """Checks that a name is safe to show in tables, file names and pages: no markup, path or control character.
 
     Raises:
-        SchemaError: If it could do harm, is longer than 100 characters, or empty although required.
+        SchemaError: If it has other characters, is longer than 100, or is empty although required.
     """
     if not _NAME.fullmatch(name) or not required <= len(name) <= 100:
         raise SchemaError(
@@ -260,24 +261,24 @@ def check_name(field: str, name: str, required: bool = True) -> None:
 
 
 def find_records(folders: Iterable[str | Path]) -> list[Path]:
-    """Returns the record files of each folder, sorted: its own `*.json` and those of any `records` folder below it."""
+    """Returns, sorted, the `*.json` files directly in each folder and in any `records` folder below it."""
     found: set[Path] = set()
     for folder in map(Path, folders):
         found.update(folder.glob("*.json"), folder.glob("**/records/*.json"))
     return sorted(found)
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Builds a JSON object; of a name met twice, one value would else be lost without a word."""
+def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Builds a JSON object; rejects duplicate names, of which `json` would silently keep only the last value."""
     names = [name for name, _ in pairs]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise SchemaError(f"{twice[:100]!a}: the field is there twice")
+        raise SchemaError(f"{twice[:100]!a}: the field occurs twice")
     return dict(pairs)
 
 
 def _check(data: Any, where: str) -> datetime:
-    """Checks the JSON form of a record and returns its time of creation."""
+    """Validates the JSON form of a record and returns its creation time in UTC."""
     try:
         record = from_json(Record, data)
         check_name("method", record.method)
@@ -292,7 +293,7 @@ def _check(data: Any, where: str) -> datetime:
             ("config_sha256", record.config_sha256, canonical_sha256(record.config)),
         ):
             if value != expected:
-                raise SchemaError(f"{field}: {value} is not the hash of the content, {expected}; the record was edited")
+                raise SchemaError(f"{field}: {value} does not match the content, {expected}; the record was edited")
         _check_protocol(record.protocol)
         return _time(record.created)
     except SchemaError as error:
@@ -306,18 +307,18 @@ def _time(text: str) -> datetime:
     except (ValueError, OverflowError):
         raise SchemaError(f"created: expected an ISO 8601 time, found {text[:60]!r}") from None
     if time.tzinfo is None:
-        raise SchemaError(f"created: expected a time with its zone (UTC), found {text[:60]!r}")
+        raise SchemaError(f"created: expected a time with time zone (UTC), found {text[:60]!r}")
     return utc
 
 
 def _check_protocol(protocol: ProtocolEntry) -> None:
-    """Refuses what was not measured under a published protocol."""
+    """Checks that the protocol is one of the published ones, unchanged."""
     if protocol.name not in LOCKED:
-        raise SchemaError(f"protocol.name: {protocol.name!r} is unknown; the protocols are: {', '.join(LOCKED)}")
+        raise SchemaError(f"protocol.name: {protocol.name!r} is unknown; expected one of: {', '.join(LOCKED)}")
     if protocol.sha256 != LOCKED[protocol.name]:
         raise SchemaError(
-            f"protocol.sha256: {protocol.sha256[:8]} is not {protocol.name!r} as published, "
-            f"{LOCKED[protocol.name][:8]}; evaluate again under the protocol"
+            f"protocol.sha256: {protocol.sha256[:8]} differs from {LOCKED[protocol.name][:8]} of the published "
+            f"{protocol.name!r}; evaluate again under this protocol"
         )
 
 

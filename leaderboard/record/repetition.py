@@ -1,8 +1,8 @@
-"""Whether the repetition of an evaluation finds what its record says; `leaderboard verify` makes repetitions.
+"""Comparison of a record with its repetition by `leaderboard verify`.
 
-A metric agrees if it differs from the recorded one by no more than the recorded uncertainty, and a count of the cost if
-by no more than 1 %, since rounding on another device may flip single spikes. On the same device and versions a
-repetition is equal to the last digit.
+A metric agrees if it differs from the recorded value by at most the recorded uncertainty, and a cost if it differs by
+at most 1 %, because rounding on another device may flip single spikes. On the same device with the same versions a
+repetition is bit-equal.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from leaderboard.record.differences import Row, differences, provenance
 from leaderboard.record.records import MetricValue, Record
 
 ROUNDING = 1e-6
-"""Relative difference of equal metrics; for those whose uncertainty is 0."""
+"""Relative tolerance of metrics, which matters if the recorded uncertainty is 0."""
 COUNTED = ("parameters", "nfe", "firing_rate", "sops", "macs", "acs", "energy_strict_mj", "energy_paper_mj")
-"""Costs that a repetition has to find again; speed and memory belong to the device."""
+"""Costs that a repetition must reproduce; speed and memory depend on the device."""
 COST_TOLERANCE = 0.01
+"""Relative tolerance of these costs."""
 _SHARED = ("dataset", "protocol sha256", "solver", "NFE", "SNN time steps")
-"""What must not differ, whatever the metrics say."""
+"""Entries of `provenance` that must be equal in any case."""
 
 
 @dataclass(frozen=True)
@@ -32,28 +33,28 @@ class Repetition:
 
     @cached_property
     def metrics(self) -> list[tuple[str, ...]]:
-        """Name, both values, their difference, and whether they agree ("yes" or "no"), of each metric."""
+        """Name, both values, difference and agreement ("yes" or "no") of each metric."""
         return list(_metrics(self.recorded, self.repeated))
 
     @cached_property
     def costs(self) -> list[tuple[str, ...]]:
-        """The same of each count of the cost."""
+        """Name, both values, difference and agreement ("yes" or "no") of each cost in `COUNTED`."""
         return list(_costs(self.recorded, self.repeated))
 
     @cached_property
     def provenance(self) -> list[Row]:
-        """Names and both values of what else differs."""
+        """Name and both values of everything else that differs."""
         return differences(provenance(self.recorded), provenance(self.repeated))
 
     @property
     def agrees(self) -> bool:
-        """Whether the repetition is of the same thing and found the same."""
+        """True if the repetition used the same data, protocol and sampler and all metrics and costs agree."""
         same = not any(name in _SHARED for name, *_ in self.provenance)
         return same and all(row[-1] == "yes" for row in (*self.metrics, *self.costs))
 
 
 def agree(recorded: MetricValue | None, repeated: MetricValue | None) -> bool:
-    """Whether a repetition found a metric again: from as many images, within the recorded uncertainty."""
+    """Returns whether a metric was reproduced: same number of images, within the recorded uncertainty."""
     if recorded is None or repeated is None or recorded.num_samples != repeated.num_samples:
         return False
     tolerance = max(recorded.uncertainty, ROUNDING * abs(recorded.value))

@@ -1,1 +1,1 @@
-"""Reports rendered from records and published numbers: tables, plots, the page."""
+"""Reports rendered from records and published results: tables, plots and the HTML page."""

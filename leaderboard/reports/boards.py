@@ -1,4 +1,4 @@
-"""The tables of the leaderboard page: what each row shows and what is behind it."""
+"""Tables of the leaderboard page: columns, rows, row details and plots."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from leaderboard.reports.published import Published, PublishedResult
 from leaderboard.reports.table import Cell, label, metric_name, table_provenance, table_rows, table_title, tables
 
 UNKNOWN = "?"
-"""Stands for the uncertainty of a published value."""
+"""Shown as the uncertainty of published values."""
 
 MEANINGS = {
     "#": "rank by Fréchet distance",
@@ -34,32 +34,32 @@ MEANINGS = {
     "NFE": "network evaluations per image",
     "Steps": "diffusion steps of the chain",
     "G SOPs": "10^9 synaptic operations per image: accumulates caused by spikes",
-    "45 nm arithmetic, mJ": "arithmetic per image at 45 nm in millijoules, strict count: 4.6 pJ per MAC, 0.9 pJ per "
-    "accumulate; no memory access, no neuron updates",
-    "mJ, published": "energy in millijoules as the paper counts it; see the footnotes",
+    "45 nm arithmetic, mJ": "energy in millijoules of the arithmetic per image at 45 nm, strict count: 4.6 pJ per MAC, "
+    "0.9 pJ per accumulate; without memory access and neuron updates",
+    "mJ, published": "energy in millijoules as counted by the paper; see the footnotes",
     "M params": "parameters in millions",
     "Images/s": "measured throughput",
     "Samples": "generated images",
-    "Seed": "seed of training",
-    "Repeated": "day on which this project evaluated the same checkpoint again, in agreement with the record; not an "
+    "Seed": "training seed",
+    "Repeated": "date on which this project evaluated the same checkpoint again and reproduced the record; not an "
     "independent verification",
-    "Pixels": "side of the compared images",
+    "Pixels": "side of the compared images in pixels",
     "FID": "Fréchet Inception distance",
     "1000 KID": "kernel Inception distance times 1000",
     "IS": "Inception score",
 }
-"""Columns in words."""
+"""Explanations of the columns."""
 _LOWER = r"FID|1000 KID|(fid|fd|kd|fad)_.*|Rec\. MSE"
 _HIGHER = r"IS|is_.*|Rec\. SSIM|prec.*|recall.*"
 _THUMBNAIL_COLUMNS = 4
-"""Of the eight in a grid."""
+"""Number of images in a thumbnail, from the first row of eight of the sample grid."""
 _LARGEST_PICTURE = 300_000
-"""Bytes of a PNG above which the page holds it as WebP."""
+"""Size in bytes above which the page embeds a PNG as WebP."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """Header of a column."""
+    """Header of a column; `better` is the better direction of a metric."""
 
     name: str
     numeric: bool
@@ -74,7 +74,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Picture:
-    """A grid of samples and a strip cut from it, as data URIs."""
+    """A sample grid and a thumbnail cropped from it, as data URIs."""
 
     thumbnail: str
     whole: str
@@ -82,7 +82,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Row:
-    """One result, and what is behind it."""
+    """One result with its details."""
 
     anchor: str
     source: Literal["measured", "draft", "published"]
@@ -98,12 +98,12 @@ class Row:
 
     @property
     def method_key(self) -> str:
-        """Name of the method without what writers differ in, such as case."""
+        """Method name normalised for filtering: lower case, only letters and digits."""
         return re.sub(r"[^a-z0-9]", "", self.method.casefold()) or self.method
 
     @property
     def name(self) -> str:
-        """Method and variant in one line."""
+        """Method and variant on one line."""
         variant = self.cells["Variant"].text if "Variant" in self.cells else ""
         return f"{self.method}, {variant}" if variant and variant != "default" else self.method
 
@@ -124,17 +124,17 @@ class Board:
 
     @property
     def anchor(self) -> str:
-        """Identifier in the page, the same as long as the table has these rows."""
+        """HTML id of the table; depends only on its rows."""
         return f"table-{_digest([row.anchor for row in self.rows])}"
 
     @property
     def lead_columns(self) -> int:
-        """Number of columns that say which result a row is, before those that say how it did."""
+        """Number of leading columns that identify a result: rank, method and variant."""
         return sum(column.name in ("#", "Method", "Variant") for column in self.columns)
 
     @property
     def has_pictures(self) -> bool:
-        """Whether any row shows samples."""
+        """True if any row has a sample grid."""
         return any(row.picture for row in self.rows)
 
     def marks(self, row: Row) -> list[int]:
@@ -147,7 +147,7 @@ class Board:
 
 
 def measured_boards(records: Iterable[tuple[Path, Record]]) -> list[Board]:
-    """Returns a table for each group of comparable records, given with their files."""
+    """Returns one table per group of comparable records, which are passed as `(file, record)` pairs."""
     return [_measured(group) for group in tables(records)]
 
 
@@ -203,10 +203,10 @@ def _measured_row(entry: Entry, cells: dict[str, Cell]) -> Row:
 
 
 def _facts(record: Record) -> dict[str, str]:
-    """What a reader wants to know of a record before reading all of it."""
+    """Returns the key facts of a record, by name."""
     cost, code = record.cost, record.code
     paper = "not defined" if cost.energy_paper_mj is None else f"{cost.energy_paper_mj:.4g} mJ"
-    state = {True: ", with changes not committed", False: "", None: ""}[code.git_dirty]
+    state = {True: ", with uncommitted changes", False: "", None: ""}[code.git_dirty]
     facts = {
         "Created": f"{record.created}, {record.wall_time_seconds:,.0f} s on {record.hardware}",
         "Code": f"{code.git_commit or 'not a git checkout'}{state}",
@@ -228,17 +228,15 @@ def _facts(record: Record) -> dict[str, str]:
 
 
 def _verification(repeated: Record | None) -> dict[str, str]:
-    """What a reader wants to know of the repetition of an evaluation, if there is one that agrees."""
+    """Returns the key facts of a repetition that agrees, if there is one."""
     if repeated is None:
         return {}
-    code = repeated.code.git_commit or "no git checkout"
-    return {
-        "Repeated": f"{repeated.created} on {repeated.hardware}, with code {code}: it agrees in every metric and count"
-    }
+    code = repeated.code.git_commit or "from outside a git checkout"
+    return {"Repeated": f"{repeated.created} on {repeated.hardware}, with code {code}: all metrics and counts agree"}
 
 
 def published_boards(published: Published) -> list[Board]:
-    """Returns a table for each dataset and protocol of published numbers, in the order of their file."""
+    """Returns one table per dataset and protocol of the published results, in the order of their file."""
     groups: dict[tuple[str, str], list[PublishedResult]] = {}
     for result in published.results:
         groups.setdefault((result.dataset, result.protocol), []).append(result)
@@ -313,7 +311,7 @@ def _published_row(result: PublishedResult, keys: Sequence[str], published: Publ
 
 
 def _printed(value: float | None) -> Cell:
-    """Shows every digit of a published number, and at least two decimals."""
+    """Formats a published number with all its digits and at least two decimals."""
     if value is None:
         return Cell("-")
     return Cell(f"{value:.2f}" if round(value, 2) == value else f"{value:.12g}", value)
@@ -335,7 +333,7 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
 
 
 def picture(path: Path) -> Picture | None:
-    """Reads a grid of eight columns of samples; nothing if there is none, or none that can be read."""
+    """Reads a sample grid with eight columns; returns None if the file is missing or unreadable."""
     if not path.is_file():
         return None
     try:

@@ -1,4 +1,4 @@
-"""`python -m benchmark leaderboard compare`: what differs between two records."""
+"""`python -m benchmark leaderboard compare`: differences between two records."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from leaderboard.reports.terminal import terminal
 
 _HIGHER_IS_BETTER = re.compile(r"(is|precision|recall)(_.*)?|reconstruction_ssim")
 _SHARED = ("dataset", "protocol", "protocol sha256", "data fingerprint", "extractor sha256")
-"""What records of one table share (`leaderboard.record.entries.Entry.table_key`)."""
+"""Values shared by all records of one table (`leaderboard.record.entries.Entry.table_key`)."""
 
 
 def compare(first: str, second: str) -> None:
-    """Shows what differs between two records: configuration, code and data, cost, metrics.
+    """Shows how two records differ in configuration, code, data, weights, cost and metrics.
 
     Args:
-        first: Record file.
-        second: Another one.
+        first: First record file, A.
+        second: Second record file, B.
     """
     a, b = read_record(first), read_record(second)
     console = terminal()
@@ -40,14 +40,14 @@ def compare(first: str, second: str) -> None:
     for title, rows in (
         ("configuration", differences(_flat(a.config), _flat(b.config))),
         ("code, data and weights", differences(provenance(a), provenance(b))),
-        ("cost of an image", _cost(a, b)),
+        ("cost per image", _cost(a, b)),
     ):
         show(console, title, ("", "A", "B"), rows)
     show(console, "metrics", ("", "A", "B", "difference B - A", "better", "beyond 2 sigma"), _metrics(a, b))
 
 
 def incomparable(a: Record, b: Record) -> list[str]:
-    """Returns why the metrics of two records say nothing about each other; nothing if they can be compared."""
+    """Returns the reasons why the metrics of two records are not comparable; empty if they are."""
     first, second = provenance(a), provenance(b)
     problems = [f"{name} {x} against {y}" for name, x, y in differences(first, second) if name in _SHARED]
     counts = [max((m.num_samples for m in record.metrics.values()), default=0) for record in (a, b)]
@@ -57,7 +57,7 @@ def incomparable(a: Record, b: Record) -> list[str]:
 
 
 def show(console: Console, title: str, header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
-    """Prints a table, or that there is nothing to print."""
+    """Prints a table, or "the same" if it has no rows."""
     rows = list(rows)
     if not rows:
         console.print(Text(f"{title}: the same"))
@@ -75,7 +75,7 @@ def _flat(value: Any, name: str = "") -> dict[str, str]:
 
 
 def _leaves(value: Any, name: str) -> Iterator[tuple[str, str]]:
-    """Yields the leaves of a JSON value under dotted names, both as text that no terminal obeys."""
+    """Yields dotted name and text of each leaf of a JSON value, with control characters escaped."""
     if isinstance(value, dict) and value:
         for key, item in value.items():
             key = key if key.isprintable() else json.dumps(key)
@@ -85,7 +85,7 @@ def _leaves(value: Any, name: str) -> Iterator[tuple[str, str]]:
 
 
 def _cost(a: Record, b: Record) -> Iterator[Row]:
-    """Yields the costs that differ, those of single layers left out."""
+    """Yields the costs that differ, without the firing rates of single layers."""
     first, second = asdict(a.cost), asdict(b.cost)
     for name, x in first.items():
         if name != "firing_rates" and x != (y := second[name]):
@@ -105,7 +105,7 @@ def _metrics(a: Record, b: Record) -> Iterator[tuple[str, ...]]:
 
 
 def _verdict(key: str, a: MetricValue, b: MetricValue) -> tuple[str, str, str]:
-    """Returns the difference with its uncertainty, the better one, and whether that is more than chance."""
+    """Returns the difference with its uncertainty, the better record, and whether it exceeds two sigma."""
     difference, uncertainty = b.value - a.value, math.hypot(a.uncertainty, b.uncertainty)
     if difference == 0:
         return "0", "equal", "no"

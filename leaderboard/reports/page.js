@@ -1,4 +1,4 @@
-// Sorting, filtering and opening of rows. Without it the page is a static one with all its content.
+// Sorting, filtering and expanding rows. Without JavaScript the page is static and shows all its content.
 (() => {
   "use strict";
   const all = (selector, root = document) => [...root.querySelectorAll(selector)];
@@ -6,7 +6,7 @@
   const words = new Intl.Collator("en", { numeric: true, sensitivity: "base" });
   document.documentElement.classList.add("js");
 
-  // Sorting: numbers as numbers, what is missing and drafts last, a third press brings the first order back.
+  // Sorting: numeric columns numerically, missing values and drafts last; a third click restores the original order.
   function sort(header, direction) {
     const table = header.closest("table");
     const column = header.cellIndex;
@@ -40,7 +40,7 @@
     button.addEventListener("click", () => sort(header, next[header.getAttribute("aria-sort")]));
   }
 
-  // Rows open below themselves.
+  // Expanding: a row's details appear below it.
   function open(entry, isOpen) {
     const button = entry.querySelector(".open");
     const detail = entry.querySelector(".detail");
@@ -49,13 +49,13 @@
     detail.querySelector("details").open = isOpen;
   }
 
-  entries.forEach((entry, place) => {
-    entry.dataset.order = place;
+  entries.forEach((entry, index) => {
+    entry.dataset.order = index;
     const name = entry.querySelector(".name");
     const button = document.createElement("button");
     button.type = "button";
     button.className = "open";
-    button.title = "Show what is behind this row";
+    button.title = "Show the details of this row";
     name.replaceWith(button);
     button.append(name);
     const detail = entry.querySelector(".detail");
@@ -93,7 +93,7 @@
     pre.before(actions);
   }
 
-  // Filtering: every word must be in the row, its table's title, or its dataset.
+  // Filtering: every search word must occur in the row, the title of its table, or its dataset.
   const form = document.querySelector(".controls");
   const haystacks = entries.map((entry) =>
     [entry.rows[0], entry.closest("article").querySelector("h3"), entry.closest("section").querySelector("h2")]
@@ -113,7 +113,7 @@
     for (const part of all("article, section")) part.hidden = !part.querySelector("tbody.entry:not([hidden])");
     for (const link of all("nav a")) link.parentElement.hidden = document.querySelector(link.hash).hidden;
     form.querySelector("#status").textContent =
-      shown ? `${shown} of ${entries.length} results` : "No result matches: clear the search or show all.";
+      shown ? `${shown} of ${entries.length} results` : "No result matches; clear the search or show all.";
   }
 
   form.addEventListener("input", filter);
@@ -122,7 +122,7 @@
   form.reset();
   filter();
 
-  // A link to a row, from the plot or from elsewhere, opens it.
+  // Following a link to a row, from the plot or another page, expands it.
   function follow() {
     const entry = location.hash && document.getElementById(decodeURIComponent(location.hash.slice(1)));
     if (!entry || !entry.matches("tbody.entry")) return;

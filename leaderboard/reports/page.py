@@ -1,4 +1,4 @@
-"""The leaderboard as one self-contained HTML page: no request to anywhere, readable without JavaScript."""
+"""The leaderboard as one self-contained HTML page: no network requests, readable without JavaScript."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from leaderboard.reports.published import Published
 
 
 def render_page(records: Iterable[tuple[Path, Record]], published: Published) -> str:
-    """Returns the page: the same bytes for the same records, pictures and published numbers."""
+    """Returns the page as HTML; the same records, pictures and published numbers give the same bytes."""
     boards = measured_boards(records) + published_boards(published)
     rows = [row for board in boards for row in board.rows]
     names = sorted({b.dataset for b in boards}, key=lambda name: (not _is_measured(name, boards), name))
-    methods = {row.method_key: row.method for row in rows}  # names as published win over those of records
+    methods = {row.method_key: row.method for row in rows}  # the spelling of published results takes precedence
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -39,7 +39,7 @@ def render_page(records: Iterable[tuple[Path, Record]], published: Published) ->
         pareto=pareto,
         style=Markup(style),
         script=Markup(script),
-        policy=f"default-src 'none'; img-src data:; style-src {_allow(style)}; script-src {_allow(script)}; "
+        policy=f"default-src 'none'; img-src data:; style-src {_csp_hash(style)}; script-src {_csp_hash(script)}; "
         "base-uri 'none'; form-action 'none'",
     )
 
@@ -48,6 +48,6 @@ def _is_measured(dataset: str, boards: Iterable[Board]) -> bool:
     return any(board.dataset == dataset and board.source == "measured" for board in boards)
 
 
-def _allow(text: str) -> str:
-    """Names an inline style or script to the content policy, so that nothing else applies or runs."""
+def _csp_hash(text: str) -> str:
+    """Returns the Content-Security-Policy source that allows only this inline style or script."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

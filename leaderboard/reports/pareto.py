@@ -1,6 +1,6 @@
-"""Geometry of a plot of quality against energy: scales, ticks, Pareto front and labels that do not collide.
+"""Layout of a plot of quality against energy: axes, ticks, Pareto front and labels that do not overlap.
 
-The page draws it as SVG, so that its colours follow the page and its points lead to their rows.
+The page draws it as SVG, so that its colours follow the page's theme and its points link to their rows.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ SHAPES = (
     "M0 5.6L5 -3.6H-5Z",
     "M-1.7 -5H1.7V-1.7H5V1.7H1.7V5H-1.7V1.7H-5V-1.7H-1.7Z",
 )
-"""Outlines of the marks around the origin; methods beyond the last start again."""
+"""SVG paths of the marks, centred at the origin; further methods reuse them from the start."""
 
 _CHARACTER, _LINE = 6.6, 13.0
-"""Room that a character and a line of a label take."""
-_PLACES = (
+"""Width of a character and height of a line of a label."""
+_OFFSETS = (
     (9, 4, "start"),
     (-9, 4, "end"),
     (7, 16, "start"),
@@ -37,7 +37,7 @@ _PLACES = (
     (-7, -8, "end"),
     (0, -10, "middle"),
 )
-"""Where a label may stand beside its mark, best first."""
+"""Candidate positions `(dx, dy, text-anchor)` of a label relative to its mark, best first."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,13 @@ class Point:
     """One result in the plot.
 
     Args:
-        energy: Millijoules, above 0.
-        quality: A distance, lower is better.
-        uncertainty: Of the quality; 0 if not known.
-        method: Method, which gives the mark its shape and colour.
-        label: What the point is called.
-        anchor: Identifier of its row in the page.
-        ranked: Whether it may be part of the front; drafts may not.
+        energy: Energy in mJ, above 0.
+        quality: Distance, lower is better.
+        uncertainty: Uncertainty of `quality`; 0 if unknown.
+        method: Method; determines shape and colour of the mark.
+        label: Name of the point.
+        anchor: HTML id of its row in the page.
+        ranked: Whether it may be on the Pareto front; False for drafts.
     """
 
     energy: float
@@ -64,7 +64,7 @@ class Point:
 
 
 class Mark(NamedTuple):
-    """A point in place, with the ends of its error bar."""
+    """A point with its position, the ends of its error bar and its style."""
 
     point: Point
     x: float
@@ -76,7 +76,7 @@ class Mark(NamedTuple):
 
 
 class Label(NamedTuple):
-    """A label in place; `anchor` is SVG's `text-anchor`."""
+    """A label with its position; `anchor` is SVG's `text-anchor`."""
 
     text: str
     x: float
@@ -85,7 +85,7 @@ class Label(NamedTuple):
 
 
 class Tick(NamedTuple):
-    """A labelled place on an axis."""
+    """A labelled position on an axis."""
 
     position: float
     text: str
@@ -93,7 +93,7 @@ class Tick(NamedTuple):
 
 @dataclass(frozen=True)
 class Plot:
-    """Everything that the page draws, in the units of a view box of `WIDTH` by `HEIGHT`."""
+    """Everything that the page draws, in units of an SVG view box of `WIDTH` by `HEIGHT`."""
 
     quality_name: str
     energy_name: str
@@ -107,7 +107,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class _Axis:
-    """A scale from values to places."""
+    """A linear or logarithmic axis that maps values in `low..high` to positions in `start..stop`."""
 
     low: float
     high: float
@@ -131,7 +131,7 @@ class _Axis:
 
 
 def pareto_front(points: Sequence[Point]) -> list[Point]:
-    """Returns the ranked points that no other beats in both energy and quality, by rising energy."""
+    """Returns the ranked points that no other point dominates in energy and quality, by increasing energy."""
     front: list[Point] = []
     for point in sorted((p for p in points if p.ranked), key=lambda p: (p.energy, p.quality, p.anchor)):
         if not front or point.quality < front[-1].quality:
@@ -140,7 +140,7 @@ def pareto_front(points: Sequence[Point]) -> list[Point]:
 
 
 def plot(points: Sequence[Point], quality_name: str, energy_name: str) -> Plot | None:
-    """Lays out a plot, or returns nothing if there are not two points to compare."""
+    """Lays out a plot; returns None if there are fewer than two points."""
     points = [p for p in points if p.energy > 0 and math.isfinite(p.quality)]
     if len(points) < 2:
         return None
@@ -182,7 +182,7 @@ def _quality_axis(points: Sequence[Point]) -> _Axis:
 
 
 def _staircase(front: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Corners of the line along the front: what lies above and to the right of it is beaten."""
+    """Returns the corners of the stepped line along the front; points above and right of it are dominated."""
     if not front:
         return []
     corners = [(front[0][0], float(TOP)), front[0]]
@@ -192,7 +192,7 @@ def _staircase(front: Sequence[tuple[float, float]]) -> list[tuple[float, float]
 
 
 def _labels(marks: Sequence[Mark], corners: Sequence[tuple[float, float]]) -> list[Label]:
-    """Places labels around their marks, those of the front first; one that finds no room is left to the tooltip."""
+    """Places labels beside their marks, the front first; labels without room are omitted (the tooltip shows them)."""
     taken = [(m.x - 1, m.high, m.x + 1, m.low) for m in marks]
     taken += [(min(a, c), min(b, d), max(a, c), max(b, d)) for (a, b), (c, d) in pairwise(corners)]
     labels = []
@@ -200,11 +200,11 @@ def _labels(marks: Sequence[Mark], corners: Sequence[tuple[float, float]]) -> li
         text = mark.point.label if len(mark.point.label) <= 28 else mark.point.label[:27] + "…"
         width = _CHARACTER * len(text)
         starts = {"start": 0.0, "end": -width, "middle": -width / 2}
-        for dx, dy, anchor in _PLACES:
+        for dx, dy, anchor in _OFFSETS:
             x, y = mark.x + dx, mark.y + dy
             box = (x + starts[anchor], y - _LINE + 3, x + starts[anchor] + width, y + 3)
             inside = box[0] >= LEFT + 2 and box[2] <= RIGHT and box[1] >= TOP and box[3] <= BOTTOM
-            others = [(m.x - 11, m.y - 11, m.x + 11, m.y + 11) for m in marks if m is not mark]  # else it seems theirs
+            others = [(m.x - 11, m.y - 11, m.x + 11, m.y + 11) for m in marks if m is not mark]  # keep off other marks
             if inside and not any(_overlap(box, other) for other in taken + others):
                 taken.append(box)
                 labels.append(Label(text, round(x, 2), round(y, 2), anchor))

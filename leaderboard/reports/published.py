@@ -1,4 +1,4 @@
-"""Published numbers: what papers printed, where, how it was measured, any doubt; kept apart from measured records."""
+"""Published results with source, protocol and known caveats; stored separately from measured records."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ PUBLISHED: Final = Path(__file__).parents[1] / "data" / "published.yaml"
 
 
 class PublishedError(ValueError):
-    """A file of published numbers that breaks the schema; the message names the file and the field."""
+    """A file of published results violates the schema; the message names the file and the field."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where numbers were printed.
+    """Source of published results.
 
     Args:
         name: Short name.
-        citation: Authors, title, place and year.
-        url: Address; `None` if it has none.
+        citation: Authors, title, venue and year.
+        url: Web address, if it has one.
     """
 
     name: str
@@ -34,25 +34,25 @@ class Source:
 
 @dataclass(frozen=True)
 class PublishedResult:
-    """One printed result; `None` stands for what the source does not state.
+    """One published result; `None` where the source states no value.
 
     Args:
         method: Name of the method.
-        kind: Spiking network, artificial one, or a mixture.
-        dataset: Name of the data, as the suite's datamodule calls it where there is one.
-        metrics: Printed values by the suite's metric keys; their uncertainty is not known.
+        kind: Spiking network (SNN), artificial network (ANN), or mixed.
+        dataset: Name of the dataset, spelled as by the suite's datamodule if it has one.
+        metrics: Printed values by the suite's metric keys; their uncertainty is unknown.
         source: Key in `Published.sources`.
-        table: Where in the source.
+        table: Table or section in the source.
         protocol: Key in `Published.protocols`; results under different protocols never share a table.
-        variant: What tells this row from others of the method.
+        variant: Distinguishes this row from others of the method.
         resolution: Side of the compared images in pixels.
         num_steps: SNN time steps `T`.
         solver: Sampler of the denoising chain.
-        sampling_steps: Diffusion steps of the chain, each a network evaluation; released samplers may add a last one.
-        parameters_m: Parameters in "M", in whatever unit was printed.
-        energy_mj: Printed energy in millijoules; of what, a caveat says.
-        also_in: Other places that print the same numbers; empty if none.
-        note: What else was printed about this row; empty if nothing.
+        sampling_steps: Diffusion steps, one network evaluation each; released samplers may add one more at the end.
+        parameters_m: Parameters in "M" as printed; the unit may differ between sources.
+        energy_mj: Energy in mJ as printed; a caveat states what it covers.
+        also_in: Other places that print the same numbers; may be empty.
+        note: Further information printed about this row; may be empty.
         caveats: Keys in `Published.caveats`.
     """
 
@@ -77,12 +77,12 @@ class PublishedResult:
 
 @dataclass(frozen=True)
 class Published:
-    """All published numbers, in the order of their sources' tables.
+    """All published results, in the order of their sources' tables.
 
     Args:
-        sources: Papers and other sources by key.
-        protocols: How results were measured, in words, by name.
-        caveats: Doubts about results, by key.
+        sources: Papers and other sources, by key.
+        protocols: Descriptions of how results were measured, by name.
+        caveats: Known problems of results, by key.
         results: The results.
     """
 
@@ -93,11 +93,11 @@ class Published:
 
 
 def read_published(path: str | Path = PUBLISHED) -> Published:
-    """Reads and checks a file of published numbers.
+    """Reads and validates a file of published results.
 
     Raises:
-        PublishedError: If the file is no YAML, breaks the schema, names a source, protocol or caveat that it does not
-            define, defines one that no result names, or has a result twice.
+        PublishedError: If the file is not valid YAML, violates the schema, refers to an undefined source, protocol or
+            caveat, defines one that no result uses, or contains a result twice.
     """
     path = Path(path)
     try:
@@ -115,7 +115,7 @@ def read_published(path: str | Path = PUBLISHED) -> Published:
 
 
 def _results(groups: Any) -> list[dict[str, Any]]:
-    """Gives each result of each group the fields that its group shares."""
+    """Returns the results of all groups, each with the fields shared by its group."""
     results = []
     for i, group in enumerate(groups if isinstance(groups, list) else [groups]):
         if not isinstance(group, dict) or not isinstance(group.get("results"), list):
@@ -133,7 +133,7 @@ def _results(groups: Any) -> list[dict[str, Any]]:
 
 
 def _check(published: Published) -> None:
-    """Checks what the types do not say."""
+    """Checks constraints that the field types do not express."""
     for key, source in published.sources.items():
         if source.url is not None and not source.url.startswith("https://"):
             raise SchemaError(f"sources.{key}.url: expected an https:// address, found {source.url!r}")
@@ -142,16 +142,16 @@ def _check(published: Published) -> None:
     for i, result in enumerate(published.results):
         where = f"results.{i} ({result.method}, {result.dataset}, {result.table})"
         named = {"sources": (result.source,), "protocols": (result.protocol,), "caveats": result.caveats}
-        for kind, names in named.items():
+        for section, names in named.items():
             for name in names:
-                if name not in getattr(published, kind):
-                    raise SchemaError(f"{where}: {name!r} is not among the {kind}; define it there or correct it")
-            used[kind].update(names)
+                if name not in getattr(published, section):
+                    raise SchemaError(f"{where}: {name!r} is not defined under {section}; define it or correct it")
+            used[section].update(names)
         if not result.metrics:
             raise SchemaError(f"{where}: expected at least one metric")
         if result in seen:
-            raise SchemaError(f"{where}: the same result stands here twice")
+            raise SchemaError(f"{where}: the result occurs twice; remove one")
         seen.append(result)
-    for kind, found in used.items():
-        if unused := sorted(getattr(published, kind).keys() - found):
-            raise SchemaError(f"{kind}.{unused[0]}: no result names it; remove it or correct the spelling")
+    for section, found in used.items():
+        if unused := sorted(getattr(published, section).keys() - found):
+            raise SchemaError(f"{section}.{unused[0]}: no result uses it; remove it or correct the spelling")

@@ -1,4 +1,4 @@
-"""`python -m benchmark leaderboard render`: the records and the published numbers as files for people and programs."""
+"""`python -m benchmark leaderboard render`: records and published results as HTML, Markdown, CSV and JSON."""
 
 from __future__ import annotations
 
@@ -58,18 +58,18 @@ COLUMNS = [
     "also_in",
     "note",
 ]
-"""Columns of the CSV file, one line for each value of a metric; what a source does not have is empty."""
+"""Columns of the CSV file, which has one line per metric value; missing values are empty."""
 
 
 def render(records: list[str] = ["runs", RECORDS], output: str = "build/leaderboard") -> None:  # noqa: B006 (never changed)
     """Writes the leaderboard as `index.html`, `leaderboard.md`, `leaderboard.csv` and `leaderboard.json`.
 
     Args:
-        records: Folders to search, each for its own `*.json` and those of any `records` folder below it.
-        output: Folder of the files.
+        records: Folders to search for `*.json`, directly and in any `records` folder below.
+        output: Output folder.
 
     Raises:
-        SystemExit: If a record is broken; the others are rendered all the same.
+        SystemExit: If a record is broken; the others are still rendered.
     """
     console = terminal()
     entries, broken = read_records(records)
@@ -84,7 +84,7 @@ def render(records: list[str] = ["runs", RECORDS], output: str = "build/leaderbo
         "leaderboard.json": to_json(entries, published),
     }
     for name, text in contents.items():
-        write_atomic(folder / name, text.encode("utf-8", "replace").decode())  # JSON may hold half a surrogate pair
+        write_atomic(folder / name, text.encode("utf-8", "replace").decode())  # JSON text may contain lone surrogates
     counts = f"{len(entries)} records and {len(published.results)} published results"
     for line in (f"{counts} as {', '.join(contents)}", f"page: {folder / 'index.html'}"):
         console.print(line, markup=False, soft_wrap=True, highlight=False)
@@ -93,13 +93,13 @@ def render(records: list[str] = ["runs", RECORDS], output: str = "build/leaderbo
 
 
 def published_markdown(published: Published) -> str:
-    """Returns the published numbers as Markdown, a table for each dataset and protocol, never ranked."""
+    """Returns the published results as Markdown, one unranked table per dataset and protocol."""
     lines = ["# Published numbers", "", "As printed by their sources, each under its own protocol; never ranked among "]
     lines[-1] += f"measured results. Their uncertainty is not known (±{UNKNOWN})."
     for board in published_boards(published):
         lines += ["", f"## {escape(board.title)} (published)", "", escape(board.lead), ""]
         lines += [markdown_line(board.rows[0].cells), markdown_line("---" for _ in board.rows[0].cells)]
-        lines += [markdown_line(_marked(row, board.marks(row))) for row in board.rows]
+        lines += [markdown_line(_with_footnotes(row, board.marks(row))) for row in board.rows]
         if board.footnotes:
             lines += ["", *(f"{n}. {escape(note)}" for n, note in enumerate(board.footnotes, 1))]
     lines += ["", "## Sources", ""]
@@ -109,35 +109,35 @@ def published_markdown(published: Published) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _marked(row: Row, notes: list[int]) -> Iterable[str]:
-    """Cells of a row, numbers of its footnotes behind the method."""
+def _with_footnotes(row: Row, notes: list[int]) -> Iterable[str]:
+    """Returns the cells of a row, with the numbers of its footnotes after the method."""
     marks = f" ({', '.join(map(str, notes))})" if notes else ""
     return [f"{cell}{marks if name == 'Method' else ''}" for name, cell in row.cells.items()]
 
 
 def to_csv(records: Iterable[tuple[Path, Record]], published: Published) -> str:
-    """Returns every value of a metric, measured or published, as a line of its own."""
+    """Returns all measured and published results as CSV, one line per metric value."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
     writer.writeheader()
     for group in tables(records):
-        for place, entry in enumerate(group, 1):
+        for position, entry in enumerate(group, 1):
             for key, metric in sorted(entry.record.metrics.items()):
                 value = {"metric": key, "value": metric.value, "uncertainty": metric.uncertainty}
                 value |= {"num_samples": metric.num_samples, "note": metric.note}
-                writer.writerow(_plain(_measured_columns(entry, _rank(place, entry)) | value))
+                writer.writerow(_escape_formulas(_measured_columns(entry, _rank(position, entry)) | value))
     for result in published.results:
         for key, number in result.metrics.items():
-            writer.writerow(_plain(_published_columns(result, published) | {"metric": key, "value": number}))
+            writer.writerow(_escape_formulas(_published_columns(result, published) | {"metric": key, "value": number}))
     return text.getvalue()
 
 
-def _rank(place: int, entry: Entry) -> int | None:
-    return None if entry.record.draft or not math.isfinite(entry.frechet) else place
+def _rank(position: int, entry: Entry) -> int | None:
+    return None if entry.record.draft or not math.isfinite(entry.frechet) else position
 
 
-def _day(entry: Entry) -> str | None:
-    """The day on which a repetition agreed."""
+def _verified_day(entry: Entry) -> str | None:
+    """Returns the date (ISO 8601) of a repetition that agreed, or None."""
     return None if entry.verified is None else entry.verified.created[:10]
 
 
@@ -165,7 +165,7 @@ def _measured_columns(entry: Entry, rank: int | None) -> dict[str, Any]:
         "solver": record.solver,
         "nfe": record.nfe,
         "record": entry.path.name,
-        "verified": _day(entry),
+        "verified": _verified_day(entry),
         **{name: getattr(cost, name) for name in same},
     }
 
@@ -197,26 +197,26 @@ def _published_columns(result: PublishedResult, published: Published) -> dict[st
     }
 
 
-def _plain(columns: dict[str, Any]) -> dict[str, Any]:
-    """Keeps a spreadsheet from running text as a formula."""
+def _escape_formulas(columns: dict[str, Any]) -> dict[str, Any]:
+    """Prefixes text that a spreadsheet would evaluate as a formula with an apostrophe."""
     dangerous = ("=", "+", "-", "@", "\t", "\r")
     return {k: f"'{v}" if isinstance(v, str) and v.startswith(dangerous) else v for k, v in columns.items()}
 
 
 def to_json(records: Iterable[tuple[Path, Record]], published: Published) -> str:
-    """Returns everything, whole records included, as one JSON object."""
+    """Returns all results, including the complete records, as one JSON object."""
     measured = [
         {
             "dataset": group[0].record.dataset.name,
             "protocol": group[0].record.protocol.name,
             "entries": [
                 {
-                    "rank": _rank(place, entry),
+                    "rank": _rank(position, entry),
                     "file": entry.path.name,
                     "record": asdict(entry.record),
-                    "verified": _day(entry),
+                    "verified": _verified_day(entry),
                 }
-                for place, entry in enumerate(group, 1)
+                for position, entry in enumerate(group, 1)
             ],
         }
         for group in tables(records)

@@ -1,4 +1,4 @@
-"""`python -m benchmark leaderboard seeds`: what training with several seeds gives, as means and spreads."""
+"""`python -m benchmark leaderboard seeds`: mean and standard deviation of results over training seeds."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from rich.table import Table
 from leaderboard.files import write_atomic
 from leaderboard.record.entries import RECORDS, Entry, headline, order_metrics, read_records
 from leaderboard.record.records import Record
+from leaderboard.reports.pareto import Point, pareto_front
 from leaderboard.reports.table import (
     METHOD_NOTES,
     Cell,
@@ -37,12 +38,12 @@ from leaderboard.reports.table import (
 from leaderboard.reports.terminal import terminal
 
 COLOURS = ("ddpm", "sddpm", "sdm", "fsddim", "sdit", "spiking-diffusion", "ann-snn")
-"""Methods in the order of the plot's colours, the same in every plot."""
+"""Methods in the order of matplotlib's colours, so that a method has the same colour in every plot."""
 MARKERS = "osD^vPX*"
-"""Of the first, second, ... row of a method."""
+"""Markers of the first, second, ... row of a method."""
 
 FIGURES = "data/figures"
-"""Folder of the figures, below the folder of `RESULTS.md`."""
+"""Folder of the figures, relative to `RESULTS.md`."""
 _PREAMBLE = """\
 # Results
 
@@ -54,23 +55,23 @@ training seeds; a row with one seed has none. The error of each single evaluatio
 steeply with a few outlying images and does not rank methods. `leaderboard/README.md` defines the columns and states
 what these tables do not show.
 """
-_PLACES = {"default_root_dir", "init_from", "ckpt_path", "seed_everything", "cache_dir", "variant"}
-"""Keys of a configuration that may differ between seeds."""
+_PER_RUN_KEYS = {"default_root_dir", "init_from", "ckpt_path", "seed_everything", "cache_dir", "variant"}
+"""Configuration keys that may differ between the seeds of one row."""
 
 
 def seeds(records: list[str] = ["runs", RECORDS], output: str | None = None) -> None:  # noqa: B006 (never changed)
-    """Shows records that differ in nothing but their seed as one line: mean ± standard deviation over the seeds.
+    """Shows records that differ only in their seed as one row: mean ± standard deviation over the seeds.
 
-    The standard deviation holds that of training and that of the measurement. Drafts are left out; of several records
-    of one training seed, such as its best and its last checkpoint, the newest counts.
+    The standard deviation includes the variation of training and of the evaluation. Drafts are omitted. If a training
+    seed has several records, such as its best and its last checkpoint, the newest is used.
 
     Args:
-        records: Folders to search, each for its own `*.json` and those of any `records` folder below it.
-        output: Folder for `RESULTS.md` and, in its subfolder `data/figures`, two figures for each table: samples of
-            every method, and quality against energy.
+        records: Folders to search for `*.json`, directly and in any `records` folder below.
+        output: Folder for `RESULTS.md` and, in its subfolder `data/figures`, two figures per table: samples of every
+            method, and quality against energy.
 
     Raises:
-        SystemExit: If a record is broken; the others are shown all the same.
+        SystemExit: If a record is broken; the others are still shown.
     """
     console = terminal()
     entries, broken = read_records(records)
@@ -104,28 +105,28 @@ def seeds(records: list[str] = ["runs", RECORDS], output: str | None = None) -> 
 
 
 def seed_rows(group: Sequence[Entry]) -> list[dict[str, Cell]]:
-    """Returns a line for each set of comparable entries that differ in nothing but the seed, best mean first."""
-    by_config = sorted((entry.record for entry in group), key=_key)
-    members = [_one_each(records) for _, records in groupby(by_config, key=_key)]
+    """Returns one row per set of entries that differ only in the seed, best mean first."""
+    by_config = sorted((entry.record for entry in group), key=_seedless_key)
+    members = [_newest_per_seed(records) for _, records in groupby(by_config, key=_seedless_key)]
     members.sort(key=lambda records: _mean(lambda r: headline(r)[1].value, records))
     keys = order_metrics(key for entry in group for key in entry.record.metrics)
     return [_row(records, keys) for records in members]
 
 
-def _one_each(records: Iterable[Record]) -> list[Record]:
-    """Returns the newest record of each training seed: two tests of one training are no two samples."""
+def _newest_per_seed(records: Iterable[Record]) -> list[Record]:
+    """Returns the newest record of each training seed; two tests of one training are not independent samples."""
     return list({record.seeds.get("training"): record for record in sorted(records, key=lambda r: r.created)}.values())
 
 
-def _key(record: Record) -> str:
-    """What records of several seeds share."""
-    return json.dumps([record.method, record.solver, _without_places(record.config)], sort_keys=True)
+def _seedless_key(record: Record) -> str:
+    """Returns a key that is equal for records that differ only in the seed."""
+    return json.dumps([record.method, record.solver, _shared_config(record.config)], sort_keys=True)
 
 
-def _without_places(config: Any) -> Any:
+def _shared_config(config: Any) -> Any:
     if isinstance(config, dict):
-        return {key: _without_places(value) for key, value in config.items() if key not in _PLACES}
-    return [_without_places(value) for value in config] if isinstance(config, list) else config
+        return {key: _shared_config(value) for key, value in config.items() if key not in _PER_RUN_KEYS}
+    return [_shared_config(value) for value in config] if isinstance(config, list) else config
 
 
 def _mean(value: Callable[[Record], float | None], records: Sequence[Record]) -> float:
@@ -141,7 +142,7 @@ def _row(records: Sequence[Record], keys: Sequence[str]) -> dict[str, Cell]:
         "Method": Cell(first.method + variant, note=METHOD_NOTES.get(first.method, "")),
         "Solver": Cell(f"{first.solver}, {first.nfe}"),
         "Seeds": Cell(str(len({r.seeds.get("training") for r in records}))),
-        **{metric_name(key): _spread([r.metrics[key].value for r in records if key in r.metrics]) for key in keys},
+        **{metric_name(key): _mean_cell([r.metrics[key].value for r in records if key in r.metrics]) for key in keys},
         "T": Cell("-" if first.cost.firing_rate is None else str(first.num_steps)),
         "Rate": number_cell(None if first.cost.firing_rate is None else _mean(lambda r: r.cost.firing_rate, records)),
         "G SOPs": number_cell(_mean(lambda r: r.cost.sops, records) / 1e9),
@@ -150,7 +151,8 @@ def _row(records: Sequence[Record], keys: Sequence[str]) -> dict[str, Cell]:
     }
 
 
-def _spread(values: Sequence[float]) -> Cell:
+def _mean_cell(values: Sequence[float]) -> Cell:
+    """Formats mean ± sample standard deviation; a single value has no standard deviation."""
     if not values:
         return Cell("-")
     mean = statistics.fmean(values)
@@ -158,7 +160,7 @@ def _spread(values: Sequence[float]) -> Cell:
 
 
 def _figures(group: Sequence[Entry], rows: Sequence[dict[str, Cell]]) -> dict[str, Figure]:
-    """Returns the figures of a table by name; without samples at hand there is no strip."""
+    """Returns the figures of a table by name; the strip of samples only if sample grids exist."""
     figures = {"quality-energy": _plot(rows, metric_name(headline(group[0].record)[0]))}
     best = {e.record.method: e for e in reversed(group) if e.record.variant == "default" and e.samples.is_file()}
     if best:
@@ -167,7 +169,7 @@ def _figures(group: Sequence[Entry], rows: Sequence[dict[str, Cell]]) -> dict[st
 
 
 def _strip(entries: Sequence[Entry]) -> Figure:
-    """Shows the upper left quarter of the sample grid of each entry side by side."""
+    """Plots the upper left quarters of the entries' sample grids side by side."""
     figure = Figure(figsize=(1.3 * len(entries), 1.45), layout="constrained")
     for axes, entry in zip(figure.subplots(1, len(entries), squeeze=False)[0], entries, strict=True):
         with Image.open(entry.samples) as page:
@@ -179,22 +181,26 @@ def _strip(entries: Sequence[Entry]) -> Figure:
 
 
 def _plot(rows: Sequence[dict[str, Cell]], quality: str) -> Figure:
-    """Quality against energy, with the spread over the seeds; a line joins what nothing beats in both."""
+    """Plots quality against energy, with the standard deviation over seeds and the Pareto front."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    points = [(row["mJ"].value or 0.0, row[quality].value or 0.0, row) for row in rows]
-    front = sorted(
-        (x, y) for x, y, _ in points if not any(a <= x and b <= y and (a, b) != (x, y) for a, b, _ in points)
-    )
+    points = [_point(row, quality) for row in rows]
+    front = [(point.energy, point.quality) for point in pareto_front(points)]
     axes.step(*zip(*front, strict=True), where="post", color="0.6", lw=1, label="Pareto front")
     shown: Counter[str] = Counter()
-    for x, y, row in points:
-        method = row["Method"].text.split(",")[0]
-        colour = f"C{COLOURS.index(method) if method in COLOURS else len(COLOURS)}"
-        marker = MARKERS[shown[method] % len(MARKERS)]
-        shown[method] += 1
-        name = f"{row['Method'].text}, {row['Solver']}"
-        axes.errorbar(x, y, yerr=float(row[quality].uncertainty or 0), fmt=marker, color=colour, capsize=3, label=name)
+    for point in points:
+        colour = f"C{COLOURS.index(point.method) if point.method in COLOURS else len(COLOURS)}"
+        marker = MARKERS[shown[point.method] % len(MARKERS)]
+        shown[point.method] += 1
+        axes.errorbar(
+            point.energy,
+            point.quality,
+            yerr=point.uncertainty,
+            fmt=marker,
+            color=colour,
+            capsize=3,
+            label=point.label,
+        )
     axes.set(xlabel="45 nm arithmetic per image, strict (mJ)", ylabel=f"{quality} (lower is better)", xscale="log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
@@ -203,3 +209,14 @@ def _plot(rows: Sequence[dict[str, Cell]], quality: str) -> Figure:
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False, title="method, solver, NFE")
     return figure
+
+
+def _point(row: dict[str, Cell], quality: str) -> Point:
+    return Point(
+        energy=row["mJ"].value or 0.0,
+        quality=row[quality].value or 0.0,
+        uncertainty=float(row[quality].uncertainty or 0),
+        method=row["Method"].text.split(",")[0],
+        label=f"{row['Method'].text}, {row['Solver']}",
+        anchor="",
+    )

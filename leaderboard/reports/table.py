@@ -1,4 +1,4 @@
-"""Tables of the leaderboard, rendered from records for the terminal and as Markdown."""
+"""Tables of the leaderboard, for the terminal and as Markdown."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ METHOD_NOTES = {
     "sdit": "SDiT: the suite's own, fully spiking design after the paper's text, not the network of the public code "
     "(https://github.com/foolLain/SDiT).",
 }
-"""What a reader should know about a method, by its name in records."""
+"""Footnotes of methods, by method name."""
 LABELS = {"mJ": "45 nm arithmetic, mJ"}
-"""Column headers of pages and files, where the terminal has a shorter one."""
+"""Column headers in pages and files, for columns with a shorter header in the terminal."""
 SHORT_ROWS = 8
-"""Lines of the short table at most, so that it fits a terminal with what is printed before and after it."""
+"""Maximum number of rows of the short table, so that it fits a terminal together with the surrounding output."""
 NO_BREAK = "\N{NO-BREAK SPACE}"
 _SCALE = {"kid_mean": 1000.0}
+"""Factors by which metrics are multiplied for display."""
 _STACKS = (
     ("T", "Rate"),
     ("Solver", "NFE", "Repeated"),
@@ -44,16 +45,17 @@ _STACKS = (
     ("M params", "Images/s"),
     ("Samples", "Seed", "File"),
 )
+"""Columns that the wide terminal table prints above each other."""
 
 
 class Cell(NamedTuple):
-    """What a table shows in one place.
+    """Cell of a table.
 
     Args:
         text: The value as text.
-        value: The value as a number, if it is one; absent values have none.
-        uncertainty: The uncertainty as text, if the value has one.
-        note: What a reader should know about the value.
+        value: The value as a number; None for text and missing values.
+        uncertainty: The uncertainty as text; may be empty.
+        note: Footnote; may be empty.
     """
 
     text: str
@@ -73,17 +75,17 @@ def leaderboard(
 ) -> None:
     """Shows records as tables, one per dataset and protocol, best Fréchet distance first and drafts last.
 
-    By default it shows the table of the newest run, with few columns, the best rows and those around the newest run,
-    which is marked by `>`. Without runs it shows the table with the most rows.
+    By default, only the table of the newest run is shown, with few columns, the best rows and the neighbours of the
+    newest run, which is marked by `>`. Without runs, the table with the most rows is shown.
 
     Args:
-        records: Folders to search, each for its own `*.json` and those of any `records` folder below it.
+        records: Folders to search for `*.json`, directly and in any `records` folder below.
         output: Markdown file to write all tables to, with every column and row.
-        wide: Shows every column and row, the origin of the reference images and the files of the records.
-        all: Shows the tables of all datasets and protocols, with every row.
+        wide: Show every column and row, the source of the reference images and the files of the records.
+        all: Show the tables of all datasets and protocols, with every row.
 
     Raises:
-        SystemExit: If a record is broken; the others are shown all the same.
+        SystemExit: If a record is broken; the others are still shown.
     """
     console = terminal(WIDTH if wide else SHORT)
     entries, broken = read_records(records)
@@ -102,7 +104,7 @@ def leaderboard(
         chosen = next((group for group in groups if newest in group), max(groups, key=len))
         for group in groups if all else [chosen]:
             if wide:
-                _print(console, group)
+                _print_wide(console, group)
             else:
                 _print_short(console, group, newest, every_row=all)
         if not all:
@@ -126,7 +128,7 @@ def _show_run(entry: Entry, console: Console) -> None:
 def _show_hidden(
     console: Console, chosen: list[Entry], groups: list[list[Entry]], newest: Entry | None, wide: bool
 ) -> None:
-    """Prints one line about what is not shown, and the options that show it."""
+    """Prints one line with the number of hidden rows and tables and the options that show them."""
     rows = 0 if wide else len(chosen) - len([i for i in short_rows(chosen, newest) if i is not None])
     others = [group[0].record for group in groups if group is not chosen]
     dataset = chosen[0].record.dataset.name
@@ -139,12 +141,12 @@ def _show_hidden(
 
 
 def print_line(console: Console, line: str) -> None:
-    """Prints a line as it is, in one piece for copying."""
+    """Prints a line verbatim, without wrapping, so that it can be copied."""
     console.print(line, markup=False, soft_wrap=True, highlight=False)
 
 
 def show_result(entry: Entry, console: Console) -> None:
-    """Prints metrics and cost of a record, its run folder, and the files of the record and of its samples there."""
+    """Prints metrics and cost of a record, and the paths of its run folder, record file and sample grid."""
     record, row = entry.record, table_rows([entry])[0]
     names = list(row)[3 : list(row).index("T")]
     values = [f"{name} {row[name]}" for name in names] + [f"{record.nfe} NFE", f"{row['mJ']} mJ"]
@@ -161,13 +163,13 @@ def show_result(entry: Entry, console: Console) -> None:
 
 
 def show_records(records: Iterable[tuple[Path, Record]], console: Console) -> None:
-    """Prints the tables of records, each given with its file."""
+    """Prints all tables of the records, which are passed as `(file, record)` pairs."""
     for group in tables(records):
-        _print(console, group)
+        _print_wide(console, group)
 
 
 def markdown(records: Iterable[tuple[Path, Record]]) -> str:
-    """Returns the tables of records, each given with its file, as Markdown: the same text for the same records."""
+    """Returns all tables of the records, passed as `(file, record)` pairs, as deterministic Markdown."""
     lines = ["# Leaderboard", "", "Measured results, rendered from records. Drafts have too few samples to rank."]
     for group in tables(records):
         rows = table_rows(group)
@@ -179,7 +181,7 @@ def markdown(records: Iterable[tuple[Path, Record]]) -> str:
 
 
 def tables(records: Iterable[tuple[Path, Record]]) -> list[list[Entry]]:
-    """Groups comparable entries, each group in the order of its table."""
+    """Groups comparable records, each group sorted as its table: by Fréchet distance, drafts last."""
     groups: dict[tuple[str, ...], list[Entry]] = {}
     entries = [Entry(path, record) for path, record in records]
     for entry in sorted(entries, key=lambda e: (e.record.draft, e.frechet, e.path.name)):
@@ -188,7 +190,7 @@ def tables(records: Iterable[tuple[Path, Record]]) -> list[list[Entry]]:
 
 
 def table_rows(group: list[Entry]) -> list[dict[str, Cell]]:
-    """Returns the cells of each entry by column; all entries of a table have the same columns."""
+    """Returns one row per entry, as cells by column; all rows have the same columns."""
     keys = order_metrics(key for entry in group for key in entry.record.metrics)
     return [
         {"#": _rank(i, entry), **_cells(entry, keys), "Record": Cell(entry.path.name)} for i, entry in enumerate(group)
@@ -196,7 +198,7 @@ def table_rows(group: list[Entry]) -> list[dict[str, Cell]]:
 
 
 def metric_name(key: str) -> str:
-    """Returns the column header of a metric; precision and recall go without the extractor, which a table shares."""
+    """Returns the column header of a metric; for precision and recall without the extractor, shared by the table."""
     for start, name in (("precision", "Prec."), ("recall", "Recall")):
         if key.startswith(start):
             return name
@@ -237,7 +239,7 @@ def _cells(entry: Entry, keys: list[str]) -> dict[str, Cell]:
 
 
 def metric_cell(key: str, metric: MetricValue | None) -> Cell:
-    """Shows a metric with as many decimals as its uncertainty asks for."""
+    """Formats a metric with the decimals of `uncertain_cell`."""
     if metric is None:
         return Cell("-")
     value, uncertainty = metric.value * _SCALE.get(key, 1), metric.uncertainty * _SCALE.get(key, 1)
@@ -245,25 +247,30 @@ def metric_cell(key: str, metric: MetricValue | None) -> Cell:
 
 
 def uncertain_cell(value: float, uncertainty: float, note: str = "") -> Cell:
-    """Shows a number with as many decimals as two digits of its uncertainty have."""
+    """Formats a number with as many decimals as show two significant digits of its uncertainty."""
     decimals = min(6, max(0, 1 - math.floor(math.log10(uncertainty)))) if uncertainty > 0 else 3
     return Cell(f"{value:.{decimals}f}", value, f"{uncertainty:.{decimals}f}", note)
 
 
+def plus_minus(value: float, spread: float | None = None) -> str:
+    """Formats a distance and its uncertainty or spread, if there is one, with two decimals each."""
+    return f"{value:.2f}" if spread is None else f"{value:.2f} ±{spread:.2f}"
+
+
 def number_cell(value: float | None) -> Cell:
-    """Shows a number with three digits, or whole if large."""
+    """Formats a number with three significant digits, or as an integer from 100 on."""
     if value is None:
         return Cell("-")
     return Cell(f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}", value)
 
 
 def table_title(entry: Entry) -> str:
-    """Names the table that an entry stands in."""
+    """Returns the title of the table of an entry: dataset and protocol."""
     return f"{entry.record.dataset.name}, {entry.record.protocol.name}"
 
 
 def table_provenance(entry: Entry) -> str:
-    """Says what the entries of a table were compared with."""
+    """Returns one line on the reference data, extractor and protocol of the table of an entry."""
     r = entry.record
     return (
         f"Reference: {r.dataset.fingerprint[:12]} from {r.dataset.source}. Extractor: {r.extractor.name} "
@@ -278,8 +285,8 @@ def _notes(group: list[Entry]) -> list[str]:
     return [f"* {note}" for note in sorted(notes)]
 
 
-def _print(console: Console, group: list[Entry]) -> None:
-    """Prints a table, of 100 columns for a few metrics: related cells stand above each other, files in a list below."""
+def _print_wide(console: Console, group: list[Entry]) -> None:
+    """Prints the wide table: related cells are stacked (100 characters for a few metrics), files are listed below."""
     rows = table_rows(group)
     metrics = list(rows[0])[3 : list(rows[0]).index("T")]
     table = Table(
@@ -290,13 +297,13 @@ def _print(console: Console, group: list[Entry]) -> None:
         collapse_padding=True,
     )
     pair = ("Prec.", "Recall")
-    alone = [(m,) for m in metrics if m not in pair]
-    stacks = [("#",), ("Method", "Variant"), *alone, *([pair] if set(pair) <= set(metrics) else []), *_STACKS]
+    singles = [(m,) for m in metrics if m not in pair]
+    stacks = [("#",), ("Method", "Variant"), *singles, *([pair] if set(pair) <= set(metrics) else []), *_STACKS]
     for stack in stacks:
         header = re.sub("_(?=[^_]+$)", "\n_", stack[0]) if len(stack) == 1 else "\n".join(stack)
-        least = max(len(str(row["Method"])) for row in rows) if stack[0] == "Method" else None
+        min_width = max(len(str(row["Method"])) for row in rows) if stack[0] == "Method" else None
         justify: Literal["left", "right"] = "left" if stack[0] in ("#", "Method") else "right"
-        table.add_column(header, justify=justify, overflow="fold", min_width=least)
+        table.add_column(header, justify=justify, overflow="fold", min_width=min_width)
     for number, row in enumerate(rows, 1):
         row = row | {"File": Cell(f"[{number}]")}
         cells = ["\n".join(str(row[name]) for name in stack).replace(" ±", "\n±") for stack in stacks]
@@ -308,22 +315,22 @@ def _print(console: Console, group: list[Entry]) -> None:
 
 
 def short_rows(group: list[Entry], newest: Entry | None) -> list[int | None]:
-    """Returns the positions of the rows of the short table; None is a gap.
+    """Returns the indices of the rows of the short table; None marks a gap.
 
-    The first rows are always shown, and the newest run with its neighbours.
+    They are the first rows, the newest run and its neighbours.
     """
     if len(group) <= SHORT_ROWS:
         return list(range(len(group)))
-    place = group.index(newest) if newest in group else 0
-    if place < SHORT_ROWS - 1:
+    index = group.index(newest) if newest in group else 0
+    if index < SHORT_ROWS - 1:
         return [*range(SHORT_ROWS - 1), None]
-    first, last = place - 1, min(place + 1, len(group) - 1)
+    first, last = index - 1, min(index + 1, len(group) - 1)
     top = SHORT_ROWS - 1 - (last - first + 1) - (last < len(group) - 1)
     return [*range(top), None, *range(first, last + 1), *[None] * (last < len(group) - 1)]
 
 
 def _print_short(console: Console, group: list[Entry], newest: Entry | None, every_row: bool) -> None:
-    """Prints a table with one line per row: the newest run is marked, names that do not fit are cropped."""
+    """Prints the short table, one line per row; marks the newest run and crops names that do not fit."""
     rows = table_rows(group)
     metrics = list(rows[0])[3 : list(rows[0]).index("T")][:1]
     numbers = [*metrics, "T", "Rate", "NFE", "mJ", "Seed"]
@@ -336,14 +343,14 @@ def _print_short(console: Console, group: list[Entry], newest: Entry | None, eve
     for name in numbers:
         table.add_column(Text(name), justify="right", no_wrap=True)
     notes: list[str] = []
-    for place in range(len(group)) if every_row else short_rows(group, newest):
-        if place is None:
+    for index in range(len(group)) if every_row else short_rows(group, newest):
+        if index is None:
             table.add_row("...")
             continue
-        row, marked = rows[place], group[place] == newest
+        row, marked = rows[index], group[index] == newest
         cells = [
             f"{'> ' if marked else ''}{row['#']}",
-            entry_name(group[place].record),
+            entry_name(group[index].record),
             *(str(row[n]) for n in numbers),
         ]
         table.add_row(*(Text(c, no_wrap=True, overflow="ellipsis") for c in cells), style="bold" if marked else None)
@@ -354,16 +361,16 @@ def _print_short(console: Console, group: list[Entry], newest: Entry | None, eve
 
 
 def entry_name(record: Record) -> str:
-    """Returns method and variant in one line."""
+    """Returns method and variant on one line."""
     named = record.variant not in ("", "default")
     return " ".join(f"{record.method}, {record.variant}".split()) if named else record.method
 
 
 def markdown_line(cells: Iterable[str]) -> str:
-    """Returns a line of a Markdown table."""
+    """Returns a row of a Markdown table."""
     return "| " + " | ".join(map(escape, cells)) + " |"
 
 
 def escape(text: str) -> str:
-    """Escapes text for Markdown."""
+    """Escapes text for Markdown and collapses whitespace."""
     return re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", " ".join(text.split()))

@@ -22,7 +22,7 @@ Make = Callable[..., Record]
 
 @pytest.fixture
 def sound(make_record: Make) -> Record:
-    """A record without fault."""
+    """A consistent record."""
     record = make_record()
     energy = strict_energy_mj(record.cost.macs, record.cost.acs)
     kept = {"precision_digits": MetricValue(0.7, 0.01, 2000), "recall_digits": MetricValue(0.6, 0.01, 2000)}
@@ -42,7 +42,7 @@ def with_config(record: Record, config: dict[str, Any]) -> Record:
     return replace(record, config=config, config_sha256=canonical_sha256(config))
 
 
-def test_grid_of_samples_comes_along(sound: Record, tmp_path: Path) -> None:
+def test_sample_grid_is_copied(sound: Record, tmp_path: Path) -> None:
     path = write_record(sound, tmp_path / "run" / "records")
     grid = tmp_path / "run" / "samples" / f"{path.stem}.png"
     grid.parent.mkdir()
@@ -55,7 +55,7 @@ def test_grid_of_samples_comes_along(sound: Record, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [None, 1e6])
-def test_a_repetition_that_agrees_comes_along(sound: Record, value: float | None, tmp_path: Path) -> None:
+def test_repetition_that_agrees_is_copied(sound: Record, value: float | None, tmp_path: Path) -> None:
     path = write_record(sound, tmp_path / "run" / "records")
     repeated = sound if value is None else with_metric(sound, value=value)
     write_atomic(Entry(path, sound).repetition, record_text(repeated))
@@ -79,7 +79,7 @@ def test_sound_record_is_added_under_its_own_name(
     assert capsys.readouterr().out == f"added {added}\n"
 
 
-def test_a_machine_is_not_taken_in(sound: Record, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folders_of_the_machine_are_redacted(sound: Record, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = with_config(sound, {"data": {"root": "/home/alice/mnist"}})
     record = replace(record, dataset=replace(record.dataset, source="parquet files below /home/alice/mnist"))
     theirs = str(write_record(record, tmp_path))
@@ -89,7 +89,7 @@ def test_a_machine_is_not_taken_in(sound: Record, tmp_path: Path, capsys: pytest
     assert read_record(added).dataset.source == "parquet files below .../mnist"
     with pytest.raises(SystemExit):
         add(theirs, str(tmp_path / "board"))
-    assert "the same record is there already" in capsys.readouterr().err
+    assert "the same record exists already" in capsys.readouterr().err
 
 
 def test_draft_is_added(sound: Record, tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_draft_is_added(sound: Record, tmp_path: Path) -> None:
     assert read_record(added).draft
 
 
-def test_metrics_of_inception_and_those_added_belong(sound: Record) -> None:
+def test_inception_and_optional_metrics_are_accepted(sound: Record) -> None:
     metrics = {key: MetricValue(2.0, 0.1, 50_000) for key in ("fid", "fad_published", "fad_eval")}
     metrics |= {key: MetricValue(0.1, 0.01, 10_000) for key in ("kid_mean", "precision", "recall")}
     metrics["reconstruction_mse"] = MetricValue(0.1, 0.01, 0)
@@ -106,7 +106,7 @@ def test_metrics_of_inception_and_those_added_belong(sound: Record) -> None:
     record = replace(sound, protocol=protocol, metrics=metrics, extractor=Artefact("inception-v3-compat", "b" * 64))
     assert find_problems(record) == []
     cifar10 = replace(record, dataset=replace(record.dataset, name="cifar10"))
-    assert find_problems(cifar10) == ["metrics: is_mean of standard-v1 are missing"]
+    assert find_problems(cifar10) == ["metrics: is_mean required by standard-v1 but missing"]
 
 
 FUTURE = (datetime.now(UTC) + timedelta(hours=1)).isoformat(timespec="seconds")
@@ -120,42 +120,51 @@ def costing(**fields: Any) -> Change:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda r: with_samples(r, 1999), "draft: 1999 generated images of 2000 make a draft, but it is not marked"),
-        (lambda r: with_samples(r, 10_001), "metrics: 10001 generated images are more than the 10000 of offline-v1"),
-        (lambda r: with_metric(r, "kd_digits", num_samples=1000), "metrics.kd_digits.num_samples: 1000 of the 2000"),
-        (lambda r: with_metric(r, "fad_eval", num_samples=5), "metrics.fad_eval.num_samples: 5 of the 2000"),
-        (lambda r: with_metric(r, "reconstruction_mse"), "a reconstruction takes none"),
-        (lambda r: with_metric(r, uncertainty=-0.1), "metrics.fd_digits.uncertainty: -0.1 is below 0"),
-        (lambda r: with_metric(r, "fid"), "metrics: fid do not belong to offline-v1"),
-        (lambda r: with_metric(r, "fd_mnist"), "metrics: fd_mnist do not belong"),
-        (lambda r: replace(r, metrics={}), "metrics: fd_digits, kd_digits, precision_digits, recall_digits of"),
+        (lambda r: with_samples(r, 1999), "draft: must be true, 1999 images are fewer than the 2000 of offline-v1"),
+        (lambda r: with_samples(r, 10_001), "metrics: 10001 generated images exceed the maximum of 10000"),
+        (
+            lambda r: with_metric(r, "kd_digits", num_samples=1000),
+            "metrics.kd_digits.num_samples: computed from only 1000 of",
+        ),
+        (
+            lambda r: with_metric(r, "fad_eval", num_samples=5),
+            "metrics.fad_eval.num_samples: computed from only 5 of",
+        ),
+        (lambda r: with_metric(r, "reconstruction_mse"), "a reconstruction uses no generated images"),
+        (lambda r: with_metric(r, uncertainty=-0.1), "metrics.fd_digits.uncertainty: -0.1 is negative"),
+        (lambda r: with_metric(r, "fid"), "metrics: fid not part of offline-v1"),
+        (lambda r: with_metric(r, "fd_mnist"), "metrics: fd_mnist not part of"),
+        (
+            lambda r: replace(r, metrics={}),
+            "metrics: fd_digits, kd_digits, precision_digits, recall_digits required",
+        ),
         (
             lambda r: replace(r, extractor=Artefact("inception-v3-compat", "b" * 64)),
-            "extractor.name: 'inception-v3-compat' is not that of offline-v1, digits",
+            "extractor.name: expected digits for offline-v1, found 'inception-v3-compat'",
         ),
         (
             lambda r: with_config(r, {"data": {"init_args": {"num_samples": 9000}}}),
-            "metrics: 2000 generated images, but the configuration asks for 9000",
+            "metrics: 2000 generated images, but the configuration sets num_samples to 9000",
         ),
-        (costing(energy_strict_mj=0.1), "cost.energy_strict_mj: 0.1 mJ, but the MACs and ACs take 8.49 mJ"),
-        (costing(acs=1.0, energy_strict_mj=strict_energy_mj(1.2e9, 1.0)), "cost.acs: 1 accumulates are fewer than the"),
+        (costing(energy_strict_mj=0.1), "cost.energy_strict_mj: 0.1 mJ, but its MACs and ACs amount to 8.49 mJ"),
+        (costing(acs=1.0, energy_strict_mj=strict_energy_mj(1.2e9, 1.0)), "cost.acs: 1 accumulates, fewer than the"),
         (
             costing(firing_rates={"neuron": 1.5}, firing_rate=1.5),
-            "cost.firing_rates.neuron: 1.5 is no rate from 0 to 1",
+            "cost.firing_rates.neuron: 1.5 is not between 0 and 1",
         ),
-        (costing(firing_rate=0.5), "cost.firing_rate: 0.5 lies outside the rates of the layers"),
-        (costing(firing_rate=None), "cost.firing_rate: a mean and the rates of the layers go together"),
-        (costing(images_per_second=-1.0), "cost.images_per_second: -1 is below 0"),
-        (costing(trainable_parameters=10**9), "cost.trainable_parameters: 1000000000 of 63470000 parameters"),
-        (costing(nfe=1), "cost.nfe: 1, but nfe: 50"),
+        (costing(firing_rate=0.5), "cost.firing_rate: the mean 0.5 is outside the range of the layers' rates"),
+        (costing(firing_rate=None), "cost.firing_rate: expected both the mean and the rates of the layers"),
+        (costing(images_per_second=-1.0), "cost.images_per_second: -1 is negative"),
+        (costing(trainable_parameters=10**9), "cost.trainable_parameters: 1000000000 exceeds the 63470000 parameters"),
+        (costing(nfe=1), "cost.nfe: 1 differs from nfe: 50"),
         (lambda r: replace(r, num_steps=0), "num_steps: 0 is below 1"),
-        (lambda r: replace(r, wall_time_seconds=-1.0), "wall_time_seconds: -1 is below 0"),
-        (lambda r: replace(r, created=FUTURE), "lies in the future"),
-        (lambda r: replace(r, checkpoint=None), "checkpoint: none is named, so that nobody can repeat the evaluation"),
-        (lambda r: replace(r, checkpoint=Artefact("x", "short")), "checkpoint.sha256: expected a SHA-256 in 64 hexa"),
+        (lambda r: replace(r, wall_time_seconds=-1.0), "wall_time_seconds: -1 is negative"),
+        (lambda r: replace(r, created=FUTURE), "is in the future"),
+        (lambda r: replace(r, checkpoint=None), "checkpoint: missing, so the evaluation cannot be repeated"),
+        (lambda r: replace(r, checkpoint=Artefact("x", "short")), "checkpoint.sha256: expected a SHA-256 of 64 hexa"),
     ],
 )
-def test_what_cannot_be_is_one_problem(sound: Record, change: Change, message: str) -> None:
+def test_each_inconsistency_is_one_problem(sound: Record, change: Change, message: str) -> None:
     assert find_problems(sound) == []
     (problem,) = find_problems(change(sound))
     assert message in problem
@@ -193,7 +202,7 @@ def test_unsafe_file_name_is_refused(
 ) -> None:
     file = write_record(sound, tmp_path).rename(tmp_path / name)
     (line,) = refusal(file, tmp_path / "board", capsys)
-    assert "the file's name is not safe" in line
+    assert "the file name is not safe" in line
     assert line.isprintable()
 
 
@@ -204,12 +213,12 @@ def test_same_record_under_another_name_is_refused(
     board = tmp_path / "board"
     add(str(file), str(board))
     (there,) = board.iterdir()
-    (board / "broken.json").write_text("{}")  # no business of this record
+    (board / "broken.json").write_text("{}")  # is ignored
     (line,) = refusal(file, board, capsys)
-    assert f"the same record is there already: {there}" in line
+    assert f"the same record exists already: {there}" in line
     other = there.rename(board / "other.json")
     (line,) = refusal(file, board, capsys)
-    assert f"the same record is there already: {other}" in line
+    assert f"the same record exists already: {other}" in line
     assert len(list(board.iterdir())) == 2
 
 

@@ -1,4 +1,4 @@
-"""The records of the project are sound, and the committed tables show them. CI builds the page from them."""
+"""The committed records are consistent and match the committed tables. CI builds the page from them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DATA = Path("leaderboard/data")
 RESULTS = Path("leaderboard/RESULTS.md")
 
 
-def test_committed_records_are_sound_and_have_their_samples() -> None:
+def test_committed_records_are_consistent_and_have_samples() -> None:
     paths = find_records([RECORDS])
     assert paths
     for path in paths:
@@ -31,7 +31,7 @@ def test_committed_repetitions_agree() -> None:
     assert kept == sorted(entry.repetition for entry in entries if entry.verified)
 
 
-def test_committed_tables_show_the_records(tmp_path: Path) -> None:
+def test_committed_tables_match_the_records(tmp_path: Path) -> None:
     main(["leaderboard", "render", f"--records=[{RECORDS}]", f"--output={tmp_path}"])
     assert (tmp_path / "leaderboard.md").read_text() == (DATA / "leaderboard.md").read_text()
     for name in ("index.html", "leaderboard.csv", "leaderboard.json"):  # built by CI, not committed
@@ -39,7 +39,7 @@ def test_committed_tables_show_the_records(tmp_path: Path) -> None:
         assert not (DATA / name).exists()
 
 
-def test_committed_means_are_those_of_the_records(tmp_path: Path) -> None:
+def test_committed_means_match_the_records(tmp_path: Path) -> None:
     main(["leaderboard", "seeds", f"--records=[{RECORDS}]", f"--output={tmp_path}"])
     assert (tmp_path / "RESULTS.md").read_text() == RESULTS.read_text()
     for figure in (tmp_path / FIGURES).iterdir():

@@ -20,9 +20,24 @@ def test_grid_places_every_image() -> None:
 
 
 def test_grid_enlarges_pixels() -> None:
-    page = grid(torch.zeros(1, 3, 2, 2, dtype=torch.uint8), columns=1, scale=4)
-    assert page.shape == (3, 12, 12)
-    assert int((page == 0).sum()) == 3 * 64
+    page = grid(torch.zeros(2, 3, 2, 2, dtype=torch.uint8), columns=2, scale=4)
+    assert page.shape == (3, 12, 22)
+    assert int((page == 0).sum()) == 3 * 128
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("scale", [1, 4])
+@pytest.mark.parametrize("count", [1, 4, 7, 8])
+def test_grid_equals_images_pasted_one_by_one(channels: int, scale: int, count: int) -> None:
+    images = torch.randint(256, (count, channels, 3, 5), dtype=torch.uint8)
+    gap, rows = max(1, scale // 2), -(-count // 4)
+    height, width = 3 * scale + gap, 5 * scale + gap
+    expected = torch.full((channels, rows * height + gap, 4 * width + gap), 255, dtype=torch.uint8)
+    for i, image in enumerate(images):
+        top, left = i // 4 * height + gap, i % 4 * width + gap
+        enlarged = torch.kron(image, torch.ones(1, scale, scale, dtype=torch.uint8))
+        expected[:, top : top + 3 * scale, left : left + 5 * scale] = enlarged
+    assert torch.equal(grid(images, columns=4, scale=scale), expected)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

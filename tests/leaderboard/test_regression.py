@@ -15,7 +15,7 @@ MakeRecord = Callable[..., Record]
 
 @pytest.fixture
 def make_baseline(make_record: MakeRecord) -> Callable[[Sequence[float]], Baseline]:
-    """Makes a baseline of distances, one for each seed from 0 on."""
+    """Makes a baseline from distances, one per seed, with seeds 0, 1, ..."""
 
     def make(distances: Sequence[float]) -> Baseline:
         seeds = [{"training": seed, "sampling": 0} for seed in range(len(distances))]
@@ -57,18 +57,18 @@ def test_the_same_seed_is_found(make_baseline: Callable[[Sequence[float]], Basel
     assert baseline.same_seed(make_record(seeds={"training": 7, "sampling": 0})) is None
 
 
-def test_what_differs_is_named(make_record: MakeRecord) -> None:
+def test_differences_are_named(make_record: MakeRecord) -> None:
     record = configured(make_record())
     baseline = Baseline([record] * 3)
     moved = replace(configured(record, init_from="elsewhere.ckpt", added_since=1), hardware="another")
     assert baseline.differences(moved) == []
     other = replace(record, extractor=Artefact("digits", "c" * 64), dataset=Dataset("digits", "e" * 64, "x"))
     assert baseline.differences(other) == [
-        "extractor is cccccccc, in the baseline bbbbbbbb",
-        "dataset is eeeeeeee, in the baseline ffffffff",
+        "extractor is cccccccc, but bbbbbbbb in the baseline",
+        "dataset is eeeeeeee, but ffffffff in the baseline",
     ]
     (difference,) = baseline.differences(configured(record, num_steps=2))
-    assert difference == "model.init_args.num_steps is 2, in the baseline 4"
+    assert difference == "model.init_args.num_steps is 2, but 4 in the baseline"
 
 
 def test_baselines_are_written_read_and_replaced(make_record: MakeRecord, tmp_path: Path) -> None:
@@ -79,8 +79,8 @@ def test_baselines_are_written_read_and_replaced(make_record: MakeRecord, tmp_pa
     assert sorted(read_baseline(folder).values) == [4, 5, 6, 7]
 
 
-def test_too_few_records_are_no_baseline(make_record: MakeRecord, tmp_path: Path) -> None:
+def test_too_few_records_are_refused(make_record: MakeRecord, tmp_path: Path) -> None:
     write_record(make_record(), tmp_path / "sdm")
-    command = r"measure it with: python -m benchmark regress --update --methods sdm"
-    with pytest.raises(FileNotFoundError, match=rf"sdm has 1 records, a baseline takes 3 seeds or more; {command}"):
+    command = r"create it with: python -m benchmark regress --update --methods sdm"
+    with pytest.raises(FileNotFoundError, match=rf"sdm has 1 records, but a baseline needs 3 seeds or more; {command}"):
         read_baseline(tmp_path / "sdm")

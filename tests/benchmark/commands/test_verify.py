@@ -12,7 +12,7 @@ from benchmark.cli import main
 from benchmark.commands.sweeps import SOLVERS
 from benchmark.commands.verify import verify
 from benchmark.runs import newest_run
-from leaderboard.record.records import MetricValue, Record, find_records, portable, read_record
+from leaderboard.record.records import MetricValue, Record, find_records, read_record, redact_paths
 from leaderboard.record.repetition import agree
 
 
@@ -81,7 +81,7 @@ def test_a_kept_repetition_marks_the_row_as_verified(
     main(copied)
     assert not kept.exists()
     main([*copied, "--keep=true"])
-    assert read_record(kept) == portable(read_record(record))
+    assert read_record(kept) == redact_paths(read_record(record))
     capsys.readouterr()
     main(["leaderboard", f"--records=[{tmp_path}]", "--wide"])
     assert read_record(record).created[:10] in capsys.readouterr().out
@@ -153,7 +153,7 @@ def test_missing_checkpoint_is_named_by_its_hash(
     monkeypatch.chdir(tmp_path)
     hashed = {"name": "last.ckpt", "sha256": "c" * 64}
     for fields, message in (
-        ({"checkpoint": hashed}, f"SHA-256 {'c' * 64} is neither in its run folder nor under runs/; give it: --checkp"),
+        ({"checkpoint": hashed}, f"SHA-256 {'c' * 64} is neither in its run folder nor under runs/; add --checkp"),
         ({"checkpoint": None}, "names no checkpoint, as it was measured right after training; give it"),
     ):
         with pytest.raises(SystemExit) as stop:
@@ -178,7 +178,7 @@ def test_a_file_that_the_record_does_not_place_is_asked_for(
         with pytest.raises(SystemExit) as stop:
             verify(str(path), **given)
         assert stop.value.code == 2
-        assert f"it does not contain the path of .../{name}; give it: --{option} PATH" in capsys.readouterr().err
+        assert f"it does not contain the path of .../{name}; add --{option} PATH" in capsys.readouterr().err
         given[option] = f"here/{name}"
     verify(str(path), **given)
     (settings,) = repeated

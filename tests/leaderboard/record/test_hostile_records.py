@@ -1,4 +1,4 @@
-"""Record files that nobody honest would write: each ends in one error that names file and field."""
+"""Malformed and malicious record files: each raises one error that names the file and the field."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def valid(make_record: Make, tmp_path: Path) -> dict[str, Any]:
 
 
 def put(data: dict[str, Any], path: str, value: Any) -> None:
-    """Replaces one field, and keeps the hash of the configuration right."""
+    """Replaces one field and updates the hash of the configuration."""
     *parents, last = path.split("/")
     for name in parents:
         data = data[name]
@@ -61,15 +61,15 @@ def put(data: dict[str, Any], path: str, value: Any) -> None:
         ("metrics/<b>", {"value": 1.0, "uncertainty": 0.0, "num_samples": 1}, "metrics: expected a name"),
         ("solver", "x" * 5000, "solver: expected at most 4096 characters, found 5000"),
         ("cost/sops", float("-inf"), r"cost\.sops: expected a finite number"),
-        ("cost/sops", 1e300, r"cost\.sops: expected a number up to 1e\+30, found 1e\+300"),
-        ("cost/sops", 10**4000, r"cost\.sops: expected an integer of 64 bits, found one of 13288 bits"),
-        ("nfe", 2**63, "nfe: expected an integer of 64 bits"),
-        ("config/model", 10**4000, r"config\.model: expected an integer of 64 bits"),
+        ("cost/sops", 1e300, r"cost\.sops: expected a number of magnitude up to 1e\+30, found 1e\+300"),
+        ("cost/sops", 10**4000, r"cost\.sops: expected a 64-bit integer, found one of 13288 bits"),
+        ("nfe", 2**63, "nfe: expected a 64-bit integer"),
+        ("config/model", 10**4000, r"config\.model: expected a 64-bit integer"),
         ("config/model", float("nan"), r"config\.model: expected a finite number"),
-        ("config/model", NESTED, r"config\.model\.a\.a.*: expected at most 32 levels"),
+        ("config/model", NESTED, r"config\.model\.a\.a.*: expected at most 32 nested levels"),
         ("config/\x1b[2J", 1, "config: expected text without control"),
         ("config/model/\x1b[2J", float("nan"), r"config\.model\.'\\x1b\[2J' \(str\): expected a finite number"),
-        ("protocol/description/deep", NESTED, r"protocol\.description\.deep\.a.*: expected at most 32 levels"),
+        ("protocol/description/deep", NESTED, r"protocol\.description\.deep\.a.*: expected at most 32 nested levels"),
         ("created", "0001-01-01T00:00:00+14:00", "created: expected an ISO 8601 time"),
         ("metrics", {"fd_digits": None}, r"metrics\.fd_digits: expected an object, found None"),
         ("config", "{}", r"config: expected an object, found '\{\}'"),
@@ -95,12 +95,12 @@ def test_value_is_refused(valid: dict[str, Any], file: Path, path: str, value: A
         (b"{" * 100_000, "not a readable JSON file"),
         (b"[" * 200_000 + b"]" * 200_000, "not a readable JSON file .*recursion"),
         (b'{"a": ' * 100_000 + b"1" + b"}" * 100_000, "not a readable JSON file .*recursion"),
-        (b'{"nfe": 1, "nfe": 2}', "field 'nfe': the field is there twice"),
-        (b'{"a": {"\\u001b": 1, "\\u001b": 2}}', r"field '\\x1b': the field is there twice"),
+        (b'{"nfe": 1, "nfe": 2}', "field 'nfe': the field occurs twice"),
+        (b'{"a": {"\\u001b": 1, "\\u001b": 2}}', r"field '\\x1b': the field occurs twice"),
         (b"1" * 5000, "not a readable JSON file"),
         (b"null", "field the top level: expected an object, found None"),
         (b'"' + b"x" * 5000 + b'"', "field the top level: expected an object"),
-        (b" " * (LARGEST_FILE + 1), "not a readable JSON file .4,194,305 bytes, a record has at most 4,194,304"),
+        (b" " * (LARGEST_FILE + 1), "not a readable JSON file .4,194,305 bytes, more than the maximum of 4,194,304"),
     ],
 )
 def test_file_is_refused(file: Path, content: bytes, message: str) -> None:
@@ -124,7 +124,7 @@ QUICK = settings(
 
 
 def read_or_refuse(file: Path) -> None:
-    """A record is either refused in so many words, or whole enough for every table."""
+    """A record is either refused with a clear error or complete enough for every table."""
     entries = []
     with contextlib.suppress(RecordError):
         entries.append((file, read_record(file)))
@@ -154,7 +154,7 @@ def test_any_change_is_a_record_or_an_error(file: Path, valid: dict[str, Any], d
     else:
         where.pop(name, None)
     for field, content in (("config", record), ("protocol", record.get("protocol"))):
-        if isinstance(content, dict):  # hashes that fit, so that more than them is looked at
+        if isinstance(content, dict):  # matching hashes, so that later checks are reached
             key, value = (
                 ("config_sha256", content.get(field)) if field == "config" else ("sha256", content.get("description"))
             )

@@ -1,4 +1,4 @@
-"""A record of schema version 1, left by a real run (tests/benchmark/upgrade/make.py), stays readable."""
+"""A record of schema version 1, written by a real run (tests/benchmark/upgrade/make.py), stays readable."""
 
 from __future__ import annotations
 

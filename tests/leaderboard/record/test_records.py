@@ -17,8 +17,8 @@ from leaderboard.record.records import (
     Record,
     RecordError,
     find_records,
-    portable,
     read_record,
+    redact_paths,
     write_record,
 )
 
@@ -30,7 +30,7 @@ def test_round_trip(make_record: Make, tmp_path: Path) -> None:
     path = write_record(record, tmp_path / "records")
     assert path.name.startswith("20250102T030405Z-SDDPM-digits-")
     assert read_record(path) == record
-    assert list(path.parent.iterdir()) == [path]  # no temporary file left
+    assert list(path.parent.iterdir()) == [path]  # no temporary file remains
 
 
 def test_absent_values_survive(make_record: Make, tmp_path: Path) -> None:
@@ -69,17 +69,17 @@ def test_never_overwrites(make_record: Make, tmp_path: Path) -> None:
         (8, 8),
     ],
 )
-def test_a_portable_record_names_no_folder_of_a_machine(
+def test_redacted_record_names_no_folder_of_the_machine(
     make_record: Make, path: Any, kept: Any, tmp_path: Path
 ) -> None:
     config = {"data": {"root": path}, "trainer": [{"dirpath": path}, None]}
     record = make_record(
         config=config, config_sha256=canonical_sha256(config), dataset=Dataset("mnist", "f" * 64, f"files below {path}")
     )
-    written = read_record(write_record(portable(record), tmp_path))
+    written = read_record(write_record(redact_paths(record), tmp_path))
     assert written.config == {"data": {"root": kept}, "trainer": [{"dirpath": kept}, None]}
     assert written.dataset.source == f"files below {kept}"
-    assert portable(written) == written
+    assert redact_paths(written) == written
 
 
 def _set(data: dict[str, Any], path: str, value: Any) -> None:
@@ -110,8 +110,8 @@ def _set(data: dict[str, Any], path: str, value: Any) -> None:
         ("schema_version", 2, "field schema_version: expected 1, found 2"),
         ("schema_version", True, "field schema_version: expected 1, found True"),
         ("created", "yesterday", "field created: expected an ISO 8601 time"),
-        ("created", "2025-01-02T03:04:05", "field created: expected a time with its zone"),
-        ("config.model.num_steps", 8, "field config_sha256: .* is not the hash of the content"),
+        ("created", "2025-01-02T03:04:05", "field created: expected a time with time zone"),
+        ("config.model.num_steps", 8, "field config_sha256: .* does not match the content"),
         ("protocol.description.num_samples", 8, r"field protocol\.sha256: .* the record was edited"),
         ("cost.sops", float("nan"), r"field cost\.sops: expected a finite number, found nan"),
         ("config.model.num_steps", float("inf"), r"field config\.model\.num_steps: expected a finite number"),
@@ -128,20 +128,20 @@ def test_broken_field_is_named_with_its_file(
         read_record(file)
 
 
-def test_edited_protocol_with_a_fitting_hash_is_refused(make_record: Make, tmp_path: Path) -> None:
+def test_edited_protocol_with_matching_hash_is_refused(make_record: Make, tmp_path: Path) -> None:
     file = write_record(make_record(), tmp_path)
     data = json.loads(file.read_text())
     data["protocol"]["description"]["num_samples"] = 8
     data["protocol"]["sha256"] = canonical_sha256(data["protocol"]["description"])
     file.write_text(json.dumps(data))
     with pytest.raises(
-        RecordError, match=r"field protocol\.sha256: .* is not 'offline-v1' as published, .* evaluate again"
+        RecordError, match=r"field protocol\.sha256: .* differs from .* of the published 'offline-v1'; evaluate again"
     ):
         read_record(file)
     _set(data, "protocol.name", "my-own")
     file.write_text(json.dumps(data))
     with pytest.raises(
-        RecordError, match=r"protocol\.name: 'my-own' is unknown; the protocols are: standard-v1, offline-v1"
+        RecordError, match=r"protocol\.name: 'my-own' is unknown; expected one of: standard-v1, offline-v1"
     ):
         read_record(file)
 
@@ -153,7 +153,7 @@ def test_every_protocol_survives_in_a_record(make_record: Make, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "\x00"])
-def test_file_that_is_no_record(tmp_path: Path, text: str) -> None:
+def test_file_without_a_record_is_refused(tmp_path: Path, text: str) -> None:
     file = tmp_path / "x.json"
     file.write_text(text)
     with pytest.raises(RecordError, match=r"x\.json"):

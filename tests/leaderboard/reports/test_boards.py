@@ -26,7 +26,7 @@ def published() -> Published:
     return read_published()
 
 
-def test_what_cannot_be_compared_has_a_board_of_its_own(make_record: Make) -> None:
+def test_incomparable_records_have_separate_boards(make_record: Make) -> None:
     records = [make_record(), make_record(fd=1.0, variant="best"), make_record(protocol=STANDARD_V1)]
     boards = measured_boards((Path(f"{i}.json"), r) for i, r in enumerate(records))
     assert [[row.name for row in board.rows] for board in boards] == [["SDDPM, best", "SDDPM"], ["SDDPM"]]
@@ -41,7 +41,7 @@ def test_drafts_come_last_and_are_not_ranked(make_record: Make) -> None:
     assert [m.on_front for m in board.plot.marks] == [True, False]
 
 
-def test_row_holds_the_record_as_it_was_written(make_record: Make, tmp_path: Path) -> None:
+def test_row_contains_the_record_file(make_record: Make, tmp_path: Path) -> None:
     path = write_record(make_record(), tmp_path)
     ((row,),) = (board.rows for board in measured_boards([(path, make_record())]))
     assert row.json == path.read_text()
@@ -52,7 +52,7 @@ def test_row_holds_the_record_as_it_was_written(make_record: Make, tmp_path: Pat
     assert row.config == "model:\n  num_steps: 4\n"
 
 
-def test_columns_say_what_is_better_and_notes_become_footnotes(make_record: Make) -> None:
+def test_columns_have_a_direction_and_notes_become_footnotes(make_record: Make) -> None:
     metrics = {
         "fid": MetricValue(19.7, 0.2, 50_000, "singular covariance"),
         "is_mean": MetricValue(8.1, 0.1, 50_000, "another note"),
@@ -76,7 +76,7 @@ def test_a_method_that_is_not_the_published_one_has_a_footnote(make_record: Make
     assert all(column.meaning for column in board.columns if column.name in ("mJ", "Repeated"))
 
 
-def test_published_boards_part_protocols_and_keep_every_result(published: Published) -> None:
+def test_published_boards_separate_protocols_and_keep_every_result(published: Published) -> None:
     boards = published_boards(published)
     assert len({(board.title) for board in boards}) == len(boards)
     rows = [row for board in boards for row in board.rows]
@@ -103,7 +103,7 @@ def test_published_numbers_are_shown_as_printed_with_their_caveats(published: Pu
     assert len(board.plot.marks) == 3
 
 
-def test_methods_are_the_same_whatever_the_spelling(make_record: Make, published: Published) -> None:
+def test_method_key_ignores_spelling(make_record: Make, published: Published) -> None:
     (board,) = measured_boards([(Path("a.json"), make_record(method="spiking_diffusion"))])
     keys = {row.method: row.method_key for b in published_boards(published) for row in b.rows}
     assert board.rows[0].method_key == keys["Spiking-Diffusion"]
@@ -128,7 +128,7 @@ def test_picture_is_the_grid_and_a_strip_of_four(tmp_path: Path) -> None:
     assert set(np.unique(strip)) == {0, 16, 32, 48, 255}
 
 
-def test_large_picture_is_kept_small(tmp_path: Path) -> None:
+def test_large_picture_is_compressed(tmp_path: Path) -> None:
     noise = torch.randint(256, (3, 400, 400), generator=torch.Generator().manual_seed(0)).byte()
     save_png(noise, tmp_path / "grid.png")
     found = picture(tmp_path / "grid.png")
@@ -138,13 +138,13 @@ def test_large_picture_is_kept_small(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n", b"<svg onload='alert(1)'/>"])
-def test_file_that_is_no_picture_is_left_out(tmp_path: Path, content: bytes) -> None:
+def test_unreadable_picture_is_omitted(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "grid.png").write_bytes(content)
     assert picture(tmp_path / "grid.png") is None
     assert picture(tmp_path / "nowhere.png") is None
 
 
-def test_name_leaves_out_what_says_nothing(make_record: Make) -> None:
+def test_name_omits_the_default_variant(make_record: Make) -> None:
     def name(**fields: str) -> str:
         (board,) = measured_boards([(Path("a.json"), make_record(**fields))])
         row: Row = board.rows[0]

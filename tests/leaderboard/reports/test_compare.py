@@ -21,7 +21,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def shown(a: Record, b: Record, folder: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, list[str]]:
-    """Words of each line of the output by the first."""
+    """Returns the words of each output line, keyed by the first word."""
     compare(str(write_record(a, folder / "a")), str(write_record(b, folder / "b")))
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     return {words[0]: words[1:] for words in lines if words}
@@ -72,7 +72,7 @@ def test_which_is_better(
     assert shown(a, b, tmp_path, capsys)[key][-2:] == [better, "yes"]
 
 
-def test_the_same_record_differs_in_nothing(
+def test_equal_records_have_no_differences(
     make_record: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = shown(make_record(), make_record(), tmp_path, capsys)
@@ -80,7 +80,7 @@ def test_the_same_record_differs_in_nothing(
     assert rows["fd_digits"][-3:] == ["0", "equal", "no"]
 
 
-def test_incomparable_are_those_of_different_tables(
+def test_records_of_different_tables_are_incomparable(
     make_record: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     a = make_record()

@@ -32,7 +32,7 @@ CHROMIUM = """--headless --no-sandbox --disable-gpu --no-first-run --disable-bac
 
 
 def write_records(make: Make, root: Path) -> None:
-    """Records of every kind, in two runs, each with its grid of samples."""
+    """Records of every kind in two runs, each with its sample grid."""
     cost = make().cost
     records = [
         make(fd=10.0 - i, variant=f"variant {i}", cost=replace(cost, energy_strict_mj=2.0**i)) for i in range(10)
@@ -62,7 +62,7 @@ def write_records(make: Make, root: Path) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def any_name() -> Iterator[None]:
-    """Records refuse names with markup; the page must hold even if one slips through."""
+    """Records refuse names with markup; the page must be safe even if one gets through."""
     with patch("leaderboard.record.records.check_name"):
         yield
 
@@ -98,7 +98,7 @@ def test_page_is_self_contained(html: str) -> None:
 
 
 def attributes(html: str) -> list[tuple[str, str, str]]:
-    """Every attribute of the page, `(tag, name, value)`."""
+    """Returns every attribute of the page as `(tag, name, value)`."""
     found: list[tuple[str, str, str]] = []
     parser = HTMLParser()
     parser.handle_starttag = lambda tag, attrs: found.extend((tag, k, v or "") for k, v in attrs)  # type: ignore
@@ -129,12 +129,12 @@ def test_plain_page_shows_all_without_javascript(html: str, published: Published
     body = html.split("<script>")[0]
     assert body.count('<tbody class="entry') == 20 + len(published.results)
     assert body.count('<pre class="json"') == 20 + len(published.results)
-    assert 'class="controls" role="search" hidden' in body  # what needs JavaScript is shown by it
+    assert 'class="controls" role="search" hidden' in body  # the controls need JavaScript, which shows them
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Headless Chromium with a fresh profile, or skips where there is none."""
+    """Headless Chromium with a fresh profile; skips the test if it is not installed."""
     found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if found is None:
         pytest.skip("neither chromium nor google-chrome is on PATH")
@@ -146,7 +146,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def open_page(html: str, tmp_path: Path, browser: Any) -> Iterator[Callable[..., Any]]:
-    """Opens the page from its file; at the end nothing was asked of the network, reported, or run from a name."""
+    """Opens the page from its file; checks afterwards for network requests, console errors and injected scripts."""
     file = tmp_path / "index.html"
     file.write_text(html)
     seen: list[str] = []
@@ -180,7 +180,7 @@ def board(page: Any, title: str) -> Any:
 
 
 def column(table: Any, name: str) -> list[str]:
-    """Texts of a column in the order shown."""
+    """Returns the texts of a column in the order shown."""
     heads, *rows = table.locator("table").evaluate(
         "t => [...t.rows].filter(r => r.className !== 'detail').map(r => [...r.cells].map(c => c.innerText.trim()))"
     )
@@ -271,7 +271,7 @@ def test_filter_by_text_method_and_source(open_page: Callable[..., Any]) -> None
     assert status.inner_text().startswith("No result matches")
 
 
-def test_row_opens_and_gives_its_record(open_page: Callable[..., Any], folder: Path) -> None:
+def test_row_expands_and_offers_its_record(open_page: Callable[..., Any], folder: Path) -> None:
     page = open_page(accept_downloads=True)
     row = page.locator("tbody.entry", has_text="variant 3").first
     button, detail = row.locator(".open"), row.locator("tr.detail")
@@ -294,7 +294,7 @@ def test_row_opens_and_gives_its_record(open_page: Callable[..., Any], folder: P
     assert not detail.is_visible()
 
 
-def test_published_row_opens_with_its_doubts(open_page: Callable[..., Any]) -> None:
+def test_published_row_expands_with_its_caveats(open_page: Callable[..., Any]) -> None:
     row = open_page().locator("tbody.published", has_text="retrained by a user")
     row.locator(".open").click()
     detail = row.locator("tr.detail")
@@ -369,7 +369,7 @@ def test_hostile_names_show_as_text(open_page: Callable[..., Any]) -> None:
     assert page.evaluate("window.broken") is None
 
 
-def test_policy_stops_what_slips_through(html: str, tmp_path: Path, browser: Any) -> None:
+def test_policy_blocks_injected_scripts(html: str, tmp_path: Path, browser: Any) -> None:
     file = tmp_path / "index.html"
     file.write_text(html.replace("<main>", "<main><img src=x onerror='window.ran=1'><script>window.ran=1</script>"))
     page = browser.new_page()
@@ -381,7 +381,7 @@ def test_policy_stops_what_slips_through(html: str, tmp_path: Path, browser: Any
     page.close()
 
 
-def test_page_reads_without_javascript(open_page: Callable[..., Any], published: Published) -> None:
+def test_page_is_readable_without_javascript(open_page: Callable[..., Any], published: Published) -> None:
     page = open_page(java_script_enabled=False)
     assert page.locator("tr.main:visible").count() == 20 + len(published.results)
     assert not page.locator(".controls").is_visible()

@@ -14,13 +14,13 @@ def point(energy: float, quality: float, label: str = "a", **fields: bool) -> Po
 
 
 def box(label: Label) -> tuple[float, float, float]:
-    """Left and right end, and base line, of a label of 6 units a character."""
+    """Returns left end, right end and baseline of a label with 6 units per character."""
     width = 6 * len(label.text)
     left = label.x - {"start": 0.0, "end": width, "middle": width / 2}[label.anchor]
     return left, left + width, label.y
 
 
-def test_front_holds_what_nothing_beats() -> None:
+def test_front_contains_points_that_no_other_dominates() -> None:
     points = [point(1, 9, "a"), point(2, 5, "b"), point(3, 6, "beaten"), point(9, 1, "c"), point(9, 2, "dearer")]
     assert [p.label for p in pareto_front(points)] == ["a", "b", "c"]
 
@@ -61,7 +61,7 @@ def test_nothing_is_drawn_without_two_points() -> None:
     ],
     ids=["equal", "far apart", "crowded"],
 )
-def test_everything_lies_inside_and_labels_do_not_collide(points: list[Point]) -> None:
+def test_everything_is_inside_and_labels_do_not_overlap(points: list[Point]) -> None:
     drawn = plot(points, "FD", "mJ")
     assert drawn is not None
     for mark in drawn.marks:

@@ -39,7 +39,7 @@ def published() -> Published:
 
 @pytest.fixture
 def page() -> Callable[[str], str]:
-    """Reads a description of the papers, or skips where it is not at hand."""
+    """Reads a description of the papers; skips the test if it is missing."""
 
     def read(name: str) -> str:
         if not METHODS.exists():
@@ -50,7 +50,7 @@ def page() -> Callable[[str], str]:
 
 
 def _rows(text: str, heading: str) -> list[list[str]]:
-    """Cells of the first table after a heading, markup of bold and footnotes taken off."""
+    """Returns the cells of the first table after a heading, without bold and footnote markup."""
     lines = text.split(heading, 1)[1].splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("|"))
     stop = next((i for i, line in enumerate(lines[start:], start) if not line.startswith("|")), len(lines))
@@ -62,7 +62,7 @@ def _found(published: Published, **wanted: Any) -> list[PublishedResult]:
     return [r for r in published.results if all(getattr(r, key) == value for key, value in wanted.items())]
 
 
-def test_shared_fields_are_given_to_each_result(tmp_path: Path) -> None:
+def test_each_result_has_the_fields_of_its_group(tmp_path: Path) -> None:
     file = tmp_path / "published.yaml"
     file.write_text(yaml.safe_dump(SMALL))
     a, b = read_published(file).results
@@ -89,11 +89,11 @@ def _set(data: Any, path: str, value: Any) -> None:
         ("groups.0.results.0.kind", "snn", r"field results\.0\.kind: expected 'SNN' or 'ANN' or 'mixed', found 'snn'"),
         ("groups.0.results.1.fid", 3, r"field results\.1\.fid: unknown field; expected one of: method, "),
         ("groups.0.dataset", ..., r"field results\.0\.dataset: the field is missing"),
-        ("groups.0.source", "papr", r"field results\.0 .*: 'papr' is not among the sources"),
-        ("groups.0.results.1.caveats", ["typo"], r"field results\.1 .*: 'typo' is not among the caveats"),
+        ("groups.0.source", "papr", r"field results\.0 .*: 'papr' is not defined under sources"),
+        ("groups.0.results.1.caveats", ["typo"], r"field results\.1 .*: 'typo' is not defined under caveats"),
         ("groups.0.results.1.caveats", "other", r"field results\.1\.caveats: expected a list, found 'other'"),
-        ("groups.0.protocol", "none", "'none' is not among the protocols"),
-        ("caveats.unused", "A text.", r"field caveats\.unused: no result names it"),
+        ("groups.0.protocol", "none", "'none' is not defined under protocols"),
+        ("caveats.unused", "A text.", r"field caveats\.unused: no result uses it"),
         ("sources.paper.url", "javascript:alert(1)", r"field sources\.paper\.url: expected an https:// address"),
         ("groups.0.results", {}, r"field groups\.0: expected an object with a list of results"),
         ("groups", ..., "field results: the field is missing"),
@@ -108,17 +108,17 @@ def test_broken_field_is_named_with_its_file(tmp_path: Path, path: str, value: A
         read_published(file)
 
 
-def test_result_that_stands_twice_is_refused(tmp_path: Path) -> None:
+def test_duplicate_result_is_refused(tmp_path: Path) -> None:
     data = deepcopy(SMALL)
     data["groups"][0]["results"].append(data["groups"][0]["results"][0])
     file = tmp_path / "published.yaml"
     file.write_text(yaml.safe_dump(data))
-    with pytest.raises(PublishedError, match=r"results\.2 \(A, mnist, Table 1\): the same result stands here twice"):
+    with pytest.raises(PublishedError, match=r"results\.2 \(A, mnist, Table 1\): the result occurs twice"):
         read_published(file)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "a: [", "groups: 3"])
-def test_file_that_holds_no_results(tmp_path: Path, text: str) -> None:
+def test_file_without_results_is_refused(tmp_path: Path, text: str) -> None:
     file = tmp_path / "published.yaml"
     file.write_text(text)
     with pytest.raises(PublishedError, match=r"published\.yaml: "):

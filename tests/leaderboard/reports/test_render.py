@@ -36,7 +36,7 @@ def test_same_records_give_the_same_bytes(make_record: Make, tmp_path: Path) -> 
     assert content(tmp_path / "third") == first
 
 
-def test_nothing_says_where_the_data_lay(make_record: Make, tmp_path: Path) -> None:
+def test_files_name_no_data_folder(make_record: Make, tmp_path: Path) -> None:
     config = {"trainer": {"default_root_dir": "/home/alice/runs"}}
     dataset = Dataset("digits", "f" * 64, "parquet files below /home/alice/digits")
     write_record(make_record(config=config, config_sha256=canonical_sha256(config), dataset=dataset), tmp_path / "runs")
@@ -46,7 +46,7 @@ def test_nothing_says_where_the_data_lay(make_record: Make, tmp_path: Path) -> N
     assert "parquet files below .../digits" in written["leaderboard.md"].replace("\\", "")
 
 
-def test_csv_has_a_line_for_each_value(make_record: Make) -> None:
+def test_csv_has_one_line_per_value(make_record: Make) -> None:
     published = read_published()
     records = [(Path("a.json"), make_record()), (Path("b.json"), make_record(fd=9.0, draft=True))]
     lines = list(csv.DictReader(io.StringIO(to_csv(records, published))))
@@ -61,15 +61,15 @@ def test_csv_has_a_line_for_each_value(make_record: Make) -> None:
 
 
 @pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1"])
-def test_csv_never_holds_a_formula(make_record: Make, name: str) -> None:
+def test_csv_contains_no_formula(make_record: Make, name: str) -> None:
     published = read_published()
     text = to_csv([(Path("a.json"), make_record(variant=name, metrics={"fid": MetricValue(-1.5, 0, 1)}))], published)
     line = next(csv.DictReader(io.StringIO(text)))
     assert line["variant"] == f"'{name}"
-    assert line["value"] == "-1.5"  # a number stays one
+    assert line["value"] == "-1.5"  # numbers are not escaped
 
 
-def test_json_holds_whole_records(make_record: Make, tmp_path: Path) -> None:
+def test_json_contains_complete_records(make_record: Make, tmp_path: Path) -> None:
     path = write_record(make_record(), tmp_path / "records")
     render([str(tmp_path)], str(tmp_path / "out"))
     data = json.loads((tmp_path / "out" / "leaderboard.json").read_text())
@@ -123,7 +123,7 @@ def test_copy_of_a_record_is_shown_once_with_its_samples(make_record: Make, tmp_
     assert not broken
 
 
-def test_half_a_surrogate_pair_does_not_stop_the_rendering(make_record: Make, tmp_path: Path) -> None:
+def test_lone_surrogate_is_rendered(make_record: Make, tmp_path: Path) -> None:
     config = {"name": "\ud800"}
     write_record(make_record(config=config, config_sha256=canonical_sha256(config)), tmp_path)
     render([str(tmp_path)], str(tmp_path / "out"))

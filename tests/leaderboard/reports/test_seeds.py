@@ -1,4 +1,4 @@
-"""Records that differ in their seed alone are one line of means and spreads."""
+"""Records that differ only in their seed become one row of means and standard deviations."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def trained(make_record: Make, fd: float, seed: int, num_steps: int = 4, **field
     return make_record(fd=fd, config=config, config_sha256=canonical_sha256(config), seeds=seeds, **fields)
 
 
-def test_seeds_are_summed_up_and_other_options_are_not(make_record: Make) -> None:
+def test_seeds_share_a_row_and_other_options_do_not(make_record: Make) -> None:
     records = [trained(make_record, fd, seed) for seed, fd in enumerate((1.0, 2.0, 6.0))]
     records += [trained(make_record, 2.5, 0, num_steps=8)]
     rows = seed_rows([Entry(Path(f"{i}.json"), record) for i, record in enumerate(records)])

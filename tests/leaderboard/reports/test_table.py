@@ -39,8 +39,8 @@ def test_rows_are_ranked_and_drafts_come_last(make_record: Make) -> None:
     assert [row[-1] for row in body] == ["a.json", "b.json", "c.json", "draft.json"]
 
 
-def test_the_metric_of_the_headline_ranks(make_record: Make) -> None:
-    """Not the least of several Fréchet distances, which may be of another root for every row."""
+def test_headline_metric_determines_the_rank(make_record: Make) -> None:
+    """Not the smallest of several Fréchet distances, which may use another matrix root in each row."""
     value = make_record().metrics["fd_digits"]
     pairs = {"first": (9.0, None), "second": (9.5, 8.0), "third": (10.0, 5.0)}
     records = []
@@ -95,7 +95,7 @@ def test_inception_metrics_have_their_usual_names(make_record: Make) -> None:
     assert "\\* singular covariance" in text
 
 
-def test_what_cannot_be_compared_never_shares_a_table(make_record: Make) -> None:
+def test_incomparable_records_never_share_a_table(make_record: Make) -> None:
     records = [
         make_record(),
         make_record(variant="same table"),
@@ -177,10 +177,8 @@ def test_no_records_says_what_to_run(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert not (tmp_path / "out.md").exists()
 
 
-def test_a_folder_that_is_not_there_is_named_unless_it_is_a_default(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(FileNotFoundError, match=r"^--records .*nowhere is no folder; give folders to search, such as"):
+def test_missing_folder_is_named_unless_it_is_a_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FileNotFoundError, match=r"^--records .*nowhere: not a folder; give folders to search, such as"):
         leaderboard([str(tmp_path), str(tmp_path / "nowhere")])
     monkeypatch.chdir(tmp_path)
     leaderboard()
@@ -194,7 +192,7 @@ def test_protocol_of_other_content_under_the_same_name_is_another_table(make_rec
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., list[str]]:
-    """Runs the command in a pipe of no known width, and returns its lines."""
+    """Runs the command in a pipe of unknown width and returns its output lines."""
     monkeypatch.delenv("COLUMNS")
 
     def run(folder: Path, **options: bool) -> list[str]:
@@ -215,7 +213,7 @@ def new_run(folder: Path, record: Record) -> Path:
 
 
 def table_lines(lines: list[str]) -> list[str]:
-    """Returns what is not a path, which is printed in one piece."""
+    """Returns the lines without paths, which are not wrapped."""
     return [line for line in lines if not line.startswith(("samples: ", "tensorboard "))]
 
 
@@ -249,7 +247,7 @@ def test_long_names_and_numbers_are_cropped(
     write_record(make_record(dataset=Dataset(LONG, "f" * 64, "hub"), metrics={LONG: MetricValue(1, 0.1, 9)}), tmp_path)
     write_record(make_record(dataset=Dataset(LONG[1:], "f" * 64, "hub"), metrics={}), tmp_path)
     lines = table_lines(short(tmp_path, **options))
-    assert len(lines) == (10 if options else 5)  # titles, headers and rows, or one table and what is hidden
+    assert len(lines) == (10 if options else 5)  # titles, headers and rows, or one table and its hint
     assert max(map(len, lines)) <= 80
     assert "…" in next(line for line in lines if line.startswith(">"))
 
@@ -302,7 +300,7 @@ def test_short_table_shows_the_first_rows_and_those_around_the_newest_run(place:
     if place is not None:
         assert {max(0, place - 1), place} <= set(shown)
     previous = -1
-    for row in [*rows, 20]:  # a gap is where rows are missing, and nowhere else
+    for row in [*rows, 20]:  # gaps only where rows are missing
         if row is not None:
             assert row == previous + 1 or previous == -2
         previous = -2 if row is None else row
