@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SUFFIXES = (".py", ".md", ".yaml", ".yml", ".toml")
 QUOTED = ("tests/test_language.py", ".github/CONTRIBUTING.md", "CHANGELOG.md")  # the first two name the phrases
-DATA = re.compile(r"leaderboard/(data|records|repetitions|samples|site|published\.yaml)")
+DATA = re.compile(r"leaderboard/(data/|protocols/.*\.yaml)")  # the text of protocols is locked
 PHRASES = [
     (
         r"\b(that|those) of (that|those)\b",
@@ -29,6 +29,17 @@ PHRASES = [
     ),
     (r"\b(of one and the same|in its stead|in want of)\b", "runs in its stead", "runs instead"),
     (r"\b(upon|unto|whilst|amongst)\b", "upon a stop", "on a stop"),
+    (r"[\w`] alone\b(?! (on|in)|\()", "the sampler alone may change", "only the sampler may change"),
+    (r"(?<![Tt]here )\b(is|are) none\b", "a result without one is none", "every result has one"),
+    (
+        r"(?<![Tt]here )\b(is|are|was|were) no (?!longer|more|less|fewer)[a-z]",
+        "the file is no checkpoint",
+        "the file is not a checkpoint",
+    ),
+    (r"\b(go|goes|going|went|gone) on\b", "sampling goes on without graphs", "sampling continues without graphs"),
+    (r"\bsummands?\b", "factor and summand of a norm", "scale and shift of a norm"),
+    (r"\b(whatever else|no business of|if need be|somebody else|once and for all)\b", "or somebody else", "or others"),
+    (r"\bWhether to\.", "enabled: Whether to.", "enabled: Train through CUDA graphs."),
 ]
 """Pattern, a sentence that has it, and a better one."""
 

@@ -184,7 +184,7 @@ def test_options_that_change_images_take_up_nothing(runs: Path, capsys: pytest.C
     assert record.draft  # fewer than asked for
     assert record.metrics["fd_digits"].num_samples == 30
     main([*test, "--data.num_samples=30", "--data.sample_batch_size=30", "--model.num_inference_steps=2"])
-    assert "goes on" not in capsys.readouterr().out
+    assert "resumes" not in capsys.readouterr().out
     assert newest(runs)[0].nfe == 2
     main([*test, "--data.num_samples=40", "--data.sample_batch_size=30", "--evaluation.variant=kept"])
     assert "resumes after 1 finished batches" in capsys.readouterr().out
