@@ -53,7 +53,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     main([])
     shown = capsys.readouterr().out
     for name in [*STAGES, *PASS_THROUGH, *COMMANDS]:
-        assert len(re.findall(rf"^  {name:<19} \w", shown, re.MULTILINE)) == 1, name
+        assert len(re.findall(rf"^  {name:<20} \w", shown, re.MULTILINE)) == 1, name
     assert all(len(line) <= 80 for line in shown.splitlines())
     assert "configs/quickstart.yaml" in shown
 
