@@ -251,7 +251,7 @@ def test_leaderboard_shows_the_records(runs: Path, tmp_path: Path, capsys: pytes
 def test_options_of_the_leaderboard_need_no_value(
     typed: str, wide: bool, all_tables: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main(["leaderboard", "--records=[leaderboard/records]", *typed.split()])
+    main(["leaderboard", "--records=[leaderboard/data/records]", *typed.split()])
     shown = capsys.readouterr().out
     assert ("Reference: " in shown) == wide
     assert ("mnist, offline-v1" in shown) == all_tables
