@@ -267,7 +267,7 @@ def test_the_output_of_a_quickstart_fits_25_lines_of_80_columns(tmp_path: Path) 
     for command in (
         ["fit", f"--config={root / 'configs/quickstart.yaml'}", *shorter, "--trainer.max_steps=6"],
         ["test"],
-        ["leaderboard", f"--records=[runs,{root / 'leaderboard/records'}]"],
+        ["leaderboard", f"--records=[runs,{root / 'leaderboard/data/records'}]"],
     ):
         python = [sys.executable, "-m", "benchmark", *command]
         done = subprocess.run(python, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
