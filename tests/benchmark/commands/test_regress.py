@@ -76,7 +76,7 @@ def test_a_layer_that_is_counted_otherwise_fails(baseline: Baseline, make_record
     changed = replace(record, cost=replace(record.cost, macs=record.cost.macs + 3))
     table, bad = compare({"sdm": [Outcome("sdm", 0, changed)]}, {"sdm": baseline})
     assert bad
-    assert re.search(r"other cost of the same network: MACs: [\d,]+, but [\d,]+ in the baseline", shown(table))
+    assert re.search(r"the same network has another cost: MACs: [\d,]+, but [\d,]+ in the baseline", shown(table))
 
 
 def test_what_failed_or_differs_fails_beside_what_is_fine(baseline: Baseline, make_record: MakeRecord) -> None:
