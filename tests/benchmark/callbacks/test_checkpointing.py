@@ -198,7 +198,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path: Path, monkeypatc
     process.join(60)
     assert process.exitcode == 1
     said = (tmp_path / "log").read_text().splitlines()[-1]
-    assert re.search(r"last\.ckpt \(.* MiB\) cannot be written \(File too large\); the checkpoint that was there", said)
+    assert re.search(r"last\.ckpt \(.* MiB\) cannot be written \(File too large\); the previous", said)
     checkpoints = newest_run(tmp_path) / "checkpoints"
     assert load_checkpoint(checkpoints / "last.ckpt")["global_step"] == 5
     assert not list(checkpoints.glob(".*"))
