@@ -52,7 +52,7 @@ def relay(args: Sequence[str]) -> None:
     parser.add_argument("--piece_mb", type=int, default=15, help="largest file, in MB")
     options, rest = parser.parse_known_args(args)
     if not options.minutes > 0 or options.piece_mb < 1:
-        raise ValueError(f"--minutes {options.minutes} --piece_mb {options.piece_mb}; give numbers above 0")
+        raise ValueError(f"--minutes {options.minutes} --piece_mb {options.piece_mb}; use numbers above 0")
     options.weights.mkdir(parents=True, exist_ok=True)  # fails now, not after the leg
     cli = run_stage(["fit", *rest], DryRun)
     system, trainer = cast(DiffusionSystem, cli.model), cli.trainer

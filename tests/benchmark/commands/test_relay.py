@@ -57,9 +57,9 @@ def test_the_next_leg_starts_from_them(folder: Path, capsys: pytest.CaptureFixtu
 
 
 def test_what_does_not_fit_is_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="has weights of network="):
+    with pytest.raises(ValueError, match="has weights with network="):
         leg(folder, "--model.base_channels=16")
-    with pytest.raises(ValueError, match="give numbers above 0"):
+    with pytest.raises(ValueError, match="use numbers above 0"):
         main(["relay", "--weights", str(tmp_path), "--minutes", "0", *WIDE])
     piece = next((folder / "weights").glob("leg-*/*.safetensors"))
     kept = piece.rename(piece.with_suffix(".away"))
