@@ -41,8 +41,11 @@ class Verdict(Enum):
 class Baseline:
     """Distances of one configuration, trained with several seeds.
 
+    Rounding differs between processors and can change a training as much as another seed does. A baseline may
+    therefore hold several records of a seed, measured on different processors.
+
     Args:
-        records: One record per seed.
+        records: One record or more per seed.
     """
 
     records: Sequence[Record]
@@ -74,9 +77,10 @@ class Baseline:
         return Verdict.BETTER if distance < self.mean - self.tolerance else Verdict.OK
 
     def same_seed(self, record: Record) -> float | None:
-        """Returns the distance of the baseline's record with the same seeds, or None."""
+        """Returns the nearest distance among the baseline's records with the same seeds, or None."""
+        distance = headline(record)[1].value
         found = [v for r, v in zip(self.records, self.values, strict=True) if r.seeds == record.seeds]
-        return found[0] if found else None
+        return min(found, key=lambda value: abs(value - distance), default=None)
 
     def miscounts(self, record: Record) -> list[str]:
         """Returns the differences in costs that do not depend on training.

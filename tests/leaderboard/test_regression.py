@@ -57,6 +57,14 @@ def test_the_same_seed_is_found(make_baseline: Callable[[Sequence[float]], Basel
     assert baseline.same_seed(make_record(seeds={"training": 7, "sampling": 0})) is None
 
 
+def test_of_several_records_of_a_seed_the_nearest_is_found(make_record: MakeRecord) -> None:
+    """Records of one seed that were measured on different processors."""
+    seeds = {"training": 0, "sampling": 0}
+    baseline = Baseline([make_record(fd=distance, seeds=seeds) for distance in (6.9, 8.9)])
+    assert baseline.same_seed(make_record(fd=8.9, seeds=seeds)) == 8.9
+    assert baseline.same_seed(make_record(fd=7.1, seeds=seeds)) == 6.9
+
+
 def test_differences_are_named(make_record: MakeRecord) -> None:
     record = configured(make_record())
     baseline = Baseline([record] * 3)
