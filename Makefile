@@ -1,5 +1,5 @@
 # make quickstart: set-up, then train, evaluate and rank a small SDDPM on embedded digits.
-# make quick: lint, types, and the tests that train nothing, in about a minute.
+# make quick: lint, types, and the tests that train nothing.
 # make test: lint, types, tests.   make regress: every method trained small and compared with its baseline.   CI runs both.
 # make lowest: the quick tests and the command line on the lowest versions that pyproject.toml allows.   CI runs it too.
 # make gpu: on a GPU, its tests and the speed suite, with the packages of PYTHON.
