@@ -99,7 +99,7 @@ def check_bits(checkpoint: Mapping[str, Any], activation_bits: int, source: str)
 
 
 def read_official(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Renames the tensors of a released ANN checkpoint to those of `ANNUNet`.
+    """Renames the tensors of a released ANN checkpoint to the names in `ANNUNet`.
 
     Args:
         state: Released state dict (`ema_model`); a `module.` prefix is removed.

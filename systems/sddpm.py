@@ -81,7 +81,7 @@ class SDDPM(GaussianDiffusion):
 
 
 def read_official(state: Mapping[str, Tensor], suffix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Renames the tensors of a released checkpoint to those of `SpikingUNet`.
+    """Renames the tensors of a released checkpoint to the names in `SpikingUNet`.
 
     Args:
         state: Released state dict (`net_model`); a `module.` prefix and the last axis (of size 1) of a 3-D kernel are
