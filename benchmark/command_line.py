@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from pathlib import Path
@@ -36,6 +37,11 @@ class Parser(LightningArgumentParser):
                 if f'Parser key "{key}"' in message:
                     classes = [n for n in names if n != "ImageDataModule" and not n.endswith(("Error", "Scheduler"))]
                     message += f"\nknown classes of --{key}: {', '.join(classes)}"
+        if missing := re.search(r"No module named '([^'.]+)", message):
+            message += (
+                f"\nrun in the folder that contains {missing[1]}, name that folder by PYTHONPATH=FOLDER, or install it: "
+                "pip install -e FOLDER"
+            )
         if not self.exit_on_error:
             super().error(message, ex)
         print(f"error: {message}\ntip: `python -m benchmark COMMAND --help` lists every option", file=sys.stderr)

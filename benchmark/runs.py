@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser
 from datamodules import ImageDataModule
 from leaderboard.files import file_sha256
 from systems.base import DiffusionSystem
-from systems.checkpoints import read_trained
+from systems.checkpoints import read_suite
 
 RUNS = Path("runs")
 MOVED = {
@@ -122,22 +122,24 @@ def find_checkpoint(run: Path, which: str = "last") -> Path:
 def load_run(checkpoint: Path) -> tuple[DiffusionSystem, ImageDataModule]:
     """Builds the system of a run with the weights of a checkpoint, in evaluation mode, and its datamodule.
 
+    The configuration is that of the run folder, or of the checkpoint itself if it is elsewhere.
+
     Raises:
         FileNotFoundError: If there is no such checkpoint.
-        ValueError: If it is not in a run folder.
+        ValueError: If it has no configuration.
     """
     if not checkpoint.is_file():
-        raise FileNotFoundError(f"--ckpt_path {checkpoint} is not a file; give a checkpoint (*.ckpt)")
-    run = run_of(checkpoint)
-    if run is None:
-        raise ValueError(f"--ckpt_path {checkpoint} is not in a run folder; give one under runs/RUN/checkpoints/")
-    config = yaml.safe_load(update_config((run / "config.yaml").read_text()))
+        raise FileNotFoundError(f"{checkpoint} is not a file; name a checkpoint (*.ckpt)")
+    content = read_suite(checkpoint)
+    if run := run_of(checkpoint):
+        config = yaml.safe_load(update_config((run / "config.yaml").read_text(encoding="utf-8")))
+    elif "configuration" in content:
+        config = content["configuration"]
+    else:
+        raise ValueError(
+            f"{checkpoint} is not in a run folder and contains no configuration; name one under runs/RUN/checkpoints/"
+        )
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(DiffusionSystem, "model")
     parser.add_subclass_arguments(ImageDataModule, "data")
-    built = parser.instantiate(parser.parse_object({key: config[key] for key in ("model", "data")}))
-    system: DiffusionSystem = built.model
-    content = read_trained(checkpoint, system.method)
-    system.on_load_checkpoint(content)
-    system.load_state_dict(content["state_dict"])
-    return system.eval(), built.data
+    data: ImageDataModule = parser.instantiate(parser.parse_object({"data": config["data"]})).data
+    return DiffusionSystem.from_configuration(config["model"], content), data

@@ -167,6 +167,8 @@ class BenchmarkCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Passes the config on to the record, and refuses a test that deviates from its protocol before it starts."""
+        self.model.check_contract()
+        self.model.configuration = {key: self.resolved[key] for key in ("model", "data")}
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Evaluation):
                 callback.config = self.resolved

@@ -6,16 +6,20 @@ import hashlib
 import os
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from inspect import signature
+from pathlib import Path
+from typing import Any, Self
 
 import lightning as L
 import torch
+from diffusers.utils.torch_utils import randn_tensor
+from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from systems.checkpoints import check_method, check_state
+from systems.checkpoints import check_method, check_state, read_suite
 from systems.figures import Figure
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -23,36 +27,63 @@ LRSchedulerFactory = Callable[[Optimizer], LRScheduler]
 
 
 class DiffusionSystem(L.LightningModule):
-    """Base of the methods.
+    """Base of the methods: images are generated from seeds, and a loss on images trains the module.
 
-    Subclasses implement `loss` and `trajectory`; the four Lightning stages are built on them. The test and prediction
-    loaders yield seeds, one for each image to generate.
+    A subclass implements `loss` and `trajectory`; the four Lightning stages, records and cost follow from them. A model
+    that generates in one shot yields one tensor from `trajectory`. The attributes and properties below have defaults
+    for such a model:
+
+    | name | default | meaning |
+    |---|---|---|
+    | `method` | class name in lower case | name in records and run folders |
+    | `network` | the module itself | the part that generates; its parameters are counted |
+    | `num_steps` | 1 | SNN time steps `T` |
+    | `num_inference_steps` | 1 | diffusion steps of the sampler |
+    | `nfe` | `num_inference_steps` | network evaluations per image |
+    | `solver` | `one shot`, or `NFE steps` | name of the sampler in records |
+
+    `check_contract` names everything that is missing or wrong. The test and prediction loaders yield seeds, one for
+    each image to generate.
 
     Args:
-        optimizer: Creates the optimiser from the parameters.
+        optimizer: Creates the optimiser from the parameters; None is Adam with the defaults of torch.
         lr_scheduler: Creates a learning-rate schedule that is stepped after every optimiser step; None keeps the rate
             constant.
     """
 
     method: str
     """Name of the method in records and run folders."""
-    num_steps: int
+    num_steps: int = 1
     """SNN time steps `T`."""
-    num_inference_steps: int
+    num_inference_steps: int = 1
     """Diffusion steps of the sampler."""
     threshold: float | None = None
     """Firing threshold of all neurons, where the method has one."""
     network: nn.Module
-    """Network that generates the images; its parameters and operations are counted."""
+    """Network that generates the images; by default the module itself."""
+    configuration: dict[str, Any] | None = None
+    """Resolved configuration of the run, `model` and `data`, as JSON; stored in checkpoints."""
     is_generated = False
     """True while `test_step` should skip generation because this batch was restored from an interrupted test."""
     trains_in_parts: bool = False
     """Whether a training step leaves some parameters without gradient (needs DDP's `find_unused_parameters`)."""
 
-    def __init__(self, optimizer: OptimizerFactory, lr_scheduler: LRSchedulerFactory | None = None) -> None:
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Names a method without a name of its own after its class, so that no record carries its parent's name."""
+        super().__init_subclass__(**kwargs)
+        if "method" not in vars(cls):
+            cls.method = cls.__name__.lower()
+
+    def __init__(
+        self, optimizer: OptimizerFactory | None = None, lr_scheduler: LRSchedulerFactory | None = None
+    ) -> None:
         super().__init__()
-        self._optimizer = optimizer
+        self._optimizer = optimizer or Adam
         self._lr_scheduler = lr_scheduler
+
+    def __getattr__(self, name: str) -> Any:
+        """Returns the module itself as its `network`, unless a subclass sets one."""
+        return self if name == "network" and name not in self._modules else super().__getattr__(name)
 
     @abstractmethod
     def loss(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -69,14 +100,44 @@ class DiffusionSystem(L.LightningModule):
         """
 
     @property
-    @abstractmethod
     def solver(self) -> str:
         """Name and settings of the sampler, for records."""
+        return "one shot" if self.nfe == 1 else f"{self.nfe} steps"
 
     @property
-    @abstractmethod
     def nfe(self) -> int:
         """Network evaluations per image."""
+        return self.num_inference_steps
+
+    def check_contract(self) -> None:
+        """Checks that a subclass defines what training, sampling and records need.
+
+        Raises:
+            NotImplementedError: If something is missing or of the wrong type; names all of it.
+        """
+        problems = [
+            f"implement `{name}{signature(function)}`: {function.__doc__.splitlines()[0]}"
+            for name in ("loss", "trajectory")
+            if getattr(type(self), name) is (function := getattr(DiffusionSystem, name))
+        ]
+        for name in ("method", "solver"):
+            if not isinstance(value := getattr(self, name), str) or not value:
+                problems.append(f"`{name}` must be a name, found {value!r}")
+        for name in ("num_steps", "num_inference_steps", "nfe"):
+            if not isinstance(value := getattr(self, name), int) or value < 1:
+                problems.append(f"`{name}` must be an integer of at least 1, found {value!r}")
+        if not isinstance(self.network, nn.Module):
+            problems.append(f"`network` must be an nn.Module, found {type(self.network).__name__}")
+        if problems:
+            raise NotImplementedError(
+                f"{type(self).__module__}.{type(self).__name__} is not a complete method: {'; '.join(problems)} "
+                "(systems/base.py, DiffusionSystem)"
+            )
+
+    def noise(self, seeds: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Returns standard normal noise `(B, *shape)` on the module's device, row `k` drawn with the seed `seeds[k]`."""
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+        return randn_tensor((len(seeds), *shape), generator=generators, device=self.device, dtype=self.dtype)
 
     @torch.no_grad()
     def sample(self, seeds: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
@@ -156,10 +217,54 @@ class DiffusionSystem(L.LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Stores the method's name in the checkpoint."""
+        """Stores the method's name and the configuration in the checkpoint."""
         checkpoint["method"] = self.method
+        if self.configuration is not None:
+            checkpoint["configuration"] = self.configuration
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Rejects a checkpoint of another method or network with a single message."""
         check_method(checkpoint, self.method, "the checkpoint")
         check_state(checkpoint["state_dict"], self, "the checkpoint")
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]  # Lightning's further options concern hyper-parameter files
+        cls, checkpoint_path: str | Path, map_location: str | torch.device = "cpu"
+    ) -> Self:
+        """Builds the method of a checkpoint from the configuration in it, with its weights, in evaluation mode.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it cannot be read, contains no configuration, or is of another class.
+            CheckpointMismatchError: If it is not a checkpoint of the suite.
+        """
+        content = read_suite(checkpoint_path)
+        if "configuration" not in content:
+            raise ValueError(
+                f"{checkpoint_path} contains no configuration, as checkpoints of version 0.2 and before; load it by its "
+                "run folder: `benchmark.load(RUN)`"
+            )
+        return cls.from_configuration(content["configuration"]["model"], content).to(map_location)
+
+    @classmethod
+    def from_configuration(cls, model: Mapping[str, Any], checkpoint: dict[str, Any] | None = None) -> Self:
+        """Builds a method from its configuration, in evaluation mode.
+
+        Args:
+            model: `class_path` and `init_args`, as in `config.yaml`.
+            checkpoint: Content of a checkpoint whose weights to load.
+
+        Raises:
+            ValueError: If the configuration does not fit this class.
+            CheckpointMismatchError: If the weights do not fit.
+        """
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_subclass_arguments(cls, "model")
+        try:
+            system: Self = parser.instantiate(parser.parse_object({"model": dict(model)})).model
+        except ArgumentError as error:
+            raise ValueError(f"the configuration of {model.get('class_path')} is not one of {cls.__name__}: {error}") from error
+        if checkpoint is not None:
+            system.on_load_checkpoint(checkpoint)
+            system.load_state_dict(checkpoint["state_dict"])
+        return system.eval()

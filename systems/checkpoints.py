@@ -23,6 +23,7 @@ ENTRY_TYPES = {
     "pytorch-lightning_version": str,
     "method": str,
     "process": dict,
+    "configuration": dict,
     "loops": dict,
     "callbacks": dict,
     "optimizer_states": list,

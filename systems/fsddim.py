@@ -24,7 +24,6 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from torch.optim import Adam
 
@@ -227,9 +226,7 @@ class FSDDIM(DiffusionSystem):
 
     def currents(self, seeds: Tensor, image_shape: tuple[int, int, int]) -> Iterator[Tensor]:
         """Yields the synaptic currents `X_T`, ..., `X_0` `(T, B, C, H, W)`."""
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
-        noise = randn_tensor((len(seeds), *image_shape), generator=generators, device=self.device, dtype=self.dtype)
-        return self.denoise(encode(noise, self.num_steps))
+        return self.denoise(encode(self.noise(seeds, image_shape), self.num_steps))
 
     def denoise(self, x: Tensor) -> Iterator[Tensor]:
         """Yields the currents `(T, B, C, H, W)`, first `x` itself and then the result of each DDIM step."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -69,6 +70,7 @@ def verify(
     console = terminal()
     try:
         recorded = read_record(record)
+        _check_packages(recorded)
         found = _find_checkpoint(recorded, Path(record), checkpoint)
         if recorded.checkpoint and file_sha256(found) != recorded.checkpoint.sha256:
             rows = [("checkpoint sha256", recorded.checkpoint.sha256, file_sha256(found))]
@@ -92,7 +94,13 @@ def verify(
     if keep and repetition.agrees:
         write_atomic(Entry(Path(record), recorded).repetition, record_text(redact_paths(repeated)))
     agrees = "agrees" if repetition.agrees else "does not agree"
-    _finish(console, repetition.agrees, f"{record} {agrees} with its repetition")
+    old, new = recorded.code.external or {}, repeated.code.external or {}
+    edited = ", ".join(name for name in old if name not in new or new[name].sha256 != old[name].sha256)
+    _finish(
+        console,
+        repetition.agrees,
+        f"{record} {agrees} with its repetition{f' by other source code of {edited}' if edited else ''}",
+    )
 
 
 def _finish(console: Console, agrees: bool, message: str) -> None:
@@ -101,6 +109,25 @@ def _finish(console: Console, agrees: bool, message: str) -> None:
     )
     if not agrees:
         raise SystemExit(1)
+
+
+def _check_packages(record: Record) -> None:
+    """Checks that the packages outside the suite that a record depends on can be imported.
+
+    Raises:
+        ValueError: If one is missing; names all of them, with version and commit.
+    """
+    missing = [
+        f"{name} ({f'{code.distribution} {code.version}' if code.distribution else 'of no distribution'}, commit "
+        f"{code.git_commit or 'unknown'})"
+        for name, code in (record.code.external or {}).items()
+        if name != "__main__" and find_spec(name) is None
+    ]
+    if missing:
+        raise ValueError(
+            f"its code is in a package that is not found here: {', '.join(missing)}; install it, or run in the folder "
+            "that contains it"
+        )
 
 
 def _find_checkpoint(record: Record, path: Path, given: str | None) -> Path:

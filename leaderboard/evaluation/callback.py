@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +27,7 @@ from leaderboard.metrics.generation import GenerationMetrics
 from leaderboard.pictures import enlargement, grid, save_png
 from leaderboard.protocols import INCEPTION, PROTOCOLS, SUITE, TORCHVISION, ProtocolName
 from leaderboard.record.entries import Entry
+from leaderboard.record.external import external_code
 from leaderboard.record.records import (
     Artefact,
     Code,
@@ -211,6 +213,7 @@ class Evaluation(Callback):
             "precision": [trainer.precision, torch.get_float32_matmul_precision()],
             "deterministic": torch.are_deterministic_algorithms_enabled(),
             "quantisation": self.protocol.quantisation,
+            "external": {name: code.sha256 for name, code in external_code(system, _data(trainer), self.config).items()},
         }
         key = generation_key(system, _data(trainer), self._checkpoint.sha256, self.config.get("model"), environment)
         chunks = Chunks(self._folder / "evaluation" / trainer.strategy.broadcast(key))
@@ -269,7 +272,7 @@ class Evaluation(Callback):
             draft=self.draft or total.images < self.protocol.num_samples,
             config=self.config,
             config_sha256=canonical_sha256(self.config),
-            code=code_version(),
+            code=replace(code_version(), external=external_code(system, data, self.config) or None),
             seeds=({} if seed is None or seed is False else {"training": seed}) | {"sampling": data.sample_seed},
             checkpoint=self._checkpoint,
             extractor=self._extractor(),

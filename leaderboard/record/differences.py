@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from leaderboard.record.records import Record
 
 Row = tuple[str, str, str]
@@ -10,6 +12,7 @@ Row = tuple[str, str, str]
 def provenance(record: Record) -> dict[str, str]:
     """Returns everything a result may depend on besides its configuration, by name."""
     checkpoint = record.checkpoint
+    external = {name: asdict(code) for name, code in (record.code.external or {}).items()}
     return {
         "method": record.method,
         "dataset": record.dataset.name,
@@ -25,6 +28,7 @@ def provenance(record: Record) -> dict[str, str]:
         "NFE": str(record.nfe),
         "SNN time steps": str(record.num_steps),
         "code commit": f"{record.code.git_commit or 'unknown'}{' and changes' * bool(record.code.git_dirty)}",
+        **{f"{key} of {name}": str(value) for name, code in external.items() for key, value in code.items()},
         "device": record.hardware,
         **{f"version of {name}": number for name, number in record.code.versions.items()},
         **{f"seed of {name}": str(seed) for name, seed in record.seeds.items()},

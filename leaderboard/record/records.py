@@ -13,6 +13,7 @@ from typing import Any, Final, Literal
 
 from leaderboard.files import canonical_sha256, write_atomic
 from leaderboard.protocols import LOCKED
+from leaderboard.record.external import ExternalCode
 from leaderboard.schema import SchemaError, from_json
 
 SCHEMA_VERSION: Final = 1
@@ -107,11 +108,15 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Code:
-    """Code and library versions; commit and dirty flag are `None` outside a git checkout."""
+    """Code and library versions; commit and dirty flag are `None` outside a git checkout.
+
+    `external` contains the packages outside the suite that the result depends on, by import name.
+    """
 
     git_commit: str | None
     git_dirty: bool | None
     versions: dict[str, str]
+    external: dict[str, ExternalCode] | None = None
 
 
 @dataclass(frozen=True)

@@ -88,9 +88,9 @@ class GaussianDiffusion(DiffusionSystem):
         network: nn.Module,
         scheduler: SchedulerMixin,
         num_inference_steps: int,
-        eta: float,
-        optimizer: OptimizerFactory,
-        lr_scheduler: LRSchedulerFactory | None,
+        eta: float = 0.0,
+        optimizer: OptimizerFactory | None = None,
+        lr_scheduler: LRSchedulerFactory | None = None,
         final_clip: bool = False,
     ) -> None:
         super().__init__(optimizer, lr_scheduler)

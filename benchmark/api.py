@@ -1,0 +1,89 @@
+"""Python interface: load a trained model, draw samples, measure images, read records.
+
+    system, data = load("runs/RUN")
+    images = sample(system, data, 100)
+
+Import the functions from `benchmark`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from benchmark.runs import find_checkpoint, load_run
+from datamodules import ImageDataModule
+from leaderboard.record.entries import FOLDERS, read_records
+from systems.base import DiffusionSystem
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def load(path: str | Path, which: str = "last") -> tuple[DiffusionSystem, ImageDataModule]:
+    """Loads a trained model, in evaluation mode on the CPU, and its data module.
+
+    Args:
+        path: Run folder, or a checkpoint in one or with its configuration inside.
+        which: Checkpoint of a run folder: `last`, or `best` by validation loss.
+
+    Raises:
+        FileNotFoundError: If there is no such run or checkpoint.
+        ValueError: If it cannot be read or has no configuration.
+    """
+    path = Path(path)
+    return load_run(find_checkpoint(path, which) if path.is_dir() else path)
+
+
+def sample(
+    system: DiffusionSystem, data: ImageDataModule, num_images: int = 64, seed: int = 0, batch_size: int = 250
+) -> Tensor:
+    """Returns generated images as uint8 `(num_images, C, H, W)`, on the CPU, as a test compares them.
+
+    Args:
+        system: The method, in evaluation mode, on any device.
+        data: Its data module, which sets the shape of the images; no dataset is read.
+        num_images: Number of images.
+        seed: Seed of the first image; image `k` has the seed `seed + k`, as in `test` and `predict`.
+        batch_size: Images that are generated at a time; affects memory and speed.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+    for name, value, least in (("num_images", num_images, 1), ("seed", seed, 0), ("batch_size", batch_size, 1)):
+        if value < least:
+            raise ValueError(f"{name}={value} is too small; use {least} or more")
+    batches = torch.arange(seed, seed + num_images).split(batch_size)
+    return torch.cat([data.to_uint8(system.sample(seeds, data.image_shape)).cpu() for seeds in batches])
+
+
+def records(folders: Iterable[str | Path] = FOLDERS) -> pd.DataFrame:
+    """Returns the records in folders as a data frame with one row per record, oldest first.
+
+    Columns are method, variant, dataset, protocol, draft, the seeds, solver, `nfe`, `num_steps`, each metric with its
+    standard error (`fd_digits`, `fd_digits_error`), the costs by their names in `leaderboard.record.records.Cost`, the
+    time and the file.
+
+    Args:
+        folders: Folders to search, by default the runs here and the records of the project.
+
+    Raises:
+        FileNotFoundError: If a folder does not exist.
+    """
+    import pandas as pd  # slow to import; a requirement of datasets
+
+    rows = []
+    for path, record in read_records(folders)[0]:
+        row = {"method": record.method, "variant": record.variant, "dataset": record.dataset.name}
+        row |= {"protocol": record.protocol.name, "draft": record.draft, "solver": record.solver}
+        row |= {"nfe": record.nfe, "num_steps": record.num_steps}
+        row |= {f"{name}_seed": seed for name, seed in record.seeds.items()}
+        for name, metric in record.metrics.items():
+            row |= {name: metric.value, f"{name}_error": metric.uncertainty}
+        row |= {name: value for name, value in vars(record.cost).items() if name not in ("firing_rates", "nfe")}
+        rows.append(row | {"created": record.created, "file": str(path)})
+    return pd.DataFrame(rows).sort_values("created", ignore_index=True) if rows else pd.DataFrame()

@@ -1,0 +1,1 @@
+"""Methods outside the suite, as a user would write them; the tests train and measure each."""
