@@ -11,11 +11,12 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from systems.checkpoints import check_method, check_state
+from systems.checkpoints import UNKNOWN_DATA, check_method, check_state, training_data_of, with_training_data
 from systems.figures import Figure
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -46,11 +47,15 @@ class DiffusionSystem(L.LightningModule):
     """Network that generates the images; its parameters and operations are counted."""
     is_generated = False
     """True while `test_step` should skip generation because this batch was restored from an interrupted test."""
+    training_data: list[dict[str, Any]]
+    """Data that the weights were trained on, oldest first, as the data modules describe them; `UNKNOWN_DATA` among them
+    for weights of unknown origin, empty before the first training. It is updated whenever a checkpoint is saved."""
     trains_in_parts: bool = False
     """Whether a training step leaves some parameters without gradient (needs DDP's `find_unused_parameters`)."""
 
     def __init__(self, optimizer: OptimizerFactory, lr_scheduler: LRSchedulerFactory | None = None) -> None:
         super().__init__()
+        self.training_data = []
         self._optimizer = optimizer
         self._lr_scheduler = lr_scheduler
 
@@ -156,10 +161,15 @@ class DiffusionSystem(L.LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Stores the method's name in the checkpoint."""
+        """Stores the method's name and the data it was trained on in the checkpoint."""
         checkpoint["method"] = self.method
+        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            data = getattr(self._trainer, "datamodule", None)
+            self.training_data = with_training_data(self.training_data, getattr(data, "training_data", UNKNOWN_DATA))
+        checkpoint["training_data"] = self.training_data
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Rejects a checkpoint of another method or network with a single message."""
         check_method(checkpoint, self.method, "the checkpoint")
         check_state(checkpoint["state_dict"], self, "the checkpoint")
+        self.training_data = training_data_of(checkpoint)
