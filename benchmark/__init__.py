@@ -46,7 +46,7 @@ class _SuitePackages:
         return PathFinder.find_spec(name, [str(Path(__file__).parents[1])])
 
 
-sys.meta_path.insert(0, _SuitePackages)  # type: ignore[arg-type]  # a class with `find_spec` is a finder
+sys.meta_path.insert(0, _SuitePackages)  # a class with `find_spec` is a finder
 
 
 def __getattr__(name: str) -> Any:

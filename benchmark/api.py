@@ -9,15 +9,16 @@ Import the functions from `benchmark`.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from benchmark.runs import find_checkpoint, load_run
 from datamodules import ImageDataModule
-from leaderboard.record.entries import FOLDERS, read_records
+from leaderboard.record.entries import FOLDERS, Entry, read_records
 from systems.base import DiffusionSystem
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def sample(
 def records(folders: Iterable[str | Path] = FOLDERS) -> pd.DataFrame:
     """Returns the records in folders as a data frame with one row per record, oldest first.
 
-    Columns are method, variant, dataset, protocol, draft, the seeds, solver, `nfe`, `num_steps`, each metric with its
+    Columns are method, variant, dataset, protocol, status (`measured`, or why the record is not ranked), the seeds, solver, `nfe`, `num_steps`, each metric with its
     standard error (`fd_digits`, `fd_digits_error`), the costs by their names in `leaderboard.record.records.Cost`, the
     time and the file.
 
@@ -76,14 +77,18 @@ def records(folders: Iterable[str | Path] = FOLDERS) -> pd.DataFrame:
     """
     import pandas as pd  # slow to import; a requirement of datasets
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for path, record in read_records(folders)[0]:
-        row = {"method": record.method, "variant": record.variant, "dataset": record.dataset.name}
-        row |= {"protocol": record.protocol.name, "draft": record.draft, "solver": record.solver}
-        row |= {"nfe": record.nfe, "num_steps": record.num_steps}
+        row: dict[str, Any] = {"method": record.method, "variant": record.variant, "dataset": record.dataset.name}
+        row |= {"protocol": record.protocol.name, "status": Entry(path, record).status}
         row |= {f"{name}_seed": seed for name, seed in record.seeds.items()}
+        row |= {"solver": record.solver, "nfe": record.nfe, "num_steps": record.num_steps}
         for name, metric in record.metrics.items():
             row |= {name: metric.value, f"{name}_error": metric.uncertainty}
-        row |= {name: value for name, value in vars(record.cost).items() if name not in ("firing_rates", "nfe")}
+        row |= {
+            name: value
+            for name, value in (asdict(record.cost) if record.cost else {}).items()
+            if name not in ("firing_rates", "nfe")
+        }
         rows.append(row | {"created": record.created, "file": str(path)})
     return pd.DataFrame(rows).sort_values("created", ignore_index=True) if rows else pd.DataFrame()

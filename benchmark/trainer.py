@@ -12,7 +12,7 @@ from rich.progress import track
 
 from datamodules import ImageDataModule
 from systems.base import DiffusionSystem
-from systems.checkpoints import read_trained, save_checkpoint
+from systems.checkpoints import read_trained, save_checkpoint, with_training_data
 from systems.diffusion.analytic_dpm import estimate_gamma
 from systems.diffusion.gaussian import GaussianDiffusion
 
@@ -58,6 +58,7 @@ class BenchmarkTrainer(Trainer):
         show = partial(track, description=f"{num_images:,} images at every step")
         gamma = estimate_gamma(model.network, model.scheduler, images, datamodule.sample_batch_size, progress=show)
         checkpoint["gamma"] = {"values": gamma, "num_images": num_images} | model.gamma_conditions
+        checkpoint["training_data"] = with_training_data(model.training_data, datamodule.training_data)
         path = Path(ckpt_path)
         path = path if path.stem.endswith(SUFFIX) else path.with_stem(path.stem + SUFFIX)
         save_checkpoint(checkpoint, path)

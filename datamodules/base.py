@@ -144,6 +144,11 @@ class ImageDataModule(L.LightningDataModule):
         return self._geometry()
 
     @property
+    def model_geometry(self) -> dict[str, Any]:
+        """Settings that the pixels a model sees depend on, in addition to the source."""
+        return {"image_size": self.image_size} | self.geometry
+
+    @property
     def source(self) -> str:
         """Description of the source that was read."""
         return str(self._entry.meta["source"])
@@ -152,6 +157,19 @@ class ImageDataModule(L.LightningDataModule):
     def fingerprint(self) -> str:
         """SHA-256 of the decoded splits before crop and resize; equal for all file formats with the same pixels."""
         return str(self._entry.meta["fingerprint"])
+
+    @property
+    def training_data(self) -> dict[str, Any]:
+        """What a model trained on this data has seen, as plain values for checkpoints and records.
+
+        Name and fingerprint of the dataset, number of training images, and geometry of the images the model sees.
+        """
+        return {
+            "name": self.name,
+            "fingerprint": self.fingerprint,
+            "geometry": self.model_geometry,
+            "images": len(self._subsets[0]),
+        }
 
     def num_reference(self, split: Split = "train") -> int:
         """Number of images of a split.

@@ -131,7 +131,8 @@ def _configured_samples(config: Any) -> Any:
 
 
 def _cost_problems(record: Record) -> Iterator[str]:
-    cost = record.cost
+    if (cost := record.cost) is None:
+        return
     for name, value in asdict(cost).items():
         if isinstance(value, int | float) and value < 0:
             yield f"cost.{name}: {value:g} is negative"
@@ -142,7 +143,8 @@ def _cost_problems(record: Record) -> Iterator[str]:
         yield f"cost.acs: {cost.acs:g} accumulates, fewer than the {cost.sops:g} synaptic operations they include"
     if cost.trainable_parameters > cost.parameters:
         yield f"cost.trainable_parameters: {cost.trainable_parameters} exceeds the {cost.parameters} parameters"
-    yield from _rate_problems(cost.firing_rate, cost.firing_rates)
+    if record.images is None or cost.firing_rates:  # others may state the mean only
+        yield from _rate_problems(cost.firing_rate, cost.firing_rates)
 
 
 def _rate_problems(mean: float | None, rates: dict[str, float]) -> Iterator[str]:
@@ -157,22 +159,33 @@ def _rate_problems(mean: float | None, rates: dict[str, float]) -> Iterator[str]
 
 
 def _provenance_problems(record: Record) -> Iterator[str]:
-    if record.nfe != record.cost.nfe:
+    if record.cost is not None and record.nfe != record.cost.nfe:
         yield f"cost.nfe: {record.cost.nfe} differs from nfe: {record.nfe}"
     for name, count in (
         ("nfe", record.nfe),
         ("num_steps", record.num_steps),
-        ("cost.parameters", record.cost.parameters),
+        ("cost.parameters", record.cost and record.cost.parameters),
     ):
-        if count < 1:
+        if isinstance(count, int) and count < 1:
             yield f"{name}: {count} is below 1"
     if record.wall_time_seconds < 0:
         yield f"wall_time_seconds: {record.wall_time_seconds:g} is negative"
     if datetime.fromisoformat(record.created) > datetime.now(UTC):
         yield f"created: {record.created} is in the future"
-    if record.checkpoint is None:
+    if record.images is not None:
+        most = max((metric.num_samples for metric in record.metrics.values()), default=0)
+        if record.images.count != most:
+            yield f"images.count: {record.images.count}, but the metrics are of {most} images"
+        if not 0 <= record.images.copies < max(record.images.count, 1):
+            yield f"images.copies: {record.images.copies} of {record.images.count} images"
+    elif record.checkpoint is None:
         yield "checkpoint: missing, so the evaluation cannot be repeated; test a saved checkpoint with --ckpt_path"
     hashes = {"dataset.fingerprint": record.dataset.fingerprint, "extractor.sha256": record.extractor.sha256}
+    if record.images is not None:
+        hashes["images.fingerprint"] = record.images.fingerprint
+    for i, data in enumerate(record.training_data or ()):
+        if data.name != "unknown":
+            hashes[f"training_data.{i}.fingerprint"] = data.fingerprint
     if record.checkpoint is not None:
         hashes["checkpoint.sha256"] = record.checkpoint.sha256
     for name, text in hashes.items():

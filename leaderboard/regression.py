@@ -87,7 +87,7 @@ class Baseline:
 
         MACs are among these costs, because the network's structure determines which layers have real-valued inputs.
         """
-        old, new = self.records[0].cost, record.cost
+        old, new = self.records[0].counted_cost, record.counted_cost
         counts = (
             ("parameters", new.parameters, old.parameters),
             ("network evaluations", new.nfe, old.nfe),

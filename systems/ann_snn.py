@@ -27,7 +27,7 @@ from torch.optim import Adam
 
 from systems import ddpm
 from systems.base import OptimizerFactory
-from systems.checkpoints import check_state, network_state, read_trained, rename
+from systems.checkpoints import check_state, network_state, read_trained, rename, training_data_of
 from systems.ddpm import DDPM, QuantisedDiffusion, check_bits
 from systems.networks.ann_unet import ANNUNet, BlockCall, quantised_relu
 from systems.networks.checks import check_range
@@ -139,6 +139,7 @@ class ANNSNN(QuantisedDiffusion):
         self._reference = [reference]
         if not self.trainer.ckpt_path:
             self.network.load_state_dict(state)
+            self.training_data = training_data_of(checkpoint)
         if not 0 <= self.trainer.max_steps <= self.total_steps:
             self.trainer.fit_loop.epoch_loop.max_steps = self.total_steps
 

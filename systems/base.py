@@ -15,11 +15,19 @@ import lightning as L
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from jsonargparse import ArgumentError, ArgumentParser
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from systems.checkpoints import check_method, check_state, read_suite
+from systems.checkpoints import (
+    UNKNOWN_DATA,
+    check_method,
+    check_state,
+    read_suite,
+    training_data_of,
+    with_training_data,
+)
 from systems.figures import Figure
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -65,6 +73,9 @@ class DiffusionSystem(L.LightningModule):
     """Resolved configuration of the run, `model` and `data`, as JSON; stored in checkpoints."""
     is_generated = False
     """True while `test_step` should skip generation because this batch was restored from an interrupted test."""
+    training_data: list[dict[str, Any]]
+    """Data that the weights were trained on, oldest first, as the data modules describe them; `UNKNOWN_DATA` among them
+    for weights of unknown origin, empty before the first training. It is updated whenever a checkpoint is saved."""
     trains_in_parts: bool = False
     """Whether a training step leaves some parameters without gradient (needs DDP's `find_unused_parameters`)."""
 
@@ -78,6 +89,7 @@ class DiffusionSystem(L.LightningModule):
         self, optimizer: OptimizerFactory | None = None, lr_scheduler: LRSchedulerFactory | None = None
     ) -> None:
         super().__init__()
+        self.training_data = []
         self._optimizer = optimizer or Adam
         self._lr_scheduler = lr_scheduler
 
@@ -217,15 +229,20 @@ class DiffusionSystem(L.LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Stores the method's name and the configuration in the checkpoint."""
+        """Stores the method's name, the configuration and the data it was trained on in the checkpoint."""
         checkpoint["method"] = self.method
         if self.configuration is not None:
             checkpoint["configuration"] = self.configuration
+        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            data = getattr(self._trainer, "datamodule", None)
+            self.training_data = with_training_data(self.training_data, getattr(data, "training_data", UNKNOWN_DATA))
+        checkpoint["training_data"] = self.training_data
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Rejects a checkpoint of another method or network with a single message."""
         check_method(checkpoint, self.method, "the checkpoint")
         check_state(checkpoint["state_dict"], self, "the checkpoint")
+        self.training_data = training_data_of(checkpoint)
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]  # Lightning's further options concern hyper-parameter files
@@ -263,7 +280,9 @@ class DiffusionSystem(L.LightningModule):
         try:
             system: Self = parser.instantiate(parser.parse_object({"model": dict(model)})).model
         except ArgumentError as error:
-            raise ValueError(f"the configuration of {model.get('class_path')} is not one of {cls.__name__}: {error}") from error
+            raise ValueError(
+                f"the configuration of {model.get('class_path')} is not one of {cls.__name__}: {error}"
+            ) from error
         if checkpoint is not None:
             system.on_load_checkpoint(checkpoint)
             system.load_state_dict(checkpoint["state_dict"])

@@ -24,12 +24,15 @@ ENTRY_TYPES = {
     "method": str,
     "process": dict,
     "configuration": dict,
+    "training_data": list,
     "loops": dict,
     "callbacks": dict,
     "optimizer_states": list,
     "lr_schedulers": list,
 }
 """Types of the entries of the suite's checkpoints."""
+UNKNOWN_DATA: Mapping[str, Any] = {"name": "unknown"}
+"""Training data of weights of unknown origin: imported ones, and those of versions that did not store it."""
 
 
 UNREADABLE = (
@@ -168,6 +171,16 @@ def check_method(checkpoint: Mapping[str, Any], method: str, source: str) -> Non
             f"{source} is of method {found!r}, expected {method!r}; give a checkpoint of {method!r}, or the "
             f"configuration of {found!r}"
         )
+
+
+def training_data_of(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns the data that a checkpoint was trained on, oldest first; `UNKNOWN_DATA` if it does not say."""
+    return list(checkpoint.get("training_data") or [dict(UNKNOWN_DATA)])
+
+
+def with_training_data(history: list[dict[str, Any]], data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns a list of training data with one more entry, unless it is there."""
+    return history if data in history else [*history, dict(data)]
 
 
 def rename(state: Mapping[str, Tensor], name: Callable[[str], str]) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from systems import sddpm
-from systems.checkpoints import check_state, network_state, read_trained
+from systems.checkpoints import check_state, network_state, read_trained, training_data_of
 from systems.figures import Figure, plot_factors
 from systems.networks.spiking_unet import SpikingUNet, TemporalConv2d
 from systems.sddpm import SDDPM
@@ -64,6 +64,7 @@ class SDM(SDDPM):
         checkpoint = read_trained(self.init_from, SDDPM.method)
         self.check_process(checkpoint, self.init_from)
         self.network.load_state_dict(from_sddpm(network_state(checkpoint), self.network, self.init_from))
+        self.training_data = training_data_of(checkpoint)
 
     def figures(self) -> dict[str, Figure]:
         """Plots the learned factors by layer and SNN step."""

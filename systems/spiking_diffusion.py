@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from systems.base import DiffusionSystem, OptimizerFactory
-from systems.checkpoints import CheckpointMismatchError, check_state, read_trained
+from systems.checkpoints import CheckpointMismatchError, check_state, read_trained, training_data_of
 from systems.diffusion.absorbing import Objective, denoising_loss, unmask
 from systems.figures import Figure, perplexity, plot_reconstructions, plot_usage
 from systems.networks.checks import check_range
@@ -221,6 +221,7 @@ class SpikingDiffusion(DiffusionSystem):
             state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
             check_state(state, self.autoencoder, self.init_from)
             self.autoencoder.load_state_dict(state)
+            self.training_data = training_data_of(checkpoint)
         if not 0 <= (-1 if self.trainer.max_epochs is None else self.trainer.max_epochs) <= epochs:
             self.trainer.fit_loop.max_epochs = epochs
 

@@ -105,7 +105,7 @@ def _table(records: Mapping[str, Sequence[Record]]) -> Table:
         table.add_column(column, justify="left" if column == "variant" else "right", no_wrap=column == "variant")
     for name, runs in records.items():
         pairs = zip(_values(runs), _values(records[first]), strict=True)
-        cost = [run.cost for run in runs]
+        cost = [run.counted_cost for run in runs]
         table.add_row(
             name,
             _spread(_values(runs)),

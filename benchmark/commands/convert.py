@@ -80,7 +80,7 @@ def convert(
         raise FileExistsError(f"{run} exists already; convert again")
     output = run / "checkpoints" / "last.ckpt"
     write_atomic(run / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
-    kept = ("state_dict", "process", "activation_bits", "pytorch-lightning_version")
+    kept = ("state_dict", "process", "activation_bits", "training_data", "pytorch-lightning_version")
     start = {"method": ANNSNN.method, "epoch": 0, "global_step": 0, "optimizer_states": [], "lr_schedulers": []}
     save_checkpoint({key: source[key] for key in kept if key in source} | start, output)
 

@@ -61,7 +61,7 @@ def sweep_threshold(args: Sequence[str]) -> None:
     key = headline(records[0])[0]
     table = Table("threshold", key, "firing rate", "G SOPs", "mJ", title="threshold guidance", title_justify="left")
     for threshold, record in zip(options.thresholds, records, strict=True):
-        cost = record.cost
+        cost = record.counted_cost
         rate = "-" if cost.firing_rate is None else f"{cost.firing_rate:.4f}"
         sops, energy = f"{cost.sops / 1e9:.4g}", f"{cost.energy_strict_mj:.4g}"
         table.add_row(f"{threshold:g}", _distance(record), rate, sops, energy)
@@ -172,7 +172,7 @@ def _plot_thresholds(thresholds: Sequence[float], records: Sequence[Record]) -> 
     quality, rate = figure.subplots(1, 2)
     quality.errorbar(x, [v.value for v in values], [v.uncertainty for v in values], marker="o", capsize=3)
     quality.set(xlabel="firing threshold", ylabel=f"{key} (lower is better)")
-    rate.plot(x, [record.cost.firing_rate or 0.0 for record in records], marker="o", color="tab:green")
+    rate.plot(x, [record.counted_cost.firing_rate or 0.0 for record in records], marker="o", color="tab:green")
     rate.set(xlabel="firing threshold", ylabel="firing rate")
     for axes in (quality, rate):
         axes.axvline(1, color="grey", linewidth=0.8, linestyle=":")
@@ -186,11 +186,11 @@ def _plot_solvers(results: dict[str, list[Record]]) -> Figure:
     axes = figure.subplots()
     for name, records in results.items():
         values = [headline(record)[1] for record in records]
-        nfe = [record.nfe for record in records]
+        nfe = [record.counted_cost.nfe for record in records]
         axes.errorbar(
             nfe, [v.value for v in values], [v.uncertainty for v in values], marker="o", capsize=3, label=name
         )
-    ticks = sorted({record.nfe for records in results.values() for record in records})
+    ticks = sorted({record.counted_cost.nfe for records in results.values() for record in records})
     axes.set_xscale("log")
     axes.set_xticks(ticks, [str(nfe) for nfe in ticks])
     axes.minorticks_off()

@@ -124,7 +124,7 @@ def measure_data(repetitions: int) -> Rows:
         for _ in range(2):
             run_stage(["test", *run_options, "--draft", "--data.num_samples=1000"])
         record = read_record(find_records([Path(folder)])[-1])
-    whole, sampling = record.wall_time_seconds, 1000 / cast(float, record.cost.images_per_second)
+    whole, sampling = record.wall_time_seconds, 1000 / cast(float, record.counted_cost.images_per_second)
     shares = {
         "batch of the loader, of a training step": (batch, step),
         "metrics, of a test of 1,000 images": (whole - sampling, whole),

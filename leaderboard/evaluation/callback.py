@@ -35,6 +35,7 @@ from leaderboard.record.records import (
     MetricValue,
     ProtocolEntry,
     Record,
+    TrainingData,
     check_name,
     record_name,
     redact_paths,
@@ -42,6 +43,7 @@ from leaderboard.record.records import (
 )
 from leaderboard.reports.table import show_result
 from leaderboard.reports.terminal import SHORT, terminal
+from leaderboard.schema import from_json
 from systems.base import DiffusionSystem
 
 VERSIONS = ("torch", "lightning", "snntorch", "diffusers", "torchmetrics", "torch-fidelity", "datasets", "numpy")
@@ -135,6 +137,9 @@ class Evaluation(Callback):
         """Prepares the reference statistics and opens the cost meter."""
         system, data = _system(pl_module), _data(trainer)
         self._started = time.perf_counter()
+        for data_entry in _training_data(system) if trainer.is_global_zero else ():
+            if difference := data_entry.difference(_dataset(data)):
+                print(f"transfer: {difference}; the record is marked and not ranked", flush=True)
         weights = (self.inception_weights, self.torchvision_weights, self.extractor)
         self.parts = build_parts(self.protocol, data, weights, self.fad_dir, trainer.is_global_zero)
         for part in self.parts:
@@ -213,7 +218,9 @@ class Evaluation(Callback):
             "precision": [trainer.precision, torch.get_float32_matmul_precision()],
             "deterministic": torch.are_deterministic_algorithms_enabled(),
             "quantisation": self.protocol.quantisation,
-            "external": {name: code.sha256 for name, code in external_code(system, _data(trainer), self.config).items()},
+            "external": {
+                name: code.sha256 for name, code in external_code(system, _data(trainer), self.config).items()
+            },
         }
         key = generation_key(system, _data(trainer), self._checkpoint.sha256, self.config.get("model"), environment)
         chunks = Chunks(self._folder / "evaluation" / trainer.strategy.broadcast(key))
@@ -267,7 +274,8 @@ class Evaluation(Callback):
         return Record(
             method=system.method,
             variant=self.variant,
-            dataset=Dataset(data.name, data.fingerprint, data.source),
+            dataset=_dataset(data),
+            training_data=_training_data(system),
             protocol=ProtocolEntry(self.protocol.name, description, canonical_sha256(description)),
             draft=self.draft or total.images < self.protocol.num_samples,
             config=self.config,
@@ -307,6 +315,20 @@ def _data(trainer: Trainer) -> ImageDataModule:
     """Returns the data module of the run."""
     data: ImageDataModule = trainer.datamodule  # type: ignore[attr-defined]
     return data
+
+
+def _dataset(data: ImageDataModule) -> Dataset:
+    """Returns the evaluation data of a record."""
+    return Dataset(data.name, data.fingerprint, data.source, data.model_geometry)
+
+
+def _training_data(system: DiffusionSystem) -> tuple[TrainingData, ...]:
+    """Returns the training data of a record.
+
+    Raises:
+        SchemaError: If the checkpoint describes it in another form.
+    """
+    return tuple(from_json(TrainingData, entry, "training_data") for entry in system.training_data)
 
 
 def quantise(images: Tensor, how: str) -> Tensor:

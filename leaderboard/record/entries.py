@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
+from typing import Literal, get_args
 
 from leaderboard.files import canonical_sha256
 from leaderboard.record.records import MetricValue, Record, RecordError, find_records, read_record, redact_paths
@@ -18,6 +19,15 @@ RECORDS = "leaderboard/data/records"
 """Folder of the project's records, including external ones."""
 FOLDERS = ("runs", RECORDS)
 """Folders searched for records by default."""
+
+
+Status = Literal["measured", "transfer", "images", "draft"]
+"""Ranked, or the reason why not: trained on other data, images made by other code, or not as the protocol says.
+
+Tables list them in this order.
+"""
+
+STATUSES: tuple[Status, ...] = get_args(Status)
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,20 @@ class Entry:
             return math.inf
         key, metric = headline(self.record)
         return metric.value if _metric_order(key) == 0 else math.inf
+
+    @property
+    def status(self) -> Status:
+        """Whether the entry is ranked, or why it is not."""
+        if self.record.draft:
+            return "draft"
+        if self.record.images is not None:
+            return "images"
+        return "transfer" if self.record.transfers else "measured"
+
+    @property
+    def is_ranked(self) -> bool:
+        """True if the entry is comparable with the others of its table by rank."""
+        return self.status == "measured"
 
     @property
     def table_key(self) -> tuple[str, ...]:

@@ -109,9 +109,7 @@ def _identify(name: str) -> ExternalCode:
     sources = {path.relative_to(root).as_posix(): file_sha256(path) for path in files} if root else {}
     found = packages_distributions().get(name, [None])[0]
     commit, dirty = _git(root, files) if root else (None, None)
-    return ExternalCode(
-        found, distribution(found).version if found else None, commit, dirty, canonical_sha256(sources)
-    )
+    return ExternalCode(found, distribution(found).version if found else None, commit, dirty, canonical_sha256(sources))
 
 
 def _git(root: Path, files: list[Path]) -> tuple[str | None, bool | None]:

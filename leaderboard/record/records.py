@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import reduce
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -99,11 +100,66 @@ class Artefact:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Reference data: name, fingerprint of its content, and source."""
+    """Evaluation data: name, fingerprint of its content, source, and geometry of the images the model generates."""
 
     name: str
     fingerprint: str
     source: str
+    geometry: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Data that the weights were trained on.
+
+    Args:
+        name: Name of the dataset; `"unknown"` for weights of unknown origin, whose other fields are empty.
+        fingerprint: Fingerprint of its content.
+        geometry: Settings that the pixels the model sees depend on, such as their size.
+        images: Number of training images.
+    """
+
+    name: str
+    fingerprint: str = ""
+    geometry: dict[str, Any] | None = None
+    images: int | None = None
+
+    def difference(self, dataset: Dataset) -> str:
+        """Describes in words how this data differs from the evaluation data; empty if it does not, or is unknown."""
+        if not self.fingerprint:
+            return ""
+        if self.name != dataset.name:
+            return f"trained on {self}, evaluated on {dataset.name}"
+        if self.fingerprint != dataset.fingerprint:
+            return f"trained on other images of {self.name} ({self.fingerprint[:8]}, not {dataset.fingerprint[:8]})"
+        seen, compared = self.geometry or {}, dataset.geometry or {}
+        changed = [key for key in sorted(seen.keys() | compared.keys()) if seen.get(key) != compared.get(key)]
+        if self.geometry is None or dataset.geometry is None or not changed:
+            return ""
+        before, now = (", ".join(f"{key} {part.get(key)}" for key in changed) for part in (seen, compared))
+        return f"trained on {self.name} with {before}, evaluated with {now}"
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.fingerprint[:8]})" if self.fingerprint else self.name
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images made by other code, which were measured without their model.
+
+    Args:
+        fingerprint: SHA-256 of their pixels, in order.
+        count: Number of images.
+        copies: Number of images that repeat an earlier one exactly.
+        source: File or folder and file formats they were read from.
+        url: Web address of the code or paper; may be empty.
+    """
+
+    fingerprint: str
+    count: int
+    copies: int
+    source: str
+    url: str = ""
 
 
 @dataclass(frozen=True)
@@ -122,6 +178,9 @@ class Code:
 @dataclass(frozen=True)
 class Record:
     """Result of one evaluated run, with its protocol, provenance and cost.
+
+    A record of kind *images only* has `images`. Its model did not run: it has no checkpoint and no seeds, and what its
+    authors do not state (solver, cost) is empty or `None`.
 
     Args:
         method: Class name of the method.
@@ -143,6 +202,9 @@ class Record:
         nfe: Network evaluations per image.
         num_steps: SNN time steps `T`.
         cost: Operations, energy and throughput per image.
+        images: The images, if they were made by other code; `None` if the suite ran the model.
+        training_data: Data that the weights were trained on, oldest first; `None` in records of versions that did not
+            store it.
         source: `"measured"`; published results are stored separately.
         schema_version: Version of this schema.
     """
@@ -163,11 +225,29 @@ class Record:
     wall_time_seconds: float
     metrics: dict[str, MetricValue]
     solver: str
-    nfe: int
-    num_steps: int
-    cost: Cost
+    nfe: int | None
+    num_steps: int | None
+    cost: Cost | None
+    images: ImageSet | None = None
+    training_data: tuple[TrainingData, ...] | None = None
     source: Literal["measured"] = "measured"
     schema_version: Literal[1] = SCHEMA_VERSION
+
+    @property
+    def counted_cost(self) -> Cost:
+        """Cost of a model that the suite ran.
+
+        Raises:
+            ValueError: If the record is of kind *images only* and states no cost.
+        """
+        if self.cost is None:
+            raise ValueError(f"the record of {self.method} is of images only and states no cost")
+        return self.cost
+
+    @property
+    def transfers(self) -> list[str]:
+        """Differences between training and evaluation data in words; empty where both are the same or unknown."""
+        return [difference for data in self.training_data or () if (difference := data.difference(self.dataset))]
 
 
 def write_record(record: Record, folder: str | Path) -> Path:
@@ -203,9 +283,17 @@ def record_text(record: Record) -> str:
     return _file(record)[1]
 
 
+_ADDED = (("images",), ("training_data",), ("dataset", "geometry"), ("code", "external"))
+"""Paths of optional fields that earlier versions did not have; files omit them where they are `None`."""
+
+
 def _file(record: Record) -> tuple[str, str]:
     """Returns the file name and content of a record."""
-    data = asdict(record)
+    data = json.loads(json.dumps(asdict(record)))  # tuples become lists
+    for *parents, name in _ADDED:
+        part = reduce(dict.__getitem__, parents, data)
+        if part[name] is None:
+            del part[name]
     created = _check(data, f"new record of {record.method}")
     text = json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n"
     short = hashlib.sha256(text.encode()).hexdigest()[:8]
@@ -239,9 +327,9 @@ def redact_paths(record: Record) -> Record:
     """
     config = _redact(record.config)
     source = _redact(record.dataset.source)
-    return replace(
-        record, config=config, config_sha256=canonical_sha256(config), dataset=replace(record.dataset, source=source)
-    )
+    images = record.images and replace(record.images, source=_redact(record.images.source))
+    dataset = replace(record.dataset, source=source)
+    return replace(record, config=config, config_sha256=canonical_sha256(config), dataset=dataset, images=images)
 
 
 def _redact(value: Any) -> Any:
@@ -289,6 +377,8 @@ def _check(data: Any, where: str) -> datetime:
         check_name("method", record.method)
         check_name("variant", record.variant, required=False)
         check_name("dataset.name", record.dataset.name)
+        for data_name in (data.name for data in record.training_data or ()):
+            check_name("training_data", data_name)
         check_name("protocol.name", record.protocol.name)
         check_name("extractor.name", record.extractor.name)
         for key in record.metrics:
@@ -300,6 +390,7 @@ def _check(data: Any, where: str) -> datetime:
             if value != expected:
                 raise SchemaError(f"{field}: {value} does not match the content, {expected}; the record was edited")
         _check_protocol(record.protocol)
+        _check_model(record)
         return _time(record.created)
     except SchemaError as error:
         raise RecordError(f"{where}: field {error}") from error
@@ -314,6 +405,18 @@ def _time(text: str) -> datetime:
     if time.tzinfo is None:
         raise SchemaError(f"created: expected a time with time zone (UTC), found {text[:60]!r}")
     return utc
+
+
+def _check_model(record: Record) -> None:
+    """Checks that solver, steps and cost are known if the suite ran the model."""
+    if record.images is None:
+        for field, value in (("nfe", record.nfe), ("num_steps", record.num_steps), ("cost", record.cost)):
+            if value is None:
+                raise SchemaError(f"{field}: null, which only a record with `images` may have")
+    elif record.checkpoint is not None:
+        raise SchemaError("checkpoint: a record with `images` was measured without a model; expected null")
+    elif not re.fullmatch(r"(https?://[^\s<>\"']+)?", record.images.url):
+        raise SchemaError(f"images.url: expected an http(s) address or nothing, found {record.images.url[:100]!a}")
 
 
 def _check_protocol(protocol: ProtocolEntry) -> None:

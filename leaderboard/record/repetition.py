@@ -71,7 +71,7 @@ def _metrics(recorded: Record, repeated: Record) -> Iterator[tuple[str, ...]]:
 
 def _costs(recorded: Record, repeated: Record) -> Iterator[tuple[str, ...]]:
     for name in COUNTED:
-        a, b = getattr(recorded.cost, name), getattr(repeated.cost, name)
+        a, b = getattr(recorded.counted_cost, name), getattr(repeated.counted_cost, name)
         if a is None or b is None:
             if a is not b:
                 yield name, str(a), str(b), "-", "no"

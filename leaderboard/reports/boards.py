@@ -16,11 +16,21 @@ import yaml
 from PIL import Image
 
 from leaderboard.files import canonical_sha256
-from leaderboard.record.entries import Entry, order_metrics
+from leaderboard.record.differences import training_data
+from leaderboard.record.entries import Entry, Status, order_metrics
 from leaderboard.record.records import Record
 from leaderboard.reports import pareto
 from leaderboard.reports.published import Published, PublishedResult
-from leaderboard.reports.table import Cell, label, metric_name, table_provenance, table_rows, table_title, tables
+from leaderboard.reports.table import (
+    Cell,
+    label,
+    metric_name,
+    row_notes,
+    table_provenance,
+    table_rows,
+    table_title,
+    tables,
+)
 
 UNKNOWN = "?"
 """Shown as the uncertainty of published values."""
@@ -85,7 +95,7 @@ class Row:
     """One result with its details."""
 
     anchor: str
-    source: Literal["measured", "draft", "published"]
+    source: Status | Literal["published"]
     method: str
     cells: dict[str, Cell]
     facts: dict[str, str]
@@ -153,17 +163,17 @@ def measured_boards(records: Iterable[tuple[Path, Record]]) -> list[Board]:
 
 def _measured(group: list[Entry]) -> Board:
     rows = [_measured_row(entry, cells) for entry, cells in zip(group, table_rows(group), strict=True)]
-    cells = [cell for row in rows for cell in row.cells.values()]
+    cells = [cell for row in rows for name, cell in row.cells.items() if name != "Method"]
     record = group[0].record
     points = [
         pareto.Point(
-            e.record.cost.energy_strict_mj,
+            e.record.cost.energy_strict_mj if e.record.cost else 0.0,  # no mark
             e.frechet,
             _uncertainty(e),
             row.method,
             row.name,
             row.anchor,
-            not e.record.draft,
+            e.is_ranked,
         )
         for e, row in zip(group, rows, strict=True)
     ]
@@ -175,7 +185,7 @@ def _measured(group: list[Entry]) -> Board:
         protocol=_pretty(record.protocol.description),
         columns=_columns(rows),
         rows=rows,
-        footnotes=sorted({cell.note for cell in cells if cell.note}),
+        footnotes=sorted({cell.note for cell in cells if cell.note} | {note for row in rows for note in row.caveats}),
         plot=pareto.plot(points, "Fréchet distance", "45 nm arithmetic per image, strict count (mJ)"),
     )
 
@@ -190,7 +200,7 @@ def _measured_row(entry: Entry, cells: dict[str, Cell]) -> Row:
     data = asdict(record)
     return Row(
         anchor=f"record-{_digest(data)}",
-        source="draft" if record.draft else "measured",
+        source=entry.status,
         method=record.method,
         cells={name: cell for name, cell in cells.items() if name != "Record"},
         facts=_facts(record) | _verification(entry.verified),
@@ -198,14 +208,13 @@ def _measured_row(entry: Entry, cells: dict[str, Cell]) -> Row:
         json=_pretty(data),
         config=yaml.safe_dump(record.config, allow_unicode=True),
         picture=picture(entry.samples),
-        caveats=[note] if (note := cells["Method"].note) else [],
+        caveats=row_notes(entry),
     )
 
 
 def _facts(record: Record) -> dict[str, str]:
     """Returns the key facts of a record, by name."""
     cost, code = record.cost, record.code
-    paper = "not defined" if cost.energy_paper_mj is None else f"{cost.energy_paper_mj:.4g} mJ"
     state = {True: ", with uncommitted changes", False: "", None: ""}[code.git_dirty]
     facts = {
         "Created": f"{record.created}, {record.wall_time_seconds:,.0f} s on {record.hardware}",
@@ -215,14 +224,23 @@ def _facts(record: Record) -> dict[str, str]:
         "Checkpoint": f"{record.checkpoint.name}, sha256 {record.checkpoint.sha256}" if record.checkpoint else "none",
         "Extractor": f"{record.extractor.name}, sha256 {record.extractor.sha256}",
         "Dataset": f"{record.dataset.name} from {record.dataset.source}, fingerprint {record.dataset.fingerprint}",
+        "Training data": training_data(record),
         "Protocol": f"{record.protocol.name}, sha256 {record.protocol.sha256}",
         "Configuration": f"sha256 {record.config_sha256}",
-        "Per image": f"{cost.sops:.4g} SOPs, {cost.macs:.4g} MACs, {cost.acs:.4g} ACs",
-        "Energy": f"{cost.energy_strict_mj:.4g} mJ (45 nm arithmetic, strict count), {paper} by SDDPM's formula",
-        "Parameters": f"{cost.parameters:,}, of which {cost.trainable_parameters:,} trainable",
     }
-    if cost.peak_memory_bytes is not None:
-        facts["Peak memory"] = f"{cost.peak_memory_bytes / 2**20:,.0f} MiB"
+    if (made := record.images) is not None:
+        copies = f"{made.copies:,} of which repeat another one" if made.copies else "all different"
+        facts["Images"] = f"{made.count:,} from {made.source}, {copies}, sha256 {made.fingerprint}"
+        facts |= {"Address": made.url} if made.url else {}
+    if cost is not None:
+        paper = "not defined" if cost.energy_paper_mj is None else f"{cost.energy_paper_mj:.4g} mJ"
+        facts |= {
+            "Per image": f"{cost.sops:.4g} SOPs, {cost.macs:.4g} MACs, {cost.acs:.4g} ACs",
+            "Energy": f"{cost.energy_strict_mj:.4g} mJ (45 nm arithmetic, strict count), {paper} by SDDPM's formula",
+            "Parameters": f"{cost.parameters:,}, of which {cost.trainable_parameters:,} trainable",
+        }
+        if cost.peak_memory_bytes is not None:
+            facts["Peak memory"] = f"{cost.peak_memory_bytes / 2**20:,.0f} MiB"
     notes = sorted({f"{metric_name(key)}: {value.note}" for key, value in record.metrics.items() if value.note})
     return facts | ({"Notes": "; ".join(notes)} if notes else {})
 

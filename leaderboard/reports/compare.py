@@ -86,9 +86,9 @@ def _leaves(value: Any, name: str) -> Iterator[tuple[str, str]]:
 
 def _cost(a: Record, b: Record) -> Iterator[Row]:
     """Yields the costs that differ, without the firing rates of single layers."""
-    first, second = asdict(a.cost), asdict(b.cost)
-    for name, x in first.items():
-        if name != "firing_rates" and x != (y := second[name]):
+    first, second = (asdict(record.cost) if record.cost else {} for record in (a, b))
+    for name in dict.fromkeys([*first, *second]):
+        if name != "firing_rates" and (x := first.get(name)) != (y := second.get(name)):
             ratio = f" ({y / x:.3g} of A)" if x and y is not None else ""
             yield name, _number(x), f"{_number(y)}{ratio}"
 

@@ -6,7 +6,7 @@
   const words = new Intl.Collator("en", { numeric: true, sensitivity: "base" });
   document.documentElement.classList.add("js");
 
-  // Sorting: numeric columns numerically, missing values and drafts last; a third click restores the original order.
+  // Sorting: numeric columns numerically, missing values and unranked rows last; a third click restores the original order.
   function sort(header, direction) {
     const table = header.closest("table");
     const column = header.cellIndex;
@@ -19,8 +19,8 @@
       return text === "" || text === "-" ? null : text;
     };
     const order = (a, b) => {
-      const drafts = a.classList.contains("draft") - b.classList.contains("draft");
-      if (drafts || direction === "none") return drafts || a.dataset.order - b.dataset.order;
+      const unranked = a.classList.contains("unranked") - b.classList.contains("unranked");
+      if (unranked || direction === "none") return unranked || a.dataset.order - b.dataset.order;
       const [x, y] = [key(a), key(b)];
       if (x === null || y === null) return (x === null) - (y === null) || a.dataset.order - b.dataset.order;
       return sign * (isNumber ? x - y : words.compare(x, y)) || a.dataset.order - b.dataset.order;

@@ -10,6 +10,7 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
+from leaderboard.record.entries import STATUSES
 from leaderboard.record.records import Record
 from leaderboard.reports import pareto
 from leaderboard.reports.boards import MEANINGS, UNKNOWN, Board, measured_boards, published_boards
@@ -36,6 +37,7 @@ def render_page(records: Iterable[tuple[Path, Record]], published: Published) ->
         methods=sorted(methods.items(), key=lambda item: item[1].casefold()),
         meanings=MEANINGS,
         unknown=UNKNOWN,
+        unranked=[status for status in STATUSES if status != "measured"],
         pareto=pareto,
         style=Markup(style),
         script=Markup(script),

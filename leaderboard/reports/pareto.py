@@ -51,7 +51,7 @@ class Point:
         method: Method; determines shape and colour of the mark.
         label: Name of the point.
         anchor: HTML id of its row in the page.
-        ranked: Whether it may be on the Pareto front; False for drafts.
+        ranked: Whether it may be on the Pareto front; False for what its table does not rank.
     """
 
     energy: float

@@ -133,7 +133,7 @@ def to_csv(records: Iterable[tuple[Path, Record]], published: Published) -> str:
 
 
 def _rank(position: int, entry: Entry) -> int | None:
-    return None if entry.record.draft or not math.isfinite(entry.frechet) else position
+    return position if entry.is_ranked and math.isfinite(entry.frechet) else None
 
 
 def _verified_day(entry: Entry) -> str | None:
@@ -154,19 +154,20 @@ def _measured_columns(entry: Entry, rank: int | None) -> dict[str, Any]:
         "images_per_second",
     ]
     return {
-        "source": "draft" if record.draft else "measured",
+        "source": entry.status,
         "dataset": record.dataset.name,
         "protocol": record.protocol.name,
         "protocol_sha256": record.protocol.sha256,
         "rank": rank,
         "method": record.method,
         "variant": record.variant,
-        "num_steps": None if cost.firing_rate is None else record.num_steps,
+        "num_steps": None if cost is None or cost.firing_rate is None else record.num_steps,
         "solver": record.solver,
         "nfe": record.nfe,
         "record": entry.path.name,
         "verified": _verified_day(entry),
-        **{name: getattr(cost, name) for name in same},
+        "url": record.images.url if record.images else None,
+        **{name: getattr(cost, name, None) for name in same},
     }
 
 

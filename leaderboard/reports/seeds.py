@@ -62,8 +62,8 @@ _PER_RUN_KEYS = {"default_root_dir", "init_from", "ckpt_path", "seed_everything"
 def seeds(records: list[str] = ["runs", RECORDS], output: str | None = None) -> None:  # noqa: B006 (never changed)
     """Shows records that differ only in their seed as one row: mean ± standard deviation over the seeds.
 
-    The standard deviation includes the variation of training and of the evaluation. Drafts are omitted. If a training
-    seed has several records, such as its best and its last checkpoint, the newest is used.
+    The standard deviation includes the variation of training and of the evaluation. Records that are not ranked are
+    omitted. If a training seed has several records, such as its best and its last checkpoint, the newest is used.
 
     Args:
         records: Folders to search for `*.json`, directly and in any `records` folder below.
@@ -78,7 +78,7 @@ def seeds(records: list[str] = ["runs", RECORDS], output: str | None = None) -> 
     for message in broken:
         console.print(f"skipped: {message}", style="red", markup=False, soft_wrap=True)
     lines = [_PREAMBLE.rstrip()]
-    for group in tables((path, record) for path, record in entries if not record.draft):
+    for group in tables(pair for pair in entries if Entry(*pair).is_ranked):
         rows = seed_rows(group)
         table = Table(*rows[0], title=table_title(group[0]), title_justify="left")
         for row in rows:
@@ -135,7 +135,7 @@ def _mean(value: Callable[[Record], float | None], records: Sequence[Record]) ->
 
 
 def _row(records: Sequence[Record], keys: Sequence[str]) -> dict[str, Cell]:
-    first = records[0]
+    first, cost = records[0], records[0].counted_cost
     shared = {record.variant for record in records} - {"default"}
     variant = f", {first.variant}" if shared == {first.variant} else ""
     return {
@@ -143,11 +143,11 @@ def _row(records: Sequence[Record], keys: Sequence[str]) -> dict[str, Cell]:
         "Solver": Cell(f"{first.solver}, {first.nfe}"),
         "Seeds": Cell(str(len({r.seeds.get("training") for r in records}))),
         **{metric_name(key): _mean_cell([r.metrics[key].value for r in records if key in r.metrics]) for key in keys},
-        "T": Cell("-" if first.cost.firing_rate is None else str(first.num_steps)),
-        "Rate": number_cell(None if first.cost.firing_rate is None else _mean(lambda r: r.cost.firing_rate, records)),
-        "G SOPs": number_cell(_mean(lambda r: r.cost.sops, records) / 1e9),
-        "mJ": number_cell(_mean(lambda r: r.cost.energy_strict_mj, records)),
-        "M params": number_cell(first.cost.parameters / 1e6),
+        "T": Cell("-" if cost.firing_rate is None else str(first.num_steps)),
+        "Rate": number_cell(None if cost.firing_rate is None else _mean(lambda r: r.counted_cost.firing_rate, records)),
+        "G SOPs": number_cell(_mean(lambda r: r.counted_cost.sops, records) / 1e9),
+        "mJ": number_cell(_mean(lambda r: r.counted_cost.energy_strict_mj, records)),
+        "M params": number_cell(cost.parameters / 1e6),
     }
 
 

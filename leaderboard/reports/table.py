@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from leaderboard.files import write_atomic
-from leaderboard.record.entries import RECORDS, Entry, order_metrics, read_records
+from leaderboard.record.entries import RECORDS, STATUSES, Entry, order_metrics, read_records
 from leaderboard.record.records import MetricValue, Record
 from leaderboard.reports.terminal import SHORT, WIDTH, terminal
 
@@ -73,7 +73,7 @@ def leaderboard(
     wide: bool = False,
     all: bool = False,
 ) -> None:
-    """Shows records as tables, one per dataset and protocol, best Fréchet distance first and drafts last.
+    """Shows records as tables, one per dataset and protocol: best Fréchet distance first, then what is not ranked.
 
     By default, only the table of the newest run is shown, with few columns, the best rows and the neighbours of the
     newest run, which is marked by `>`. Without runs, the table with the most rows is shown.
@@ -122,7 +122,8 @@ def _show_run(entry: Entry, console: Console) -> None:
     """Prints the paths of the samples and of the TensorBoard log of a record's run."""
     if entry.samples.is_file():
         print_line(console, f"samples: {entry.samples}")
-    print_line(console, f"tensorboard --logdir {entry.path.parent.parent}")
+    if entry.record.images is None:
+        print_line(console, f"tensorboard --logdir {entry.path.parent.parent}")
 
 
 def _show_hidden(
@@ -149,10 +150,12 @@ def show_result(entry: Entry, console: Console) -> None:
     """Prints metrics and cost of a record, and the paths of its run folder, record file and sample grid."""
     record, row = entry.record, table_rows([entry])[0]
     names = list(row)[3 : list(row).index("T")]
-    values = [f"{name} {row[name]}" for name in names] + [f"{record.nfe} NFE", f"{row['mJ']} mJ"]
-    if record.cost.firing_rate is not None:
+    values = [f"{name} {row[name]}" for name in names]
+    if record.cost is not None:
+        values += [f"{row['NFE']} NFE", f"{row['mJ']} mJ"]
+    if record.cost is not None and record.cost.firing_rate is not None:
         values.insert(len(names), f"T {row['T']}, rate {row['Rate']}")
-    title = f"{table_title(entry)}{' (draft, not ranked)' if record.draft else ''}"
+    title = f"{table_title(entry)}{'' if entry.is_ranked else f' ({entry.status}, not ranked)'}"
     sentence = f"{title}: {', '.join(value.replace(' ', NO_BREAK) for value in values)}"
     print_line(console, textwrap.fill(sentence, console.width).replace(NO_BREAK, " "))
     for note in _notes([entry]):
@@ -181,10 +184,10 @@ def markdown(records: Iterable[tuple[Path, Record]]) -> str:
 
 
 def tables(records: Iterable[tuple[Path, Record]]) -> list[list[Entry]]:
-    """Groups comparable records, each group sorted as its table: by Fréchet distance, drafts last."""
+    """Groups comparable records, each group sorted as its table: by status, then by Fréchet distance."""
     groups: dict[tuple[str, ...], list[Entry]] = {}
     entries = [Entry(path, record) for path, record in records]
-    for entry in sorted(entries, key=lambda e: (e.record.draft, e.frechet, e.path.name)):
+    for entry in sorted(entries, key=lambda e: (STATUSES.index(e.status), e.frechet, e.path.name)):
         groups.setdefault(entry.table_key, []).append(entry)
     return [groups[key] for key in sorted(groups)]
 
@@ -211,27 +214,28 @@ def label(column: str) -> str:
 
 
 def _rank(position: int, entry: Entry) -> Cell:
-    if entry.record.draft:
-        return Cell("draft")
+    if not entry.is_ranked:
+        return Cell(entry.status)
     return Cell(str(position + 1), position + 1) if math.isfinite(entry.frechet) else Cell("-")
 
 
 def _cells(entry: Entry, keys: list[str]) -> dict[str, Cell]:
     record, cost = entry.record, entry.record.cost
+    spiking = cost is not None and cost.firing_rate is not None
     samples = max((v.num_samples for v in record.metrics.values()), default=0)
     seed = record.seeds.get("training")
     return {
-        "Method": Cell(record.method, note=METHOD_NOTES.get(record.method, "")),
+        "Method": Cell(record.method, note="; ".join(row_notes(entry))),
         "Variant": Cell(record.variant),
         **{metric_name(key): metric_cell(key, record.metrics.get(key)) for key in keys},
-        "T": Cell("-") if cost.firing_rate is None else Cell(str(record.num_steps), record.num_steps),
-        "Rate": number_cell(cost.firing_rate),
-        "Solver": Cell(record.solver),
-        "NFE": Cell(str(record.nfe), record.nfe),
-        "G SOPs": number_cell(cost.sops / 1e9),
-        "mJ": number_cell(cost.energy_strict_mj),
-        "M params": number_cell(cost.parameters / 1e6),
-        "Images/s": number_cell(cost.images_per_second),
+        "T": Cell(str(record.num_steps), record.num_steps) if spiking and record.num_steps else Cell("-"),
+        "Rate": number_cell(cost.firing_rate if cost else None),
+        "Solver": Cell(record.solver or "-"),
+        "NFE": Cell("-") if record.nfe is None else Cell(str(record.nfe), record.nfe),
+        "G SOPs": number_cell(cost.sops / 1e9 if cost else None),
+        "mJ": number_cell(cost.energy_strict_mj if cost else None),
+        "M params": number_cell(cost.parameters / 1e6 if cost else None),
+        "Images/s": number_cell(cost.images_per_second if cost else None),
         "Samples": Cell(f"{samples:,}", samples),
         "Seed": Cell("-" if seed is None else str(seed), seed),
         "Repeated": Cell("-" if entry.verified is None else entry.verified.created[:10]),
@@ -279,9 +283,22 @@ def table_provenance(entry: Entry) -> str:
     )
 
 
+def row_notes(entry: Entry) -> list[str]:
+    """Returns the footnotes of a whole row: of its method, and of what keeps it from being ranked."""
+    record = entry.record
+    notes = [f"transfer: {difference}." for difference in record.transfers]
+    if record.images is not None:
+        copies = f" {record.images.copies:,} of {record.images.count:,} repeat another one." * bool(
+            record.images.copies
+        )
+        cost = " Their cost is as its authors state it." * (record.cost is not None)
+        return [*notes, f"images: made by other code, so that `leaderboard verify` cannot repeat them.{copies}{cost}"]
+    return notes + ([METHOD_NOTES[record.method]] if record.method in METHOD_NOTES else [])
+
+
 def _notes(group: list[Entry]) -> list[str]:
     notes = {v.note for entry in group for v in entry.record.metrics.values() if v.note}
-    notes |= {METHOD_NOTES[entry.record.method] for entry in group if entry.record.method in METHOD_NOTES}
+    notes |= {note for entry in group for note in row_notes(entry)}
     return [f"* {note}" for note in sorted(notes)]
 
 
@@ -307,7 +324,8 @@ def _print_wide(console: Console, group: list[Entry]) -> None:
     for number, row in enumerate(rows, 1):
         row = row | {"File": Cell(f"[{number}]")}
         cells = ["\n".join(str(row[name]) for name in stack).replace(" ±", "\n±") for stack in stacks]
-        table.add_row(*map(Text, cells))
+        last_ranked = group[number - 1].is_ranked and number < len(group) and not group[number].is_ranked
+        table.add_row(*map(Text, cells), end_section=last_ranked)
     console.print(table)
     for line in (table_provenance(group[0]), *_notes(group), *(f"[{n}] {e.path}" for n, e in enumerate(group, 1))):
         console.print(Text(line, style="dim"), soft_wrap=True)
@@ -354,7 +372,8 @@ def _print_short(console: Console, group: list[Entry], newest: Entry | None, eve
             *(str(row[n]) for n in numbers),
         ]
         table.add_row(*(Text(c, no_wrap=True, overflow="ellipsis") for c in cells), style="bold" if marked else None)
-        notes += [row[name].note for name in metrics if row[name].note not in ("", *notes)]
+        found = [row[name].note for name in metrics] + (row_notes(group[index]) if row["#"].value is None else [])
+        notes += [note for note in found if note not in ("", *notes)]
     console.print(table)
     for note in notes:
         console.print(Text(f"* {note}", style="dim"))
