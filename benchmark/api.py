@@ -65,9 +65,9 @@ def sample(
 def records(folders: Iterable[str | Path] = FOLDERS) -> pd.DataFrame:
     """Returns the records in folders as a data frame with one row per record, oldest first.
 
-    Columns are method, variant, dataset, protocol, status (`measured`, or why the record is not ranked), the seeds, solver, `nfe`, `num_steps`, each metric with its
-    standard error (`fd_digits`, `fd_digits_error`), the costs by their names in `leaderboard.record.records.Cost`, the
-    time and the file.
+    Columns are method, variant, dataset, protocol, status (`measured`, or why the record is not ranked), the seeds,
+    solver, `nfe`, `num_steps`, each metric with its standard error (`fd_digits`, `fd_digits_error`), the costs by their
+    names in `leaderboard.record.records.Cost`, the time and the file.
 
     Args:
         folders: Folders to search, by default the runs here and the records of the project.

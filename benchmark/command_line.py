@@ -39,8 +39,8 @@ class Parser(LightningArgumentParser):
                     message += f"\nknown classes of --{key}: {', '.join(classes)}"
         if missing := re.search(r"No module named '([^'.]+)", message):
             message += (
-                f"\nrun in the folder that contains {missing[1]}, name that folder by PYTHONPATH=FOLDER, or install it: "
-                "pip install -e FOLDER"
+                f"\nrun in the folder that contains {missing[1]}, name that folder by PYTHONPATH=FOLDER, or install it "
+                "with `pip install -e FOLDER`"
             )
         if not self.exit_on_error:
             super().error(message, ex)

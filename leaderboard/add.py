@@ -51,6 +51,8 @@ def add(file: str, to: str = RECORDS) -> None:
         raise SystemExit(1)
     added = write_record(record, to)
     print(f"added {added}")
+    for name, code in (record.code.external or {}).items():
+        print(f"external code: {name} {code}")
     old, new = Entry(path, record), Entry(added, record)
     if old.samples.is_file():
         write_atomic(new.samples, old.samples.read_bytes())

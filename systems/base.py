@@ -147,7 +147,7 @@ class DiffusionSystem(L.LightningModule):
             )
 
     def noise(self, seeds: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Returns standard normal noise `(B, *shape)` on the module's device, row `k` drawn with the seed `seeds[k]`."""
+        """Returns standard normal noise `(B, *shape)` on the module's device; row `k` is drawn with `seeds[k]`."""
         generators = [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
         return randn_tensor((len(seeds), *shape), generator=generators, device=self.device, dtype=self.dtype)
 
@@ -258,8 +258,8 @@ class DiffusionSystem(L.LightningModule):
         content = read_suite(checkpoint_path)
         if "configuration" not in content:
             raise ValueError(
-                f"{checkpoint_path} contains no configuration, as checkpoints of version 0.2 and before; load it by its "
-                "run folder: `benchmark.load(RUN)`"
+                f"{checkpoint_path} contains no configuration, as written by version 0.2 and before; load it "
+                "by its run folder: `benchmark.load(RUN)`"
             )
         return cls.from_configuration(content["configuration"]["model"], content).to(map_location)
 

@@ -118,8 +118,7 @@ def _check_packages(record: Record) -> None:
         ValueError: If one is missing; names all of them, with version and commit.
     """
     missing = [
-        f"{name} ({f'{code.distribution} {code.version}' if code.distribution else 'of no distribution'}, commit "
-        f"{code.git_commit or 'unknown'})"
+        f"{name} {code}"
         for name, code in (record.code.external or {}).items()
         if name != "__main__" and find_spec(name) is None
     ]

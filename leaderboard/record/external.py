@@ -30,7 +30,7 @@ class ExternalCode:
         distribution: Name of the installed distribution; `None` if the code is not installed.
         version: Version of the distribution.
         git_commit: Commit of the checkout that tracks the code; `None` outside one.
-        git_dirty: Whether its tracked or new files differ from that commit.
+        git_dirty: Whether its source files differ from that commit, new ones included.
         sha256: `canonical_sha256` of the SHA-256 of each source file of the package by relative path.
     """
 
@@ -39,6 +39,14 @@ class ExternalCode:
     git_commit: str | None
     git_dirty: bool | None
     sha256: str
+
+    def __str__(self) -> str:
+        """Version, commit and start of the hash, in parentheses."""
+        version = f"{self.distribution} {self.version}" if self.distribution else "not a distribution"
+        commit = (
+            f"commit {self.git_commit[:8]}{' with changes' * bool(self.git_dirty)}" if self.git_commit else "no commit"
+        )
+        return f"({version}, {commit}, source {self.sha256[:8]})"
 
 
 def external_code(system: nn.Module, data: Any, config: Any = None) -> dict[str, ExternalCode]:
@@ -113,7 +121,7 @@ def _identify(name: str) -> ExternalCode:
 
 
 def _git(root: Path, files: list[Path]) -> tuple[str | None, bool | None]:
-    """Returns the commit of the checkout that tracks any of these files, and whether `root` differs from it."""
+    """Returns the commit of the checkout that tracks any of these files, and whether its sources differ."""
 
     def git(*args: str) -> str:
         command = ["git", "-C", str(root), *args]
@@ -122,6 +130,6 @@ def _git(root: Path, files: list[Path]) -> tuple[str | None, bool | None]:
     try:
         if not files or not git("ls-files", "--", *map(str, files[:100])):
             return None, None
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--", "."))
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--", ":(glob)**/*.py"))
     except (OSError, subprocess.CalledProcessError):
         return None, None

@@ -287,6 +287,8 @@ def row_notes(entry: Entry) -> list[str]:
     """Returns the footnotes of a whole row: of its method, and of what keeps it from being ranked."""
     record = entry.record
     notes = [f"transfer: {difference}." for difference in record.transfers]
+    if record.code.external:
+        notes.append(f"external code: {', '.join(f'{name} {code}' for name, code in record.code.external.items())}.")
     if record.images is not None:
         copies = f" {record.images.copies:,} of {record.images.count:,} repeat another one." * bool(
             record.images.copies
@@ -380,9 +382,10 @@ def _print_short(console: Console, group: list[Entry], newest: Entry | None, eve
 
 
 def entry_name(record: Record) -> str:
-    """Returns method and variant on one line."""
+    """Returns method, variant and the mark of code outside the suite on one line."""
     named = record.variant not in ("", "default")
-    return " ".join(f"{record.method}, {record.variant}".split()) if named else record.method
+    parts = [record.method, *[record.variant] * named, *["external code"] * bool(record.code.external)]
+    return " ".join(", ".join(parts).split())
 
 
 def markdown_line(cells: Iterable[str]) -> str:
