@@ -104,7 +104,7 @@ def check_stage(stage: str, rest: list[str], run: str, follows: bool = True) -> 
     if stage != "fit" and "--ckpt_path" not in rest:
         rest += ["--ckpt_path", "last"]
     stage_parser().parse_args([stage.replace("-", "_"), *rest], defaults=False)  # a quarter of the time
-    return rest[rest.index("--config") + 1]
+    return rest[rest.index("--config") + 1] if "--config" in rest else run
 
 
 def parsed(args: list[str], parser: type[argparse.ArgumentParser], method: str) -> tuple[Any, ...]:
