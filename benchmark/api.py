@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from benchmark.runs import find_checkpoint, load_run
+from benchmark.runs import checkpoint_in, load_run
 from datamodules import ImageDataModule
 from leaderboard.record.entries import FOLDERS, Entry, read_records
 from systems.base import DiffusionSystem
@@ -29,15 +29,14 @@ def load(path: str | Path, which: str = "last") -> tuple[DiffusionSystem, ImageD
     """Loads a trained model, in evaluation mode on the CPU, and its data module.
 
     Args:
-        path: Run folder, or a checkpoint in one or with its configuration inside.
+        path: Run folder, folder made by `export`, or a checkpoint in one or with its configuration inside.
         which: Checkpoint of a run folder: `last`, or `best` by validation loss.
 
     Raises:
         FileNotFoundError: If there is no such run or checkpoint.
         ValueError: If it cannot be read or has no configuration.
     """
-    path = Path(path)
-    return load_run(find_checkpoint(path, which) if path.is_dir() else path)
+    return load_run(checkpoint_in(Path(path), which))
 
 
 def sample(

@@ -51,6 +51,7 @@ COMMANDS = {
     "leaderboard compare": ("leaderboard.reports.compare:compare", "show the differences between two records"),
     "leaderboard verify": ("benchmark.commands.verify:verify", "repeat the evaluation of a record and compare"),
     "leaderboard add": ("leaderboard.add:add", "check a record and add it to the leaderboard"),
+    "export": ("benchmark.commands.export:export", "write a trained model as a folder to share"),
     "import": ("benchmark.commands.import_checkpoint:import_checkpoint", "convert a checkpoint released by authors"),
     "convert": ("benchmark.commands.convert:convert", "convert a quantised DDPM into a spiking network"),
     "train-extractor": ("leaderboard.extractors.train:train_extractor", "train the feature extractor of a dataset"),
@@ -73,7 +74,7 @@ GROUPS = {
         "reference",
     ),
     "leaderboard": tuple(name for name in COMMANDS if name.startswith("leaderboard")),
-    "tools": ("import", "convert", "train-extractor", "regress", "speed", "loader-speed", "attention-speed"),
+    "tools": ("export", "import", "convert", "train-extractor", "regress", "speed", "loader-speed", "attention-speed"),
 }
 """The commands as the help shows them."""
 

@@ -15,7 +15,15 @@ from lightning.pytorch.cli import LightningArgumentParser
 import datamodules
 import systems
 from benchmark.messages import condense
-from benchmark.runs import RUNS, find_checkpoint, newest_run, run_of, update_config
+from benchmark.runs import (
+    RUNS,
+    checkpoint_in,
+    configuration_of,
+    find_checkpoint,
+    newest_run,
+    run_of,
+    update_config,
+)
 
 MAX_ALIASES = 20
 """Limit on aliases in a YAML file: nested, 20 expand to some thousand values, 100 to more than fits in memory."""
@@ -61,8 +69,8 @@ def pass_through_parser(command: str, description: str) -> ArgumentParser:
 def fill_in_newest_run(args: list[str]) -> list[str]:
     """Adds the config and the checkpoint of the newest run where a command names neither.
 
-    `--ckpt_path best` and `--ckpt_path last` become files of the newest run. `fit` uses the config of a run only to
-    resume it, that is with --ckpt_path and without --config.
+    `--ckpt_path best` and `--ckpt_path last` become files of the newest run, and a folder the weights in it. `fit` uses
+    the config of a run only to resume it, that is with --ckpt_path and without --config.
 
     Args:
         args: A stage and its options.
@@ -89,24 +97,27 @@ def fill_in_newest_run(args: list[str]) -> list[str]:
             f"`{stage} --config` needs a checkpoint: add `--ckpt_path CHECKPOINT`, or leave out --config to use the "
             "newest run"
         )
-    run: Path | None
     if typed.ckpt_path in (None, "best", "last"):
-        run = newest_run(Path(typed.folder or RUNS))
-        path = find_checkpoint(run, typed.ckpt_path or "last")
+        path = find_checkpoint(newest_run(Path(typed.folder or RUNS)), typed.ckpt_path or "last")
     else:
-        path = Path(typed.ckpt_path)
+        path = checkpoint_in(Path(typed.ckpt_path))
         if not path.is_file():
-            raise FileNotFoundError(f"--ckpt_path {path} is not a file; give a checkpoint (*.ckpt), best or last")
-        if configs:
-            return args
-        run = run_of(path)
-    if run is None:
-        raise ValueError(f"--ckpt_path {path} is not in a run folder; name its config too: `--config CONFIG`")
+            raise FileNotFoundError(
+                f"--ckpt_path {path} is not a file; name a checkpoint (*.ckpt, *.safetensors), a folder of "
+                "`export`, best or last"
+            )
     print(f"{stage} of {path}")
     if not configs:
-        _check_config(run / "config.yaml")
-        rest = ["--config", str(run / "config.yaml"), *rest]
+        rest = ["--config", _config_of(path), *rest]
     return [stage, *rest, "--ckpt_path", str(path)]
+
+
+def _config_of(checkpoint: Path) -> str:
+    """Returns the config file of the run folder of a checkpoint, or the configuration of one elsewhere as YAML."""
+    if (run := run_of(checkpoint)) is None:
+        return yaml.safe_dump(configuration_of(checkpoint), sort_keys=False)
+    _check_config(run / "config.yaml")
+    return str(run / "config.yaml")
 
 
 def _check_config(path: Path) -> None:

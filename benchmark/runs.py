@@ -15,9 +15,11 @@ from jsonargparse import ArgumentParser
 from datamodules import ImageDataModule
 from leaderboard.files import file_sha256
 from systems.base import DiffusionSystem
-from systems.checkpoints import read_suite
+from systems.checkpoints import CheckpointMismatchError, read_suite
 
 RUNS = Path("runs")
+WEIGHTS = "model.safetensors"
+"""Weights in a folder made by `export`."""
 MOVED = {
     "systems.analytic_dpm.AnalyticDPMScheduler": "systems.AnalyticDPMScheduler",
     "systems.analytic_dpm.StridedDDPMScheduler": "systems.StridedDDPMScheduler",
@@ -77,13 +79,12 @@ def update_config(text: str) -> str:
     return text[: found.start()] + text[found.end() :]
 
 
-def training_seed(run: Path) -> Any:
-    """Returns `seed_everything` from the config of a run, or None if the config cannot be read."""
+def training_seed(checkpoint: Path) -> Any:
+    """Returns `seed_everything` of the training of a checkpoint, or None if it is not known."""
     try:
-        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return configuration_of(checkpoint).get("seed_everything")
+    except (OSError, ValueError, CheckpointMismatchError, yaml.YAMLError, AttributeError, TypeError):
         return None
-    return config.get("seed_everything") if isinstance(config, dict) else None
 
 
 def newest_run(folder: Path) -> Path:
@@ -119,10 +120,17 @@ def find_checkpoint(run: Path, which: str = "last") -> Path:
     return found[-1]
 
 
-def load_run(checkpoint: Path) -> tuple[DiffusionSystem, ImageDataModule]:
-    """Builds the system of a run with the weights of a checkpoint, in evaluation mode, and its datamodule.
+def checkpoint_in(path: Path, which: str = "last") -> Path:
+    """Returns the weights in an exported folder, the checkpoint `which` of a run folder, or the file itself."""
+    if not path.is_dir():
+        return path
+    return path / WEIGHTS if (path / WEIGHTS).is_file() else find_checkpoint(path, which)
 
-    The configuration is that of the run folder, or of the checkpoint itself if it is elsewhere.
+
+def configuration_of(checkpoint: Path) -> dict[str, Any]:
+    """Returns `model`, `data` and `seed_everything` of a checkpoint.
+
+    They are read from the run folder or the exported folder that contains it, or else from the checkpoint itself.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
@@ -130,16 +138,30 @@ def load_run(checkpoint: Path) -> tuple[DiffusionSystem, ImageDataModule]:
     """
     if not checkpoint.is_file():
         raise FileNotFoundError(f"{checkpoint} is not a file; name a checkpoint (*.ckpt)")
-    content = read_suite(checkpoint)
-    if run := run_of(checkpoint):
+    exported = checkpoint.parent / "config.yaml" if checkpoint.name == WEIGHTS else None
+    run = run_of(checkpoint)
+    if exported is not None and exported.is_file():
+        config = yaml.safe_load(update_config(exported.read_text(encoding="utf-8")))
+    elif run is not None:
         config = yaml.safe_load(update_config((run / "config.yaml").read_text(encoding="utf-8")))
-    elif "configuration" in content:
-        config = content["configuration"]
     else:
+        config = read_suite(checkpoint).get("configuration")
+    if config is None:
         raise ValueError(
-            f"{checkpoint} is not in a run folder and contains no configuration; name one under runs/RUN/checkpoints/"
+            f"{checkpoint} is not in a run folder and contains no configuration; name its config too: `--config CONFIG`"
         )
+    return {key: config[key] for key in ("seed_everything", "model", "data") if key in config}
+
+
+def load_run(checkpoint: Path) -> tuple[DiffusionSystem, ImageDataModule]:
+    """Builds the system of a checkpoint with its weights, in evaluation mode, and its datamodule.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint.
+        ValueError: If it has no configuration (see `configuration_of`).
+    """
+    config = configuration_of(checkpoint)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(ImageDataModule, "data")
     data: ImageDataModule = parser.instantiate(parser.parse_object({"data": config["data"]})).data
-    return DiffusionSystem.from_configuration(config["model"], content), data
+    return DiffusionSystem.from_configuration(config["model"], read_suite(checkpoint)), data

@@ -138,7 +138,7 @@ class BenchmarkCLI(LightningCLI):
             self.subcommand
         ]  # a solver has -Infinity, which is not JSON
         if self.subcommand != "fit":
-            self.resolved["seed_everything"] = training_seed(run) if run else None
+            self.resolved["seed_everything"] = training_seed(checkpoint) if checkpoint else None
         if config.evaluation.draft and self.subcommand != "test":
             raise ValueError("--draft is an option of `test`, which measures images; omit it here")
 
@@ -168,7 +168,7 @@ class BenchmarkCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Passes the config on to the record, and refuses a test that deviates from its protocol before it starts."""
         self.model.check_contract()
-        self.model.configuration = {key: self.resolved[key] for key in ("model", "data")}
+        self.model.configuration = {key: self.resolved[key] for key in ("seed_everything", "model", "data")}
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Evaluation):
                 callback.config = self.resolved

@@ -26,6 +26,7 @@ from systems.checkpoints import (
     check_state,
     read_suite,
     training_data_of,
+    with_network_prefix,
     with_training_data,
 )
 from systems.figures import Figure
@@ -241,6 +242,7 @@ class DiffusionSystem(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Rejects a checkpoint of another method or network with a single message."""
         check_method(checkpoint, self.method, "the checkpoint")
+        checkpoint["state_dict"] = with_network_prefix(checkpoint["state_dict"], self)
         check_state(checkpoint["state_dict"], self, "the checkpoint")
         self.training_data = training_data_of(checkpoint)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import pickle
 import re
@@ -12,7 +13,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import lightning
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 ADVICE = re.compile("Weights only load failed|Please file an issue|Check the documentation")
@@ -43,6 +47,7 @@ UNREADABLE = (
     ValueError,
     LookupError,
     zipfile.BadZipFile,
+    SafetensorError,
 )
 """Errors that reading a damaged file or another kind of file may raise."""
 
@@ -51,8 +56,48 @@ class CheckpointMismatchError(RuntimeError):
     """A checkpoint does not belong to the method or network it is loaded into."""
 
 
+EXPORTED = ("method", "process", "training_data", "configuration", "activation_bits", "gamma")
+"""Entries of a checkpoint that its safetensors file keeps besides the weights, as JSON in its metadata."""
+
+
+def save_safetensors(content: Mapping[str, Any], path: Path) -> None:
+    """Writes the weights of a checkpoint and its `EXPORTED` entries to a safetensors file for `load_checkpoint`."""
+    kept = {name: content[name] for name in EXPORTED if name in content}
+    metadata = {"format": "pt", "checkpoint": json.dumps(kept, default=Tensor.tolist)}
+    state = {name: tensor.contiguous() for name, tensor in content["state_dict"].items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_bytes(save(state, metadata))
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _load_safetensors(path: Path) -> dict[str, Any]:
+    """Reads a safetensors file, of the suite or with bare weights, as a checkpoint from which training can start."""
+    with safe_open(path, "pt") as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        content = json.loads((file.metadata() or {}).get("checkpoint", "{}"))
+    if "gamma" in content:
+        content["gamma"]["values"] = torch.tensor(content["gamma"]["values"], dtype=torch.float64)
+    return {**content, **weights_only(state)}
+
+
+def weights_only(state: dict[str, Tensor]) -> dict[str, Any]:
+    """Returns the checkpoint of an untrained run with these weights."""
+    return {
+        "state_dict": state,
+        "pytorch-lightning_version": lightning.__version__,
+        "epoch": 0,
+        "global_step": 0,
+        "optimizer_states": [],
+        "lr_schedulers": [],
+    }
+
+
 def load_checkpoint(path: str | Path) -> Any:
-    """Reads a file written by `torch.save`; unpickles only tensors and plain values.
+    """Reads a file written by `torch.save` or `save_safetensors`; unpickles only tensors and plain values.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -62,6 +107,8 @@ def load_checkpoint(path: str | Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file; give a checkpoint")
     try:
+        if path.suffix == ".safetensors":
+            return _load_safetensors(path)
         if zipfile.is_zipfile(path):  # torch does not verify its checksums
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():
@@ -121,6 +168,8 @@ def read_suite(path: str | Path, *needed: str) -> dict[str, Any]:
         CheckpointMismatchError: If it is not of the suite.
     """
     content = load_checkpoint(path)
+    if isinstance(content, dict) and content and all(isinstance(value, Tensor) for value in content.values()):
+        content = weights_only(content)  # a bare state dict
     if not isinstance(content, dict) or not {"state_dict", *needed} <= content.keys():
         raise CheckpointMismatchError(
             f"{path} is not a checkpoint of the suite; convert an authors' file with `python -m benchmark import` first"
@@ -144,6 +193,14 @@ def network_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     prefix = "network."
     state = checkpoint["state_dict"]
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def with_network_prefix(state: dict[str, Tensor], system: nn.Module) -> dict[str, Tensor]:
+    """Returns the state dict of a system, given that of the system or that of its network only."""
+    prefix = "network."
+    if any(key.startswith(prefix) for key in state) or not any(k.startswith(prefix) for k in system.state_dict()):
+        return state
+    return {f"{prefix}{key}": value for key, value in state.items()}
 
 
 def read_trained(path: str | Path, method: str) -> dict[str, Any]:

@@ -1,0 +1,110 @@
+"""`python -m benchmark export`: writes a trained model as a folder that others can load, read about and host."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader
+
+from benchmark.runs import WEIGHTS, checkpoint_in, configuration_of
+from leaderboard.files import file_sha256, write_atomic
+from leaderboard.record.entries import Entry, read_records
+from leaderboard.reports.table import metric_cell, metric_name
+from systems.checkpoints import read_suite, save_safetensors
+
+CARD = "README.md"
+SAMPLES = "samples.png"
+OWN_PATHS = ("root", "cache_dir", "init_from")
+"""Options of data and model that name files of this machine and that sampling does not need."""
+
+
+def export(run: str, folder: str, which: str = "last", push_to_hub: str | None = None) -> None:
+    """Writes weights (safetensors), configuration and a model card with the sample grid of a run to a new folder.
+
+    `--ckpt_path FOLDER` of `test` and `predict`, and `benchmark.load(FOLDER)`, take it back. Optimiser states are left
+    out. The card describes the records of the checkpoint, if it was tested.
+
+    Args:
+        run: Run folder, or a checkpoint.
+        folder: Folder to write; it must not exist, or be empty.
+        which: Checkpoint of a run folder: `last`, or `best` by validation loss.
+        push_to_hub: Repository on the Hugging Face hub, such as `user/sddpm-mnist`, to create and upload the folder to.
+
+    Raises:
+        FileNotFoundError: If there is no such run or checkpoint.
+        FileExistsError: If the folder contains files.
+    """
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{folder} exists already; name a new folder, since nothing is overwritten")
+    source = Path(run)
+    checkpoint = checkpoint_in(source, which)
+    configuration, content = _without_own_paths(configuration_of(checkpoint)), read_suite(checkpoint)
+    sha256 = file_sha256(checkpoint)
+    entries = [
+        Entry(path, record)
+        for path, record in (read_records([checkpoint.parent.parent])[0] if source.is_dir() else [])
+        if record.checkpoint is not None and record.checkpoint.sha256 == sha256
+    ]
+    save_safetensors(content | {"configuration": configuration}, target / WEIGHTS)
+    write_atomic(target / "config.yaml", yaml.safe_dump(configuration, sort_keys=False))
+    if grids := [entry.samples for entry in sorted(entries, key=Entry.time) if entry.samples.is_file()]:
+        write_atomic(target / SAMPLES, grids[-1].read_bytes())
+    write_atomic(
+        target / CARD, model_card(content, configuration, entries, has_samples=bool(grids), folder=target.name)
+    )
+    files = ", ".join(sorted(path.name for path in target.iterdir()))
+    print(f"exported {checkpoint} to {target}: {files}")
+    print(f"try: python -m benchmark predict --ckpt_path {target} --data.num_samples 16")
+    if push_to_hub is not None:
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        api.create_repo(push_to_hub, exist_ok=True)
+        print(f"uploaded to {api.upload_folder(repo_id=push_to_hub, folder_path=target)}")
+
+
+def _without_own_paths(configuration: dict[str, Any]) -> dict[str, Any]:
+    """Returns a configuration without the paths of `OWN_PATHS`, which do not exist elsewhere."""
+    copied = copy.deepcopy(configuration)
+    for section in ("model", "data"):
+        arguments = copied[section].get("init_args") or {}
+        arguments |= {name: None for name in OWN_PATHS if name in arguments}
+    return copied
+
+
+def model_card(
+    content: dict[str, Any], configuration: dict[str, Any], entries: list[Entry], has_samples: bool, folder: str
+) -> str:
+    """Returns the model card in Markdown, with the metadata block that the Hugging Face hub reads.
+
+    Args:
+        content: Checkpoint.
+        configuration: `model` and `data`.
+        entries: Records of this checkpoint.
+        has_samples: Whether the folder contains a grid of samples.
+        folder: Name of the folder, for the example commands.
+    """
+    results = [
+        (entry.record, [(metric_name(key), str(metric_cell(key, m))) for key, m in entry.record.metrics.items()])
+        for entry in sorted(entries, key=Entry.time)
+    ]
+    template = Environment(
+        loader=PackageLoader("benchmark.commands", "."),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    ).get_template("model_card.md.jinja")
+    return template.render(
+        method=content.get("method", "unknown"),
+        steps=content.get("global_step", 0),
+        parameters=sum(tensor.numel() for tensor in content["state_dict"].values()),
+        trained_on=", then ".join(data["name"] for data in content.get("training_data", [])) or "unknown",
+        configuration=configuration,
+        results=results,
+        has_samples=has_samples,
+        folder=folder,
+    )
