@@ -68,7 +68,7 @@ def _convert(kind: Any, value: Any, field: str) -> Any:
             _plain_text(key, field): _convert(get_args(kind)[1], item, _join(field, key)) for key, item in value.items()
         }
     if origin is tuple:
-        if not isinstance(value, list):
+        if not isinstance(value, list | tuple):  # a tuple if it does not come from a file
             raise SchemaError(f"{field}: expected a list, found {_shown(value)}")
         return tuple(_convert(get_args(kind)[0], item, _join(field, str(i))) for i, item in enumerate(value))
     if dataclasses.is_dataclass(kind):

@@ -287,13 +287,19 @@ _ADDED = (("images",), ("training_data",), ("dataset", "geometry"), ("code", "ex
 """Paths of optional fields that earlier versions did not have; files omit them where they are `None`."""
 
 
-def _file(record: Record) -> tuple[str, str]:
-    """Returns the file name and content of a record."""
-    data = json.loads(json.dumps(asdict(record)))  # tuples become lists
+def record_json(record: Record) -> dict[str, Any]:
+    """Returns the JSON form of a record, as in its file."""
+    data = asdict(record)
     for *parents, name in _ADDED:
         part = reduce(dict.__getitem__, parents, data)
         if part[name] is None:
             del part[name]
+    return data
+
+
+def _file(record: Record) -> tuple[str, str]:
+    """Returns the file name and content of a record."""
+    data = record_json(record)
     created = _check(data, f"new record of {record.method}")
     text = json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n"
     short = hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -18,7 +18,7 @@ from PIL import Image
 from leaderboard.files import canonical_sha256
 from leaderboard.record.differences import training_data
 from leaderboard.record.entries import Entry, Status, order_metrics
-from leaderboard.record.records import Record
+from leaderboard.record.records import Record, record_json
 from leaderboard.reports import pareto
 from leaderboard.reports.published import Published, PublishedResult
 from leaderboard.reports.table import (
@@ -197,7 +197,7 @@ def _uncertainty(entry: Entry) -> float:
 
 def _measured_row(entry: Entry, cells: dict[str, Cell]) -> Row:
     record = entry.record
-    data = asdict(record)
+    data = record_json(record)
     return Row(
         anchor=f"record-{_digest(data)}",
         source=entry.status,

@@ -121,6 +121,9 @@ def sddpm_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_fine_tuning_starts_from_the_sddpm(sddpm_run: Path, tmp_path: Path) -> None:
     source = find_checkpoint(sddpm_run)
+    content = torch.load(source, weights_only=True)
+    assert [data["name"] for data in content["training_data"]] == ["digits"]
+    torch.save(content | {"training_data": [{"name": "fmnist", "fingerprint": "f" * 64}]}, source)
     options = [*OPTIONS, "--model=SDM", f"--model.init_from={source}", f"--trainer.default_root_dir={tmp_path}"]
     main(["fit", *options, "--trainer.max_steps=2", "--model.optimizer.lr=1e-12", "--monitor.every_n_epochs=1"])
     run = newest_run(tmp_path)
@@ -128,6 +131,7 @@ def test_fine_tuning_starts_from_the_sddpm(sddpm_run: Path, tmp_path: Path) -> N
     tuned = torch.load(find_checkpoint(run), weights_only=True)
     first = torch.load(source, weights_only=True)["state_dict"]
     assert tuned["method"] == "sdm"
+    assert [data["name"] for data in tuned["training_data"]] == ["fmnist", "digits"]
     name = "network.downblocks.0.conv1"
     torch.testing.assert_close(tuned["state_dict"][f"{name}.tsmconv.weight"], first[f"{name}.weight"])
     assert tuned["state_dict"][f"{name}.tsmp"].shape == (2, 1, 1, 1, 1)

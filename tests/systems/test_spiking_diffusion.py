@@ -350,8 +350,11 @@ def test_stage_two_continues_from_a_separate_stage_one(tmp_path: Path) -> None:
     assert torch.load(find_checkpoint(first), weights_only=True)["global_step"] == 6
     with pytest.warns(UserWarning, match="this checkpoint is of stage one"):
         main(["test", "--draft", f"--ckpt_path={find_checkpoint(first)}"])
+    content = torch.load(find_checkpoint(first), weights_only=True)
+    torch.save(content | {"training_data": [{"name": "unknown"}]}, find_checkpoint(first))
     second = fit(tmp_path / "two", f"--model.init_from={find_checkpoint(first)}", "--model.denoiser_epochs=1")
-    assert torch.load(find_checkpoint(second), weights_only=True)["global_step"] == 3
+    ended = torch.load(find_checkpoint(second), weights_only=True)
+    assert (ended["global_step"], [data["name"] for data in ended["training_data"]]) == (3, ["unknown", "digits"])
     assert same("autoencoder", weights(first), weights(second))
     assert not same("denoiser", weights(first), weights(second))
     more = ["--model.denoiser_epochs=1", "--monitor.every_n_epochs=0"]  # or in the same run

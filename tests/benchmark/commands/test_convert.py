@@ -66,7 +66,11 @@ def test_ann_converted_and_tuned_stand_side_by_side(runs: Path, capsys: pytest.C
     main(["test", "--draft", f"--trainer.default_root_dir={runs}"])  # the newest run is the conversion
     (path,) = run.glob("records/*.json")
     converted = read_record(path)
-    before = torch.load(find_checkpoint(run), weights_only=True)["state_dict"]
+    content = torch.load(find_checkpoint(run), weights_only=True)
+    before, trained = content["state_dict"], [data["name"] for data in content["training_data"]]
+    assert trained == ["digits"]
+    assert converted.training_data is not None
+    assert [data.name for data in converted.training_data] == trained
     (tune,) = re.findall(r"fine-tune: python -m benchmark (.+)", shown)
     options = ["--model.finetune_steps=2", "--model.optimizer.lr=0.001", "--trainer.check_val_every_n_epoch=1"]
     main([*tune.split(), *options])

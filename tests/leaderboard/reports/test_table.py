@@ -9,7 +9,7 @@ from rich.console import Console
 
 from leaderboard.protocols import OFFLINE_V1, STANDARD_V1
 from leaderboard.record.entries import Entry
-from leaderboard.record.records import Artefact, Dataset, MetricValue, Record, write_record
+from leaderboard.record.records import Artefact, Dataset, MetricValue, Record, TrainingData, write_record
 from leaderboard.reports.table import SHORT_ROWS, leaderboard, markdown, short_rows, show_result
 
 Make = Callable[..., Record]
@@ -37,6 +37,18 @@ def test_rows_are_ranked_and_drafts_come_last(make_record: Make) -> None:
     assert [row[:2] for row in body] == [["1", "First"], ["2", "Second"], ["-", "NoMetric"], ["draft", "Draft"]]
     assert header[-1] == "Record"
     assert [row[-1] for row in body] == ["a.json", "b.json", "c.json", "draft.json"]
+
+
+def test_transfer_is_listed_behind_the_ranked_rows_with_its_reason(make_record: Make) -> None:
+    trained = (TrainingData("mnist", "a" * 64),)
+    records = [
+        (Path("best.json"), make_record(fd=0.5, method="Elsewhere", training_data=trained)),
+        (Path("a.json"), make_record(fd=1.0, method="First")),
+        (Path("draft.json"), make_record(fd=0.1, draft=True, method="Draft", training_data=trained)),
+    ]
+    text = markdown(records)
+    assert [row[:2] for row in rows(text)[1:]] == [["1", "First"], ["transfer", "Elsewhere\\*"], ["draft", "Draft\\*"]]
+    assert "\\* transfer: trained on mnist (aaaaaaaa), evaluated on digits." in text
 
 
 def test_headline_metric_determines_the_rank(make_record: Make) -> None:
