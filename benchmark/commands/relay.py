@@ -62,7 +62,8 @@ def relay(args: Sequence[str]) -> None:
     if not any(isinstance(callback, EMAWeightAveraging) for callback in callbacks):
         callbacks.append(EMAWeightAveraging(decay=DECAY))
     callbacks.append(Timer(datetime.timedelta(minutes=options.minutes)))
-    trainer.fit(system, datamodule=cli.datamodule)
+    with cli.without_remains():
+        trainer.fit(system, datamodule=cli.datamodule)
     trainer.save_checkpoint(cli.run_folder / "checkpoints" / "last.ckpt")
     if trainer.is_global_zero:
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
