@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import pydoc
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.loggers import Logger
 
 import datamodules
 import systems
@@ -25,7 +30,7 @@ class Parser(LightningArgumentParser):
 
     def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Namespace:
         """Parses the text of a config, which may have been written by an earlier version."""
-        return super().parse_string(update_config(content), *args, **kwargs)
+        return super().parse_string(_complete_config(update_config(content)), *args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints the message and exits with code 2."""
@@ -101,6 +106,62 @@ def fill_in_newest_run(args: list[str]) -> list[str]:
         _check_config(run / "config.yaml")
         rest = ["--config", str(run / "config.yaml"), *rest]
     return [stage, *rest, "--ckpt_path", str(path)]
+
+
+def complete_loggers(args: list[str]) -> list[str]:
+    """Adds an empty `save_dir`, which stands for the run folder, to loggers in the options of a stage."""
+    completed = list(args)
+    for i, arg in enumerate(args):
+        option, equals, value = arg.partition("=")
+        if option not in ("--trainer.logger", "--trainer.logger+"):
+            continue
+        if equals:
+            completed[i] = f"{option}={_complete_value(value)}"
+        elif i + 1 < len(args):
+            completed[i + 1] = _complete_value(args[i + 1])
+    return completed
+
+
+def _complete_value(text: str) -> str:
+    try:
+        given = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    completed = _with_save_dir(given)
+    return text if completed == given else json.dumps(completed)
+
+
+def _complete_config(text: str) -> str:
+    """Does the same as `complete_loggers` for the text of a config."""
+    try:
+        config = yaml.safe_load(text) if "logger" in text else None
+    except yaml.YAMLError:
+        return text
+    trainer = config.get("trainer") if isinstance(config, dict) else None
+    given = trainer.get("logger") if isinstance(trainer, dict) else None
+    if (completed := _with_save_dir(given)) == given:
+        return text
+    return yaml.safe_dump({**config, "trainer": {**trainer, "logger": completed}}, sort_keys=False)
+
+
+def _with_save_dir(given: Any) -> Any:
+    """Returns the value of `--trainer.logger` with an empty `save_dir` for each logger that accepts one and has none."""
+    if isinstance(given, list):
+        return [_with_save_dir(item) for item in given]
+    spec = {"class_path": given} if isinstance(given, str) else given
+    if not isinstance(spec, dict) or not isinstance(name := spec.get("class_path"), str):
+        return given
+    found = pydoc.locate(name) if "." in name else next((c for c in _subclasses(Logger) if c.__name__ == name), None)
+    init_args = spec.get("init_args") or {}
+    if not isinstance(found, type) or "save_dir" not in signature(found).parameters or "save_dir" in init_args:
+        return given
+    return spec | {"init_args": init_args | {"save_dir": ""}}
+
+
+def _subclasses(parent: type) -> Iterator[type]:
+    for child in parent.__subclasses__():
+        yield child
+        yield from _subclasses(child)
 
 
 def _check_config(path: Path) -> None:

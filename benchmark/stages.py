@@ -39,7 +39,7 @@ from benchmark.callbacks.checkpointing import (
 from benchmark.callbacks.monitor import ImageProgressBar, ProgressLines, TrainingMonitor
 from benchmark.callbacks.png import PNGWriter
 from benchmark.callbacks.resume import Resume
-from benchmark.command_line import Parser, fill_in_newest_run
+from benchmark.command_line import Parser, complete_loggers, fill_in_newest_run
 from benchmark.runs import RUNS, new_run, run_of, training_seed
 from benchmark.trainer import BenchmarkTrainer
 from datamodules import ImageDataModule
@@ -269,7 +269,7 @@ def run_stage(args: list[str], cli: type[BenchmarkCLI] = BenchmarkCLI) -> Benchm
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,  # else every copy of the model (EMA) refers to the CLI and its processes
-        args=args if cli is DryRun else fill_in_newest_run([args[0].replace("-", "_"), *args[1:]]),
+        args=complete_loggers(args if cli is DryRun else fill_in_newest_run([args[0].replace("-", "_"), *args[1:]])),
         parser_class=Parser,
         seed_everything_default=42,
         save_config_callback=SaveFitConfig,

@@ -16,6 +16,8 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.core.saving import save_hparams_to_yaml
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
@@ -274,6 +276,8 @@ class SaveFitConfig(SaveConfigCallback):
         config = yaml.safe_load(text)
         for logger in trainer.loggers:
             logger.log_hyperparams(config)
+            if isinstance(logger, TensorBoardLogger):  # which does not replace its own file
+                save_hparams_to_yaml(Path(logger.log_dir) / logger.NAME_HPARAMS_FILE, logger.hparams)
         if not trainer.is_global_zero:
             return
         if path.is_file():
