@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import Logger
 
 import datamodules
 import systems
-from benchmark.messages import condense
+from benchmark.messages import condense, explain_nested
 from benchmark.runs import RUNS, find_checkpoint, newest_run, run_of, update_config
 
 MAX_ALIASES = 20
@@ -35,14 +35,17 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints the message and exits with code 2."""
         message = condense(message)
+        if not self.exit_on_error:  # the parser of a class within another one, which completes the message
+            super().error(message, ex)
+        message = explain_nested(message) or message
+        if 'Parser key "trainer.logger"' in message:
+            message += "; give the class of a logger, such as CSVLogger or WandbLogger, a list of them, true or false"
         if "import path string" in message and "NestedArg" not in message:
             known = {"model": systems.__all__, "data": datamodules.__all__}
             for key, names in known.items():
                 if f'Parser key "{key}"' in message:
                     classes = [n for n in names if n != "ImageDataModule" and not n.endswith(("Error", "Scheduler"))]
                     message += f"\nknown classes of --{key}: {', '.join(classes)}"
-        if not self.exit_on_error:
-            super().error(message, ex)
         print(f"error: {message}\ntip: `python -m benchmark COMMAND --help` lists every option", file=sys.stderr)
         sys.exit(2)  # without the usage, which fills pages
 
@@ -113,11 +116,13 @@ def complete_loggers(args: list[str]) -> list[str]:
     completed = list(args)
     for i, arg in enumerate(args):
         option, equals, value = arg.partition("=")
+        option = option.removesuffix(".class_path")
         if option not in ("--trainer.logger", "--trainer.logger+"):
             continue
         if equals:
             completed[i] = f"{option}={_complete_value(value)}"
         elif i + 1 < len(args):
+            completed[i] = option
             completed[i + 1] = _complete_value(args[i + 1])
     return completed
 

@@ -40,6 +40,14 @@ def refuse_existing(*paths: Path, option: str) -> None:
         raise FileExistsError(f"{', '.join(there)} exists already; move it away, or give another {option}")
 
 
+def is_report(path: Path, start: str) -> bool:
+    """Whether a file is a report that the suite wrote, by its first words, so that a new version may replace it."""
+    try:
+        return path.read_text(encoding="utf-8").startswith(start)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
 def file_sha256(path: Path) -> str:
     """Returns the SHA-256 of a file in hexadecimal digits."""
     with path.open("rb") as file:
