@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import pydoc
 import re
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.loggers import Logger
 
 import datamodules
 import systems
-from benchmark.messages import condense
+from benchmark.messages import condense, explain_nested
 from benchmark.runs import (
     RUNS,
     checkpoint_in,
@@ -34,11 +39,16 @@ class Parser(LightningArgumentParser):
 
     def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Namespace:
         """Parses the text of a config, which may have been written by an earlier version."""
-        return super().parse_string(update_config(content), *args, **kwargs)
+        return super().parse_string(_complete_config(update_config(content)), *args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints the message and exits with code 2."""
         message = condense(message)
+        if not self.exit_on_error:  # the parser of a class within another one, which completes the message
+            super().error(message, ex)
+        message = explain_nested(message) or message
+        if 'Parser key "trainer.logger"' in message:
+            message += "; give the class of a logger, such as CSVLogger or WandbLogger, a list of them, true or false"
         if "import path string" in message and "NestedArg" not in message:
             known = {"model": systems.__all__, "data": datamodules.__all__}
             for key, names in known.items():
@@ -50,8 +60,6 @@ class Parser(LightningArgumentParser):
                 f"\nrun in the folder that contains {missing[1]}, name that folder by PYTHONPATH=FOLDER, or install it "
                 "with `pip install -e FOLDER`"
             )
-        if not self.exit_on_error:
-            super().error(message, ex)
         print(f"error: {message}\ntip: `python -m benchmark COMMAND --help` lists every option", file=sys.stderr)
         sys.exit(2)  # without the usage, which fills pages
 
@@ -118,6 +126,64 @@ def _config_of(checkpoint: Path) -> str:
         return yaml.safe_dump(configuration_of(checkpoint), sort_keys=False)
     _check_config(run / "config.yaml")
     return str(run / "config.yaml")
+
+
+def complete_loggers(args: list[str]) -> list[str]:
+    """Adds an empty `save_dir`, which stands for the run folder, to loggers in the options of a stage."""
+    completed = list(args)
+    for i, arg in enumerate(args):
+        option, equals, value = arg.partition("=")
+        option = option.removesuffix(".class_path")
+        if option not in ("--trainer.logger", "--trainer.logger+"):
+            continue
+        if equals:
+            completed[i] = f"{option}={_complete_value(value)}"
+        elif i + 1 < len(args):
+            completed[i] = option
+            completed[i + 1] = _complete_value(args[i + 1])
+    return completed
+
+
+def _complete_value(text: str) -> str:
+    try:
+        given = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    completed = _with_save_dir(given)
+    return text if completed == given else json.dumps(completed)
+
+
+def _complete_config(text: str) -> str:
+    """Does the same as `complete_loggers` for the text of a config."""
+    try:
+        config = yaml.safe_load(text) if "logger" in text else None
+    except yaml.YAMLError:
+        return text
+    trainer = config.get("trainer") if isinstance(config, dict) else None
+    given = trainer.get("logger") if isinstance(trainer, dict) else None
+    if (completed := _with_save_dir(given)) == given:
+        return text
+    return yaml.safe_dump({**config, "trainer": {**trainer, "logger": completed}}, sort_keys=False)
+
+
+def _with_save_dir(given: Any) -> Any:
+    """Returns the value of `--trainer.logger` with an empty `save_dir` for each logger that accepts one and has none."""
+    if isinstance(given, list):
+        return [_with_save_dir(item) for item in given]
+    spec = {"class_path": given} if isinstance(given, str) else given
+    if not isinstance(spec, dict) or not isinstance(name := spec.get("class_path"), str):
+        return given
+    found = pydoc.locate(name) if "." in name else next((c for c in _subclasses(Logger) if c.__name__ == name), None)
+    init_args = spec.get("init_args") or {}
+    if not isinstance(found, type) or "save_dir" not in signature(found).parameters or "save_dir" in init_args:
+        return given
+    return spec | {"init_args": init_args | {"save_dir": ""}}
+
+
+def _subclasses(parent: type) -> Iterator[type]:
+    for child in parent.__subclasses__():
+        yield child
+        yield from _subclasses(child)
 
 
 def _check_config(path: Path) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 NOISE = (
     "Does not validate against any",
     "Subtypes:",
     "Errors:",
     "- Expected a <class 'NoneType'>",
+    "- Expected a <class 'collections.abc.Iterable'>",
     "Given value type:",
 )
 """Beginnings of lines that are left out."""
@@ -19,3 +22,40 @@ def condense(message: str) -> str:
     lines = [line.strip() for line in message.splitlines()]
     kept = [line.removeprefix("- ") for line in lines if line and not line.startswith(NOISE)]
     return " ".join(line for line in kept if not (line.startswith("Given value:") and len(line) > MAX_VALUE_LENGTH))
+
+
+EXAMPLES = {
+    "Optimizer": "torch.optim.Adam",
+    "LRScheduler": "torch.optim.lr_scheduler.CosineAnnealingLR",
+    "SchedulerMixin": "DDIMScheduler",
+    "Logger": "CSVLogger",
+    "Callback": "EMAWeightAveraging",
+}
+"""Base classes of options, and a class that can be given."""
+
+
+def explain_nested(message: str) -> str | None:
+    """Returns what is wrong with an option of a class, such as `--model.optimizer.lr 0.01` without the class.
+
+    Args:
+        message: Condensed message of the parser.
+
+    Returns:
+        One sentence, or None if the message is about something else.
+    """
+    nested = re.findall(r"NestedArg\(key='([^']*)', val=('[^']*'|[^)]*)\)", message)
+    root = re.search(r'Parser key "([^"]+)"', message)
+    classes = re.findall(r"class_path='([^']+)'|given class_path '([^']+)'|but (\S+) is abstract", message)
+    if not nested or root is None or not classes:
+        return None
+    key, value = nested[-1][0], nested[-1][1].strip("'")
+    option = f"--{root[1]}.{key}"
+    parent = option.rpartition(".")[0].removesuffix(".init_args")
+    found = "".join(classes[-1])
+    if example := EXAMPLES.get(found.rpartition(".")[2]):
+        sign = "+=" if parent.endswith("callbacks") else " "
+        return f"{option} needs the class that has this option, for example: {parent}{sign}{example} {option} {value}"
+    if "is not accepted" in message:
+        return f"{option}: {found} has no option {key.rpartition('.')[2]!r}"
+    expected = re.findall(r"Expected an? <class '([^']+)'>", message)
+    return f"{option}={value}: not a value that {found} accepts{f'; expected {expected[-1]}' if expected else ''}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import secrets
 import warnings
@@ -13,13 +14,17 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from datamodules import ImageDataModule
-from leaderboard.files import file_sha256
+from leaderboard.files import file_sha256, free_path
 from systems.base import DiffusionSystem
 from systems.checkpoints import CheckpointMismatchError, read_suite
 
 RUNS = Path("runs")
 WEIGHTS = "model.safetensors"
 """Weights in a folder made by `export`."""
+GAMMA = "-gamma"
+"""Suffix of a copy with Gamma: the original is not changed, so that its records can still be verified."""
+BEST = "BestCheckpoint"
+"""Beginning of the key under which a checkpoint contains the state of the callback that saves the best ones."""
 MOVED = {
     "systems.analytic_dpm.AnalyticDPMScheduler": "systems.AnalyticDPMScheduler",
     "systems.analytic_dpm.StridedDDPMScheduler": "systems.StridedDDPMScheduler",
@@ -100,24 +105,65 @@ def newest_run(folder: Path) -> Path:
             "`python -m benchmark fit --config configs/quickstart.yaml`, or name a checkpoint: "
             "`--config CONFIG --ckpt_path CHECKPOINT`"
         )
-    return max(checkpoints, key=lambda path: path.stat().st_mtime).parent.parent
+    return max(checkpoints, key=lambda path: (path.stat().st_mtime_ns, path)).parent.parent
 
 
 def find_checkpoint(run: Path, which: str = "last") -> Path:
-    """Returns the last or the best checkpoint of a run.
+    """Returns the last or the best checkpoint of a run, or its copy with Gamma.
 
     Args:
         run: Run folder.
-        which: `last`, or `best` by validation loss.
+        which: `last`, the one with the most training steps, or `best`, the one of `BestCheckpoint` with the best
+            monitored value. The file that was written last decides between equal ones.
 
     Raises:
         FileNotFoundError: If the run has no such checkpoint.
     """
-    found = sorted((run / "checkpoints").glob(f"{which}*.ckpt"), key=lambda path: path.stat().st_mtime)
+    files = sorted((run / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+    found = [path for path in files if (path.stem == "last" or path.stem.startswith("last-")) == (which == "last")]
+    if len(found) > 1 or which == "best":
+        found = _by_steps(found) if which == "last" else _by_score(found)
     if not found:
-        there = ", ".join(sorted(path.name for path in (run / "checkpoints").glob("*.ckpt"))) or "none"
+        there = ", ".join(sorted(path.name for path in files)) or "none"
         raise FileNotFoundError(f"run {run} has no {which!r} checkpoint; it has: {there}")
     return found[-1]
+
+
+def gamma_path(checkpoint: Path) -> Path:
+    """Returns a new name for the copy of a checkpoint that contains Gamma."""
+    return free_path(checkpoint.with_stem(_without_gamma(checkpoint) + GAMMA))
+
+
+def _without_gamma(path: Path) -> str:
+    """Returns the stem of a checkpoint, or of the checkpoint that it is a copy of."""
+    return re.sub(rf"{GAMMA}(-\d+)?$", "", path.stem)
+
+
+def _by_steps(paths: list[Path]) -> list[Path]:
+    """Sorts checkpoints by training steps; drops a copy if training went on and replaced the original."""
+    steps = {path: read_suite(path).get("global_step", 0) for path in paths}
+    originals = {path.stem: step for path, step in steps.items()}
+    current = [path for path in paths if originals.get(_without_gamma(path), steps[path]) == steps[path]]
+    return sorted(current, key=lambda path: steps[path])
+
+
+def _by_score(paths: list[Path]) -> list[Path]:
+    """Sorts the checkpoints that `BestCheckpoint` saved by the value it monitored, the best last.
+
+    Every one contains the state of the callback at the time, which includes its own value. If the training was resumed
+    with another `--checkpoint.monitor` or mode, only the present one counts.
+    """
+    scores: dict[str, list[tuple[float, Path]]] = {}
+    for path in paths:
+        for key, state in read_suite(path).get("callbacks", {}).items():
+            saved = {Path(name).stem: float(value) for name, value in state.get("best_k_models", {}).items()}
+            if key.startswith(BEST) and _without_gamma(path) in saved:
+                scores.setdefault(key, []).append((saved[_without_gamma(path)], path))
+    if not scores:
+        return []
+    key, found = list(scores.items())[-1]  # of the newest file
+    sign = -1 if ast.literal_eval(key.removeprefix(BEST))["mode"] == "min" else 1
+    return [path for _, path in sorted(found, key=lambda pair: sign * pair[0])]
 
 
 def checkpoint_in(path: Path, which: str = "last") -> Path:

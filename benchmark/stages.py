@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint  # noqa: F401
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger  # noqa: F401
 from lightning.pytorch.strategies import DDPStrategy
 
 from benchmark.callbacks.checkpointing import (
@@ -35,7 +38,8 @@ from benchmark.callbacks.checkpointing import (
 )
 from benchmark.callbacks.monitor import ImageProgressBar, ProgressLines, TrainingMonitor
 from benchmark.callbacks.png import PNGWriter
-from benchmark.command_line import Parser, fill_in_newest_run
+from benchmark.callbacks.resume import Resume
+from benchmark.command_line import Parser, complete_loggers, fill_in_newest_run
 from benchmark.runs import RUNS, new_run, run_of, training_seed
 from benchmark.trainer import BenchmarkTrainer
 from datamodules import ImageDataModule
@@ -56,6 +60,8 @@ for message in (
     warnings.filterwarnings("ignore", message)
 diffusers.utils.logging.set_verbosity_error()  # silences the lower orders at the end of a chain
 
+WITHOUT_LOGGER = ("predict", "estimate_gamma")
+"""Stages that have nothing to log."""
 BANNERS = (
     "GPU available: ",  # the first line of `fit` names the device
     "TPU available: ",
@@ -126,6 +132,8 @@ class BenchmarkCLI(LightningCLI):
         config.trainer.precision = config.trainer.precision or fastest_precision(config.trainer.accelerator)
         folder = Path(config.trainer.default_root_dir or RUNS)
         checkpoint = Path(config.ckpt_path) if config.get("ckpt_path") else None
+        if config.checkpoint.dirpath is not None:
+            config.checkpoint.enable_version_counter = True  # the folder may contain checkpoints of other runs
         elsewhere = None if self.subcommand == "fit" else checkpoint
         run = run_of(checkpoint) if checkpoint else None
         self.run_folder = run or new_run(
@@ -142,20 +150,39 @@ class BenchmarkCLI(LightningCLI):
         if config.evaluation.draft and self.subcommand != "test":
             raise ValueError("--draft is an option of `test`, which measures images; omit it here")
 
+    def instantiate_classes(self) -> None:
+        """Lets loggers whose `save_dir` is empty write to the run folder, which the saved config does not contain."""
+        saved, self.config = self.config, self.config.clone()
+        loggers = [logger for logger in _as_list(self.config[self.subcommand].trainer.logger) if logger is not True]
+        for logger in loggers if self.subcommand not in WITHOUT_LOGGER else ():
+            if logger and logger.get("init_args") and logger.init_args.get("save_dir") == "":
+                logger.init_args.save_dir = str(self.run_folder)
+                if logger.class_path.endswith(TensorBoardLogger.__name__):
+                    logger.init_args.name = logger.init_args.version = ""
+        self._saved_config = saved
+        super().instantiate_classes()
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Adds TensorBoard, the progress bar, atomic checkpoints and the divergence guard."""
+        self.config = self._saved_config
         config = self.config[self.subcommand].trainer
-        if config.logger in (None, True):
-            kwargs["logger"] = TensorBoardLogger(self.run_folder.parent, name="", version=self.run_folder.name)
+        if self.subcommand in WITHOUT_LOGGER or (config.logger is None and self.subcommand != "fit"):
+            kwargs["logger"] = False
+        elif config.logger in (None, True):
+            kwargs["logger"] = TensorBoardLogger(self.run_folder, name="", version="", default_hp_metric=False)
         kwargs["plugins"] = [*_as_list(self.config_init[self.subcommand].trainer.plugins), AtomicCheckpointIO()]
-        self.trainer_defaults["callbacks"] = [DivergenceGuard()]
-        if config.logger is not False:
+        self.trainer_defaults["callbacks"] = [DivergenceGuard(), Resume()]
+        if kwargs.get("logger", config.logger):
             self.trainer_defaults["callbacks"].append(LearningRateMonitor("step"))
         if config.enable_progress_bar is not False:
             drawn = config.enable_progress_bar or sys.stdout.isatty()
             self.trainer_defaults["callbacks"].append(ImageProgressBar() if drawn else ProgressLines())
         kwargs["enable_model_summary"] = config.enable_model_summary or False
         trainer = super().instantiate_trainer(**kwargs)
+        trainer.run_folder = self.run_folder  # type: ignore[attr-defined]
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str(self.run_folder / "checkpoints")
         if config.sync_batchnorm and trainer.world_size > 1 and trainer.strategy.root_device.type == "cpu":
             raise ValueError(
                 "--trainer.sync_batchnorm true needs GPUs, since torch does not synchronise BatchNorm on the CPU; omit "
@@ -164,6 +191,27 @@ class BenchmarkCLI(LightningCLI):
         if isinstance(trainer.strategy, DDPStrategy) and self.model.trains_in_parts:
             trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
         return trainer
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Runs the stage."""
+        with self.without_remains():
+            super()._run_subcommand(subcommand)
+
+    @contextmanager
+    def without_remains(self) -> Iterator[None]:
+        """Removes the run folder if this command fails after it created it but before it had any result."""
+        is_new = not self.run_folder.exists()
+        try:
+            yield
+        except Exception:
+            results = ("checkpoints", "evaluation", "records", "plots")
+            if (
+                is_new
+                and not self.trainer.global_step
+                and not any((self.run_folder / name).exists() for name in results)
+            ):
+                shutil.rmtree(self.run_folder, ignore_errors=True)
+            raise
 
     def after_instantiate_classes(self) -> None:
         """Passes the config on to the record, and refuses a test that deviates from its protocol before it starts."""
@@ -190,7 +238,7 @@ class DryRun(BenchmarkCLI):
     """Builds and checks trainer, model and data of a stage, but does not run it."""
 
     def _run_subcommand(self, subcommand: str) -> None:
-        pass
+        """Does nothing."""
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -227,7 +275,7 @@ def run_stage(args: list[str], cli: type[BenchmarkCLI] = BenchmarkCLI) -> Benchm
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,  # else every copy of the model (EMA) refers to the CLI and its processes
-        args=args if cli is DryRun else fill_in_newest_run([args[0].replace("-", "_"), *args[1:]]),
+        args=complete_loggers(args if cli is DryRun else fill_in_newest_run([args[0].replace("-", "_"), *args[1:]])),
         parser_class=Parser,
         seed_everything_default=42,
         save_config_callback=SaveFitConfig,

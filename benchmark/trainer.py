@@ -10,18 +10,27 @@ import torch
 from lightning.pytorch import Trainer
 from rich.progress import track
 
+from benchmark.runs import gamma_path
 from datamodules import ImageDataModule
 from systems.base import DiffusionSystem
 from systems.checkpoints import read_trained, save_checkpoint, with_training_data
 from systems.diffusion.analytic_dpm import estimate_gamma
 from systems.diffusion.gaussian import GaussianDiffusion
 
-SUFFIX = "-gamma"
-"""Suffix of the new file: the original checkpoint is not changed, so that its records can still be verified."""
-
 
 class BenchmarkTrainer(Trainer):
-    """Lightning's trainer with the stage `estimate_gamma`."""
+    """Lightning's trainer with the stage `estimate_gamma` and a run folder that no logger determines."""
+
+    run_folder: Path | None = None
+    """Folder of everything that a stage writes; without one, Lightning's rules apply."""
+
+    @property
+    def log_dir(self) -> str | None:
+        """The run folder, the same in all processes; all of them must ask for it."""
+        if self.run_folder is None:
+            return super().log_dir
+        folder: str = self.strategy.broadcast(str(self.run_folder))
+        return folder
 
     def estimate_gamma(
         self,
@@ -59,8 +68,7 @@ class BenchmarkTrainer(Trainer):
         gamma = estimate_gamma(model.network, model.scheduler, images, datamodule.sample_batch_size, progress=show)
         checkpoint["gamma"] = {"values": gamma, "num_images": num_images} | model.gamma_conditions
         checkpoint["training_data"] = with_training_data(model.training_data, datamodule.training_data)
-        path = Path(ckpt_path)
-        path = path if path.stem.endswith(SUFFIX) else path.with_stem(path.stem + SUFFIX)
+        path = gamma_path(Path(ckpt_path))
         save_checkpoint(checkpoint, path)
         shown = ", ".join(
             f"{float(gamma[t]):.3f} at t={t}" for t in (0, len(gamma) // 10, len(gamma) // 2, len(gamma) - 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,33 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def free_path(path: Path) -> Path:
+    """Returns the path, or if it exists, the first of `name-2.ext`, `name-3.ext`, ... that does not."""
+    return next(p for n in count(1) if not (p := path if n == 1 else path.with_stem(f"{path.stem}-{n}")).exists())
+
+
+def refuse_existing(*paths: Path, option: str) -> None:
+    """Refuses to replace files.
+
+    Args:
+        paths: Files to be written.
+        option: Option of the command that names them, for the message.
+
+    Raises:
+        FileExistsError: If there is one already.
+    """
+    if there := [str(path) for path in paths if path.exists()]:
+        raise FileExistsError(f"{', '.join(there)} exists already; move it away, or give another {option}")
+
+
+def is_report(path: Path, start: str) -> bool:
+    """Whether a file is a report that the suite wrote, by its first words, so that a new version may replace it."""
+    try:
+        return path.read_text(encoding="utf-8").startswith(start)
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def file_sha256(path: Path) -> str:

@@ -138,7 +138,7 @@ def read_baseline(folder: Path) -> Baseline:
 
 def write_baseline(records: Sequence[Record], folder: Path) -> None:
     """Writes the baseline of a configuration and deletes the old one."""
-    before = find_records([folder])
+    before = sorted(folder.glob("*.json"))
     for record in records:
         write_record(record, folder)
     for path in before:

@@ -11,13 +11,17 @@ from types import FrameType
 from typing import Any
 
 import torch
+import yaml
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.core.saving import save_hparams_to_yaml
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from leaderboard.files import write_atomic
+from leaderboard.files import file_sha256, write_atomic
 from systems.checkpoints import read_suite, save_checkpoint
 
 LOST_PEER = re.compile("gloo|nccl|peer|heartbeat", re.IGNORECASE)
@@ -233,13 +237,62 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 class SaveFitConfig(SaveConfigCallback):
-    """Saves the config of `fit` in the run folder; other stages do not change it."""
+    """Saves the config of `fit` in the run folder and passes it to the loggers; other stages do not change it.
+
+    If a resumed training has other options, the former config is kept as `config-until-step-<step>.yaml`.
+    """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Does nothing: the config is saved in `on_train_start`, so that a failed start does not overwrite a run's."""
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Checks options that apply only to the start of a run.
+
+        Raises:
+            ValueError: If the seed or the initial weights differ from those of the run.
+        """
+        path = self._path(trainer)
+        if trainer.state.fn != TrainerFn.FITTING or not path.is_file():
+            return
+        former, present = yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(self._text())
+        seeds = former.get("seed_everything"), present.get("seed_everything")
+        if seeds[0] != seeds[1]:
+            raise ValueError(
+                f"--seed_everything={seeds[1]}, but the training was begun with {seeds[0]}, and a record contains one "
+                "seed; omit the option, or start a new run (the same command without --ckpt_path)"
+            )
+        starts = [(config["model"].get("init_args") or {}).get("init_from") for config in (former, present)]
+        old, new = (Path(start) if start else None for start in starts)
+        moved = old and new and (not old.is_file() or (new.is_file() and file_sha256(old) == file_sha256(new)))
+        if old != new and not moved:
+            raise ValueError(
+                f"--model.init_from={new} has no effect, since the weights come from --ckpt_path (the training was begun "
+                f"with {old}); omit it, or start a new run (the same command without --ckpt_path)"
+            )
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the config atomically when training starts."""
-        folder = trainer.log_dir  # collective call: every rank must reach it
-        if folder is not None and trainer.is_global_zero:
-            write_atomic(Path(folder) / self.config_filename, self.parser.dump(self.config, skip_unset=False))
+        path, text = self._path(trainer), self._text()
+        config = yaml.safe_load(text)
+        for logger in trainer.loggers:
+            logger.log_hyperparams(config)
+            if isinstance(logger, TensorBoardLogger):  # which does not replace its own file
+                save_hparams_to_yaml(Path(logger.log_dir) / logger.NAME_HPARAMS_FILE, logger.hparams)
+        if not trainer.is_global_zero:
+            return
+        if path.is_file():
+            former = path.read_text(encoding="utf-8")
+            kept = path.with_stem(f"{path.stem}-until-step-{trainer.global_step}")
+            if yaml.safe_load(former) | {"ckpt_path": None} != config and not kept.exists():
+                write_atomic(kept, former)
+        write_atomic(path, text)
+
+    def _path(self, trainer: Trainer) -> Path:
+        return Path(trainer.log_dir or ".") / self.config_filename  # collective call: every rank must reach it
+
+    def _text(self) -> str:
+        """Returns the config as YAML, without the checkpoint, so that it describes a whole training."""
+        config = self.config.clone()
+        config.ckpt_path = None
+        text: str = self.parser.dump(config, skip_unset=False)
+        return text

@@ -253,8 +253,9 @@ class TrainingMonitor(Callback):
         """Draws the pictures every `every_n_epochs` epochs and after the last one."""
         last = trainer.global_step == trainer.max_steps or trainer.current_epoch + 1 == trainer.max_epochs
         due = self.every_n_epochs and ((trainer.current_epoch + 1) % self.every_n_epochs == 0 or last)
-        if due and isinstance(trainer.logger, TensorBoardLogger) and isinstance(pl_module, DiffusionSystem):
-            self._draw(trainer, pl_module, trainer.logger.experiment)
+        board = next((logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)), None)
+        if due and board is not None and isinstance(pl_module, DiffusionSystem):
+            self._draw(trainer, pl_module, board.experiment)
 
     @torch.no_grad()
     def _draw(self, trainer: Trainer, system: DiffusionSystem, board: SummaryWriter) -> None:
@@ -286,4 +287,5 @@ class TrainingMonitor(Callback):
 
     @staticmethod
     def _is_logged_step(trainer: Trainer) -> bool:
-        return (trainer.global_step + 1) % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # 0 logs nothing
+        return interval > 0 and (trainer.global_step + 1) % interval == 0

@@ -17,7 +17,7 @@ from rich.table import Table
 from benchmark.command_line import fill_in_newest_run, pass_through_parser
 from benchmark.runs import RUNS
 from benchmark.stages import DryRun, run_stage
-from leaderboard.files import write_atomic
+from leaderboard.files import free_path, write_atomic
 from leaderboard.record.entries import headline
 from leaderboard.record.records import Record, find_records, read_record
 from leaderboard.reports.table import plus_minus
@@ -71,7 +71,7 @@ def ablate_sdit(args: Sequence[str]) -> None:
                 run_stage(["fit", *fit])
                 run_stage(fill_in_newest_run(["test", in_folder, f"--evaluation.variant={name}, seed {seed}", *draft]))
             records[name].append(read_record(find_records([folder])[-1]))
-    plot = options.output / "ablations.png"
+    plot = free_path(options.output / "ablations.png")
     _plot(records).savefig(plot, dpi=150)
     console.print(_table(records))
     console.print(f"plot: {plot}", soft_wrap=True, highlight=False)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from benchmark.runs import RUNS, find_checkpoint, load_run, newest_run
 from datamodules import ImageDataModule
+from leaderboard.files import free_path, refuse_existing
 from systems import FSDDIM
 from systems.base import DiffusionSystem
 from systems.spiking.neurons import SpikingNeuron
@@ -37,29 +38,33 @@ def activity(
         num_images: Number of images to average the spikes over.
         num_inference_steps: Diffusion steps of the sampler, at most those of the run.
         seed: Seed of the first image, which the strip of currents shows.
-        output: Folder of the plots; null writes to `activity/` in the run folder.
+        output: Folder of the plots; null writes to `activity/` in the run folder, under new names the next time.
 
     Raises:
         FileNotFoundError: If there is no such run or checkpoint.
+        FileExistsError: If the given folder already contains the plots.
         ValueError: If the checkpoint is not in a run folder, or a number is too small.
     """
     for name, number in (("num_images", num_images), ("num_inference_steps", num_inference_steps)):
         if number < 1:
             raise ValueError(f"{name}={number}; give 1 or more")
     checkpoint = Path(ckpt_path) if ckpt_path is not None else find_checkpoint(newest_run(RUNS))
+    folder = Path(output) if output is not None else checkpoint.parent.parent / "activity"
+    if output is not None:
+        refuse_existing(folder / "spikes.png", folder / "denoising.png", option="--output")
     system, data = load_run(checkpoint)
     system.to("cuda" if torch.cuda.is_available() else "cpu")
     system.num_inference_steps = min(num_inference_steps, system.num_inference_steps)
     seeds = torch.arange(seed, seed + num_images)
     spikes = measure_spikes(system, seeds, data.image_shape)
-    folder = Path(output) if output is not None else checkpoint.parent.parent / "activity"
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in (
         ("spikes", draw_spikes(spikes, f"{system.method}, {data.title}, {system.solver}, T={system.num_steps}")),
         ("denoising", draw_denoising(system, data, seeds[:6])),
     ):
-        figure.savefig(folder / f"{name}.png", dpi=150)
-        print(f"{folder / name}.png")
+        path = free_path(folder / f"{name}.png")
+        figure.savefig(path, dpi=150)
+        print(path)
 
 
 @dataclass

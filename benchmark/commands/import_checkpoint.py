@@ -9,6 +9,7 @@ from typing import Any, Literal
 import lightning
 import torch
 
+from leaderboard.files import refuse_existing
 from systems.checkpoints import load_checkpoint, save_checkpoint
 
 ENTRIES = ("ema_model", "net_model", "model_state_dict")
@@ -33,9 +34,11 @@ def import_checkpoint(
         denoiser: Second file of spiking_diffusion; null uses diff_result/diff_model.pth next to the first.
 
     Raises:
+        FileExistsError: If the output exists.
         ValueError: If the file is not a checkpoint of the method.
         CheckpointMismatchError: If tensors are unknown, missing or of another shape.
     """
+    refuse_existing(Path(output), option="output file")
     files = [checkpoint]
     if method == "spiking_diffusion":
         files.append(denoiser or str(Path(checkpoint).parent / "diff_result" / "diff_model.pth"))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmark.command_line import pass_through_parser
 from benchmark.stages import DryRun, run_stage
-from leaderboard.files import canonical_sha256, write_atomic
+from leaderboard.files import canonical_sha256, refuse_existing, write_atomic
 from systems.base import DiffusionSystem
 
 PROGRESS = "progress.json"
@@ -62,7 +62,8 @@ def relay(args: Sequence[str]) -> None:
     if not any(isinstance(callback, EMAWeightAveraging) for callback in callbacks):
         callbacks.append(EMAWeightAveraging(decay=DECAY))
     callbacks.append(Timer(datetime.timedelta(minutes=options.minutes)))
-    trainer.fit(system, datamodule=cli.datamodule)
+    with cli.without_remains():
+        trainer.fit(system, datamodule=cli.datamodule)
     trainer.save_checkpoint(cli.run_folder / "checkpoints" / "last.ckpt")
     if trainer.is_global_zero:
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
@@ -78,9 +79,11 @@ def load_weights(system: DiffusionSystem, folder: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: If the weights belong to another method, diffusion process or network.
         FileNotFoundError: If files of the weights are missing.
+        FileExistsError: If the folder of the first leg exists, and nothing says that it is one.
     """
     progress = folder / PROGRESS
     if not progress.is_file():
+        refuse_existing(folder / "leg-1", option="--weights, since this folder contains no earlier leg")
         return []
     content, expected = json.loads(progress.read_text()), _identity(system)
     if different := [f"{k}={content.get(k)} instead of {v}" for k, v in expected.items() if content.get(k) != v]:
@@ -107,9 +110,8 @@ def save_weights(system: DiffusionSystem, folder: Path, legs: list[dict[str, Any
     files = [str(path.relative_to(folder)) for path in sorted(target.iterdir())]
     content = _identity(system) | {"legs": legs, "files": files}
     write_atomic(folder / PROGRESS, json.dumps(content, indent=1) + "\n")
-    for other in folder.glob("leg-*"):
-        if other != target:
-            shutil.rmtree(other)
+    for number in range(1, len(legs)):
+        shutil.rmtree(folder / f"leg-{number}", ignore_errors=True)
 
 
 def _identity(system: DiffusionSystem) -> dict[str, Any]:

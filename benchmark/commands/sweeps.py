@@ -14,6 +14,7 @@ from rich.table import Table
 
 from benchmark.command_line import fill_in_newest_run, pass_through_parser
 from benchmark.stages import run_stage
+from leaderboard.files import free_path, refuse_existing
 from leaderboard.evaluation.callback import Evaluation
 from leaderboard.record.entries import headline
 from leaderboard.record.records import Record
@@ -52,7 +53,7 @@ def sweep_threshold(args: Sequence[str]) -> None:
         "sweep-threshold", "Tests one checkpoint at several firing thresholds (threshold guidance of SDM)."
     )
     parser.add_argument("--thresholds", type=_positive(float), nargs="+", default=PAPER_THRESHOLDS)
-    options, rest = parser.parse_known_args(args)
+    options, rest = _parse(parser, args)
     run = _Run(rest)
     records = [
         run.test(f"--model.threshold={threshold}", f"--evaluation.variant=threshold {threshold:g}")
@@ -65,7 +66,9 @@ def sweep_threshold(args: Sequence[str]) -> None:
         rate = "-" if cost.firing_rate is None else f"{cost.firing_rate:.4f}"
         sops, energy = f"{cost.sops / 1e9:.4g}", f"{cost.energy_strict_mj:.4g}"
         table.add_row(f"{threshold:g}", _distance(record), rate, sops, energy)
-    _finish(table, _plot_thresholds(options.thresholds, records), options.output or run.folder / "threshold.png")
+    _finish(
+        table, _plot_thresholds(options.thresholds, records), options.output or free_path(run.folder / "threshold.png")
+    )
 
 
 def sweep_solvers(args: Sequence[str]) -> None:
@@ -77,7 +80,7 @@ def sweep_solvers(args: Sequence[str]) -> None:
     parser = _parser("sweep-solvers", "Tests one checkpoint with several solvers at equal network evaluations (NFE).")
     parser.add_argument("--solvers", nargs="+", choices=SOLVERS, default=list(SOLVERS))
     parser.add_argument("--nfe", type=_positive(int), nargs="+", default=[10, 20, 50, 100], help="network evaluations")
-    options, rest = parser.parse_known_args(args)
+    options, rest = _parse(parser, args)
     run = _Run(rest)
     if any("analytic" in name for name in options.solvers):
         _require_gamma(run.args)
@@ -93,7 +96,7 @@ def sweep_solvers(args: Sequence[str]) -> None:
     table = Table("solver", *(f"NFE {nfe}" for nfe in options.nfe), title=key, title_justify="left")
     for name, records in results.items():
         table.add_row(name, *map(_distance, records))
-    _finish(table, _plot_solvers(results), options.output or run.folder / "solvers.png")
+    _finish(table, _plot_solvers(results), options.output or free_path(run.folder / "solvers.png"))
 
 
 class _Run:
@@ -139,6 +142,18 @@ def _parser(command: str, description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", type=Path, help="file of the plot (.png); by default in plots/ of the run folder")
     return parser
+
+
+def _parse(parser: argparse.ArgumentParser, args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Returns the options of a sweep and of `test`.
+
+    Raises:
+        FileExistsError: If the file of the plot exists, before the first test.
+    """
+    options, rest = parser.parse_known_args(args)
+    if options.output is not None:
+        refuse_existing(options.output, option="--output")
+    return options, rest
 
 
 def _positive(kind: type) -> Callable[[str], Any]:

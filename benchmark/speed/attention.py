@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 from benchmark.speed.timing import median_seconds, wait
+from leaderboard.files import free_path
 from leaderboard.reports.terminal import terminal
 from systems.networks.spiking_transformer import RWKVMix, SoftmaxMix
 
@@ -68,6 +69,7 @@ def attention_speed(
     console.print(title)
     for quantity in range(len(QUANTITIES)):
         console.print(_table(results, tokens, quantity))
+    output = free_path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     _plot(results, tokens).savefig(output, dpi=150)
     console.print(f"plot: {output}", soft_wrap=True, highlight=False)

@@ -25,7 +25,7 @@ from benchmark.speed.sampling import measure_sampling
 from benchmark.speed.steps import measure_steps, train_on_random_images
 from benchmark.speed.timing import WARM_UP, Rows, config_path, median_seconds
 from benchmark.stages import fastest_precision, run_stage
-from leaderboard.files import write_atomic
+from leaderboard.files import free_path, write_atomic
 from leaderboard.record.records import find_records, read_record
 from leaderboard.reports.terminal import terminal
 
@@ -76,6 +76,8 @@ def speed(
         "batch_size": batch_size,
         "repetitions": repetitions,
     }
+    if any((output / name).exists() for name in ("speed.json", "sampling.png")):
+        output = free_path(output)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     console = terminal()
     console.print(", ".join(f"{key} {value}" for key, value in about.items()), highlight=False)

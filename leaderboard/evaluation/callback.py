@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from datamodules import ImageDataModule
@@ -199,8 +198,8 @@ class Evaluation(Callback):
         path = write_record(record, folder / "records")  # last, so that a run with a record is complete
         if self._chunks is not None and not self.keep_samples:
             self._chunks.clear()
-        if isinstance(trainer.logger, TensorBoardLogger):
-            trainer.logger.log_metrics({f"test/{k}": v.value for k, v in metrics.items()}, trainer.global_step)
+        for logger in trainer.loggers:
+            logger.log_metrics({f"test/{k}": v.value for k, v in metrics.items()}, trainer.global_step)
         show_result(Entry(path, record), terminal(SHORT))
 
     def _open_chunks(self, trainer: Trainer, system: DiffusionSystem) -> Chunks | None:

@@ -98,7 +98,10 @@ class Entry:
 
 
 def read_records(folders: Iterable[str | Path]) -> tuple[list[tuple[Path, Record]], list[str]]:
-    """Reads the records in folders; of identical copies only one, preferably one with its sample grid.
+    """Reads the records in folders; of equal ones only one, if possible a verified one with its sample grid.
+
+    Records are equal if they differ only in the time of the evaluation and in what was measured of speed and memory,
+    as after two tests of one checkpoint with the same options. Of these, the newest is returned; all files are kept.
 
     Returns:
         The records with their files, and an error message for each broken record.
@@ -119,10 +122,24 @@ def read_records(folders: Iterable[str | Path]) -> tuple[list[tuple[Path, Record
         except RecordError as error:
             broken.append(str(error))
             continue
-        content = canonical_sha256(asdict(entry.record))
-        if content not in entries or (entry.samples.is_file() and not entries[content].samples.is_file()):
-            entries[content] = entry
+        key = _result(entry.record)
+        if key not in entries or _preference(entry) > _preference(entries[key]):
+            entries[key] = entry
     return [(entry.path, entry.record) for entry in entries.values()], broken
+
+
+def _result(record: Record) -> str:
+    """Returns a hash of everything in a record that is equal whenever the test is repeated."""
+    content = asdict(record)
+    for name in ("created", "wall_time_seconds"):
+        del content[name]
+    for name in ("images_per_second", "peak_memory_bytes"):
+        del content["cost"][name]
+    return canonical_sha256(content)
+
+
+def _preference(entry: Entry) -> tuple[bool, datetime, bool]:
+    return entry.verified is not None, entry.time(), entry.samples.is_file()
 
 
 def order_metrics(keys: Iterable[str]) -> list[str]:

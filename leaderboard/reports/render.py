@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.text import Text
 
-from leaderboard.files import write_atomic
+from leaderboard.files import is_report, refuse_existing, write_atomic
 from leaderboard.record.entries import RECORDS, Entry, read_records
 from leaderboard.record.records import Record, record_json
 from leaderboard.reports.boards import UNKNOWN, Row, published_boards
@@ -70,6 +70,7 @@ def render(records: list[str] = ["runs", RECORDS], output: str = "build/leaderbo
 
     Raises:
         SystemExit: If a record is broken; the others are still rendered.
+        FileExistsError: If the folder contains files of these names, but not of an earlier leaderboard.
     """
     console = terminal()
     entries, broken = read_records(records)
@@ -83,6 +84,8 @@ def render(records: list[str] = ["runs", RECORDS], output: str = "build/leaderbo
         "leaderboard.csv": to_csv(entries, published),
         "leaderboard.json": to_json(entries, published),
     }
+    if not is_report(folder / "leaderboard.csv", ",".join(COLUMNS[:3])):
+        refuse_existing(*(folder / name for name in contents), option="--output")
     for name, text in contents.items():
         write_atomic(folder / name, text.encode("utf-8", "replace").decode())  # JSON text may contain lone surrogates
     counts = f"{len(entries)} records and {len(published.results)} published results"

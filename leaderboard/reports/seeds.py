@@ -18,7 +18,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image
 from rich.table import Table
 
-from leaderboard.files import write_atomic
+from leaderboard.files import is_report, refuse_existing, write_atomic
 from leaderboard.record.entries import RECORDS, Entry, headline, order_metrics, read_records
 from leaderboard.record.records import Record
 from leaderboard.reports.pareto import Point, pareto_front
@@ -72,12 +72,17 @@ def seeds(records: list[str] = ["runs", RECORDS], output: str | None = None) -> 
 
     Raises:
         SystemExit: If a record is broken; the others are still shown.
+        FileExistsError: If the folder contains files of these names, but not of earlier results.
     """
     console = terminal()
     entries, broken = read_records(records)
     for message in broken:
         console.print(f"skipped: {message}", style="red", markup=False, soft_wrap=True)
     lines = [_PREAMBLE.rstrip()]
+    results = Path(output or ".") / "RESULTS.md"
+    is_own = is_report(results, "".join(_PREAMBLE.splitlines(keepends=True)[:3]))
+    if output is not None and not is_own:
+        refuse_existing(results, option="--output")
     for group in tables(pair for pair in entries if Entry(*pair).is_ranked):
         rows = seed_rows(group)
         table = Table(*rows[0], title=table_title(group[0]), title_justify="left")
@@ -96,10 +101,12 @@ def seeds(records: list[str] = ["runs", RECORDS], output: str | None = None) -> 
                 content = BytesIO()
                 figure.savefig(content, format="png", dpi=130, metadata={"Software": None})
                 path = f"{FIGURES}/{name}-{'-'.join(group[0].table_key[:2])}.png"
+                if not is_own:
+                    refuse_existing(Path(output) / path, option="--output")
                 write_atomic(Path(output) / path, content.getvalue())
                 lines += ["", f"![{name}]({path})"]
     if output is not None:
-        write_atomic(Path(output) / "RESULTS.md", "\n".join(lines) + "\n")
+        write_atomic(results, "\n".join(lines) + "\n")
     if broken:
         raise SystemExit(1)
 

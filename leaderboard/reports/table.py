@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from leaderboard.files import write_atomic
+from leaderboard.files import is_report, refuse_existing, write_atomic
 from leaderboard.record.entries import RECORDS, STATUSES, Entry, order_metrics, read_records
 from leaderboard.record.records import MetricValue, Record
 from leaderboard.reports.terminal import SHORT, WIDTH, terminal
@@ -33,6 +33,7 @@ METHOD_NOTES = {
 """Footnotes of methods, by method name."""
 LABELS = {"mJ": "45 nm arithmetic, mJ"}
 """Column headers in pages and files, for columns with a shorter header in the terminal."""
+_TITLE = "# Leaderboard"
 SHORT_ROWS = 8
 """Maximum number of rows of the short table, so that it fits a terminal together with the surrounding output."""
 NO_BREAK = "\N{NO-BREAK SPACE}"
@@ -86,6 +87,7 @@ def leaderboard(
 
     Raises:
         SystemExit: If a record is broken; the others are still shown.
+        FileExistsError: If the output is a file of another kind.
     """
     console = terminal(WIDTH if wide else SHORT)
     entries, broken = read_records(records)
@@ -112,6 +114,8 @@ def leaderboard(
         if newest is not None:
             _show_run(newest, console)
         if output is not None:
+            if not is_report(Path(output), f"{_TITLE}\n"):
+                refuse_existing(Path(output), option="--output")
             write_atomic(Path(output), markdown(entries))
             console.print(f"wrote {output}", markup=False, soft_wrap=True)
     if broken:
@@ -173,7 +177,7 @@ def show_records(records: Iterable[tuple[Path, Record]], console: Console) -> No
 
 def markdown(records: Iterable[tuple[Path, Record]]) -> str:
     """Returns all tables of the records, passed as `(file, record)` pairs, as deterministic Markdown."""
-    lines = ["# Leaderboard", "", "Measured results, rendered from records. Drafts have too few samples to rank."]
+    lines = [_TITLE, "", "Measured results, rendered from records. Drafts have too few samples to rank."]
     for group in tables(records):
         rows = table_rows(group)
         lines += ["", f"## {escape(table_title(group[0]))}", "", escape(table_provenance(group[0])), ""]
