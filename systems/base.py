@@ -6,7 +6,7 @@ import hashlib
 import os
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import lightning as L
@@ -15,11 +15,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from systems.checkpoints import check_method, check_state
+from systems.checkpoints import CheckpointMismatchError, check_method, check_state
 from systems.figures import Figure
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 LRSchedulerFactory = Callable[[Optimizer], LRScheduler]
+
+
+class NonFiniteSamplesError(RuntimeError):
+    """Generated images contain NaN or infinite values, so that they cannot be measured or drawn."""
 
 
 class DiffusionSystem(L.LightningModule):
@@ -80,8 +84,23 @@ class DiffusionSystem(L.LightningModule):
 
     @torch.no_grad()
     def sample(self, seeds: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
-        """Returns one image per seed, `(B, C, H, W)`; values may lie slightly outside [-1, 1]."""
-        return deque(self.trajectory(seeds, image_shape), maxlen=1)[0]
+        """Returns one image per seed, `(B, C, H, W)`; values may lie slightly outside [-1, 1].
+
+        Raises:
+            NonFiniteSamplesError: If a value is not finite.
+        """
+        images = deque(self.trajectory(seeds, image_shape), maxlen=1)[0]
+        finite = images.isfinite().flatten(1).all(1).cpu()
+        if not finite.all():
+            bad = seeds.cpu()[~finite].tolist()
+            shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+            weights = "" if all(p.isfinite().all() for p in self.network.parameters()) else ", and so do the weights"
+            raise NonFiniteSamplesError(
+                f"{len(bad)} of {len(images)} generated images contain NaN or infinite values (seeds {shown}){weights}; "
+                f"the training diverged, or the sampler {self.solver} with {self.num_inference_steps} steps overflows: "
+                "choose an earlier checkpoint, another solver, more steps or --trainer.precision 32-true"
+            )
+        return images
 
     @property
     def generates(self) -> bool:
@@ -155,11 +174,31 @@ class DiffusionSystem(L.LightningModule):
             "lr_scheduler": {"scheduler": self._lr_scheduler(optimizer), "interval": "step"},
         }
 
+    @property
+    def process(self) -> dict[str, Any]:
+        """Options of the diffusion process that must not change after training, such as its number of steps."""
+        return {}
+
+    def check_process(self, checkpoint: Mapping[str, Any], source: str) -> None:
+        """Checks that a checkpoint was trained on this diffusion process, if it records one.
+
+        Raises:
+            CheckpointMismatchError: If options differ; lists them.
+        """
+        trained = checkpoint.get("process", self.process)
+        different = [f"{k}={trained.get(k)} instead of {v}" for k, v in self.process.items() if trained.get(k) != v]
+        if different:
+            raise CheckpointMismatchError(
+                f"{source} was trained with {', '.join(different)}; use the --model options of training"
+            )
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Stores the method's name in the checkpoint."""
+        """Stores the method's name and the diffusion process in the checkpoint."""
         checkpoint["method"] = self.method
+        checkpoint["process"] = self.process
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Rejects a checkpoint of another method or network with a single message."""
+        """Rejects a checkpoint of another method, network or diffusion process with a single message."""
         check_method(checkpoint, self.method, "the checkpoint")
         check_state(checkpoint["state_dict"], self, "the checkpoint")
+        self.check_process(checkpoint, "the checkpoint")
