@@ -12,8 +12,23 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
+
+NUMPY_NUMBERS = [
+    np.ndarray,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("?", *np.typecodes["AllInteger"], *np.typecodes["AllFloat"])),
+    *(
+        (getattr(np._core.multiarray if hasattr(np, "_core") else np.core.multiarray, name), f"{module}.{name}")
+        for module in ("numpy._core.multiarray", "numpy.core.multiarray")  # of numpy 2 and 1
+        for name in ("scalar", "_reconstruct")
+    ),
+]
+"""Harmless objects beside the weights in many files, such as a loss: numbers and arrays of numpy."""
 
 ADVICE = re.compile("Weights only load failed|Please file an issue|Check the documentation")
 """Boilerplate in torch's error when it refuses to unpickle an object."""
@@ -38,7 +53,10 @@ UNREADABLE = (
     OSError,
     ValueError,
     LookupError,
+    AttributeError,
+    TypeError,
     zipfile.BadZipFile,
+    SafetensorError,
 )
 """Errors that reading a damaged file or another kind of file may raise."""
 
@@ -48,31 +66,46 @@ class CheckpointMismatchError(RuntimeError):
 
 
 def load_checkpoint(path: str | Path) -> Any:
-    """Reads a file written by `torch.save`; unpickles only tensors and plain values.
+    """Reads a file written by `torch.save`, or a safetensors file; unpickles only tensors, plain values and numbers.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it cannot be read.
+        ValueError: If it cannot be read, or contains other objects; names them.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file; give a checkpoint")
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         if zipfile.is_zipfile(path):  # torch does not verify its checksums
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():
                     raise ValueError(f"{damaged} is damaged")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(NUMPY_NUMBERS):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
+        if objects := _refused(path, error):
+            raise ValueError(
+                f"{path} cannot be read as a checkpoint of tensors: besides them it contains {', '.join(objects[:5])}"
+                f"{', ...' if len(objects) > 5 else ''}, and unpickling these could run code; if you trust the file, "
+                "save only its weights with the authors' code: torch.save(model.state_dict(), FILE)"
+            ) from None
         raise ValueError(
             f"{path} cannot be read as a checkpoint of tensors (truncated, or contains code): {_reason(error)}"
         ) from None
 
 
-def _reason(error: Exception) -> str:
-    """First sentence of an error, without torch's advice to unpickle the file unsafely."""
-    lines = [line for line in str(error).splitlines() if line and not ADVICE.search(line)]
-    return lines[0].split(". ")[0] if lines else type(error).__name__
+def _refused(path: Path, error: Exception) -> list[str]:
+    """Names of the classes and functions in a file that are not unpickled."""
+    if not (first := re.search(r"GLOBAL ([\w.]+)", str(error))):
+        return []
+    try:
+        with torch.serialization.safe_globals(NUMPY_NUMBERS):
+            found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except UNREADABLE:  # the format before torch 1.6
+        found = []
+    return sorted(found) or [first[1]]
 
 
 def save_checkpoint(content: Any, path: str | Path) -> None:

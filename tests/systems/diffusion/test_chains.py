@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from itertools import pairwise
 from typing import Any
 
 import diffusers
@@ -81,7 +82,7 @@ def closed_form(scheduler: SchedulerMixin, steps: int, eta: float) -> tuple[floa
     if isinstance(scheduler, (StridedDDIMScheduler, TCDScheduler)):
         power[-1] = float(table[0])  # they end at step 0, not without noise
     offset, variance = -math.sqrt(power[0]) * MEAN, 1.0  # of x_t - a_t MEAN
-    for t, s in zip(power, power[1:], strict=False):
+    for t, s in pairwise(power):
         noise = eta**2 * (1 - s) / (1 - t) * (1 - t / s)
         kept = t * STD**2 / (t * STD**2 + 1 - t)
         slope = math.sqrt(s / t) * kept + math.sqrt((1 - s - noise) / (1 - t)) * (1 - kept)
@@ -91,7 +92,7 @@ def closed_form(scheduler: SchedulerMixin, steps: int, eta: float) -> tuple[floa
 
 def create(name: str, spacing: str | None = None, **options: Any) -> SchedulerMixin:
     solver = getattr(diffusers, f"{name}Scheduler")
-    wanted = {"timestep_spacing": spacing, "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
+    wanted = {"timestep_spacing": spacing, "beta_start": 0.0001, "beta_end": 0.02}
     wanted |= {"clip_sample": False, "original_inference_steps": 1000}
     accepted = inspect.signature(solver.__init__).parameters
     return solver(**{key: value for key, value in wanted.items() if key in accepted} | options)
@@ -143,10 +144,10 @@ def check_limit(system: GaussianDiffusion, tolerance: float, side: int = 64) -> 
     assert mean == pytest.approx(MEAN, abs=0.1 * STD)
 
 
-HIGHER_ORDER = (
-    ("HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "LMSDiscrete")  # several evaluations; multistep
-    + ("DPMSolverMultistep", "DEISMultistep", "UniPCMultistep", "SASolver")
-)
+HIGHER_ORDER = [
+    *("HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "LMSDiscrete"),
+    *("DPMSolverMultistep", "DEISMultistep", "UniPCMultistep", "SASolver"),
+]
 
 
 @pytest.mark.parametrize(("spacing", "steps"), [("leading", 30), ("linspace", 30), ("trailing", 30), ("trailing", 100)])
