@@ -96,7 +96,7 @@ class DiffusionSystem(L.LightningModule):
             shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
             weights = "" if all(p.isfinite().all() for p in self.network.parameters()) else ", and so do the weights"
             raise NonFiniteSamplesError(
-                f"{len(bad)} of {len(images)} generated images contain NaN or infinite values (seeds {shown}){weights}; "
+                f"{len(bad)} of {len(images)} generated images contain NaN or infinity (seeds {shown}){weights}; "
                 f"training diverged, or the sampler {self.solver} with {self.num_inference_steps} steps overflows: "
                 "choose an earlier checkpoint, another solver, more steps or --trainer.precision 32-true"
             )

@@ -108,6 +108,12 @@ def _refused(path: Path, error: Exception) -> list[str]:
     return sorted(found) or [first[1]]
 
 
+def _reason(error: Exception) -> str:
+    """First sentence of an error, without torch's advice to unpickle the file unsafely."""
+    lines = [line for line in str(error).splitlines() if line and not ADVICE.search(line)]
+    return lines[0].split(". ")[0] if lines else type(error).__name__
+
+
 def save_checkpoint(content: Any, path: str | Path) -> None:
     """Writes a file for `load_checkpoint` atomically: a reader sees all of it or none, even after a power cut.
 

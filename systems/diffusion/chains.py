@@ -63,7 +63,7 @@ def double_tables(scheduler: SchedulerMixin) -> SchedulerMixin:
 
 
 def check_schedule(scheduler: SchedulerMixin) -> None:
-    """Checks the noise schedule itself: one signal power per training step, from 1 down to 0.
+    """Checks the noise schedule itself, which needs one signal power per training step.
 
     Raises:
         ValueError: If it is not such a schedule, or the network cannot be sampled at its end.
@@ -74,10 +74,10 @@ def check_schedule(scheduler: SchedulerMixin) -> None:
         raise ValueError(
             f"{name}: trained_betas has {len(power)} values, but num_train_timesteps={steps}; give one per step"
         )
-    if not (power.isfinite() & (power >= 0) & (power <= 1)).all() or (power.diff() > 0).any():
-        raise ValueError(
-            f"{name}: the signal power (alphas_cumprod) does not decrease within 1 to 0; give betas above 0 and up to 1"
-        )
+    betas = scheduler.betas
+    if not (betas.isfinite() & (betas >= 0) & (betas <= 1)).all():
+        low, high = float(betas.min()), float(betas.max())
+        raise ValueError(f"{name}: the betas of the noise schedule go from {low:g} to {high:g}; give values in [0, 1]")
     zero = config.get("rescale_betas_zero_snr", False) or power[-1] == 0
     if zero and config.prediction_type == "epsilon":
         raise ValueError(
@@ -87,6 +87,11 @@ def check_schedule(scheduler: SchedulerMixin) -> None:
         )
     if config.get("use_flow_sigmas", False):
         raise ValueError(f"{name}: use_flow_sigmas is a schedule of flow matching, not of training; leave it off")
+    if config.get("interpolation_type", "linear") != "linear":
+        raise ValueError(
+            f"{name}: interpolation_type={config.interpolation_type} sets noise levels that do not belong to its time "
+            "steps; leave it at linear"
+        )
     if isinstance(scheduler, LCMScheduler):
         raise ValueError(f"{name} samples consistency models, not diffusion models; {OTHERS}")
 

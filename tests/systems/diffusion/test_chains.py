@@ -118,7 +118,7 @@ def test_first_order_solvers_follow_their_own_time_steps(name: str, spacing: str
 def test_ddim_of_300_steps_on_data_of_deviation_one_half(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(f"{__name__}.STD", 0.5)
     found = [measure(build(create("DDIM", spacing), 300), side=8)[1] for spacing in SPACINGS]
-    assert found == pytest.approx([0.496, 0.496, 0.496], abs=1e-3)
+    assert found == pytest.approx([0.496, 0.496, 0.496], abs=2e-3)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
@@ -169,14 +169,14 @@ def test_higher_order_solvers_converge(name: str, spacing: str, steps: int, monk
         ("DPMSolverMultistep", {"algorithm_type": "dpmsolver", "solver_order": 3, "final_sigmas_type": "sigma_min"}),
         ("UniPCMultistep", {"use_karras_sigmas": True, "solver_order": 3}),
         ("EulerDiscrete", {"use_karras_sigmas": True}),
-        ("EulerDiscrete", {"interpolation_type": "log_linear", "timestep_spacing": "linspace"}),
         ("DDIM", {"steps_offset": 1, "timestep_spacing": "leading"}),
         ("DDIM", {"set_alpha_to_one": False, "timestep_spacing": "leading"}),
     ],
 )
 def test_options_of_solvers(name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(f"{__name__}.STD", 0.5)
-    check_limit(build(create(name, **({"timestep_spacing": "trailing"} | options)), 100), 0.035)
+    spacing = options.get("timestep_spacing", "trailing")
+    check_limit(build(create(name, spacing, **options), 100), 0.035)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_solvers_of_the_suite(scheduler: SchedulerMixin, tolerance: float) -> No
         (create("UniPCMultistep", "leading"), 1000, "start at 0 of 999"),
         (create("DDIM", "leading", steps_offset=1), 1000, "go from 1000 to 1, but training has the steps 999 to 0"),
         (
-            create("EulerDiscrete", timestep_type="continuous", prediction_type="v_prediction"),
+            create("EulerDiscrete", "linspace", timestep_type="continuous", prediction_type="v_prediction"),
             10,
             "training has the st",
         ),
@@ -220,8 +220,9 @@ def test_solvers_of_the_suite(scheduler: SchedulerMixin, tolerance: float) -> No
         (EulerDiscreteScheduler(rescale_betas_zero_snr=True), 10, "ends at zero signal"),
         (DDIMScheduler(trained_betas=[0.1] * 999 + [1.0]), 10, "ends at zero signal"),
         (DDIMScheduler(trained_betas=[0.01] * 50), 10, "trained_betas has 50 values, but num_train_timesteps=1000"),
-        (DDIMScheduler(beta_end=1.5), 10, "does not decrease within 1 to 0"),
-        (DDIMScheduler(beta_start=-0.1), 10, "does not decrease within 1 to 0"),
+        (DDIMScheduler(beta_end=1.5), 10, "betas of the noise schedule go from 0.0001 to 1.5"),
+        (DDIMScheduler(beta_start=-0.1), 10, "betas of the noise schedule go from -0.1"),
+        (EulerDiscreteScheduler(interpolation_type="log_linear"), 10, "noise levels that do not belong to its time st"),
     ],
 )
 def test_chains_that_cannot_work_are_refused(scheduler: SchedulerMixin, steps: int, message: str) -> None:
@@ -237,6 +238,6 @@ def test_zero_terminal_snr_works_with_the_prediction_of_v() -> None:
 
 
 def test_a_shifted_noise_schedule_is_not_replaced_by_the_product_of_its_betas() -> None:
-    shifted = create("CogVideoXDDIM", snr_shift_scale=3.0)
+    shifted = create("CogVideoXDDIM", "trailing", snr_shift_scale=3.0)
     power = shifted.alphas_cumprod.clone()
     assert torch.equal(build(shifted, 10).scheduler.alphas_cumprod, power)
