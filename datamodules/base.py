@@ -246,7 +246,7 @@ class ImageDataModule(L.LightningDataModule):
         """Converts generated images in [-1, 1] to uint8 in the compared geometry: clamped, rounded, without padding.
 
         Raises:
-            ValueError: If the shape differs from the training images, or a pixel is NaN.
+            ValueError: If the shape differs from the training images, or a pixel is not finite.
         """
         return to_bytes(self.compared(images))
 
@@ -254,14 +254,15 @@ class ImageDataModule(L.LightningDataModule):
         """Removes the padding of generated images `(B, C, H, W)`; values are not clamped.
 
         Raises:
-            ValueError: If the shape differs from the training images, or a pixel is NaN.
+            ValueError: If the shape differs from the training images, or a pixel is not finite.
         """
         if images.shape[1:] != self.image_shape:
             expected = ", ".join(map(str, self.image_shape))
             raise ValueError(f"generated images have the shape {tuple(images.shape)}, expected (B, {expected})")
-        if images.isnan().any():
+        if not images.isfinite().all():
             raise ValueError(
-                "generated images contain NaN: the model has diverged; lower the learning rate or raise the precision"
+                "generated images contain NaN or infinite values, which are not pixels: the model or its sampler has "
+                "diverged; lower the learning rate, raise the precision or choose another solver"
             )
         pad, end = self._padding, self._padding + self._compared_size
         return images[..., pad:end, pad:end]

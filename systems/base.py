@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from systems.checkpoints import (
     UNKNOWN_DATA,
+    CheckpointMismatchError,
     check_method,
     check_state,
     read_suite,
@@ -33,6 +34,10 @@ from systems.figures import Figure
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 LRSchedulerFactory = Callable[[Optimizer], LRScheduler]
+
+
+class NonFiniteSamplesError(RuntimeError):
+    """Generated images contain NaN or infinite values, so that they cannot be measured or drawn."""
 
 
 class DiffusionSystem(L.LightningModule):
@@ -154,8 +159,23 @@ class DiffusionSystem(L.LightningModule):
 
     @torch.no_grad()
     def sample(self, seeds: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
-        """Returns one image per seed, `(B, C, H, W)`; values may lie slightly outside [-1, 1]."""
-        return deque(self.trajectory(seeds, image_shape), maxlen=1)[0]
+        """Returns one image per seed, `(B, C, H, W)`; values may lie slightly outside [-1, 1].
+
+        Raises:
+            NonFiniteSamplesError: If a value is not finite.
+        """
+        images = deque(self.trajectory(seeds, image_shape), maxlen=1)[0]
+        finite = images.isfinite().flatten(1).all(1).cpu()
+        if not finite.all():
+            bad = seeds.cpu()[~finite].tolist()
+            shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+            weights = "" if all(p.isfinite().all() for p in self.network.parameters()) else ", and so do the weights"
+            raise NonFiniteSamplesError(
+                f"{len(bad)} of {len(images)} generated images contain NaN or infinity (seeds {shown}){weights}; "
+                f"training diverged, or the sampler {self.solver} with {self.num_inference_steps} steps overflows: "
+                "choose an earlier checkpoint, another solver, more steps or --trainer.precision 32-true"
+            )
+        return images
 
     @property
     def generates(self) -> bool:
@@ -229,9 +249,28 @@ class DiffusionSystem(L.LightningModule):
             "lr_scheduler": {"scheduler": self._lr_scheduler(optimizer), "interval": "step"},
         }
 
+    @property
+    def process(self) -> dict[str, Any]:
+        """Options of the diffusion process that must not change after training, such as its number of steps."""
+        return {}
+
+    def check_process(self, checkpoint: Mapping[str, Any], source: str) -> None:
+        """Checks that a checkpoint was trained on this diffusion process, if it records one.
+
+        Raises:
+            CheckpointMismatchError: If options differ; lists them.
+        """
+        trained = checkpoint.get("process", self.process)
+        different = [f"{k}={trained.get(k)} instead of {v}" for k, v in self.process.items() if trained.get(k) != v]
+        if different:
+            raise CheckpointMismatchError(
+                f"{source} was trained with {', '.join(different)}; use the --model options of training"
+            )
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Stores the method's name, the configuration and the data it was trained on in the checkpoint."""
+        """Stores the method's name, process, configuration and the data it was trained on in the checkpoint."""
         checkpoint["method"] = self.method
+        checkpoint["process"] = self.process
         if self.configuration is not None:
             checkpoint["configuration"] = self.configuration
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
@@ -240,10 +279,11 @@ class DiffusionSystem(L.LightningModule):
         checkpoint["training_data"] = self.training_data
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Rejects a checkpoint of another method or network with a single message."""
+        """Rejects a checkpoint of another method, network or diffusion process with a single message."""
         check_method(checkpoint, self.method, "the checkpoint")
         checkpoint["state_dict"] = with_network_prefix(checkpoint["state_dict"], self)
         check_state(checkpoint["state_dict"], self, "the checkpoint")
+        self.check_process(checkpoint, "the checkpoint")
         self.training_data = training_data_of(checkpoint)
 
     @classmethod

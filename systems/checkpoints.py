@@ -14,10 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+
+_SCALAR: Any = np.float64(0).__reduce__()[0]
+_ARRAY: Any = np.zeros(1).__reduce__()[0]
+NUMPY_NUMBERS: list[Any] = [
+    np.ndarray,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("?", *np.typecodes["AllInteger"], *np.typecodes["AllFloat"])),
+    *(
+        (function, f"{module}.{function.__name__}")
+        for module in ("numpy._core.multiarray", "numpy.core.multiarray")  # of numpy 2 and 1
+        for function in (_SCALAR, _ARRAY)
+    ),
+]
+"""Harmless objects beside the weights in many files, such as a loss: numbers and arrays of numpy."""
 
 ADVICE = re.compile("Weights only load failed|Please file an issue|Check the documentation")
 """Boilerplate in torch's error when it refuses to unpickle an object."""
@@ -46,6 +61,8 @@ UNREADABLE = (
     OSError,
     ValueError,
     LookupError,
+    AttributeError,
+    TypeError,
     zipfile.BadZipFile,
     SafetensorError,
 )
@@ -63,7 +80,7 @@ EXPORTED = ("method", "process", "training_data", "configuration", "activation_b
 def save_safetensors(content: Mapping[str, Any], path: Path) -> None:
     """Writes the weights of a checkpoint and its `EXPORTED` entries to a safetensors file for `load_checkpoint`."""
     kept = {name: content[name] for name in EXPORTED if name in content}
-    metadata = {"format": "pt", "checkpoint": json.dumps(kept, default=Tensor.tolist)}
+    metadata = {"format": "pt", "checkpoint": json.dumps(kept, default=_tensor_to_json)}
     state = {name: tensor.contiguous() for name, tensor in content["state_dict"].items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
@@ -75,13 +92,21 @@ def save_safetensors(content: Mapping[str, Any], path: Path) -> None:
 
 
 def _load_safetensors(path: Path) -> dict[str, Any]:
-    """Reads a safetensors file, of the suite or with bare weights, as a checkpoint from which training can start."""
+    """Reads a safetensors file: a whole checkpoint if `save_safetensors` wrote it, else a plain state dict."""
     with safe_open(path, "pt") as file:
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        content = json.loads((file.metadata() or {}).get("checkpoint", "{}"))
-    if "gamma" in content:
-        content["gamma"]["values"] = torch.tensor(content["gamma"]["values"], dtype=torch.float64)
-    return {**content, **weights_only(state)}
+        text = (file.metadata() or {}).get("checkpoint")
+    return state if text is None else json.loads(text, object_hook=_tensor_from_json) | weights_only(state)
+
+
+def _tensor_to_json(tensor: Tensor) -> dict[str, Any]:
+    return {"tensor": tensor.tolist(), "dtype": str(tensor.dtype).removeprefix("torch.")}
+
+
+def _tensor_from_json(value: dict[str, Any]) -> Any:
+    if value.keys() != {"tensor", "dtype"}:
+        return value
+    return torch.tensor(value["tensor"], dtype=getattr(torch, value["dtype"]))
 
 
 def weights_only(state: dict[str, Tensor]) -> dict[str, Any]:
@@ -97,11 +122,14 @@ def weights_only(state: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def load_checkpoint(path: str | Path) -> Any:
-    """Reads a file written by `torch.save` or `save_safetensors`; unpickles only tensors and plain values.
+    """Reads a file written by `torch.save` or in safetensors; unpickles only tensors, plain values and numbers.
+
+    A safetensors file of `save_safetensors` is a whole checkpoint, any other a plain state dict.
+
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it cannot be read.
+        ValueError: If it cannot be read, or contains other objects; names them.
     """
     path = Path(path)
     if not path.is_file():
@@ -113,11 +141,30 @@ def load_checkpoint(path: str | Path) -> Any:
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():
                     raise ValueError(f"{damaged} is damaged")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(NUMPY_NUMBERS):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
+        if objects := _refused(path, error):
+            raise ValueError(
+                f"{path} cannot be read as a checkpoint of tensors: besides them it contains {', '.join(objects[:5])}"
+                f"{', ...' if len(objects) > 5 else ''}, and unpickling these could run code; if you trust the file, "
+                "save only its weights with the authors' code: torch.save(model.state_dict(), FILE)"
+            ) from None
         raise ValueError(
             f"{path} cannot be read as a checkpoint of tensors (truncated, or contains code): {_reason(error)}"
         ) from None
+
+
+def _refused(path: Path, error: Exception) -> list[str]:
+    """Names of the classes and functions in a file that are not unpickled."""
+    if not (first := re.search(r"GLOBAL ([\w.]+)", str(error))):
+        return []
+    try:
+        with torch.serialization.safe_globals(NUMPY_NUMBERS):
+            found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except UNREADABLE:  # the format before torch 1.6
+        found = []
+    return sorted(found) or [first[1]]
 
 
 def _reason(error: Exception) -> str:

@@ -173,6 +173,11 @@ class FSDDIM(DiffusionSystem):
         """Network evaluations per image."""
         return self.num_inference_steps
 
+    @property
+    def process(self) -> dict[str, int]:
+        """Option fixed by training: the number of diffusion steps, which determines the noise schedule."""
+        return {"num_train_timesteps": len(self.alphas_cumprod)}
+
     def loss_terms(self, images: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Returns the unweighted loss terms of images `(B, C, H, W)` in [-1, 1], each at a uniform random step.
 

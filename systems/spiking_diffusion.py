@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from systems.base import DiffusionSystem, OptimizerFactory
-from systems.checkpoints import CheckpointMismatchError, check_state, read_trained, training_data_of
+from systems.checkpoints import check_state, read_trained, training_data_of
 from systems.diffusion.absorbing import Objective, denoising_loss, unmask
 from systems.figures import Figure, perplexity, plot_reconstructions, plot_usage
 from systems.networks.checks import check_range
@@ -421,20 +421,13 @@ class SpikingDiffusion(DiffusionSystem):
         return {"num_train_timesteps": self.num_train_timesteps, "mask_id": self.mask_id}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the diffusion process and the stage."""
+        """Adds the stage."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["process"] = self.process
         checkpoint["in_stage_two"] = self._in_stage_two
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Rejects a checkpoint of another method, network or diffusion process; restores its stage."""
         super().on_load_checkpoint(checkpoint)
-        trained = checkpoint.get("process", self.process)
-        different = [f"{k}={trained.get(k)} instead of {v}" for k, v in self.process.items() if trained.get(k) != v]
-        if different:
-            raise CheckpointMismatchError(
-                f"the checkpoint was trained with {', '.join(different)}; use the --model options of training"
-            )
         self._in_stage_two = checkpoint.get("in_stage_two", True)
 
 

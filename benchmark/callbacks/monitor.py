@@ -276,6 +276,9 @@ class TrainingMonitor(Callback):
         try:
             seeds = torch.arange(self.num_images)
             states = [data.to_uint8(x) for x in system.trajectory(seeds, data.image_shape)]
+        except ValueError as error:  # pictures are not a reason to end a training
+            warnings.warn(f"the samples of step {trainer.global_step} are not drawn: {error}", stacklevel=2)
+            return
         finally:
             system.num_inference_steps = steps
             system.train(training)

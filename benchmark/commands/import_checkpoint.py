@@ -7,13 +7,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning
-import torch
+from torch import Tensor
 
 from leaderboard.files import refuse_existing
-from systems.checkpoints import load_checkpoint, save_checkpoint
+from systems.checkpoints import load_checkpoint, rename, save_checkpoint
 
-ENTRIES = ("ema_model", "net_model", "model_state_dict")
+ENTRIES = (
+    *("ema_model", "model_ema", "ema_state_dict", "params_ema", "ema", "shadow"),
+    *("net_model", "model_state_dict", "state_dict", "model", "network", "net", "params"),
+)
 """Keys of the network in released files, averaged weights first."""
+
+WRAPPERS = ("ema_model", "model_ema", "ema", "module", "_orig_mod", "model", "network", "net", "online_model")
+"""Attributes in which training code wraps the whole network, averaged weights first."""
+
+COUNTERS = ("n_averaged", "initted", "step", "num_updates", "decay")
+"""Tensors that wrappers of averaged weights keep beside the network."""
 
 
 def import_checkpoint(
@@ -27,8 +36,9 @@ def import_checkpoint(
     Every tensor must have a counterpart: unknown and missing ones are listed. Only tensors are unpickled.
 
     Args:
-        checkpoint: Released file: a dict with `ema_model` (preferred), `net_model` or `model_state_dict`, or a plain
-            state dict.
+        checkpoint: Released file (of `torch.save`, or .safetensors): a state dict, or a dict that contains one as
+            `ema_model` (preferred), `net_model`, `model_state_dict`, `state_dict`, ...; prefixes of wrappers such as
+            `module.`, `_orig_mod.` or `ema.` are removed.
         output: File to write (.ckpt).
         method: Method the checkpoint belongs to.
         denoiser: Second file of spiking_diffusion; null uses diff_result/diff_model.pth next to the first.
@@ -70,9 +80,42 @@ def import_checkpoint(
     )
 
 
-def _state(content: Any, source: str) -> dict[str, torch.Tensor]:
-    if isinstance(content, dict):
-        content = next((content[entry] for entry in ENTRIES if entry in content), content)
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+def _state(content: Any, source: str) -> dict[str, Tensor]:
+    """Returns the network's state dict from the content of a file, without the prefixes of wrappers."""
+    if isinstance(content, dict) and {"method", "state_dict", "pytorch-lightning_version"} <= content.keys():
+        raise ValueError(f"{source} is a checkpoint of the suite already; use it as --ckpt_path {source}")
+    entries = []
+    while entry := _entry(content):
+        entries.append(entry)
+        content = content[entry]
+    if not isinstance(content, dict) or not content:
         raise ValueError(f"{source} contains no state dict; expected one of {', '.join(ENTRIES)}, or tensors by name")
-    return content
+    if others := [str(key) for key, value in content.items() if not isinstance(value, Tensor)]:
+        raise ValueError(
+            f"{source} contains no state dict{' in ' + '/'.join(entries) if entries else ''}: {', '.join(others[:5])} "
+            f"{'is not a tensor' if len(others) == 1 else 'are not tensors'}; expected one of {', '.join(ENTRIES)}, or "
+            "tensors by name"
+        )
+    return _unwrap({str(key): value for key, value in content.items()})
+
+
+def _entry(content: Any) -> str | None:
+    """Returns the key of the dict that contains the network, None if `content` is a state dict itself."""
+    if not isinstance(content, dict):
+        return None
+    nested = (entry for entry in ENTRIES if isinstance(content.get(entry), dict) and content[entry])
+    return next(
+        (entry for entry in nested if any(isinstance(v, (Tensor, dict)) for v in content[entry].values())), None
+    )
+
+
+def _unwrap(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Removes the prefixes of wrappers around the whole network, and of compiled modules anywhere."""
+    state = rename(state, lambda key: key.replace("._orig_mod.", "."))
+    while True:
+        inner = {key: value for key, value in state.items() if key not in COUNTERS}
+        found = {key.partition(".")[0] for key in inner}
+        if not found or not found <= set(WRAPPERS) or not all("." in key for key in inner):
+            return state
+        prefix = next(name for name in WRAPPERS if name in found) + "."
+        state = {key.removeprefix(prefix): value for key, value in inner.items() if key.startswith(prefix)}

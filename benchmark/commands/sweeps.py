@@ -14,8 +14,8 @@ from rich.table import Table
 
 from benchmark.command_line import fill_in_newest_run, pass_through_parser
 from benchmark.stages import run_stage
-from leaderboard.files import free_path, refuse_existing
 from leaderboard.evaluation.callback import Evaluation
+from leaderboard.files import free_path, refuse_existing
 from leaderboard.record.entries import headline
 from leaderboard.record.records import Record
 from leaderboard.reports.table import plus_minus

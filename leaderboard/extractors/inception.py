@@ -7,7 +7,6 @@ weights differ.
 
 from __future__ import annotations
 
-import pickle
 from typing import cast
 
 import numpy as np
@@ -19,6 +18,7 @@ from torchvision.models import Inception_V3_Weights, inception_v3
 
 from leaderboard.extractors.base import Extractor, InceptionExtractor, load_extractor, published_weights
 from leaderboard.protocols import SUITE, TORCHVISION, View
+from systems.checkpoints import load_checkpoint
 
 URL_TORCHVISION = str(Inception_V3_Weights.IMAGENET1K_V1.url)
 SIZE = 299
@@ -96,8 +96,8 @@ class TorchvisionInception(Extractor):
         self.twice = scaling == "twice"
         self.network = inception_v3(weights=None, transform_input=self.twice, init_weights=False)
         try:
-            self.network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError, AttributeError) as error:
+            self.network.load_state_dict(load_checkpoint(path))
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path} does not contain weights of torchvision's inception_v3 ({str(error).splitlines()[0]}); use a "
                 f"copy of {URL_TORCHVISION}"

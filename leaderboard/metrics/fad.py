@@ -20,7 +20,6 @@ There are two values, which must not be mixed:
 from __future__ import annotations
 
 import hashlib
-import pickle
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -34,6 +33,7 @@ from torchmetrics import Metric, SumMetric
 from datamodules.images import resize, to_array
 from leaderboard.metrics.streaming import FrechetDistance
 from leaderboard.record.records import MetricValue
+from systems.checkpoints import load_checkpoint
 from systems.ops.precision import full_precision
 
 SOURCE = "https://github.com/kamata1729/FullySpikingVAE (folder metrics)"
@@ -106,11 +106,11 @@ def load_encoder(path: Path) -> FADEncoder:
     """
     _require(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_checkpoint(path)
         depth = sum(key.startswith("encoder.") and key.endswith(".0.weight") for key in state)
         encoder = FADEncoder(state["encoder.0.0.weight"].shape[1], len(state["latent_layer.bias"]), depth)
         encoder.load_state_dict({k: v for k, v in state.items() if k.startswith(("encoder.", "latent_layer."))})
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, IndexError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} is not an autoencoder of the FAD ({reason}); fetch it again from {SOURCE}") from None
     return encoder.requires_grad_(False)

@@ -29,9 +29,9 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from systems.checkpoints import load_checkpoint
 from systems.diffusion._released import ReleasedScheduler
 from systems.diffusion.prediction import noise_images, to_noise, to_x0
 
@@ -210,10 +210,10 @@ def read_gamma(path: str | Path) -> Tensor:
     try:
         if path.suffix == ".npy":
             content = torch.from_numpy(np.load(path, allow_pickle=False))
-        elif path.suffix == ".safetensors":
-            (content,) = load_file(path).values()
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        return content.double().flatten()
+            content = load_checkpoint(path)
+            if isinstance(content, dict):
+                (content,) = content.values()
+        return torch.as_tensor(content).double().flatten()
     except Exception as error:
         raise ValueError(f"{path} must contain exactly one array of numbers: {str(error).splitlines()[0]}") from None

@@ -5,7 +5,6 @@ Noise schedule and sampler come from a diffusers scheduler.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DDPMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from systems.base import DiffusionSystem, LRSchedulerFactory, OptimizerFactory
 from systems.checkpoints import CheckpointMismatchError
 from systems.diffusion.analytic_dpm import AnalyticDPMScheduler
+from systems.diffusion.chains import check_schedule, double_tables, start_chain, take_step, try_chain
 from systems.diffusion.dpm_solver import DPMSolverScheduler  # noqa: F401  # a choice for --model.scheduler
 from systems.diffusion.prediction import noise_images, unknown_prediction_type, velocity
 from systems.networks.checks import check_range
@@ -28,43 +29,7 @@ from systems.ops.cuda_graphs import Replay
 from systems.spiking.neurons import SpikingNeuron
 
 PROCESS_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
-"""Options of a scheduler that must not change after training."""
-
-
-def double_tables(scheduler: SchedulerMixin) -> SchedulerMixin:
-    """Recomputes a scheduler's noise tables in float64 from its float32 betas, as in the published codes.
-
-    diffusers multiplies the 1000 factors of `alphas_cumprod` in float32; a chain of 1000 steps amplifies the error
-    beyond 1e-5. The tables are used one number at a time, so that the dtype of images does not change.
-    """
-    if not scheduler.config.get("rescale_betas_zero_snr", False):  # these tables are not plain products
-        first_is_final = getattr(scheduler, "final_alpha_cumprod", None) == scheduler.alphas_cumprod[0]
-        scheduler.betas = scheduler.betas.double()
-        scheduler.alphas = 1 - scheduler.betas
-        scheduler.alphas_cumprod = scheduler.alphas.cumprod(0)
-        if first_is_final:
-            scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
-    return scheduler
-
-
-def _try_step(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
-    """Takes one step on zeros, because schedulers check their options only in `step`.
-
-    Raises:
-        ValueError: If the scheduler does not work with its options, such as the prediction type.
-    """
-    scheduler, x = copy.deepcopy(scheduler), torch.zeros(1, 1, 2, 2)
-    if isinstance(scheduler, AnalyticDPMScheduler):
-        scheduler.gamma = torch.ones(scheduler.config.num_train_timesteps)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            scheduler.set_timesteps(num_inference_steps)
-            scheduler.step(x, scheduler.timesteps[0], x)
-    except (ValueError, NotImplementedError, TypeError, IndexError) as error:
-        raise ValueError(
-            f"{type(scheduler).__name__} does not work with prediction_type={scheduler.config.prediction_type!r} and "
-            f"num_inference_steps={num_inference_steps} ({error}); choose another scheduler or other options"
-        ) from error
+"""Options of a scheduler that must not change after training; the betas only where they change the schedule."""
 
 
 class GaussianDiffusion(DiffusionSystem):
@@ -105,6 +70,7 @@ class GaussianDiffusion(DiffusionSystem):
         if eta and "eta" not in inspect.signature(scheduler.step).parameters:
             raise ValueError(f"eta={eta} is an option of DDIM, which {name} does not have; leave it at 0")
         self.network = network
+        check_schedule(scheduler)
         self.scheduler = double_tables(scheduler)
         self.num_inference_steps = num_inference_steps
         self.eta = eta
@@ -112,7 +78,7 @@ class GaussianDiffusion(DiffusionSystem):
         power = self.scheduler.alphas_cumprod.double()
         self.register_buffer("signal", power.sqrt().float(), persistent=False)
         self.register_buffer("sigma", (1 - power).sqrt().float(), persistent=False)
-        _try_step(self.scheduler, num_inference_steps)
+        try_chain(self.scheduler, num_inference_steps)
 
     @property
     def solver(self) -> str:
@@ -127,19 +93,11 @@ class GaussianDiffusion(DiffusionSystem):
     @property
     def nfe(self) -> int:
         """Network evaluations per image, one per time point of the scheduler."""
-        scheduler = copy.deepcopy(self.scheduler)
-        scheduler.set_timesteps(self.num_inference_steps)
-        return len(scheduler.timesteps)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the diffusion process that the network is trained on."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["process"] = self.process
+        return len(start_chain(self.scheduler, self.num_inference_steps).timesteps)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Rejects a checkpoint of another method, network or diffusion process."""
         super().on_load_checkpoint(checkpoint)
-        self.check_process(checkpoint, "the checkpoint")
         if isinstance(self.scheduler, AnalyticDPMScheduler) and self.scheduler.gamma is None and "gamma" in checkpoint:
             self.scheduler.set_gamma(checkpoint["gamma"]["values"])
             estimated = {k: checkpoint["gamma"].get(k, now) for k, now in self.gamma_conditions.items()}
@@ -159,24 +117,46 @@ class GaussianDiffusion(DiffusionSystem):
 
     @property
     def process(self) -> dict[str, Any]:
-        """Options that every scheduler of this network must share: noise schedule and prediction type."""
-        return {key: self.scheduler.config[key] for key in PROCESS_KEYS}
+        """What every scheduler of this network must share: options, and the signal powers of all training steps."""
+        config = self.scheduler.config
+        return {k: config[k] for k in PROCESS_KEYS if k in config} | {"alphas_cumprod": self.scheduler.alphas_cumprod}
 
     def check_process(self, checkpoint: Mapping[str, Any], source: str) -> None:
         """Checks that a checkpoint was trained on this diffusion process, if it records one.
 
+        The noise schedules are compared by their signal powers, whatever the options that define them. Checkpoints of
+        earlier versions record only the options.
+
         Raises:
             CheckpointMismatchError: If noise schedule or prediction type differ; lists the differences.
         """
-        process = checkpoint.get("process", self.process)
-        trained = {key: process.get(key) for key in self.process}
+        if "process" not in checkpoint:
+            return
+        trained, now, name = checkpoint["process"], self.process, type(self.scheduler).__name__
+        power, table = now.pop("alphas_cumprod").double(), trained.get("alphas_cumprod")
+        same = isinstance(table, Tensor) and _equal_schedules(table.double(), power)
         different = [
-            f"{k}={trained[k]} but --model.scheduler has {v}" for k, v in self.process.items() if trained[k] != v
+            f"{key}={trained.get(key)} but --model.scheduler has {value}"
+            for key, value in now.items()
+            if trained.get(key) != value and not (same and key.startswith("beta"))  # other betas, the same schedule
         ]
+        if not same and not different:
+            recorded = isinstance(table, Tensor)
+            options = {key: trained[key] for key in PROCESS_KEYS if key in trained}
+            before = (table if recorded else DDPMScheduler(**options).alphas_cumprod).double()
+            t = int((before - power).abs().argmax())
+            found = (
+                f"another noise schedule (signal power {float(before[t]):.3g} at step {t}, but --model.scheduler, "
+                f"{name}, has {float(power[t]):.3g}; for instance by rescale_betas_zero_snr or trained_betas)"
+            )
+            if recorded or not now.keys() >= set(PROCESS_KEYS):
+                different = [found]
+            elif not _equal_schedules(before, power):
+                warnings.warn(f"{source}, of an earlier version, may have been trained with {found}", stacklevel=2)
         if different:
             raise CheckpointMismatchError(
-                f"{source} was trained with {'; '.join(different)}; use the noise schedule it was trained with; "
-                "only the sampler may change"
+                f"{source} was trained with {'; '.join(different)}; use the noise schedule it was trained with, and a "
+                "scheduler that has its options; only the sampler may change"
             )
 
     def loss(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -213,8 +193,7 @@ class GaussianDiffusion(DiffusionSystem):
 
     def trajectory(self, seeds: Tensor, image_shape: tuple[int, int, int]) -> Iterator[Tensor]:
         """Yields `x_T`, ..., `x_0` `(B, C, H, W)`; the noise of image `k` is drawn with the seed `seeds[k]`."""
-        scheduler = copy.deepcopy(self.scheduler)  # schedulers keep a history
-        scheduler.set_timesteps(self.num_inference_steps)
+        scheduler = start_chain(self.scheduler, self.num_inference_steps)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
         accepted = inspect.signature(scheduler.step).parameters
         options = {k: v for k, v in {"generator": generators, "eta": self.eta}.items() if k in accepted}
@@ -223,7 +202,12 @@ class GaussianDiffusion(DiffusionSystem):
         yield x
         timesteps = scheduler.timesteps  # schedulers compute with these on the CPU, without GPU synchronisation
         network = Replay(self.network, self.network)
-        for step, (t, t_device) in enumerate(zip(timesteps, timesteps.to(x.device), strict=True), start=1):
+        for index, (t, t_device) in enumerate(zip(timesteps, timesteps.to(x.device), strict=True)):
             prediction = network(scheduler.scale_model_input(x, t), t_device.expand(len(x))).to(x.dtype)
-            x = scheduler.step(prediction, t, x, return_dict=False, **options)[0]
-            yield x.clamp(-1, 1) if self.final_clip and step == len(timesteps) else x
+            x = take_step(scheduler, index, prediction, x, **options)
+            yield x.clamp(-1, 1) if self.final_clip and index + 1 == len(timesteps) else x
+
+
+def _equal_schedules(a: Tensor, b: Tensor) -> bool:
+    """Whether two tables of signal powers are equal up to rounding in float32."""
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-7)

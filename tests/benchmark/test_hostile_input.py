@@ -96,8 +96,14 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "one bit of a weight": (bit_of_a_weight, "cannot be read as a checkpoint of tensors"),
     "empty": (lambda good: b"", "cannot be read as a checkpoint of tensors"),
     "text": (lambda good: b"<html>not found</html>", "cannot be read as a checkpoint of tensors"),
-    "pickle with code": (lambda good: pickle.dumps({"state_dict": Harmful(good)}, 2), "GLOBAL posix.system"),
-    "checkpoint with code": (lambda good: {"state_dict": {"a": Harmful(good)}}, "GLOBAL posix.system"),
+    "pickle with code": (
+        lambda good: pickle.dumps({"state_dict": Harmful(good)}, 2),
+        "besides them it contains posix.system",
+    ),
+    "checkpoint with code": (
+        lambda good: {"state_dict": {"a": Harmful(good)}},
+        "besides them it contains posix.system",
+    ),
     "list": (
         lambda good: [1, 2],
         "is not a checkpoint of the suite; convert an authors' file with `python -m",
@@ -145,7 +151,9 @@ def test_code_in_a_checkpoint_runs_in_no_command(
     path.parent.mkdir()
     (tmp_path / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
     torch.save({"state_dict": {"a": Harmful(tmp_path / "executed")}}, path)
-    assert "GLOBAL posix.system" in error(*command, path, *([tmp_path / "out.ckpt"] if command[0] == "import" else []))
+    assert "besides them it contains posix.system" in error(
+        *command, path, *([tmp_path / "out.ckpt"] if command[0] == "import" else [])
+    )
 
 
 def with_value(value: Any, *keys: str) -> str:

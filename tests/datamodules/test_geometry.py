@@ -73,9 +73,12 @@ def test_generated_images_of_another_shape_are_refused(root: str, cache: str) ->
         data.to_uint8(torch.zeros(2, 1, 28, 28))
 
 
-def test_generated_images_that_are_not_numbers_are_refused(root: str, cache: str) -> None:
-    with pytest.raises(ValueError, match="generated images contain NaN: the model has diverged"):
-        MNIST(root, cache_dir=cache).to_uint8(torch.full((1, 1, 28, 28), torch.nan))
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_generated_images_that_are_not_finite_are_refused(value: float, root: str, cache: str) -> None:
+    images = torch.zeros(1, 1, 28, 28)
+    images[0, 0, 5, 5] = value
+    with pytest.raises(ValueError, match="generated images contain NaN or infinite values"):
+        MNIST(root, cache_dir=cache).to_uint8(images)
 
 
 def test_about_half_of_the_images_are_mirrored(root: str, cache: str) -> None:

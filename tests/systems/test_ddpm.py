@@ -12,7 +12,7 @@ from torch import Tensor
 from systems import DDPM
 from systems.checkpoints import CheckpointMismatchError
 from systems.ddpm import read_official
-from systems.diffusion.gaussian import double_tables
+from systems.diffusion.chains import double_tables
 
 Reference = Callable[[str], dict[str, Tensor]]
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from systems.diffusion.analytic_dpm import LAST_VARIANCE, AnalyticDPMScheduler, estimate_gamma
-from systems.diffusion.gaussian import double_tables
+from systems.diffusion.chains import double_tables
 from systems.diffusion.strided import StridedDDPMScheduler
 
 Reference = Callable[[str], dict[str, Tensor]]

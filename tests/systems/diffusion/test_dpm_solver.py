@@ -10,8 +10,8 @@ from formula import Formula
 from torch import Tensor, nn
 
 from systems import SDDPM
+from systems.diffusion.chains import double_tables
 from systems.diffusion.dpm_solver import DPMSolverScheduler, fast_orders
-from systems.diffusion.gaussian import double_tables
 
 
 def solve(network: nn.Module, x: Tensor, steps: int, **options: object) -> Tensor:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from systems import SDDPM
 from systems.diffusion.analytic_dpm import AnalyticDPMScheduler
-from systems.diffusion.gaussian import GaussianDiffusion, double_tables
+from systems.diffusion.chains import double_tables
+from systems.diffusion.gaussian import GaussianDiffusion
 from systems.diffusion.strided import StridedDDIMScheduler
 
 Reference = Callable[[str], dict[str, Tensor]]
