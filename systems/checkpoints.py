@@ -18,14 +18,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-NUMPY_NUMBERS = [
+NUMPY_NUMBERS: list[Any] = [
     np.ndarray,
     np.dtype,
     *(type(np.dtype(kind)) for kind in ("?", *np.typecodes["AllInteger"], *np.typecodes["AllFloat"])),
     *(
-        (getattr(np._core.multiarray if hasattr(np, "_core") else np.core.multiarray, name), f"{module}.{name}")
-        for module in ("numpy._core.multiarray", "numpy.core.multiarray")  # of numpy 2 and 1
-        for name in ("scalar", "_reconstruct")
+        (value.__reduce__()[0], f"{module}.multiarray.{name}")
+        for value, name in ((np.float64(0), "scalar"), (np.zeros(0), "_reconstruct"))
+        for module in ("numpy._core", "numpy.core")  # of numpy 2 and 1
     ),
 ]
 """Harmless objects beside the weights in many files, such as a loss: numbers and arrays of numpy."""
