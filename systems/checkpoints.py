@@ -20,16 +20,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-_SCALAR: Any = np.float64(0).__reduce__()[0]
-_ARRAY: Any = np.zeros(1).__reduce__()[0]
 NUMPY_NUMBERS: list[Any] = [
     np.ndarray,
     np.dtype,
     *(type(np.dtype(kind)) for kind in ("?", *np.typecodes["AllInteger"], *np.typecodes["AllFloat"])),
     *(
-        (function, f"{module}.{function.__name__}")
-        for module in ("numpy._core.multiarray", "numpy.core.multiarray")  # of numpy 2 and 1
-        for function in (_SCALAR, _ARRAY)
+        (value.__reduce__()[0], f"{module}.multiarray.{name}")
+        for value, name in ((np.float64(0), "scalar"), (np.zeros(0), "_reconstruct"))
+        for module in ("numpy._core", "numpy.core")  # of numpy 2 and 1
     ),
 ]
 """Harmless objects beside the weights in many files, such as a loss: numbers and arrays of numpy."""

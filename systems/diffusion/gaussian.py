@@ -144,7 +144,7 @@ class GaussianDiffusion(DiffusionSystem):
             recorded = isinstance(table, Tensor)
             options = {key: trained[key] for key in PROCESS_KEYS if key in trained}
             before = (table if recorded else DDPMScheduler(**options).alphas_cumprod).double()
-            t = int((before - power).abs().argmax())
+            t = int(((before - power).abs() / (power + 1e-4)).argmax())
             found = (
                 f"another noise schedule (signal power {float(before[t]):.3g} at step {t}, but --model.scheduler, "
                 f"{name}, has {float(power[t]):.3g}; for instance by rescale_betas_zero_snr or trained_betas)"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -183,3 +184,13 @@ def test_other_checkpoints_are_refused(recorded: dict[str, Tensor]) -> None:
     state["attention.weight"] = state.pop("conv_out.bias")
     with pytest.raises(CheckpointMismatchError, match=r"1 missing: conv_out\.bias; 1 unknown: attention\.weight"):
         read_official(state)
+
+
+def test_the_noise_schedule_of_training_is_kept() -> None:
+    options: dict[str, Any] = dict(in_channels=1, base_channels=8, channel_mult=(1,), num_res_blocks=1, num_steps=1)
+    system = FSDDIM(**options, num_inference_steps=2)
+    checkpoint: dict[str, Any] = {"state_dict": system.state_dict()}
+    system.on_save_checkpoint(checkpoint)
+    FSDDIM(**options, num_inference_steps=5).on_load_checkpoint(checkpoint)
+    with pytest.raises(CheckpointMismatchError, match="num_train_timesteps=1000 instead of 500"):
+        FSDDIM(**options, num_inference_steps=2, num_train_timesteps=500).on_load_checkpoint(checkpoint)

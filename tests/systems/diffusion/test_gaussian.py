@@ -8,14 +8,18 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from formula import Formula
 from torch import Tensor, nn
 
 from systems import SDDPM
+from systems.base import NonFiniteSamplesError
+from systems.checkpoints import CheckpointMismatchError
 from systems.diffusion.analytic_dpm import AnalyticDPMScheduler
 from systems.diffusion.chains import double_tables
 from systems.diffusion.gaussian import GaussianDiffusion
@@ -193,3 +197,77 @@ def test_solver_name_and_evaluations() -> None:
 def test_invalid_options_are_refused(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny(**arguments)
+
+
+LINEAR = torch.linspace(0.0001, 0.02, 1000).tolist()
+
+
+def saved(**arguments: object) -> dict:
+    """A checkpoint of a tiny system."""
+    system = tiny(**arguments)
+    checkpoint = {"state_dict": system.state_dict()}
+    system.on_save_checkpoint(checkpoint)
+    return checkpoint
+
+
+@pytest.mark.parametrize(
+    ("trained", "tested", "message"),
+    [
+        (DDPMScheduler(), DDIMScheduler(), None),
+        (DDPMScheduler(), DPMSolverMultistepScheduler(trained_betas=LINEAR), None),
+        (DDPMScheduler(trained_betas=LINEAR), DDIMScheduler(), None),
+        (DDIMScheduler(beta_end=0.03, trained_betas=LINEAR), DDIMScheduler(), None),
+        (DDPMScheduler(), DDIMScheduler(beta_end=0.03), "beta_end=0.02 but --model.scheduler has 0.03"),
+        (DDPMScheduler(), DDIMScheduler(trained_betas=LINEAR[:500] + [0.02] * 500), "another noise schedule"),
+        (DDPMScheduler(trained_betas=[0.01] * 1000), StridedDDIMScheduler(), "StridedDDIMScheduler, has"),
+        (
+            DDIMScheduler(prediction_type="v_prediction"),
+            DDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True),
+            "another noise schedule .* for instance by rescale_betas_zero_snr or trained_betas",
+        ),
+        (
+            DDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True),
+            StridedDDIMScheduler(prediction_type="v_prediction"),
+            "another noise schedule",
+        ),
+        (
+            DDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True),
+            EulerDiscreteScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True),
+            None,
+        ),
+        (DDPMScheduler(), DDPMScheduler(prediction_type="sample"), "prediction_type=epsilon but"),
+    ],
+)
+def test_noise_schedules_are_compared_by_their_values(
+    trained: SchedulerMixin, tested: SchedulerMixin, message: str | None
+) -> None:
+    checkpoint, system = saved(scheduler=trained), tiny(scheduler=tested)
+    if message is None:
+        system.on_load_checkpoint(checkpoint)
+        return
+    with pytest.raises(CheckpointMismatchError, match=message):
+        system.on_load_checkpoint(checkpoint)
+
+
+def test_a_checkpoint_without_the_table_is_compared_by_its_options(recwarn: pytest.WarningsRecorder) -> None:
+    checkpoint = saved()
+    del checkpoint["process"]["alphas_cumprod"]
+    tiny().on_load_checkpoint(checkpoint)
+    assert not [w for w in recwarn if "earlier version" in str(w.message)]
+    with pytest.warns(UserWarning, match="of an earlier version, may have been trained with another noise schedule"):
+        tiny(scheduler=DDIMScheduler(trained_betas=[0.01] * 1000)).on_load_checkpoint(checkpoint)
+    with pytest.raises(CheckpointMismatchError, match=r"beta_end=0\.02 but"):
+        tiny(scheduler=DDIMScheduler(beta_end=0.03)).on_load_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_samples_that_are_not_finite_are_refused(value: float) -> None:
+    system = tiny(scheduler=DDIMScheduler(clip_sample=False))
+    system.network.forward = lambda x, t: torch.where(x == x[1:2], value, x)  # type: ignore[method-assign]
+    message = r"1 of 3 generated images contain NaN or infinity \(seeds 8\); .* the sampler DDIM with 3 steps overflows"
+    with pytest.raises(NonFiniteSamplesError, match=message):
+        system.sample(torch.tensor([7, 8, 9]), (1, 8, 8))
+    with torch.no_grad():
+        next(system.network.parameters()).fill_(value)
+    with pytest.raises(NonFiniteSamplesError, match="and so do the weights"):
+        system.sample(torch.tensor([7, 8, 9]), (1, 8, 8))
