@@ -205,7 +205,11 @@ class BenchmarkCLI(LightningCLI):
             yield
         except Exception:
             results = ("checkpoints", "evaluation", "records", "plots")
-            if is_new and not self.trainer.global_step and not any((self.run_folder / name).exists() for name in results):
+            if (
+                is_new
+                and not self.trainer.global_step
+                and not any((self.run_folder / name).exists() for name in results)
+            ):
                 shutil.rmtree(self.run_folder, ignore_errors=True)
             raise
 

@@ -14,8 +14,8 @@ from rich.table import Table
 
 from benchmark.command_line import fill_in_newest_run, pass_through_parser
 from benchmark.stages import run_stage
-from leaderboard.files import free_path, refuse_existing
 from leaderboard.evaluation.callback import Evaluation
+from leaderboard.files import free_path, refuse_existing
 from leaderboard.record.entries import headline
 from leaderboard.record.records import Record
 from leaderboard.reports.table import plus_minus
@@ -66,7 +66,9 @@ def sweep_threshold(args: Sequence[str]) -> None:
         rate = "-" if cost.firing_rate is None else f"{cost.firing_rate:.4f}"
         sops, energy = f"{cost.sops / 1e9:.4g}", f"{cost.energy_strict_mj:.4g}"
         table.add_row(f"{threshold:g}", _distance(record), rate, sops, energy)
-    _finish(table, _plot_thresholds(options.thresholds, records), options.output or free_path(run.folder / "threshold.png"))
+    _finish(
+        table, _plot_thresholds(options.thresholds, records), options.output or free_path(run.folder / "threshold.png")
+    )
 
 
 def sweep_solvers(args: Sequence[str]) -> None:
