@@ -111,6 +111,9 @@ def _check_length(trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
         ValueError: If it is.
     """
     step, epoch = int(checkpoint["global_step"]), int(checkpoint["epoch"])
+    if loops := checkpoint.get("loops", {}).get("fit_loop"):
+        at_end = loops["epoch_loop.batch_progress"]["is_last_batch"]
+        epoch = int(loops["epoch_progress"]["current"]["ready" if at_end else "processed"])
     for name, value, done in (
         ("max_steps", trainer.max_steps, step),
         ("max_epochs", -1 if trainer.max_epochs is None else trainer.max_epochs, epoch),
