@@ -161,13 +161,14 @@ def _complete_config(text: str) -> str:
         return text
     trainer = config.get("trainer") if isinstance(config, dict) else None
     given = trainer.get("logger") if isinstance(trainer, dict) else None
-    if (completed := _with_save_dir(given)) == given:
+    if not isinstance(trainer, dict) or (completed := _with_save_dir(given)) == given:
         return text
-    return yaml.safe_dump({**config, "trainer": {**trainer, "logger": completed}}, sort_keys=False)
+    trainer["logger"] = completed
+    return yaml.safe_dump(config, sort_keys=False)
 
 
 def _with_save_dir(given: Any) -> Any:
-    """Returns the value of `--trainer.logger` with an empty `save_dir` for each logger that accepts one and has none."""
+    """Returns the value of `--trainer.logger` with an empty `save_dir` in each logger that accepts one and has none."""
     if isinstance(given, list):
         return [_with_save_dir(item) for item in given]
     spec = {"class_path": given} if isinstance(given, str) else given
@@ -180,8 +181,9 @@ def _with_save_dir(given: Any) -> Any:
     return spec | {"init_args": init_args | {"save_dir": ""}}
 
 
-def _subclasses(parent: type) -> Iterator[type]:
-    for child in parent.__subclasses__():
+def _subclasses(parent: type[Any]) -> Iterator[type[Any]]:
+    children: list[type[Any]] = parent.__subclasses__()
+    for child in children:
         yield child
         yield from _subclasses(child)
 

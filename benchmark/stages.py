@@ -7,7 +7,7 @@ import logging
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,16 @@ for message in (
     warnings.filterwarnings("ignore", message)
 diffusers.utils.logging.set_verbosity_error()  # silences the lower orders at the end of a chain
 
+SMALLEST = {
+    "min_epochs": -1,
+    "min_steps": -1,
+    "check_val_every_n_epoch": 1,
+    "num_sanity_val_steps": -1,
+    "log_every_n_steps": 0,
+    "accumulate_grad_batches": 1,
+    "gradient_clip_val": 0,
+}
+"""Smallest values of the trainer's options that Lightning does not check itself."""
 WITHOUT_LOGGER = ("predict", "estimate_gamma")
 """Stages that have nothing to log."""
 BANNERS = (
@@ -100,6 +110,24 @@ def fastest_precision(accelerator: str | Accelerator) -> str:
     return "bf16-mixed" if native else "32-true"
 
 
+def check_numbers(trainer: Mapping[str, Any]) -> None:
+    """Refuses numbers of the trainer with which Lightning would fail later, or do something else.
+
+    Raises:
+        ValueError: If one is too small.
+    """
+    for name, smallest in SMALLEST.items():
+        value = trainer.get(name)
+        if isinstance(value, int | float) and value < smallest:
+            raise ValueError(f"--trainer.{name}={value}; give {smallest} or more")
+    if trainer.get("val_check_interval") == 0:
+        raise ValueError("--trainer.val_check_interval=0; give 1 or more batches, or a part of an epoch above 0.0")
+    devices, accelerator = str(trainer.get("devices")), trainer.get("accelerator")
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
+    if on_cpu and devices.lstrip("-").isdigit() and int(devices) < 1:
+        raise ValueError(f"--trainer.devices={devices} on the CPU; give a number of processes, 1 or more")
+
+
 class BenchmarkCLI(LightningCLI):
     """LightningCLI with run folders and the suite's callbacks, each under its own key so that no config drops it."""
 
@@ -129,6 +157,7 @@ class BenchmarkCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Chooses the precision if none is given, and the run folder: that of the checkpoint, or a new one."""
         config = self.config[self.subcommand]
+        check_numbers(config.trainer)
         config.trainer.precision = config.trainer.precision or fastest_precision(config.trainer.accelerator)
         folder = Path(config.trainer.default_root_dir or RUNS)
         checkpoint = Path(config.ckpt_path) if config.get("ckpt_path") else None
@@ -204,12 +233,8 @@ class BenchmarkCLI(LightningCLI):
         try:
             yield
         except Exception:
-            results = ("checkpoints", "evaluation", "records", "plots")
-            if (
-                is_new
-                and not self.trainer.global_step
-                and not any((self.run_folder / name).exists() for name in results)
-            ):
+            results = (self.run_folder / name for name in ("checkpoints", "evaluation", "records", "plots"))
+            if is_new and not self.trainer.global_step and not any(path.exists() for path in results):
                 shutil.rmtree(self.run_folder, ignore_errors=True)
             raise
 

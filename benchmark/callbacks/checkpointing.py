@@ -266,8 +266,8 @@ class SaveFitConfig(SaveConfigCallback):
         moved = old and new and (not old.is_file() or (new.is_file() and file_sha256(old) == file_sha256(new)))
         if old != new and not moved:
             raise ValueError(
-                f"--model.init_from={new} has no effect, since the weights come from --ckpt_path (the training was begun "
-                f"with {old}); omit it, or start a new run (the same command without --ckpt_path)"
+                f"--model.init_from={new} has no effect, since the weights come from --ckpt_path (the training was "
+                f"begun with {old}); omit it, or start a new run (the same command without --ckpt_path)"
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -59,8 +59,8 @@ class Resume(Callback):
         """Prints a line if there was nothing left to train."""
         if self._step == trainer.global_step and trainer.is_global_zero:
             print(
-                f"nothing to train: the checkpoint is at step {self._step}, where the training ends; to continue, raise "
-                "--trainer.max_steps or --trainer.max_epochs"
+                f"nothing to train: the checkpoint is at step {self._step}, where the training ends; to continue, "
+                "raise --trainer.max_steps or --trainer.max_epochs"
             )
 
 
@@ -111,6 +111,9 @@ def _check_length(trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
         ValueError: If it is.
     """
     step, epoch = int(checkpoint["global_step"]), int(checkpoint["epoch"])
+    if loops := checkpoint.get("loops", {}).get("fit_loop"):
+        at_end = loops["epoch_loop.batch_progress"]["is_last_batch"]
+        epoch = int(loops["epoch_progress"]["current"]["ready" if at_end else "processed"])
     for name, value, done in (
         ("max_steps", trainer.max_steps, step),
         ("max_epochs", -1 if trainer.max_epochs is None else trainer.max_epochs, epoch),
@@ -144,7 +147,7 @@ def _check_moments(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
 
 
 def _configure_callback(callback: Callback, state: dict[str, Any]) -> None:
-    """Replaces the options in the state of a callback, such as the patience of EarlyStopping, by the configured ones."""
+    """Replaces the options in the state of a callback, such as EarlyStopping's patience, by the configured ones."""
     if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None and state.get("dirpath") is not None:
         _keep_best(callback, state)
     for name in signature(type(callback)).parameters:

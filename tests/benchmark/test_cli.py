@@ -189,12 +189,6 @@ def test_best_checkpoint_can_be_tested(runs: Path) -> None:
     assert checkpoint.name.startswith("best-")
 
 
-def test_predict_removes_the_images_of_an_earlier_call(runs: Path) -> None:
-    for count in (10, 4):
-        main(["predict", f"--trainer.default_root_dir={runs}", f"--data.num_samples={count}"])
-    assert len(list((newest_run(runs) / "samples").glob("0*.png"))) == 4
-
-
 @pytest.mark.parametrize("stage", ["test", "validate", "fit"])
 def test_last_is_the_checkpoint_of_the_newest_run_also_with_a_config(
     stage: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -221,7 +215,9 @@ def test_runs_that_start_at_once_have_folders_of_their_own(tmp_path: Path) -> No
 
 def test_validate_and_predict(runs: Path) -> None:
     main(["validate", f"--trainer.default_root_dir={runs}"])
+    events = sorted(newest_run(runs).glob("events*"))
     main(["predict", f"--trainer.default_root_dir={runs}", "--data.num_samples=10"])
+    assert sorted(newest_run(runs).glob("events*")) == events
     samples = newest_run(runs) / "samples"
     assert sorted(path.name for path in samples.glob("0*.png")) == [f"{k:06d}.png" for k in range(10)]
     assert Image.open(samples / "000003.png").size == (8, 8)
