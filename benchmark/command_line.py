@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from pathlib import Path
@@ -13,6 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 import datamodules
 import systems
+from benchmark.configs import suggestion
 from benchmark.messages import condense
 from benchmark.runs import RUNS, find_checkpoint, newest_run, run_of, update_config
 
@@ -36,6 +38,8 @@ class Parser(LightningArgumentParser):
                 if f'Parser key "{key}"' in message:
                     classes = [n for n in names if n != "ImageDataModule" and not n.endswith(("Error", "Scheduler"))]
                     message += f"\nknown classes of --{key}: {', '.join(classes)}"
+        if missing := re.search(r'Parser key "config": File does not exist: \'(.*)\'', message):
+            message += f"\n{suggestion(missing[1])}"
         if not self.exit_on_error:
             super().error(message, ex)
         print(f"error: {message}\ntip: `python -m benchmark COMMAND --help` lists every option", file=sys.stderr)

@@ -36,6 +36,7 @@ from benchmark.callbacks.checkpointing import (
 from benchmark.callbacks.monitor import ImageProgressBar, ProgressLines, TrainingMonitor
 from benchmark.callbacks.png import PNGWriter
 from benchmark.command_line import Parser, fill_in_newest_run
+from benchmark.configs import locate_configs
 from benchmark.runs import RUNS, new_run, run_of, training_seed
 from benchmark.trainer import BenchmarkTrainer
 from datamodules import ImageDataModule
@@ -215,6 +216,7 @@ def run_stage(args: list[str], cli: type[BenchmarkCLI] = BenchmarkCLI) -> Benchm
         The CLI with its trainer, model and data, after the stage has run.
     """
     torch.set_float32_matmul_precision("high")
+    args = locate_configs(args)
     if "--draft" in args:  # at the end, since a later --config would override it
         args = [*(arg for arg in args if arg != "--draft"), "--evaluation.draft=true"]
     return cli(

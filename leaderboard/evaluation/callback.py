@@ -335,7 +335,10 @@ def quantise(images: Tensor, how: str) -> Tensor:
 
 
 def code_version() -> Code:
-    """Returns the package versions, and the commit of this checkout and whether it has uncommitted changes."""
+    """Returns the package versions, and the commit of this checkout and whether it has uncommitted changes.
+
+    The commit is unknown for an installed package, even if its environment lies in the repository of another project.
+    """
     root = Path(__file__).parent
 
     def git(*args: str) -> str | None:
@@ -345,7 +348,8 @@ def code_version() -> Code:
             return None
         return done.stdout.strip()
 
-    commit, status = git("rev-parse", "HEAD"), git("status", "--porcelain")
+    tracked = git("ls-files", "--error-unmatch", Path(__file__).name) is not None
+    commit, status = (git("rev-parse", "HEAD"), git("status", "--porcelain")) if tracked else (None, None)
     versions = {"python": platform.python_version()} | {name: version(name) for name in VERSIONS}
     return Code(commit, None if commit is None or status is None else bool(status), versions)
 
