@@ -63,7 +63,11 @@ EXACT = {
     "HSV": (from_mode("HSV"), "RGB", np.asarray(from_mode("HSV").convert("RGB"))),
     "I;16": (Image.fromarray(SIXTEEN), "L", GREY),
     "I;16 in colour": (Image.fromarray(SIXTEEN), "RGB", np.dstack([GREY] * 3)),
-    "I;16 between two values": (Image.fromarray(np.array([[128, 129, 65406, 65407]], np.uint16)), "L", [[0, 1, 254, 255]]),
+    "I;16 between two values": (
+        Image.fromarray(np.array([[128, 129, 65406, 65407]], np.uint16)),
+        "L",
+        [[0, 1, 254, 255]],
+    ),
     "I;16B": (Image.frombytes("I;16B", (16, 16), SIXTEEN.astype(">u2").tobytes()), "L", GREY),
     "I": (Image.fromarray(SIXTEEN.astype(np.int32)), "L", GREY),
     "16-bit PNG": (open_image(encoded(Image.fromarray(SIXTEEN)), "a"), "L", GREY),
