@@ -107,7 +107,7 @@ def find_saved(root: Path, columns: Columns = Columns()) -> Source | None:
             )
         if split is not None:
             splits[split] = folder
-    if not splits:
+    if not splits or root / "state.json" in saved:
         raise DatasetError(
             f"{saved[0].parent} is a saved dataset without splits; expected the folder of a DatasetDict, with train/ "
             "and test/"
