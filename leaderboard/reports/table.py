@@ -222,7 +222,7 @@ def _rank(position: int, entry: Entry) -> Cell:
 
 def _cells(entry: Entry, keys: list[str]) -> dict[str, Cell]:
     record, cost = entry.record, entry.record.cost
-    spiking = cost is not None and cost.firing_rate is not None
+    spiking = record.images is not None or (cost is not None and cost.firing_rate is not None)
     samples = max((v.num_samples for v in record.metrics.values()), default=0)
     seed = record.seeds.get("training")
     return {
