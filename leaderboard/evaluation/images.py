@@ -1,6 +1,6 @@
 """`python -m benchmark evaluate`: measures images that other code made, and writes a record of kind *images only*.
 
-They are compared as the images of a `test` are: same reference, extractors, metrics and uncertainties. Image `k` in order
+They are compared as the images of a `test` are: same reference, extractors, metrics and uncertainties. Image `k`
 belongs to jackknife group `k % groups`, and the first ones are kept for kernel distance, precision and recall.
 """
 
@@ -206,7 +206,8 @@ def evaluate(
         )
     )
     file = record_name(record)
-    folder = Path(output) / f"{record.dataset.name}-{file.removesuffix('.json')}"
+    moment, *_, digest = file.removesuffix(".json").split("-")
+    folder = Path(output) / f"{record.dataset.name}-{method.replace(' ', '_')}-{moment}-{digest}"
     write_atomic(folder / "config.yaml", yaml.safe_dump(options, sort_keys=False))
     page = grid(pixels[:64], columns=8, scale=enlargement(pixels.shape[-1]))
     save_png(page, (folder / "samples" / file).with_suffix(".png"))
@@ -248,7 +249,7 @@ def measure(
         deviations.append("it compares images that are not rounded to bytes, as files contain them")
     if deviations and not draft:
         raise ValueError(
-            f"this is not the protocol {protocol.name!r}: {'; '.join(deviations)}. Follow it, or add --draft for a draft"
+            f"this is not the protocol {protocol.name!r}: {'; '.join(deviations)}. Follow it, or add --draft"
         )
     data.prepare_data()
     parts = [part.to(device) for part in build_parts(protocol, data, weights, fad_dir)]
@@ -352,7 +353,7 @@ def _from_array(array: NDArray[Any], path: Path, channels: int) -> Tensor:
                 "images to grey first"
             )
     array = np.broadcast_to(array[..., :channels], (*array.shape[:3], channels))
-    return torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2)))
+    return torch.from_numpy(np.array(array.transpose(0, 3, 1, 2), order="C"))
 
 
 def read_cost(path: Path) -> StatedCost:
