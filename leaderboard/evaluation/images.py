@@ -51,6 +51,7 @@ from leaderboard.record.records import (
     ProtocolEntry,
     Record,
     check_name,
+    check_url,
     record_name,
     redact_paths,
     write_record,
@@ -173,6 +174,7 @@ def evaluate(
     method = re.sub(r"[^\w.+-]+", "_", path.resolve().stem) if name is None else name
     check_name("--name", method)
     check_name("--variant", variant, required=False)
+    check_url("--url", url)
     stated = None if cost is None else read_cost(Path(cost))
     chosen = PROTOCOLS[protocol]
     module = make_protocol_data(data, chosen, root, cache_dir, data_options)
