@@ -1,7 +1,8 @@
 """Python interface: load a trained model, draw samples, measure images, read records.
 
     system, data = load("runs/RUN")
-    images = sample(system, data, 100)
+    images = sample(system, data, 5000)
+    measure(images, data, "offline-v1")
 
 Import the functions from `benchmark`.
 """
@@ -18,7 +19,10 @@ from torch import Tensor
 
 from benchmark.runs import checkpoint_in, load_run
 from datamodules import ImageDataModule
-from leaderboard.record.entries import FOLDERS, Entry, read_records
+from leaderboard.evaluation import images as images_module
+from leaderboard.protocols import PROTOCOLS, ProtocolName
+from leaderboard.record.entries import Entry, read_records
+from leaderboard.record.records import MetricValue
 from systems.base import DiffusionSystem
 
 if TYPE_CHECKING:
@@ -61,7 +65,37 @@ def sample(
     return torch.cat([data.to_uint8(system.sample(seeds, data.image_shape)).cpu() for seeds in batches])
 
 
-def records(folders: Iterable[str | Path] = FOLDERS) -> pd.DataFrame:
+def measure(
+    images: Tensor,
+    data: ImageDataModule,
+    protocol: ProtocolName = "offline-v1",
+    draft: bool = False,
+    inception_weights: str | None = None,
+    torchvision_weights: str | None = None,
+    extractor: str | None = None,
+    fad_dir: str | None = None,
+) -> dict[str, MetricValue]:
+    """Measures images under a protocol, as `test` and `evaluate` do; returns the metrics with their uncertainties.
+
+    Args:
+        images: uint8 `(N, C, H, W)`, as `sample` returns them.
+        data: Data module of the real images.
+        protocol: How images are compared.
+        draft: Whether the images may be fewer than the protocol asks for.
+        inception_weights: Local file of the 2015 Inception weights, where they cannot be downloaded.
+        torchvision_weights: Local file of torchvision's Inception weights, for paper-spiking-diffusion.
+        extractor: File of another small extractor made by `train-extractor`.
+        fad_dir: Folder of the published autoencoders.
+
+    Raises:
+        ValueError: If the images are of another type or size, or deviate from the protocol and this is not a draft.
+    """
+    weights = (inception_weights, torchvision_weights, extractor)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return images_module.measure(images, data, PROTOCOLS[protocol], weights, fad_dir, draft, device).metrics
+
+
+def records(folders: Iterable[str | Path] | None = None) -> pd.DataFrame:
     """Returns the records in folders as a data frame with one row per record, oldest first.
 
     Columns are method, variant, dataset, protocol, status (`measured`, or why the record is not ranked), the seeds,

@@ -5,6 +5,7 @@ Nothing heavy is imported before the command is known, so that `--help` is immed
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -45,6 +46,7 @@ COMMANDS = {
         "leaderboard.evaluation.reference:reference",
         "compute the statistics of real images before any test",
     ),
+    "evaluate": ("leaderboard.evaluation.images:evaluate", "measure images made by other code"),
     "leaderboard": ("leaderboard.reports.table:leaderboard", "show the table of the newest run (more: --wide, --all)"),
     "leaderboard render": ("leaderboard.reports.render:render", "write the leaderboard as a web page and files"),
     "leaderboard seeds": ("leaderboard.reports.seeds:seeds", "show mean and spread over training seeds"),
@@ -72,6 +74,7 @@ GROUPS = {
         "sweep-solvers",
         "activity",
         "reference",
+        "evaluate",
     ),
     "leaderboard": tuple(name for name in COMMANDS if name.startswith("leaderboard")),
     "tools": ("export", "import", "convert", "train-extractor", "regress", "speed", "loader-speed", "attention-speed"),
@@ -102,7 +105,13 @@ def print_help() -> None:
 
 
 def complete_flags(command: Callable[..., Any], args: Sequence[str]) -> list[str]:
-    """Adds the value to boolean options that have none: `--wide` becomes `--wide=true`."""
+    """Adds the value to boolean options that have none: `--wide` becomes `--wide=true`.
+
+    `--data.root` and `--data.cache_dir`, as `fit` and `test` have them, become `--root` and `--cache_dir`.
+    """
+    for name in ("root", "cache_dir"):
+        if name in signature(command).parameters:
+            args = [re.sub(rf"^--data\.{name}(?=$|=)", f"--{name}", arg) for arg in args]
     flags = {f"--{name}" for name, option in signature(command).parameters.items() if isinstance(option.default, bool)}
     pairs = zip(args, [*args[1:], "--"], strict=False)
     return [f"{arg}=true" if arg in flags and following.startswith("-") else arg for arg, following in pairs]

@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import Logger
 
 import datamodules
 import systems
+from benchmark.configs import suggestion
 from benchmark.messages import condense, explain_nested
 from benchmark.runs import (
     RUNS,
@@ -60,6 +61,8 @@ class Parser(LightningArgumentParser):
                 f"\nrun in the folder that contains {missing[1]}, name that folder by PYTHONPATH=FOLDER, or install it "
                 "with `pip install -e FOLDER`"
             )
+        if absent := re.search(r'Parser key "config": File does not exist: \'(.*)\'', message):
+            message += f"\n{suggestion(absent[1])}"
         print(f"error: {message}\ntip: `python -m benchmark COMMAND --help` lists every option", file=sys.stderr)
         sys.exit(2)  # without the usage, which fills pages
 

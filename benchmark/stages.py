@@ -40,6 +40,7 @@ from benchmark.callbacks.monitor import ImageProgressBar, ProgressLines, Trainin
 from benchmark.callbacks.png import PNGWriter
 from benchmark.callbacks.resume import Resume
 from benchmark.command_line import Parser, complete_loggers, fill_in_newest_run
+from benchmark.configs import locate_configs
 from benchmark.runs import RUNS, new_run, run_of, training_seed
 from benchmark.trainer import BenchmarkTrainer
 from datamodules import ImageDataModule
@@ -290,6 +291,7 @@ def run_stage(args: list[str], cli: type[BenchmarkCLI] = BenchmarkCLI) -> Benchm
         The CLI with its trainer, model and data, after the stage has run.
     """
     torch.set_float32_matmul_precision("high")
+    args = locate_configs(args)
     if "--draft" in args:  # at the end, since a later --config would override it
         args = [*(arg for arg in args if arg != "--draft"), "--evaluation.draft=true"]
     return cli(

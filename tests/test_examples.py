@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmark import load, records, sample
+from benchmark import load, measure, records, sample
 from benchmark.cli import main
 from benchmark.runs import find_checkpoint, newest_run
 from leaderboard.record.external import external_code
@@ -81,6 +81,14 @@ def test_a_checkpoint_outside_its_run_has_its_configuration(run: Path, package: 
     copied = shutil.copy(find_checkpoint(run), tmp_path / "alone.ckpt")
     system, data = load(copied)
     assert torch.equal(sample(system, data, 2), sample(*load(run), 2))
+
+
+def test_samples_measured_from_python_have_the_metrics_of_the_record(run: Path, package: Path) -> None:
+    system, data = load(run)
+    measured = measure(sample(system, data, 40), data, "offline-v1", draft=True)
+    assert measured == read_record(find_records([run])[0]).metrics
+    with pytest.raises(ValueError, match="40 images"):
+        measure(sample(system, data, 40), data, "offline-v1")
 
 
 def test_records_are_read_as_a_data_frame(run: Path) -> None:

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from benchmark.command_line import fill_in_newest_run, pass_through_parser
+from benchmark.configs import find_config
 from benchmark.runs import RUNS
 from benchmark.stages import DryRun, run_stage
 from leaderboard.files import free_path, write_atomic
@@ -52,6 +53,7 @@ def ablate_sdit(args: Sequence[str]) -> None:
     parser.add_argument("--output", type=Path, default=RUNS / "ablate-sdit", help="folder of the runs and the plot")
     parser.add_argument("--draft", action="store_true", help="allow fewer images than the protocol's; never ranked")
     options, rest = parser.parse_known_args(args)
+    options.config = find_config(options.config)
     draft = ["--draft"] * options.draft
     run_stage(["test", f"--config={options.config}", *rest, *draft], DryRun)  # fails now, not after training
     _check_same_options(

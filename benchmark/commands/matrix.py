@@ -17,6 +17,7 @@ import yaml
 from rich.table import Table
 
 from benchmark.command_line import pass_through_parser
+from benchmark.configs import find_configs
 from benchmark.process import PARENT_VARIABLE
 from benchmark.runs import RUNS, find_checkpoint, newest_run
 from leaderboard.files import canonical_sha256
@@ -171,20 +172,18 @@ def _cells(options: argparse.Namespace) -> list[Cell]:
         if first not in options.methods or method not in options.methods[options.methods.index(first) + 1 :]:
             raise ValueError(f"--start {method}={first} needs both in --methods, {first} before {method}")
     common_options = tuple(f"--{key}={value}" for key, value in _parse_pairs("--set", options.set).items())
-    cells = []
+    cells, configs = [], find_configs(options.configs)
     for seed in options.seeds:  # outer loop over seeds: a stopped matrix still has comparable runs
         for method in options.methods:
             for dataset in options.datasets:
                 root = (f"--data.root={roots[dataset]}",) if dataset in roots else ()
-                config = options.configs / f"{method}_{dataset}.yaml"
+                config = configs / f"{method}_{dataset}.yaml"
                 common = (seed, (*root, *common_options), options.output, options.draft, options.verify)
-                start = (
-                    Cell(options.configs / f"{starts[method]}_{dataset}.yaml", *common) if method in starts else None
-                )
+                start = Cell(configs / f"{starts[method]}_{dataset}.yaml", *common) if method in starts else None
                 cells.append(Cell(config, *common, start))
     if missing := sorted({str(cell.config) for cell in cells if not cell.config.is_file()}):
-        known = ", ".join(sorted(path.stem for path in options.configs.glob("*_*.yaml"))) or "none"
-        raise FileNotFoundError(f"no {', '.join(missing)}; {options.configs}/ has: {known}")
+        known = ", ".join(sorted(path.stem for path in configs.glob("*_*.yaml"))) or "none"
+        raise FileNotFoundError(f"no {', '.join(missing)}; {configs}/ has: {known}")
     return list(dict.fromkeys(cells))
 
 

@@ -70,6 +70,11 @@ def verify(
     console = terminal()
     try:
         recorded = read_record(record)
+        if recorded.images is not None:
+            raise ValueError(
+                "it measured images that other code made: measure them again with `evaluate --images`; the same images "
+                f"have the fingerprint {recorded.images.fingerprint}"
+            )
         _check_packages(recorded)
         found = _find_checkpoint(recorded, Path(record), checkpoint)
         if recorded.checkpoint and file_sha256(found) != recorded.checkpoint.sha256:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmark.configs import find_config
 from benchmark.stages import DryRun, run_stage
 
 WARM_UP = 2
@@ -22,7 +23,7 @@ Rows = list[dict[str, Any]]
 
 def config_path(name: str) -> Path:
     """Returns the file of a configuration in configs/."""
-    return Path("configs") / f"{name}.yaml"
+    return find_config(f"configs/{name}.yaml")
 
 
 def build_config(name: str, *options: str) -> DryRun:

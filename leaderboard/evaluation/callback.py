@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -19,12 +20,12 @@ from datamodules import ImageDataModule
 from datamodules.loading import to_bytes
 from leaderboard.evaluation.chunks import Chunks, GenerationStats, generation_key
 from leaderboard.evaluation.cost import CostMeter
-from leaderboard.evaluation.reference import build_parts, prepare_reference
+from leaderboard.evaluation.reference import Weights, build_parts, prepare_reference, weight_deviations
 from leaderboard.files import canonical_sha256, file_sha256
 from leaderboard.metrics.fad import FrechetAutoencoderDistance
 from leaderboard.metrics.generation import GenerationMetrics
 from leaderboard.pictures import enlargement, grid, save_png
-from leaderboard.protocols import INCEPTION, PROTOCOLS, SUITE, TORCHVISION, ProtocolName
+from leaderboard.protocols import PROTOCOLS, ProtocolName
 from leaderboard.record.entries import Entry
 from leaderboard.record.external import external_code
 from leaderboard.record.records import (
@@ -97,6 +98,10 @@ class Evaluation(Callback):
         self.record: Record | None = None
         """Record of the last test; only the first process has one."""
 
+    @property
+    def _weights(self) -> Weights:
+        return self.inception_weights, self.torchvision_weights, self.extractor
+
     def check(self, data: Any) -> None:
         """Checks that a run follows the protocol, before anything is loaded; drafts may deviate.
 
@@ -110,16 +115,7 @@ class Evaluation(Callback):
         deviations = self.protocol.deviations(
             data.name, data.native_size, data.compared_size, data.num_samples, data.sample_seed
         )
-        extractors = {view.extractor: view.weights for view in self.protocol.views}
-        if self.extractor is not None and SUITE not in extractors:
-            raise ValueError(f"{self.protocol.name} has its own extractor; leave out --evaluation.extractor")
-        for extractor, file in ((INCEPTION, self.inception_weights), (TORCHVISION, self.torchvision_weights)):
-            if extractor in extractors and file is not None and Path(file).is_file():
-                found = file_sha256(Path(file))
-                if not found.startswith(extractors[extractor]):
-                    deviations.append(
-                        f"its weights of {extractor} have the SHA-256 {extractors[extractor]}..., not {found[:8]}..."
-                    )
+        deviations += weight_deviations(self.protocol, self._weights)
         if deviations and not self.draft:
             raise ValueError(
                 f"this is not the protocol {self.protocol.name!r}: {'; '.join(deviations)}. Follow it, or add --draft "
@@ -137,10 +133,9 @@ class Evaluation(Callback):
         system, data = _system(pl_module), _data(trainer)
         self._started = time.perf_counter()
         for data_entry in _training_data(system) if trainer.is_global_zero else ():
-            if difference := data_entry.difference(_dataset(data)):
+            if difference := data_entry.difference(dataset_of(data)):
                 print(f"transfer: {difference}; the record is marked and not ranked", flush=True)
-        weights = (self.inception_weights, self.torchvision_weights, self.extractor)
-        self.parts = build_parts(self.protocol, data, weights, self.fad_dir, trainer.is_global_zero)
+        self.parts = build_parts(self.protocol, data, self._weights, self.fad_dir, trainer.is_global_zero)
         for part in self.parts:
             part.to(system.device)
         where = (system.device, trainer.global_rank, trainer.world_size)
@@ -256,12 +251,6 @@ class Evaluation(Callback):
         measured = system.reconstruction_metrics(images)
         return {key: MetricValue(*measured[key], 0, note) for key in self.protocol.reconstruction if key in measured}
 
-    def _extractor(self) -> Artefact:
-        """Returns name and hash of the extractor; several are joined under a hash of their hashes."""
-        used = {p.extractor.name: p.extractor.sha256 for p in self.parts if isinstance(p, GenerationMetrics)}
-        name = " + ".join(used)
-        return Artefact(name, used[name] if len(used) == 1 else canonical_sha256(used))
-
     def _save_grid(self, path: Path) -> None:
         images = torch.cat(self._first)
         save_png(grid(images, columns=8, scale=enlargement(images.shape[-1])), path)
@@ -273,7 +262,7 @@ class Evaluation(Callback):
         return Record(
             method=system.method,
             variant=self.variant,
-            dataset=_dataset(data),
+            dataset=dataset_of(data),
             training_data=_training_data(system),
             protocol=ProtocolEntry(self.protocol.name, description, canonical_sha256(description)),
             draft=self.draft or total.images < self.protocol.num_samples,
@@ -282,7 +271,7 @@ class Evaluation(Callback):
             code=replace(code_version(), external=external_code(system, data, self.config) or None),
             seeds=({} if seed is None or seed is False else {"training": seed}) | {"sampling": data.sample_seed},
             checkpoint=self._checkpoint,
-            extractor=self._extractor(),
+            extractor=extractor_of(self.parts),
             hardware=hardware(system.device),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             wall_time_seconds=time.perf_counter() - self._started,
@@ -316,9 +305,16 @@ def _data(trainer: Trainer) -> ImageDataModule:
     return data
 
 
-def _dataset(data: ImageDataModule) -> Dataset:
+def dataset_of(data: ImageDataModule) -> Dataset:
     """Returns the evaluation data of a record."""
     return Dataset(data.name, data.fingerprint, data.source, data.model_geometry)
+
+
+def extractor_of(parts: Iterable[Any]) -> Artefact:
+    """Returns name and hash of the extractor of an evaluation; several are joined under a hash of their hashes."""
+    used = {p.extractor.name: p.extractor.sha256 for p in parts if isinstance(p, GenerationMetrics)}
+    name = " + ".join(used)
+    return Artefact(name, used[name] if len(used) == 1 else canonical_sha256(used))
 
 
 def _training_data(system: DiffusionSystem) -> tuple[TrainingData, ...]:
@@ -339,7 +335,10 @@ def quantise(images: Tensor, how: str) -> Tensor:
 
 
 def code_version() -> Code:
-    """Returns the package versions, and the commit of this checkout and whether it has uncommitted changes."""
+    """Returns the package versions, and the commit of this checkout and whether it has uncommitted changes.
+
+    The commit is unknown for an installed package, even if its environment lies in the repository of another project.
+    """
     root = Path(__file__).parent
 
     def git(*args: str) -> str | None:
@@ -349,7 +348,8 @@ def code_version() -> Code:
             return None
         return done.stdout.strip()
 
-    commit, status = git("rev-parse", "HEAD"), git("status", "--porcelain")
+    tracked = git("ls-files", "--error-unmatch", Path(__file__).name) is not None
+    commit, status = (git("rev-parse", "HEAD"), git("status", "--porcelain")) if tracked else (None, None)
     versions = {"python": platform.python_version()} | {name: version(name) for name in VERSIONS}
     return Code(commit, None if commit is None or status is None else bool(status), versions)
 

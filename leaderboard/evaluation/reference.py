@@ -26,13 +26,17 @@ from datamodules import ImageDataModule
 from datamodules.base import Split
 from datamodules.registry import data_module, make_data
 from leaderboard.extractors.inception import view_extractor
-from leaderboard.files import canonical_sha256, write_atomic
+from leaderboard.files import canonical_sha256, file_sha256, write_atomic
 from leaderboard.metrics.fad import FrechetAutoencoderDistance
 from leaderboard.metrics.generation import GenerationMetrics
-from leaderboard.protocols import PROTOCOLS, Protocol, ProtocolName
+from leaderboard.protocols import INCEPTION, PROTOCOLS, SUITE, TORCHVISION, Protocol, ProtocolName
 
 VERSION = 1
 """Version of the file format; files of another version are not used."""
+
+
+Weights = tuple[str | None, str | None, str | None]
+"""Local files of the 2015 Inception network, torchvision's Inception and a small extractor, or None."""
 
 
 class Part(Interface):
@@ -76,13 +80,8 @@ def reference(
         ValueError: If the dataset is unknown, or the protocol is not defined for it.
     """
     chosen = PROTOCOLS[protocol]
-    kind = data_module(data)
-    options = {"root": root, "cache_dir": cache_dir, **data_options}
-    size = chosen.size.get(kind.name, kind.native_size)
-    if size != kind.native_size:
-        options |= {"image_size": size, "fit": "resize"}
-    module = make_data(data, {k: value for k, value in options.items() if value is not None or k in data_options})
-    if deviations := chosen.deviations(module.name, kind.native_size, module.compared_size, chosen.num_samples, 0):
+    module = make_protocol_data(data, chosen, root, cache_dir, data_options)
+    if deviations := chosen.deviations(module.name, module.native_size, module.compared_size, chosen.num_samples, 0):
         raise ValueError(f"{protocol} cannot be prepared: {'; '.join(deviations)}")
     module.prepare_data()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -91,10 +90,54 @@ def reference(
     prepare_reference([part.to(device) for part in parts], module, chosen, device)
 
 
+def make_protocol_data(
+    data: str, protocol: Protocol, root: str | None, cache_dir: str | None, data_options: Mapping[str, Any]
+) -> ImageDataModule:
+    """Builds the data module of a dataset in the geometry of a protocol.
+
+    Args:
+        data: Name of the dataset.
+        protocol: How images are compared.
+        root: Folder of the dataset; None reads it from the Hugging Face hub.
+        cache_dir: Folder of decoded images and reference statistics.
+        data_options: Further options of the data module.
+
+    Raises:
+        ValueError: If the dataset is unknown, or has no such option.
+    """
+    kind = data_module(data)
+    options = {"root": root, "cache_dir": cache_dir, **data_options}
+    size = protocol.size.get(kind.name, kind.native_size)
+    if size != kind.native_size:
+        options |= {"image_size": size, "fit": "resize"}
+    return make_data(data, {k: value for k, value in options.items() if value is not None or k in data_options})
+
+
+def weight_deviations(protocol: Protocol, weights: Weights) -> list[str]:
+    """Describes each file of weights that is not the protocol's.
+
+    Raises:
+        ValueError: If a small extractor is given, but the protocol has its own.
+    """
+    expected = {view.extractor: view.weights for view in protocol.views}
+    inception, torchvision, suite = weights
+    if suite is not None and SUITE not in expected:
+        raise ValueError(f"{protocol.name} has its own extractor; leave out --evaluation.extractor")
+    found = []
+    for extractor, file in ((INCEPTION, inception), (TORCHVISION, torchvision)):
+        if extractor in expected and file is not None and Path(file).is_file():
+            sha256 = file_sha256(Path(file))
+            if not sha256.startswith(expected[extractor]):
+                found.append(
+                    f"its weights of {extractor} have the SHA-256 {expected[extractor]}..., not {sha256[:8]}..."
+                )
+    return found
+
+
 def build_parts(
     protocol: Protocol,
     data: ImageDataModule,
-    weights: tuple[str | None, str | None, str | None],
+    weights: Weights,
     fad_dir: str | None,
     is_first_process: bool = True,
 ) -> list[GenerationMetrics | FrechetAutoencoderDistance]:

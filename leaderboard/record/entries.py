@@ -16,9 +16,11 @@ from leaderboard.record.records import MetricValue, Record, RecordError, find_re
 from leaderboard.record.repetition import Repetition
 
 RECORDS = "leaderboard/data/records"
-"""Folder of the project's records, including external ones."""
+"""Folder of the project's records in a checkout, including external ones."""
 FOLDERS = ("runs", RECORDS)
-"""Folders searched for records by default."""
+"""Folders of the working folder that are searched for records by default."""
+PACKAGED = Path(__file__).parents[1] / "data" / "records"
+"""Folder of the project's records in this package, which is also searched by default."""
 
 
 Status = Literal["measured", "transfer", "images", "draft"]
@@ -97,11 +99,20 @@ class Entry:
         return repeated if Repetition(self.record, repeated).agrees else None
 
 
-def read_records(folders: Iterable[str | Path]) -> tuple[list[tuple[Path, Record]], list[str]]:
+def default_folders() -> list[str]:
+    """Returns the folders searched for records by default: `FOLDERS`, and `PACKAGED` if it is not one of these."""
+    in_checkout = Path(RECORDS).resolve() == PACKAGED.resolve()
+    return list(FOLDERS) if in_checkout else [*FOLDERS, str(PACKAGED)]
+
+
+def read_records(folders: Iterable[str | Path] | None = None) -> tuple[list[tuple[Path, Record]], list[str]]:
     """Reads the records in folders; of equal ones only one, if possible a verified one with its sample grid.
 
     Records are equal if they differ only in the time of the evaluation and in what was measured of speed and memory,
     as after two tests of one checkpoint with the same options. Of these, the newest is returned; all files are kept.
+
+    Args:
+        folders: Folders to search; `default_folders()` if not given.
 
     Returns:
         The records with their files, and an error message for each broken record.
@@ -109,7 +120,7 @@ def read_records(folders: Iterable[str | Path]) -> tuple[list[tuple[Path, Record
     Raises:
         FileNotFoundError: If a folder does not exist, unless it is one of the default `FOLDERS`.
     """
-    searched = list(map(str, folders))
+    searched = default_folders() if folders is None else list(map(str, folders))
     if missing := [folder for folder in searched if folder not in FOLDERS and not Path(folder).is_dir()]:
         raise FileNotFoundError(
             f"--records {', '.join(missing)}: not a folder; give folders to search, such as [{', '.join(FOLDERS)}]"

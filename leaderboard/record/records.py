@@ -359,6 +359,16 @@ def check_name(field: str, name: str, required: bool = True) -> None:
         )
 
 
+def check_url(field: str, url: str) -> None:
+    """Checks that a web address is one, or empty.
+
+    Raises:
+        SchemaError: If it is neither.
+    """
+    if not re.fullmatch(r"(https?://[^\s<>\"']+)?", url):
+        raise SchemaError(f"{field}: expected an http(s) address, found {url[:100]!a}")
+
+
 def find_records(folders: Iterable[str | Path]) -> list[Path]:
     """Returns, sorted, the `*.json` files directly in each folder and in any `records` folder below it."""
     found: set[Path] = set()
@@ -421,8 +431,8 @@ def _check_model(record: Record) -> None:
                 raise SchemaError(f"{field}: null, which only a record with `images` may have")
     elif record.checkpoint is not None:
         raise SchemaError("checkpoint: a record with `images` was measured without a model; expected null")
-    elif not re.fullmatch(r"(https?://[^\s<>\"']+)?", record.images.url):
-        raise SchemaError(f"images.url: expected an http(s) address or nothing, found {record.images.url[:100]!a}")
+    else:
+        check_url("images.url", record.images.url)
 
 
 def _check_protocol(protocol: ProtocolEntry) -> None:

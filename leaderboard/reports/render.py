@@ -14,7 +14,7 @@ from typing import Any
 from rich.text import Text
 
 from leaderboard.files import is_report, refuse_existing, write_atomic
-from leaderboard.record.entries import RECORDS, Entry, read_records
+from leaderboard.record.entries import Entry, read_records
 from leaderboard.record.records import Record, record_json
 from leaderboard.reports.boards import UNKNOWN, Row, published_boards
 from leaderboard.reports.page import render_page
@@ -61,11 +61,12 @@ COLUMNS = [
 """Columns of the CSV file, which has one line per metric value; missing values are empty."""
 
 
-def render(records: list[str] = ["runs", RECORDS], output: str = "build/leaderboard") -> None:  # noqa: B006 (never changed)
+def render(records: list[str] | None = None, output: str = "build/leaderboard") -> None:
     """Writes the leaderboard as `index.html`, `leaderboard.md`, `leaderboard.csv` and `leaderboard.json`.
 
     Args:
-        records: Folders to search for `*.json`, directly and in any `records` folder below.
+        records: Folders to search for `*.json`, directly and in any `records` folder below; null searches runs/ and
+            the project's records, which come with the package.
         output: Output folder.
 
     Raises:

@@ -19,7 +19,7 @@ from PIL import Image
 from rich.table import Table
 
 from leaderboard.files import is_report, refuse_existing, write_atomic
-from leaderboard.record.entries import RECORDS, Entry, headline, order_metrics, read_records
+from leaderboard.record.entries import Entry, headline, order_metrics, read_records
 from leaderboard.record.records import Record
 from leaderboard.reports.pareto import Point, pareto_front
 from leaderboard.reports.table import (
@@ -59,14 +59,15 @@ _PER_RUN_KEYS = {"default_root_dir", "init_from", "ckpt_path", "seed_everything"
 """Configuration keys that may differ between the seeds of one row."""
 
 
-def seeds(records: list[str] = ["runs", RECORDS], output: str | None = None) -> None:  # noqa: B006 (never changed)
+def seeds(records: list[str] | None = None, output: str | None = None) -> None:
     """Shows records that differ only in their seed as one row: mean ± standard deviation over the seeds.
 
     The standard deviation includes the variation of training and of the evaluation. Records that are not ranked are
     omitted. If a training seed has several records, such as its best and its last checkpoint, the newest is used.
 
     Args:
-        records: Folders to search for `*.json`, directly and in any `records` folder below.
+        records: Folders to search for `*.json`, directly and in any `records` folder below; null searches runs/ and
+            the project's records, which come with the package.
         output: Folder for `RESULTS.md` and, in its subfolder `data/figures`, two figures per table: samples of every
             method, and quality against energy.
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from leaderboard.files import is_report, refuse_existing, write_atomic
-from leaderboard.record.entries import RECORDS, STATUSES, Entry, order_metrics, read_records
+from leaderboard.record.entries import STATUSES, Entry, default_folders, order_metrics, read_records
 from leaderboard.record.records import MetricValue, Record
 from leaderboard.reports.terminal import SHORT, WIDTH, terminal
 
@@ -69,7 +69,7 @@ class Cell(NamedTuple):
 
 
 def leaderboard(
-    records: list[str] = ["runs", RECORDS],  # noqa: B006 (never changed)
+    records: list[str] | None = None,
     output: str | None = None,
     wide: bool = False,
     all: bool = False,
@@ -80,7 +80,8 @@ def leaderboard(
     newest run, which is marked by `>`. Without runs, the table with the most rows is shown.
 
     Args:
-        records: Folders to search for `*.json`, directly and in any `records` folder below.
+        records: Folders to search for `*.json`, directly and in any `records` folder below; null searches runs/ and
+            the project's records, which come with the package.
         output: Markdown file to write all tables to, with every column and row.
         wide: Show every column and row, the source of the reference images and the files of the records.
         all: Show the tables of all datasets and protocols, with every row.
@@ -95,8 +96,8 @@ def leaderboard(
         console.print(Text(f"skipped: {message}", style="red"), soft_wrap=True)
     if not entries:
         console.print(
-            f"No records under {', '.join(records)}. An evaluation writes one: python -m benchmark test --config "
-            "configs/<method>_<dataset>.yaml --ckpt_path <checkpoint>",
+            f"No records under {', '.join(records or default_folders())}. An evaluation writes one: "
+            "python -m benchmark test --config configs/<method>_<dataset>.yaml --ckpt_path <checkpoint>",
             markup=False,
             soft_wrap=True,
         )
@@ -225,7 +226,7 @@ def _rank(position: int, entry: Entry) -> Cell:
 
 def _cells(entry: Entry, keys: list[str]) -> dict[str, Cell]:
     record, cost = entry.record, entry.record.cost
-    spiking = cost is not None and cost.firing_rate is not None
+    spiking = record.images is not None or (cost is not None and cost.firing_rate is not None)
     samples = max((v.num_samples for v in record.metrics.values()), default=0)
     seed = record.seeds.get("training")
     return {
