@@ -208,8 +208,8 @@ def evaluate(
         )
     )
     file = record_name(record)
-    moment, *_, digest = file.removesuffix(".json").split("-")
-    folder = Path(output) / f"{record.dataset.name}-{method.replace(' ', '_')}-{moment}-{digest}"
+    moment, slug, *_, digest = file.removesuffix(".json").split("-")
+    folder = Path(output) / f"{record.dataset.name}-{slug}-{moment}-{digest}"
     write_atomic(folder / "config.yaml", yaml.safe_dump(options, sort_keys=False))
     page = grid(pixels[:64], columns=8, scale=enlargement(pixels.shape[-1]))
     save_png(page, (folder / "samples" / file).with_suffix(".png"))

@@ -291,16 +291,23 @@ def table_provenance(entry: Entry) -> str:
 def row_notes(entry: Entry) -> list[str]:
     """Returns the footnotes of a whole row: of its method, and of what keeps it from being ranked."""
     record = entry.record
-    notes = [f"transfer: {difference}." for difference in record.transfers]
+    notes = status_notes(entry)
     if record.code.external:
         notes.append(f"external code: {', '.join(f'{name} {code}' for name, code in record.code.external.items())}.")
-    if record.images is not None:
-        copies = f" {record.images.copies:,} of {record.images.count:,} repeat another one." * bool(
-            record.images.copies
-        )
-        cost = " Their cost is as its authors state it." * (record.cost is not None)
-        return [*notes, f"images: made by other code, so that `leaderboard verify` cannot repeat them.{copies}{cost}"]
-    return notes + ([METHOD_NOTES[record.method]] if record.method in METHOD_NOTES else [])
+    if record.images is None and record.method in METHOD_NOTES:
+        notes.append(METHOD_NOTES[record.method])
+    return notes
+
+
+def status_notes(entry: Entry) -> list[str]:
+    """Returns the footnotes on what keeps a row from being ranked."""
+    record = entry.record
+    notes = [f"transfer: {difference}." for difference in record.transfers]
+    if (made := record.images) is not None:
+        notes.append("images: made by other code, so that `leaderboard verify` cannot repeat them.")
+        notes[-1] += f" {made.copies:,} of {made.count:,} repeat another one." * bool(made.copies)
+        notes[-1] += " Their cost is as its authors state it." * (record.cost is not None)
+    return notes
 
 
 def _notes(group: list[Entry]) -> list[str]:
@@ -379,7 +386,7 @@ def _print_short(console: Console, group: list[Entry], newest: Entry | None, eve
             *(str(row[n]) for n in numbers),
         ]
         table.add_row(*(Text(c, no_wrap=True, overflow="ellipsis") for c in cells), style="bold" if marked else None)
-        found = [row[name].note for name in metrics] + (row_notes(group[index]) if row["#"].value is None else [])
+        found = [*(row[name].note for name in metrics), *status_notes(group[index])]
         notes += [note for note in found if note not in ("", *notes)]
     console.print(table)
     for note in notes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import ClassVar
 
@@ -55,6 +56,11 @@ class DataModuleContract:
             assert batch.shape == (8, *data.image_shape)
             assert batch.min() >= -1
             assert batch.max() <= 1
+
+    def test_training_data_are_described_by_plain_values(self, data: ImageDataModule) -> None:
+        geometry = {"image_size": data.image_size} | data.geometry
+        expected = {"name": data.name, "fingerprint": data.fingerprint, "geometry": geometry, "images": self.train}
+        assert json.loads(json.dumps(data.training_data)) == expected
 
     def test_reference_is_the_whole_split_in_bytes(self, data: ImageDataModule) -> None:
         for split, count in {"train": self.train, "test": self.test}.items():

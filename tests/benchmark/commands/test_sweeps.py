@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def with_gamma(runs: Path) -> Path:
     main(["estimate-gamma", f"--trainer.default_root_dir={runs}", "--num_images=8"])
     return runs
+
+
+def test_gamma_of_other_images_is_training_data(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(newest_run(runs), tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    main(["estimate-gamma", f"--ckpt_path={checkpoint}", "--num_images=8", "--data.image_size=12"])
+    content = torch.load(checkpoint.with_name("last-gamma.ckpt"), weights_only=True)
+    assert [data["geometry"]["image_size"] for data in content["training_data"]] == [8, 12]
+    assert [data["name"] for data in content["training_data"]] == ["digits", "digits"]
 
 
 def records(folder: Path) -> list:

@@ -211,7 +211,7 @@ def test_records_of_images_are_apart(
     other = write_record(plain, evaluated / "plain" / "records")
     main(["leaderboard", f"--records=[{evaluated}]"])
     printed = capsys.readouterr().out
-    assert len(re.findall("^(> )?images", printed, re.MULTILINE)) == 2
+    assert len(re.findall("^ *(?:> )?images", printed, re.MULTILINE)) == 2
     assert "tensorboard" not in printed
     main(["leaderboard", "seeds", f"--records=[{evaluated}]"])  # has no row of them
     assert "theirs" not in capsys.readouterr().out
