@@ -91,7 +91,7 @@ def test_predict_replaces_no_file(run: Path, tmp_path: Path) -> None:
         *(f"{seed:06d}.png" for seed in range(4, 8)),
         "grid-000004.png",
     }
-    with pytest.raises(FileExistsError, match="already contains 000009.png of these seeds"):
+    with pytest.raises(FileExistsError, match=r"already contains 000009\.png of these seeds"):
         main([*given, "--data.sample_seed=8"])
     assert (tmp_path / "000009.png").read_text() == "a user's"
     main(predict)
