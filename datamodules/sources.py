@@ -44,6 +44,7 @@ class Source:
         open: Returns the readers of its splits: `train`, usually `test`, maybe `valid`.
         files: Number of files that are read; 0 if unknown.
         left_out: What is there but not read, in words.
+        splits: Names of its splits, as far as they are known before it is opened.
     """
 
     description: str
@@ -51,6 +52,7 @@ class Source:
     open: Callable[[], Mapping[str, Reader]]
     files: int = 0
     left_out: tuple[str, ...] = ()
+    splits: tuple[str, ...] = ()
 
 
 def stat_identity(files: Iterable[Path]) -> str:
@@ -117,7 +119,7 @@ def find_image_folder(root: Path, class_names: Sequence[str] = (), whole: bool =
     notes += left_out([file for group in inside for file in group if not is_image(file)])
     if outside := len(files) - len(read):
         notes.append(f"{outside:,} images outside of the splits")
-    return Source(f"image folder {top}", stat_identity(read), lambda: readers, len(read), tuple(notes))
+    return Source(f"image folder {top}", stat_identity(read), lambda: readers, len(read), tuple(notes), tuple(splits))
 
 
 def one_folder(root: Path, what: str, files: Iterable[Path]) -> None:

@@ -83,6 +83,7 @@ def find_parquet(root: Path, columns: Columns = Columns(), whole: bool = False) 
         partial(read_tables, tables, columns),
         len(everything),
         (*notes, *left_out(others, "parquet files of no split")),
+        tuple(files),
     )
 
 

@@ -29,6 +29,7 @@ from torch import Tensor
 from datamodules import ImageDataModule
 from datamodules.files import left_out, list_files, named, natural_order
 from datamodules.images import decode, open_image, to_array
+from datamodules.registry import find_data
 from datamodules.sources import is_image
 from leaderboard.evaluation.callback import code_version, dataset_of, extractor_of, hardware
 from leaderboard.evaluation.cost import strict_energy_mj
@@ -124,6 +125,7 @@ def evaluate(
     images: str = "",
     data: str = "",
     protocol: ProtocolName = "standard-v1",
+    config: str | None = None,
     root: str | None = None,
     name: str | None = None,
     variant: str = "",
@@ -145,8 +147,9 @@ def evaluate(
     Args:
         images: Folder of image files (any names, nested or not), or an array of bytes: .npz with arr_0, or .npy, of
             shape (N, H, W, C) or (N, H, W) (required).
-        data: Dataset to compare with, e.g. mnist (required).
+        data: Dataset to compare with, such as mnist, or the path of a class, such as mypackage.data.Shapes.
         protocol: How images are compared.
+        config: Config of a training or a run whose data is compared with, instead of `data`.
         root: Folder of the dataset; read from the Hugging Face hub if not given.
         name: Name of the method; the name of the folder or file if not given.
         variant: Distinguishes this entry from others of the method.
@@ -177,7 +180,9 @@ def evaluate(
     check_url("--url", url)
     stated = None if cost is None else read_cost(Path(cost))
     chosen = PROTOCOLS[protocol]
-    module = make_protocol_data(data, chosen, root, cache_dir, data_options)
+    given = {"root": root, "cache_dir": cache_dir}
+    found, settings = find_data(data, config, {k: v for k, v in given.items() if v is not None} | data_options)
+    module = make_protocol_data(found, settings, chosen)
     pixels, source = read_images(path, module.num_channels)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     weights = (inception_weights, torchvision_weights, extractor)
