@@ -79,6 +79,11 @@ class OwnImages(ImageDataModule):
         self.test_fraction = test_fraction
         super().__init__(image_size=image_size, revision=None, **kwargs)
 
+    @property
+    def geometry(self) -> dict[str, Any]:
+        """Settings that the compared pixels depend on, in addition to the source."""
+        return super().geometry | {"channels": self.num_channels}
+
     def check_size(self, image: Image.Image, where: str) -> None:
         """Accepts every size; Pillow refuses images that are too large to decode."""
 

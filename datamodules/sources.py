@@ -16,7 +16,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from datamodules.errors import DatasetError
-from datamodules.files import class_labels, left_out, list_files, split_of
+from datamodules.files import class_labels, counted, left_out, list_files, split_of
 from datamodules.images import open_image
 
 STUBS = frozenset({"BUFR", "GRIB", "HDF5", "MPEG"})
@@ -118,7 +118,7 @@ def find_image_folder(root: Path, class_names: Sequence[str] = (), whole: bool =
     ]
     notes += left_out([file for group in inside for file in group if not is_image(file)])
     if outside := len(files) - len(read):
-        notes.append(f"{outside:,} images outside of the splits")
+        notes.append(f"{counted(outside, 'image')} outside of the splits")
     return Source(f"image folder {top}", stat_identity(read), lambda: readers, len(read), tuple(notes), tuple(splits))
 
 
@@ -142,7 +142,7 @@ def require_splits(splits: Iterable[str], what: str, needed: Sequence[str] = ("t
 
 
 def _only_folder(root: Path, files: Sequence[Path]) -> tuple[Path, dict[str, list[Path]]]:
-    """Descends into folders that are alone, up to the splits; groups the files by the next name."""
+    """Descends while there is nothing but one folder, up to the splits; groups the files by the next name."""
     top = root
     while True:
         groups: dict[str, list[Path]] = {}

@@ -147,7 +147,7 @@ def data_command(module: ImageDataModule, options: Mapping[str, Any]) -> str:
     kind = type(module)
     path = f"{kind.__module__}.{kind.__qualname__}"
     is_shipped = kind.__module__.partition(".")[0] == "datamodules"
-    signatures = [signature(base.__init__) for base in reversed(kind.__mro__) if "__init__" in vars(base)]
+    signatures = [signature(vars(base)["__init__"]) for base in reversed(kind.__mro__) if "__init__" in vars(base)]
     defaults = {option.name: option.default for found in signatures for option in found.parameters.values()}
     unrelated = UNRELATED | {key for key, value in options.items() if value is None or value == defaults.get(key)}
     relevant = {key: value for key, value in options.items() if key not in unrelated}
