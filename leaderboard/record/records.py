@@ -50,11 +50,11 @@ class Cost:
     """Cost per generated image over the whole denoising chain (counting rules: `leaderboard.evaluation.cost`).
 
     Args:
-        parameters: Parameters of the network.
+        parameters: Parameters of the network and of all other modules that generate.
         trainable_parameters: Parameters that require gradients.
         nfe: Network evaluations per image.
         firing_rate: Mean over the neuron layers, weighted by number of neurons; `None` without neurons.
-        firing_rates: Spikes per neuron and time step, by neuron layer.
+        firing_rates: Spikes per neuron and time step, by spiking layer.
         sops: Synaptic operations: accumulates caused by spikes.
         macs: Multiply-accumulates.
         acs: Accumulates: `sops` plus the biases of layers with spike inputs.
@@ -63,6 +63,7 @@ class Cost:
             all as MACs; `None` if the network has neurons but no layer with spike inputs.
         images_per_second: Measured throughput on one device.
         peak_memory_bytes: Measured peak device memory during generation.
+        incomplete: Calls of products of matrices that could not be counted, by name; `None` if all were counted.
     """
 
     parameters: int
@@ -77,6 +78,7 @@ class Cost:
     energy_paper_mj: float | None
     images_per_second: float | None = None
     peak_memory_bytes: int | None = None
+    incomplete: dict[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -201,6 +203,8 @@ def record_text(record: Record) -> str:
 def _file(record: Record) -> tuple[str, str]:
     """Returns the file name and content of a record."""
     data = asdict(record)
+    if record.cost.incomplete is None:  # as in records written before the field existed
+        del data["cost"]["incomplete"]
     created = _check(data, f"new record of {record.method}")
     text = json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n"
     short = hashlib.sha256(text.encode()).hexdigest()[:8]

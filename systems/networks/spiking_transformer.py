@@ -25,6 +25,7 @@ from systems.networks.checks import check_range
 from systems.networks.unet import TimeEmbedding
 from systems.ops.compiled import compiled
 from systems.ops.token_shift import TokenShift
+from systems.ops.uncounted import uncounted
 from systems.ops.wkv import bidirectional_wkv, wkv
 from systems.spiking.adapter import spiking_layer
 from systems.spiking.neurons import NeuronFactory, SpikingNeuron
@@ -214,6 +215,7 @@ class Reconstruction(nn.Module):
         self.gate = nn.Parameter(torch.zeros(depth, channels, channels))
         self.beta = beta
 
+    @uncounted("constants of a trained network")
     def forward(self, num_steps: int) -> Tensor:
         """Returns the factors `(L, T, D)`."""
         rho = self.token.expand(num_steps, -1)

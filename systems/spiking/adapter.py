@@ -9,9 +9,9 @@ equal those of the same layer stepped by hand.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from inspect import Parameter, signature
+from inspect import Parameter, isclass, signature
 from typing import Any
 
 import snntorch as snn
@@ -176,8 +176,8 @@ def spiking_layer(neuron: NeuronFactory, channels: int) -> SpikingLayer:
     """
     if isinstance(neuron, nn.Module):
         raise TypeError(
-            f"neuron={type(neuron).__name__}(...) is one layer, but every layer needs its own; give a class or function "
-            f"that creates it, such as functools.partial({type(neuron).__name__}, ...)"
+            f"neuron={type(neuron).__name__}(...) is one layer, but every layer needs its own; give a class or a "
+            f"function that creates it, such as functools.partial({type(neuron).__name__}, ...)"
         )
     given = neuron.keywords if isinstance(neuron, partial) else {}
     sizes = {name: channels for name, value in given.items() if isinstance(value, str) and value == CHANNELS}
@@ -185,7 +185,24 @@ def spiking_layer(neuron: NeuronFactory, channels: int) -> SpikingLayer:
     if parameter is not None and parameter.kind is not Parameter.POSITIONAL_ONLY and CHANNELS not in given:
         sizes[CHANNELS] = channels
     create: Callable[..., nn.Module] = neuron
+    _check_required(given | sizes, *getattr(neuron, "args", ()))
     return multistep(create(**sizes))
+
+
+def _check_required(given: Mapping[str, Any], *args: Any) -> None:
+    """Checks that a class from the command line, which passes None for what is missing, has all its options.
+
+    Raises:
+        ValueError: If it has not.
+    """
+    for kind in filter(isclass, args):
+        required = [p.name for p in signature(kind).parameters.values() if p.default is p.empty]
+        missing = [name for name in required if name in given and given[name] is None]
+        if missing:
+            raise ValueError(
+                f"{kind.__name__} needs {', '.join(missing)}; give --model.neuron.{missing[0]} VALUE (or the word "
+                f"{CHANNELS}, where it is the number of channels of the layer)"
+            )
 
 
 def apply_options(network: nn.Module, method: type, threshold: float, **published: Any) -> None:

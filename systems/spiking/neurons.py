@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from systems.ops.compiled import dense, memory
 from systems.ops.norms import fuses, normalise
 from systems.ops.precision import full_precision
+from systems.ops.uncounted import uncounted
 from systems.spiking.multistep import (
     Dynamics,
     MultiStep,
@@ -221,9 +222,7 @@ class ConvertedNeuron(SpikingNeuron):
         """Returns the spikes `(T, B, ...)` of currents `(T, B, ...)`, times `act_alpha` (see `SpikingNeuron`)."""
         check_currents(x)
         x = dense(x if norm is None else norm_and_embed(x, norm, temb))
-        spikes = converted_spikes_compiled(
-            memory(x, len(x), -1), self._reached, self.act_alpha, self.signed
-        )
+        spikes = converted_spikes_compiled(memory(x, len(x), -1), self._reached, self.act_alpha, self.signed)
         return spikes.as_strided(x.shape, x.stride())
 
     @torch.no_grad()
@@ -281,6 +280,7 @@ READOUT_DECAY = 0.8
 """Membrane decay per SNN step of a read-out (SpikingJelly's leaky integrator in the released codes)."""
 
 
+@uncounted("neuron update")
 def membrane_output(x: Tensor) -> Tensor:
     """Final potential of a leaky integrator without threshold, `sum_k 0.8^(T-1-k) x[k]`: `(T, ...)` to `(...)`.
 

@@ -87,9 +87,7 @@ def test_neurons_of_norms(kernels: SimpleNamespace, channels_last: bool, has_tem
     normed = x * scale + shift + (0 if temb is None else temb[:, :, None, None])
     assert torch.equal(spikes.double(), multistep.compute_spikes(normed, neuron._dynamics, neuron.spike_grad))
     found = kernels.neurons.gradients(x, grad, neuron._dynamics, "atan", affine, stride, temb)
-    torch.testing.assert_close(
-        found, multistep.compute_gradients(normed, grad, neuron._dynamics, neuron.spike_grad)[0]
-    )
+    torch.testing.assert_close(found, multistep.compute_gradients(normed, grad, neuron._dynamics, neuron.spike_grad)[0])
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
