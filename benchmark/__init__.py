@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from datamodules import ImageDataModule as ImageDataModule
     from systems.base import DiffusionSystem as DiffusionSystem
     from systems.diffusion.gaussian import GaussianDiffusion as GaussianDiffusion
+    from systems.spiking.adapter import multistep as multistep
 
 __version__ = "0.2.0"
 
@@ -32,6 +33,7 @@ _EXPORTS = {
     "DiffusionSystem": "systems.base",
     "GaussianDiffusion": "systems.diffusion.gaussian",
     "ImageDataModule": "datamodules",
+    "multistep": "systems.spiking.adapter",
 }
 """Modules of the names that `benchmark` exports."""
 

@@ -34,6 +34,8 @@ from systems.networks.checks import check_range
 from systems.networks.fsddim_fused import FusedRecurrence
 from systems.networks.fsddim_unet import LIF, FSDDIMUNet
 from systems.ops.cuda_graphs import Replay
+from systems.spiking.adapter import apply_options
+from systems.spiking.neurons import NeuronFactory
 from systems.spiking.steps import fold, to_channels_last_on_gpu, unfold
 from systems.spiking.surrogates import get_surrogate
 
@@ -83,6 +85,8 @@ class FSDDIM(DiffusionSystem):
         threshold: Firing threshold of every neuron; values near 1 at test time are threshold guidance.
         reset_mechanism: `zero` (published), or `subtract`, before the decay.
         spike_grad: Surrogate gradient: a name of snntorch.surrogate, triangle or rectangle.
+        neuron: Class of other neurons in place of the published one, with its options: of snnTorch, such as
+            snntorch.Leaky, or systems.spiking.neurons.SpikingNeuron; `threshold` then scales their thresholds.
         num_train_timesteps: Diffusion steps of training.
         max_time: Rows of the time embedding's table, one for each diffusion step, or more.
         num_inference_steps: Diffusion steps of the sampler (published: all).
@@ -110,6 +114,7 @@ class FSDDIM(DiffusionSystem):
         threshold: float = 1.0,
         reset_mechanism: Literal["zero", "subtract"] = "zero",
         spike_grad: str = "triangle",
+        neuron: NeuronFactory | None = None,
         num_train_timesteps: int = 1000,
         max_time: int = 1000,
         num_inference_steps: int = 1000,
@@ -139,7 +144,8 @@ class FSDDIM(DiffusionSystem):
             raise ValueError(f"{given}; give weights of 0 or more, one of them above 0")
         self.network = FSDDIMUNet(
             max_time=max_time,
-            neuron=partial(
+            neuron=neuron
+            or partial(
                 LIF,
                 beta=beta,
                 threshold=threshold,
@@ -148,6 +154,9 @@ class FSDDIM(DiffusionSystem):
             ),
             **kwargs,
         )
+        if neuron is not None:
+            published = {"beta": beta, "reset_mechanism": reset_mechanism, "spike_grad": spike_grad}
+            apply_options(self.network, FSDDIM, threshold, **published)
         self.recurrence = FusedRecurrence(self.network) if fused else None
         if self.recurrence is not None:
             self.network.add_module("recurrence", self.recurrence)  # so that the cost meter of the network sees it

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from diffusers import DDPMScheduler
@@ -30,7 +30,8 @@ from systems.checkpoints import check_state, rename
 from systems.diffusion.gaussian import GaussianDiffusion
 from systems.networks.spiking_unet import SpikingUNet
 from systems.networks.unet import read_size
-from systems.spiking.neurons import integrate_and_fire, leaky_integrate_and_fire
+from systems.spiking.adapter import apply_options
+from systems.spiking.neurons import NeuronFactory, integrate_and_fire, leaky_integrate_and_fire
 from systems.spiking.surrogates import get_surrogate
 
 
@@ -38,7 +39,9 @@ class SDDPM(GaussianDiffusion):
     """Spiking DDPM of Cao et al.
 
     Args:
-        neuron: Integrate-and-fire (`if`, published) or leaky with tau = 2 (`lif`).
+        neuron: Integrate-and-fire (`if`, published), leaky with tau = 2 (`lif`), or a class of other neurons with its
+            options: of snnTorch, such as snntorch.Leaky, or systems.spiking.neurons.SpikingNeuron; `threshold` then
+            scales their thresholds.
         threshold: Firing threshold of every neuron; values near 1 at test time are threshold guidance.
         spike_grad: Surrogate gradient: a name of snntorch.surrogate, triangle or rectangle.
         scheduler: Noise schedule and sampler, a scheduler of diffusers.
@@ -55,7 +58,7 @@ class SDDPM(GaussianDiffusion):
 
     def __init__(
         self,
-        neuron: Literal["if", "lif"] = "if",
+        neuron: Literal["if", "lif"] | NeuronFactory = "if",
         threshold: float = 1.0,
         spike_grad: str = "atan",
         scheduler: SchedulerMixin | None = None,
@@ -67,13 +70,18 @@ class SDDPM(GaussianDiffusion):
         **kwargs: Any,
     ) -> None:
         scheduler = scheduler or DDPMScheduler(variance_type="fixed_large")
-        make = integrate_and_fire if neuron == "if" else leaky_integrate_and_fire
+        published = {"if": integrate_and_fire, "lif": leaky_integrate_and_fire}
+        make = neuron
+        if isinstance(neuron, str):
+            make = partial(published[neuron], threshold=threshold, spike_grad=get_surrogate(spike_grad))
         network = SpikingUNet(
             num_train_timesteps=scheduler.config.num_train_timesteps,
-            neuron=partial(make, threshold=threshold, spike_grad=get_surrogate(spike_grad)),
+            neuron=cast(NeuronFactory, make),
             temporal_scaling=self.temporal_scaling,
             **kwargs,
         )
+        if not isinstance(neuron, str):
+            apply_options(network, SDDPM, threshold, spike_grad=spike_grad)
         optimizer = optimizer or partial(Adam, lr=2e-4, fused=True)
         super().__init__(network, scheduler, num_inference_steps, eta, optimizer, lr_scheduler, final_clip)
         self.num_steps = network.num_steps

@@ -26,7 +26,8 @@ from torch.optim.lr_scheduler import LinearLR
 from systems.base import LRSchedulerFactory, OptimizerFactory
 from systems.diffusion.gaussian import GaussianDiffusion
 from systems.networks.spiking_transformer import SpikingTransformer
-from systems.spiking.neurons import SpikingNeuron
+from systems.spiking.adapter import apply_options
+from systems.spiking.neurons import NeuronFactory, SpikingNeuron
 from systems.spiking.surrogates import get_surrogate
 
 
@@ -51,6 +52,8 @@ class SDiT(GaussianDiffusion):
         threshold: Firing threshold of every neuron.
         reset_mechanism: Reset of the potential to zero (hard), or subtract the threshold (soft).
         spike_grad: Surrogate gradient: a name of snntorch.surrogate, triangle or rectangle.
+        neuron: Class of other neurons in place of the published one, with its options: of snnTorch, such as
+            snntorch.Leaky, or systems.spiking.neurons.SpikingNeuron; `threshold` then scales their thresholds.
         scheduler: Noise schedule and sampler, a scheduler of diffusers.
         num_inference_steps: Diffusion steps of the sampler.
         eta: Noise of DDIM, from 0 to 1.
@@ -67,6 +70,7 @@ class SDiT(GaussianDiffusion):
         threshold: float = 1.0,
         reset_mechanism: Literal["zero", "subtract"] = "zero",
         spike_grad: str = "atan",
+        neuron: NeuronFactory | None = None,
         scheduler: SchedulerMixin | None = None,
         num_inference_steps: int = 1000,
         eta: float = 0.0,
@@ -78,7 +82,8 @@ class SDiT(GaussianDiffusion):
         network = SpikingTransformer(
             num_train_timesteps=scheduler.config.num_train_timesteps,
             beta=beta,
-            neuron=partial(
+            neuron=neuron
+            or partial(
                 SpikingNeuron,
                 beta=beta,
                 threshold=threshold,
@@ -87,6 +92,8 @@ class SDiT(GaussianDiffusion):
             ),
             **kwargs,
         )
+        if neuron is not None:
+            apply_options(network, SDiT, threshold, reset_mechanism=reset_mechanism, spike_grad=spike_grad)
         optimizer = optimizer or partial(AdamW, lr=2e-4, betas=(0.99, 0.999), weight_decay=0.03, fused=True)
         super().__init__(network, scheduler, num_inference_steps, eta, optimizer, lr_scheduler)
         self.num_steps = network.num_steps

@@ -40,7 +40,8 @@ from systems.figures import Figure, perplexity, plot_reconstructions, plot_usage
 from systems.networks.checks import check_range
 from systems.networks.sdid import SDID
 from systems.networks.vq_svae import REDUCTION, VQSVAE, Reconstruction, equilibrium_loss
-from systems.spiking.neurons import leaky_integrate_and_fire
+from systems.spiking.adapter import apply_options
+from systems.spiking.neurons import NeuronFactory, leaky_integrate_and_fire
 from systems.spiking.surrogates import get_surrogate
 
 COLLAPSED = 0.1
@@ -73,6 +74,8 @@ class SpikingDiffusion(DiffusionSystem):
         num_steps: SNN time steps T of both networks.
         threshold: Firing threshold of every neuron; values near 1 at test time are threshold guidance.
         spike_grad: Surrogate gradient: a name of snntorch.surrogate, triangle or rectangle.
+        neuron: Class of other neurons in place of the published one, with its options: of snnTorch, such as
+            snntorch.Leaky, or systems.spiking.neurons.SpikingNeuron; `threshold` then scales their thresholds.
         mask_id: Index of a masked token: num_codes by default, or a code that doubles as the mask.
         num_train_timesteps: Diffusion steps; as published, the number of tokens, a sixteenth of the pixels.
         num_inference_steps: Diffusion steps of the sampler, at most num_train_timesteps, which is the default.
@@ -105,6 +108,7 @@ class SpikingDiffusion(DiffusionSystem):
         num_steps: int = 16,
         threshold: float = 1.0,
         spike_grad: str = "atan",
+        neuron: NeuronFactory | None = None,
         mask_id: int | None = None,
         num_train_timesteps: int = 49,
         num_inference_steps: int | None = None,
@@ -134,13 +138,15 @@ class SpikingDiffusion(DiffusionSystem):
         check_range("denoiser_epochs", denoiser_epochs, 0)
         if data_variance is not None and not data_variance > 0:
             raise ValueError(f"data_variance={data_variance} cannot divide an error; give a number above 0")
-        neuron = partial(leaky_integrate_and_fire, threshold=threshold, spike_grad=get_surrogate(spike_grad))
+        make = neuron or partial(leaky_integrate_and_fire, threshold=threshold, spike_grad=get_surrogate(spike_grad))
         self.network = nn.ModuleDict(
             {
-                "autoencoder": VQSVAE(in_channels, num_codes, code_channels, autoencoder_channels, num_steps, neuron),
-                "denoiser": SDID(num_codes, base_channels, num_steps, neuron),
+                "autoencoder": VQSVAE(in_channels, num_codes, code_channels, autoencoder_channels, num_steps, make),
+                "denoiser": SDID(num_codes, base_channels, num_steps, make),
             }
         )
+        if neuron is not None:
+            apply_options(self.network, SpikingDiffusion, threshold, spike_grad=spike_grad)
         self.automatic_optimization = False  # each stage has its own optimiser
         self.num_codes = num_codes
         self.num_steps = num_steps

@@ -298,7 +298,7 @@ def test_replayed_cost_equals_that_of_the_cpu() -> None:
     counts = []
     for device in ("cpu", "cuda"):
         system = copy.deepcopy(cast(DiffusionSystem, cli.model)).double().to(device).eval()
-        with CostMeter(cast(nn.Module, system.network)) as meter:
+        with CostMeter(cast(nn.Module, system.network), watch=False) as meter:
             system.sample(torch.arange(32), cli.datamodule.image_shape)
             counts.append(meter.take())
     assert counts[0] == counts[1]

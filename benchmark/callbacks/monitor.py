@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from torch.utils.tensorboard import SummaryWriter
@@ -24,7 +24,7 @@ from datamodules import ImageDataModule
 from leaderboard.files import write_atomic
 from leaderboard.pictures import enlargement, grid
 from systems.base import DiffusionSystem
-from systems.spiking.neurons import SpikingNeuron
+from systems.spiking.adapter import spikes_of, spiking_layers
 
 
 class ImageProgressBar(TQDMProgressBar):
@@ -169,7 +169,7 @@ class TrainingMonitor(Callback):
         self.num_images = num_images
         self.num_inference_steps = num_inference_steps
         self._hooks: list[RemovableHandle] = []
-        self._rates: dict[str, Tensor] = {}
+        self._counts: dict[str, tuple[Tensor, int]] = {}  # spikes and elements of each layer in this step
         self._stuck: dict[str, Tensor] = {}  # layers that stayed at rate 0 or 1 since the last logged step
         self._suspects: dict[str, float] = {}  # layers of rate 0 or 1 in the last logged step, and the rate
         self._warned: set[str] = set()
@@ -189,22 +189,28 @@ class TrainingMonitor(Callback):
         """Adds hooks to all neurons in a logged step, and to suspects in every step."""
         self._due = self._is_logged_step(trainer)
         if self._due or self._suspects:
-            for name, module in pl_module.named_modules():
-                if isinstance(module, SpikingNeuron) and (self._due or name in self._suspects):
+            for name, module in spiking_layers(pl_module):
+                if self._due or name in self._suspects:
                     self._hooks.append(module.register_forward_hook(self._watch(name)))
 
-    def _watch(self, name: str) -> Callable[[SpikingNeuron, Any, Tensor], None]:
-        def hook(module: SpikingNeuron, inputs: Any, spikes: Tensor) -> None:
-            rate = (spikes != 0).mean(dtype=torch.float32)
-            if name in self._suspects:
-                self._stuck[name] = self._stuck.get(name, torch.ones_like(rate, dtype=torch.bool)) & (
-                    rate == self._suspects[name]
-                )
-            self._rates[name] = rate
+    def _watch(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            spikes = spikes_of(output)
+            total, elements = self._counts.get(name, (0, 0))  # a layer may run several times
+            self._counts[name] = total + (spikes != 0).sum(), elements + spikes.numel()
 
         return hook
 
-    def _warn_of_stuck_layers(self, step: int) -> None:
+    def _take_rates(self) -> dict[str, Tensor]:
+        """Returns the firing rate of each observed layer in this step, and follows those of suspects."""
+        rates = {name: total / elements for name, (total, elements) in self._counts.items()}
+        self._counts.clear()
+        for name in self._suspects.keys() & rates.keys():
+            same = rates[name] == self._suspects[name]
+            self._stuck[name] = self._stuck.get(name, torch.ones_like(same)) & same
+        return rates
+
+    def _warn_of_stuck_layers(self, step: int, rates: dict[str, float]) -> None:
         """Warns once of each layer whose rate was 0 or 1 in every step since the last logged one."""
         for name, stuck in self._stuck.items():
             if bool(stuck) and name not in self._warned:
@@ -216,7 +222,6 @@ class TrainingMonitor(Callback):
                     f"learning rate; its rate is firing_rate/{name.removeprefix('network.')} in TensorBoard",
                     stacklevel=2,
                 )
-        rates = dict(zip(self._rates, torch.stack(list(self._rates.values())).tolist(), strict=True))
         self._suspects = {name: rate for name, rate in rates.items() if rate in (0, 1) and name not in self._warned}
         self._stuck.clear()
 
@@ -237,14 +242,14 @@ class TrainingMonitor(Callback):
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        rates = self._take_rates()
         if not self._due:
-            self._rates.clear()
             return
-        values = {f"firing_rate/{name.removeprefix('network.')}": rate for name, rate in self._rates.items()}
-        if self._rates:
-            values["train/firing_rate"] = torch.stack(list(self._rates.values())).mean()
-            self._warn_of_stuck_layers(trainer.global_step)
-        self._rates.clear()
+        values = {f"firing_rate/{name.removeprefix('network.')}": rate for name, rate in rates.items()}
+        if rates:
+            stacked = torch.stack(list(rates.values()))
+            values["train/firing_rate"] = stacked.mean()
+            self._warn_of_stuck_layers(trainer.global_step, dict(zip(rates, stacked.tolist(), strict=True)))
         values["train/images_per_second"] = torch.tensor(self._images / self._seconds)
         self._images, self._seconds = 0, 0.0
         pl_module.log_dict(values)

@@ -18,7 +18,7 @@ from datamodules import ImageDataModule
 from leaderboard.files import free_path, refuse_existing
 from systems import FSDDIM
 from systems.base import DiffusionSystem
-from systems.spiking.neurons import SpikingNeuron
+from systems.spiking.adapter import spikes_of, spiking_layers
 
 
 def activity(
@@ -91,13 +91,14 @@ def _count_spikes(network: nn.Module) -> Iterator[dict[str, tuple[Tensor, int]]]
     sums: dict[str, tuple[Tensor, int]] = {}
 
     def hook_of(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, spikes: Tensor) -> None:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            spikes = spikes_of(output)
             total, elements = sums.get(name, (spikes.new_zeros((), dtype=torch.float64), 0))
             sums[name] = (total + (spikes != 0).sum(dtype=torch.float64), elements + spikes.numel())
 
         return hook
 
-    neurons = [(name, module) for name, module in network.named_modules() if isinstance(module, SpikingNeuron)]
+    neurons = list(spiking_layers(network))
     if not neurons:
         raise ValueError(f"{type(network).__name__} has no spiking layer, but `activity` plots spikes")
     hooks = [module.register_forward_hook(hook_of(name)) for name, module in neurons]

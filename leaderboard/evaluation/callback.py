@@ -145,7 +145,8 @@ class Evaluation(Callback):
         self._total = GenerationStats()
         self._folder = Path(trainer.log_dir or ".")  # collective call: every process must reach it
         self._chunks = self._open_chunks(trainer, system)
-        self.meter = CostMeter(system.network).__enter__()
+        self.meter = CostMeter(system, home="network", watch=False).__enter__()
+        self._audit(trainer, system, data.sample_seed)
 
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Tensor, batch_idx: int, dataloader_idx: int = 0
@@ -157,6 +158,7 @@ class Evaluation(Callback):
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
         self._batch_started = time.perf_counter()
+        self.meter.resume()
 
     def on_test_batch_end(
         self,
@@ -168,6 +170,7 @@ class Evaluation(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Updates the metrics with one batch of generated images."""
+        self.meter.pause()
         data = _data(trainer)
         indices = batch - data.sample_seed
         images, pixels, stats = self._found or self._finish(data.compared(outputs), int(indices[0]))
@@ -177,6 +180,17 @@ class Evaluation(Callback):
         for part in self.parts:
             inputs = images if isinstance(part, FrechetAutoencoderDistance) else pixels
             part.update_generated(inputs.to(pl_module.device), indices)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Stops counting, since other code may run later in this process."""
+        if hasattr(self, "meter"):
+            self.meter.__exit__(None, None, None)
+
+    def _audit(self, trainer: Trainer, system: DiffusionSystem, seed: int) -> None:
+        """Generates one image to find out what the meter has to count, with the random state of the test unchanged."""
+        devices = [system.device] if system.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), trainer.precision_plugin.forward_context():
+            self.meter.audit(lambda: system.predict_step(torch.tensor([seed], device=system.device), 0))
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Computes the metrics, writes record and grid, and prints the result."""
@@ -281,7 +295,7 @@ class Evaluation(Callback):
             nfe=system.nfe,
             num_steps=system.num_steps,
             cost=total.counts.cost(
-                system.network, total.images, system.nfe, total.images / total.seconds, total.peak_memory_bytes
+                self.meter.parameters, total.images, system.nfe, total.images / total.seconds, total.peak_memory_bytes
             ),
         )
 

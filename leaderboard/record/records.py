@@ -52,11 +52,11 @@ class Cost:
     """Cost per generated image over the whole denoising chain (counting rules: `leaderboard.evaluation.cost`).
 
     Args:
-        parameters: Parameters of the network.
+        parameters: Parameters of the network and of all other modules that generate.
         trainable_parameters: Parameters that require gradients.
         nfe: Network evaluations per image.
         firing_rate: Mean over the neuron layers, weighted by number of neurons; `None` without neurons.
-        firing_rates: Spikes per neuron and time step, by neuron layer.
+        firing_rates: Spikes per neuron and time step, by spiking layer.
         sops: Synaptic operations: accumulates caused by spikes.
         macs: Multiply-accumulates.
         acs: Accumulates: `sops` plus the biases of layers with spike inputs.
@@ -65,6 +65,7 @@ class Cost:
             all as MACs; `None` if the network has neurons but no layer with spike inputs.
         images_per_second: Measured throughput on one device.
         peak_memory_bytes: Measured peak device memory during generation.
+        incomplete: Calls of products of matrices that could not be counted, by name; `None` if all were counted.
     """
 
     parameters: int
@@ -79,6 +80,7 @@ class Cost:
     energy_paper_mj: float | None
     images_per_second: float | None = None
     peak_memory_bytes: int | None = None
+    incomplete: dict[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -283,7 +285,7 @@ def record_text(record: Record) -> str:
     return _file(record)[1]
 
 
-_ADDED = (("images",), ("training_data",), ("dataset", "geometry"), ("code", "external"))
+_ADDED = (("images",), ("training_data",), ("dataset", "geometry"), ("code", "external"), ("cost", "incomplete"))
 """Paths of optional fields that earlier versions did not have; files omit them where they are `None`."""
 
 
@@ -291,8 +293,8 @@ def record_json(record: Record) -> dict[str, Any]:
     """Returns the JSON form of a record, as in its file."""
     data = asdict(record)
     for *parents, name in _ADDED:
-        part = reduce(dict.__getitem__, parents, data)
-        if part[name] is None:
+        part: dict[str, Any] | None = reduce(dict.__getitem__, parents, data)
+        if part is not None and part[name] is None:
             del part[name]
     return data
 

@@ -112,7 +112,7 @@ class GaussianDiffusion(DiffusionSystem):
     def gamma_conditions(self) -> dict[str, Any]:
         """Neuron settings that can be changed at test time and invalidate Gamma."""
         neuron = next((module for module in self.network.modules() if isinstance(module, SpikingNeuron)), None)
-        decay = {} if neuron is None else {"beta": neuron.beta}
+        decay = {} if neuron is None or isinstance(neuron.beta, Tensor) else {"beta": neuron.beta}
         return {"threshold": self.threshold, "num_steps": self.num_steps} | decay
 
     @property

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from systems.networks.checks import check_images, check_unet_size
 from systems.networks.unet import TimeEmbedding, assemble, double_size
 from systems.ops.quantise import Quantise
-from systems.spiking.neurons import SpikingNeuron
+from systems.spiking.neurons import SpikingLayer
 from systems.spiking.steps import fold, to_channels_last_on_gpu, unfold
 
 GROUPS = 32
@@ -80,7 +80,7 @@ class Chain(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """Returns the output of the last layer, folded."""
         for layer in self:
-            x = fold(layer(unfold(x, self.num_steps))) if isinstance(layer, SpikingNeuron) else layer(x)
+            x = fold(layer(unfold(x, self.num_steps))) if isinstance(layer, SpikingLayer) else layer(x)
         return x
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from systems.networks.fsddim_unet import FSDDIMUNet
+from systems.ops.uncounted import uncounted
 from systems.spiking.steps import fold, unfold
 
 
@@ -75,6 +76,7 @@ class FusedRecurrence(nn.Module):
             "of conv_in, counted as MACs; with activate_first_conv=true all are spikes"
         )
 
+    @uncounted("weights merged once per chain")
     @torch.no_grad()
     def merge(self, network: FSDDIMUNet, size: Sequence[int]) -> None:
         """Computes the kernels and the map `M` from the network's weights, for images of `size` `(H, W)`."""

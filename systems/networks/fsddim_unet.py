@@ -9,7 +9,7 @@ the output layer, and the outputs of the resampling layers are real-valued.
 
 Axes: `T` SNN time steps, `B` images, `C` channels, `H`, `W` pixels. Convolutions and norms process `T` folded into the
 batch (`N = T*B`); only the neurons use it as a time axis. In all blocks, `temb_channels` is the size of the time
-embedding, `norm` the kind of batch norm (`Norm`), and `neuron` creates one spiking layer.
+embedding, `norm` the kind of batch norm (`Norm`), and `neuron` creates the neurons of one layer.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from systems.networks.checks import check_unet_size
 from systems.networks.unet import double_size
 from systems.ops.norms import add_normed, scaled
+from systems.spiking.adapter import spiking_layer
 from systems.spiking.neurons import NeuronFactory, SpikingNeuron
 from systems.spiking.steps import fold, to_channels_last_on_gpu, unfold
 from systems.spiking.surrogates import get_surrogate
@@ -90,7 +91,7 @@ class SpikingConvolution(Convolution):
 
     def __init__(self, in_channels: int, out_channels: int, neuron: NeuronFactory) -> None:
         super().__init__(in_channels, out_channels, 3, gain=1.0)
-        self.neuron = neuron()
+        self.neuron = spiking_layer(neuron, out_channels)
 
     def forward(  # type: ignore[override]  # without residual
         self, *parts: Tensor, joined: Tensor | None = None
@@ -109,17 +110,17 @@ class ResBlock(nn.Module):
         super().__init__()
         self.gain = BRANCH_GAIN if norm == "tdbn" else 1.0
         self.conv1 = Convolution(in_channels, out_channels, 3)
-        self.temb_neuron = neuron()
+        self.temb_neuron = spiking_layer(neuron, temb_channels)
         self.temb_proj = nn.Linear(temb_channels, out_channels)
         self.bn1 = nn.BatchNorm2d(out_channels)
-        self.neuron1 = neuron()
+        self.neuron1 = spiking_layer(neuron, out_channels)
         self.conv2 = Convolution(out_channels, out_channels, 3, self.gain)
         self.nin_shortcut: nn.Module = (
             nn.BatchNorm2d(out_channels)
             if in_channels == out_channels
             else Convolution(in_channels, out_channels, 1, self.gain)
         )
-        self.neuron2 = neuron()
+        self.neuron2 = spiking_layer(neuron, out_channels)
 
     def forward(self, temb: Tensor, *parts: Tensor) -> Tensor:
         """Returns spikes `(T, B, out_channels, H, W)`.
@@ -189,7 +190,7 @@ class FSDDIMUNet(nn.Module):
             published threshold of 1 for any `threshold`.
         activate_first_conv: Whether norm and neuron follow `conv_in` (published: no); then all features that `conv_out`
             receives are spikes.
-        neuron: Creates one spiking layer.
+        neuron: Creates the neurons of one layer.
 
     Raises:
         ValueError: If a size or a name is out of range.
@@ -223,11 +224,11 @@ class FSDDIMUNet(nn.Module):
 
         self.register_buffer("pe", sinusoids(max_time, base))
         self.temb = nn.ModuleList([nn.Linear(base, tdim), nn.Linear(tdim, tdim)])
-        self.temb_neuron = neuron()
+        self.temb_neuron = spiking_layer(neuron, tdim)
         self.conv_in = Convolution(in_channels, base, 3)
         if activate_first_conv:
             self.bn_in = nn.BatchNorm2d(base)
-            self.neuron_in = neuron()
+            self.neuron_in = spiking_layer(neuron, base)
         self.downs = nn.ModuleList()
         for level, (start, end) in enumerate(zip(starts, ends, strict=True)):
             last = level == levels - 1

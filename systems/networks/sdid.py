@@ -28,7 +28,7 @@ class SDID(nn.Module):
         num_codes: Size of the codebook.
         base_channels: Channels of the first layer.
         num_steps: SNN time steps `T`.
-        neuron: Creates one spiking layer.
+        neuron: Creates the neurons of one layer.
 
     Raises:
         ValueError: If a size is out of range.

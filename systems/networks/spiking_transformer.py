@@ -25,7 +25,9 @@ from systems.networks.checks import check_range
 from systems.networks.unet import TimeEmbedding
 from systems.ops.compiled import compiled
 from systems.ops.token_shift import TokenShift
+from systems.ops.uncounted import uncounted
 from systems.ops.wkv import bidirectional_wkv, wkv
+from systems.spiking.adapter import spiking_layer
 from systems.spiking.neurons import NeuronFactory, SpikingNeuron
 from systems.spiking.steps import fold, unfold
 from systems.spiking.surrogates import get_surrogate
@@ -43,7 +45,7 @@ class NormedNeuron(nn.Module):
     def __init__(self, channels: int, neuron: NeuronFactory) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(channels)
-        self.neuron = neuron()
+        self.neuron = spiking_layer(neuron, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the spikes `neuron(norm(x))`, computed as one fused operation."""
@@ -136,7 +138,7 @@ class Block(nn.Module):
     Args:
         channels: Channels `D`.
         hidden_channels: Channels of the hidden layer of the channel mix.
-        neuron: Creates one spiking layer.
+        neuron: Creates the neurons of one layer.
         mix: Creates the token mixer.
         inner_norm: Whether the neurons after the token mixer and in the channel mix have a norm too.
         skip: Whether the block also receives the features of an input block (a long skip).
@@ -155,7 +157,7 @@ class Block(nn.Module):
         skip: bool = False,
     ) -> None:
         super().__init__()
-        inner = NormedNeuron if inner_norm else lambda _, neuron: neuron()
+        inner = NormedNeuron if inner_norm else lambda channels, neuron: spiking_layer(neuron, channels)
         if skip:
             self.skip_neuron = NormedNeuron(2 * channels, neuron)
             self.skip_out = nn.Linear(2 * channels, channels)
@@ -213,6 +215,7 @@ class Reconstruction(nn.Module):
         self.gate = nn.Parameter(torch.zeros(depth, channels, channels))
         self.beta = beta
 
+    @uncounted("constants of a trained network")
     def forward(self, num_steps: int) -> Tensor:
         """Returns the factors `(L, T, D)`."""
         rho = self.token.expand(num_steps, -1)
@@ -242,7 +245,7 @@ class SpikingTransformer(nn.Module):
         mlp_ratio: Hidden channels of the channel mix, as a multiple of `embed_dim`.
         num_train_timesteps: Diffusion steps that the time embedding knows.
         beta: Membrane decay of the Reconstruction Module.
-        neuron: Creates one spiking layer.
+        neuron: Creates the neurons of one layer.
         inner_norm: Batch norm before the neurons after RWKV and in the channel mix too. With it they fire at a rate
             near 0.17 from the start, without it almost never at first. The small configurations use it because the
             network trains faster with it.

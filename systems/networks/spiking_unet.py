@@ -8,7 +8,7 @@ neurons, no dropout, no attention, and a leaky read-out at the end. Module names
 
 Axes: `T` SNN time steps, `B` images, `C` channels, `H`, `W` pixels. Convolutions and norms process `T` folded into the
 batch; only the neurons use it as a time axis. In all blocks, `temb_channels` is the size of the time embedding,
-`neuron` creates one spiking layer and `conv` one convolution.
+`neuron` creates the neurons of one layer (see `spiking_layer`) and `conv` one convolution.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from systems.networks.checks import check_images, check_range, check_unet_size
 from systems.networks.unet import TimeEmbedding, assemble, double_size
 from systems.ops.norms import add_normed
 from systems.ops.scale_steps import ScaleSteps
+from systems.spiking.adapter import spiking_layer
 from systems.spiking.neurons import NeuronFactory, integrate_and_fire, membrane_output
 from systems.spiking.steps import concatenate, fold, to_channels_last_on_gpu, unfold
 
@@ -66,11 +67,11 @@ class ResBlock(nn.Module):
         self, in_channels: int, out_channels: int, temb_channels: int, neuron: NeuronFactory, conv: ConvFactory
     ) -> None:
         super().__init__()
-        self.neuron1 = neuron()
+        self.neuron1 = spiking_layer(neuron, in_channels)
         self.conv1 = conv(in_channels, out_channels, 3, padding=1)
         self.bn1 = nn.BatchNorm2d(out_channels)
         self.temb_proj = nn.Sequential(nn.SiLU(), nn.Linear(temb_channels, out_channels))
-        self.neuron2 = neuron()
+        self.neuron2 = spiking_layer(neuron, out_channels)
         self.conv2 = conv(out_channels, out_channels, 3, padding=1)
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.shortcut = nn.Identity() if in_channels == out_channels else conv(in_channels, out_channels, 1)
@@ -89,7 +90,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int, neuron: NeuronFactory, conv: ConvFactory) -> None:
         super().__init__()
-        self.neuron = neuron()
+        self.neuron = spiking_layer(neuron, channels)
         self.conv = conv(channels, channels, 3, stride=2, padding=1)
         self.bn = nn.BatchNorm2d(channels)
 
@@ -103,7 +104,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int, neuron: NeuronFactory, conv: ConvFactory) -> None:
         super().__init__()
-        self.neuron = neuron()
+        self.neuron = spiking_layer(neuron, channels)
         self.conv = conv(channels, channels, 3, padding=1)
         self.bn = nn.BatchNorm2d(channels)
 
@@ -125,7 +126,7 @@ class SpikingUNet(nn.Module):
         num_res_blocks: Residual blocks per level on the way down; one more on the way up.
         num_steps: SNN time steps T (paper: 4 or 8).
         num_train_timesteps: Diffusion steps that the time embedding knows.
-        neuron: Creates one spiking layer.
+        neuron: Creates the neurons of one layer.
         temporal_scaling: Whether every convolution learns one factor per SNN time step (`TemporalConv2d`).
         attention_levels: Must be empty (or name no existing level): the published network has no attention.
         dropout: Ignored with a warning: the paper lists 0.1, but the released network has no dropout layer.
@@ -166,7 +167,7 @@ class SpikingUNet(nn.Module):
         self.time_embedding = TimeEmbedding(base_channels, num_train_timesteps)
         self.conv = conv(in_channels, base_channels, 3, padding=1)
         self.bn = nn.BatchNorm2d(base_channels)
-        self.neuron = neuron()
+        self.neuron = spiking_layer(neuron, base_channels)
         self.conv_identity = conv(base_channels, base_channels, 3, padding=1)
         self.bn_identity = nn.BatchNorm2d(base_channels)
 

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from systems.networks.checks import check_range
 from systems.ops.precision import full_precision
+from systems.spiking.adapter import spiking_layer
 from systems.spiking.neurons import NeuronFactory, leaky_integrate_and_fire, membrane_output
 from systems.spiking.steps import fold, unfold
 
@@ -36,14 +37,14 @@ class SpikingConv(nn.Sequential):
     Args:
         conv: Convolution or transposed convolution.
         num_steps: SNN time steps `T`.
-        neuron: Creates the spiking layer.
+        neuron: Creates the neurons.
 
     Shapes:
         `(T, B, C, H, W)`, or `(B, C, H, W)` for an input that is equal in all SNN steps, to `(T, B, C', H', W')`.
     """
 
     def __init__(self, conv: nn.Conv2d | nn.ConvTranspose2d, num_steps: int, neuron: NeuronFactory) -> None:
-        super().__init__(conv, nn.BatchNorm2d(conv.out_channels), neuron())
+        super().__init__(conv, nn.BatchNorm2d(conv.out_channels), spiking_layer(neuron, conv.out_channels))
         self.num_steps = num_steps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -90,7 +91,7 @@ class VQSVAE(nn.Module):
         code_channels: Dimension of a code.
         base_channels: Channels of the first convolution; the second has twice as many.
         num_steps: SNN time steps `T`.
-        neuron: Creates one spiking layer.
+        neuron: Creates the neurons of one layer.
 
     Raises:
         ValueError: If a size is out of range.

@@ -6,7 +6,8 @@ For input `x[k]`, potential `u[k]` and spikes `s[k]` of step `k`, with `carry(u[
     s[k] = 1 if u[k] > threshold (or >=) else 0
 
 `scale` and `shift` are a batch norm of each channel, `temb` the time embedding of each image and channel; without a
-norm the parenthesis is `x[k]`. `reset_and_decay` defines `carry`.
+norm the parenthesis is `x[k]`. `reset_and_decay` defines `carry`. Its decay `beta` and the threshold are numbers, or
+scalar tensors whose gradients the same backward pass computes.
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ TAKE_BACK_BELOW = 1e-3
 
 
 class Dynamics(NamedTuple):
-    """Constants of a `SpikingNeuron`, by the names of its arguments."""
+    """Constants of a `SpikingNeuron`, by the names of its arguments; learned ones are scalar tensors."""
 
-    beta: float
-    threshold: float
+    beta: float | Tensor
+    threshold: float | Tensor
     input_scale: float
     reset_mechanism: str
     reset_delay: bool
@@ -96,16 +97,29 @@ def _forward(x: Tensor, d: Dynamics, dtype: torch.dtype, affine: Affine | None =
 @compiled
 def _backward(
     x: Tensor, grad: Tensor, d: Dynamics, derivative: Callable[[Tensor], Tensor], affine: Affine | None = None
-) -> Tensor:
-    """Backpropagation through time; recomputes the potentials, which is cheaper than storing them."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Backpropagation through time; recomputes the potentials, which is cheaper than storing them.
+
+    Returns:
+        The gradients of the neuron's input, of `beta` and of the threshold, each of the latter None unless learned.
+    """
     potentials, spikes = potentials_and_spikes(x, d, affine)
     grads: list[Tensor] = []
+    dl_dbeta: Tensor | None = None
+    dl_dthreshold: Tensor | None = None
     next_dl_du: Tensor | None = None  # dL/du[k+1]
     for u, s, g in zip(reversed(potentials), reversed(spikes), reversed(grad.unbind(0)), strict=True):
         ds_du = derivative(u - d.threshold)
         dl_du = g.to(u.dtype) * ds_du
+        if isinstance(d.threshold, Tensor):  # a spike depends on u - threshold
+            dl_dthreshold = -dl_du if dl_dthreshold is None else dl_dthreshold - dl_du
         if next_dl_du is not None:
             reset_ds_du = torch.zeros_like(ds_du) if d.detach_reset else ds_du
+            if isinstance(d.beta, Tensor):
+                step = next_dl_du * _carry_by_beta(u, s, d)
+                dl_dbeta = step if dl_dbeta is None else dl_dbeta + step
+            if dl_dthreshold is not None:
+                dl_dthreshold = dl_dthreshold + next_dl_du * _carry_by_threshold(u, s, reset_ds_du, d)
             if d.reset_mechanism == "zero":
                 dcarry_du = d.beta * (1 - s - u * reset_ds_du)
             elif d.reset_delay:
@@ -115,7 +129,25 @@ def _backward(
             dl_du = dl_du + next_dl_du * dcarry_du
         next_dl_du = dl_du
         grads.append((dl_du * d.input_scale).to(x.dtype))
-    return torch.stack(grads[::-1])
+    if isinstance(d.beta, Tensor) and dl_dbeta is None:  # a single step carries nothing
+        dl_dbeta = torch.zeros_like(potentials[0])
+    sums = (None if total is None else total.sum() for total in (dl_dbeta, dl_dthreshold))
+    return torch.stack(grads[::-1]), *sums
+
+
+def _carry_by_beta(u: Tensor, s: Tensor, d: Dynamics) -> Tensor:
+    """Returns `dcarry/dbeta` for given potentials and spikes."""
+    if d.reset_mechanism == "zero":
+        return (1 - s) * u
+    return u if d.reset_delay else u - s * d.threshold
+
+
+def _carry_by_threshold(u: Tensor, s: Tensor, reset_ds_du: Tensor, d: Dynamics) -> Tensor:
+    """Returns `dcarry/dthreshold`: directly, and through the spike that resets, `ds/dthreshold = -ds/du`."""
+    if d.reset_mechanism == "zero":
+        return d.beta * u * reset_ds_du
+    by_threshold = d.threshold * reset_ds_du - s
+    return by_threshold if d.reset_delay else d.beta * by_threshold
 
 
 def converted_spikes(x: Tensor, threshold: Tensor, amplitude: Tensor, signed: bool) -> Tensor:
@@ -161,9 +193,17 @@ def surrogate_derivative(spike_grad: SpikeGrad, dtype: torch.dtype) -> Callable[
     return make_fx(derivative)(torch.zeros(4, dtype=dtype))
 
 
-def kernel_surrogate(x: Tensor, spike_grad: SpikeGrad) -> str | None:
-    """Name of the surrogate if a Triton kernel supports it on the device of `x`, else None."""
-    if not (x.is_cuda and has_triton()):
+def is_learned(d: Dynamics) -> bool:
+    """Whether the decay or the threshold is learned."""
+    return isinstance(d.beta, Tensor) or isinstance(d.threshold, Tensor)
+
+
+def kernel_surrogate(x: Tensor, d: Dynamics, spike_grad: SpikeGrad) -> str | None:
+    """Name of the surrogate if a Triton kernel supports it on the device of `x`, else None.
+
+    The kernels contain decay and threshold as constants: neurons that learn them use the compiled functions.
+    """
+    if is_learned(d) or not (x.is_cuda and has_triton()):
         return None
     from systems.ops.kernels import neurons as kernels
 
@@ -188,26 +228,28 @@ def compute_spikes(
         affine: Scale and shift of the norm, `(C,)` each.
         temb: Time embedding `(B, C)`, added after the norm; only where `kernel_surrogate` finds a kernel.
     """
-    if kernel_surrogate(x, spike_grad):
+    if kernel_surrogate(x, d, spike_grad):
         from systems.ops.kernels import neurons as kernels
 
-        return kernels.spikes(x, d, _spike_dtype(x), affine, channel_stride(x), temb)
+        return kernels.spikes(x, d, spike_dtype(x), affine, channel_stride(x), temb)
     if affine is None:
-        spikes = _forward(memory(x, len(x), -1), d, _spike_dtype(x))
+        spikes = _forward(memory(x, len(x), -1), d, spike_dtype(x))
     else:
-        spikes = _forward(by_channel(x, x), d, _spike_dtype(x), for_channels(affine, x))
+        spikes = _forward(by_channel(x, x), d, spike_dtype(x), for_channels(affine, x))
     return spikes.as_strided(x.shape, x.stride())
 
 
-def compute_input_gradients(
+def compute_gradients(
     x: Tensor,
     grad: Tensor,
     d: Dynamics,
     spike_grad: SpikeGrad,
     affine: Affine | None = None,
     temb: Tensor | None = None,
-) -> Tensor:
-    """Returns the gradients of the neuron's input, `scale * x + shift + temb`, in the memory layout of `x`.
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Returns the gradients of the neuron's input, `scale * x + shift + temb`, of its decay and of its threshold.
+
+    The first has the memory layout of `x`; the others are None unless learned.
 
     Args:
         x: Input currents, before the norm if `affine` is given.
@@ -218,35 +260,40 @@ def compute_input_gradients(
         temb: Time embedding `(B, C)`, as in `compute_spikes`.
     """
     grad = laid_out_as(x, grad)
-    if surrogate := kernel_surrogate(x, spike_grad):
+    if surrogate := kernel_surrogate(x, d, spike_grad):
         from systems.ops.kernels import neurons as kernels
 
-        return kernels.gradients(x, grad, d, surrogate, affine, channel_stride(x), temb)
+        return kernels.gradients(x, grad, d, surrogate, affine, channel_stride(x), temb), None, None
     derivative = surrogate_derivative(spike_grad, torch.promote_types(x.dtype, torch.float32))
     if affine is None:
-        grad_input = _backward(memory(x, len(x), -1), memory(grad, len(x), -1), d, derivative)
+        grad_input, *rest = _backward(memory(x, len(x), -1), memory(grad, len(x), -1), d, derivative)
     else:
-        grad_input = _backward(by_channel(x, x), by_channel(grad, x), d, derivative, for_channels(affine, x))
-    return grad_input.as_strided(x.shape, x.stride())
+        grad_input, *rest = _backward(by_channel(x, x), by_channel(grad, x), d, derivative, for_channels(affine, x))
+    return grad_input.as_strided(x.shape, x.stride()), *rest
 
 
 class MultiStep(torch.autograd.Function):
-    """Spikes `(T, ...)` of currents `(T, ...)`; saves only its input for the backward pass."""
+    """Spikes `(T, ...)` of currents `(T, ...)`; saves only its input for the backward pass.
+
+    `beta` and `threshold` replace those of `d`: numbers, or scalar tensors, which then have gradients.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, d: Dynamics, spike_grad: SpikeGrad) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, beta: float | Tensor, threshold: float | Tensor, d: Dynamics, spike_grad: SpikeGrad
+    ) -> Tensor:
         """Returns the spikes, in autocast's dtype where it is on."""
         x = dense(x)
-        ctx.save_for_backward(x)
-        ctx.d, ctx.spike_grad = d, spike_grad
-        return compute_spikes(x, d, spike_grad)
+        ctx.save_for_backward(x, *_tensors(beta, threshold))
+        ctx.d, ctx.spike_grad = _constants(d, beta, threshold), spike_grad
+        return compute_spikes(x, _with_learned(ctx.d, beta, threshold), spike_grad)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        """Returns the gradient of the currents."""
-        (x,) = ctx.saved_tensors
-        return compute_input_gradients(x, grad, ctx.d, ctx.spike_grad), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Returns the gradients of the currents, of `beta` and of the threshold."""
+        x, *learned = ctx.saved_tensors
+        return *compute_gradients(x, grad, _with_learned(ctx.d, *learned), ctx.spike_grad), None, None
 
 
 class NormedMultiStep(torch.autograd.Function):
@@ -262,6 +309,8 @@ class NormedMultiStep(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor,
         temb: Tensor | None,
+        beta: float | Tensor,
+        threshold: float | Tensor,
         norm: BatchNorm,
         d: Dynamics,
         spike_grad: SpikeGrad,
@@ -270,24 +319,48 @@ class NormedMultiStep(torch.autograd.Function):
         x = dense(x) if x.dim() == 5 else x.contiguous()  # the channels of tokens come last in memory
         temb = None if temb is None else temb.contiguous()
         statistics = batch_statistics(norm, x, weight, bias)
-        ctx.save_for_backward(x, weight, temb, *statistics)
-        ctx.norm, ctx.training, ctx.d, ctx.spike_grad = norm, norm.training, d, spike_grad
-        return compute_spikes(x, d, spike_grad, (statistics.scale, statistics.shift), temb)
+        ctx.save_for_backward(x, weight, temb, *_tensors(beta, threshold), *statistics)
+        ctx.norm, ctx.training = norm, norm.training
+        ctx.d, ctx.spike_grad = _constants(d, beta, threshold), spike_grad
+        affine = statistics.scale, statistics.shift
+        return compute_spikes(x, _with_learned(ctx.d, beta, threshold), spike_grad, affine, temb)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Returns the gradients of features, weight, bias and time embedding."""
-        x, weight, temb, *rest = ctx.saved_tensors
+        """Returns the gradients of features, weight, bias, time embedding, `beta` and threshold."""
+        x, weight, temb, beta, threshold, *rest = ctx.saved_tensors
         statistics = BatchStatistics(*rest)
         affine = statistics.scale, statistics.shift
-        grad_input = compute_input_gradients(x, grad, ctx.d, ctx.spike_grad, affine, temb)
+        d = _with_learned(ctx.d, beta, threshold)
+        grad_input, *learned = compute_gradients(x, grad, d, ctx.spike_grad, affine, temb)
         grads = batch_norm_backward(ctx.norm, ctx.training, x, grad_input, weight, statistics)
         grad_temb = None if temb is None else grad_input.sum((0, 3, 4)).to(temb.dtype)
-        return *grads, grad_temb, None, None, None
+        return *grads, grad_temb, *learned, None, None, None
 
 
-def _spike_dtype(x: Tensor) -> torch.dtype:
+def _tensors(*values: float | Tensor) -> list[Tensor | None]:
+    """Returns the values that are tensors, None in place of the others."""
+    return [value if isinstance(value, Tensor) else None for value in values]
+
+
+def _constants(d: Dynamics, beta: float | Tensor, threshold: float | Tensor) -> Dynamics:
+    """Returns the constants without learned values, which are saved for the backward pass as tensors."""
+    return d._replace(
+        beta=0.0 if isinstance(beta, Tensor) else beta, threshold=0.0 if isinstance(threshold, Tensor) else threshold
+    )
+
+
+def _with_learned(d: Dynamics, beta: float | Tensor | None, threshold: float | Tensor | None) -> Dynamics:
+    """Returns the constants with the learned values put back, detached."""
+    if isinstance(beta, Tensor):
+        d = d._replace(beta=beta.detach())
+    if isinstance(threshold, Tensor):
+        d = d._replace(threshold=threshold.detach())
+    return d
+
+
+def spike_dtype(x: Tensor) -> torch.dtype:
     """Autocast's dtype where it is on, else the dtype of `x`: spikes are exact in any, and a product follows them."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -14,7 +14,7 @@ from systems import SDDPM, SDM
 from systems.checkpoints import CheckpointMismatchError
 from systems.networks.spiking_unet import SpikingUNet, TemporalConv2d
 from systems.sdm import from_sddpm, read_official, temporal_factors
-from systems.spiking.neurons import set_threshold
+from systems.spiking.neurons import scale_thresholds
 
 pytestmark = pytest.mark.slow
 
@@ -44,7 +44,7 @@ def test_reproduces_released_network(
     key: str, training: bool, threshold: float, network: SpikingUNet, recorded: dict[str, Tensor]
 ) -> None:
     network.train(training)
-    set_threshold(network, threshold)
+    scale_thresholds(network, threshold)
     output = network(recorded["input.x"], recorded["input.t"])
     torch.testing.assert_close(output, recorded[key], rtol=0, atol=1e-5)
 

@@ -2,12 +2,12 @@
 
 from typing import Any
 
+import snntorch as snn
 import torch
 from diffusers import DDPMScheduler
 from torch import nn
 
-from benchmark import GaussianDiffusion
-from systems.spiking.neurons import leaky_integrate_and_fire
+from benchmark import GaussianDiffusion, multistep
 
 
 class SpikingMLP(nn.Module):
@@ -17,9 +17,9 @@ class SpikingMLP(nn.Module):
         super().__init__()
         self.num_steps = num_steps
         self.stem = nn.Linear(num_pixels + 1, hidden)
-        self.neuron1 = leaky_integrate_and_fire()
+        self.neuron1 = multistep(snn.Leaky(beta=0.9))
         self.middle = nn.Linear(hidden, hidden)
-        self.neuron2 = leaky_integrate_and_fire()
+        self.neuron2 = multistep(snn.Leaky(beta=0.9))
         self.head = nn.Linear(hidden, num_pixels)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

@@ -1,11 +1,11 @@
 """A generator that is not a diffusion model: a spiking variational autoencoder that decodes noise in one shot."""
 
+import snntorch as snn
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmark import DiffusionSystem
-from systems.spiking.neurons import leaky_integrate_and_fire
+from benchmark import DiffusionSystem, multistep
 
 
 class SpikingVAE(DiffusionSystem):
@@ -17,10 +17,10 @@ class SpikingVAE(DiffusionSystem):
         super().__init__()
         self.num_steps, self.latent = num_steps, latent
         self.encoder = nn.Linear(image_size**2, hidden)
-        self.encoder_neuron = leaky_integrate_and_fire()
+        self.encoder_neuron = multistep(snn.Leaky(beta=0.9))
         self.moments = nn.Linear(hidden, 2 * latent)
         self.decoder = nn.Linear(latent, hidden)
-        self.decoder_neuron = leaky_integrate_and_fire()
+        self.decoder_neuron = multistep(snn.Leaky(beta=0.9))
         self.head = nn.Linear(hidden, image_size**2)
 
     def loss(self, images, generator=None):

@@ -170,8 +170,8 @@ def test_levels_of_a_quantised_activation_are_real_values() -> None:
     with CostMeter(network) as meter:
         for x in levels:
             network[0](x)
-        neuron(torch.zeros(3, 1))
-    cost = meter.take().cost(meter.network, 1, 1)
+        neuron(torch.zeros(3, 1, 1))
+    cost = meter.take().cost(meter.parameters, 1, 1)
     assert (cost.macs, cost.sops) == (2 * 12, 12 * 2 / 4)
 
 
@@ -241,9 +241,9 @@ def test_errors_say_what_to_do() -> None:
     with CostMeter(nn.Linear(2, 2)) as meter:
         pass
     with pytest.raises(ValueError, match=r"no convolution or linear layer ran .* sample inside its `with`"):
-        meter.take().cost(meter.network, 1, 1)
+        meter.take().cost(meter.parameters, 1, 1)
     with pytest.raises(ValueError, match="num_images=0; give the number of images"):
-        meter.take().cost(meter.network, 0, 1)
+        meter.take().cost(meter.parameters, 0, 1)
 
 
 @pytest.mark.parametrize(("second", "macs"), [(spikes(1, 2, 4, 4), 0), (torch.full((1, 2, 4, 4), 0.5), 2 * 3 * 16)])

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from systems.networks.spiking_unet import SpikingUNet
 from systems.networks.unet import TimeEmbedding, double_size
 from systems.sddpm import read_official
-from systems.spiking.neurons import SpikingNeuron, set_threshold
+from systems.spiking.neurons import SpikingNeuron, scale_thresholds
 from systems.spiking.steps import concatenate
 
 pytestmark = pytest.mark.slow
@@ -47,7 +47,7 @@ def test_reproduces_released_network(network: SpikingUNet, recorded: dict[str, T
 
 def test_reproduces_threshold_guidance(network: SpikingUNet, recorded: dict[str, Tensor]) -> None:
     network.eval()
-    set_threshold(network, 0.997)
+    scale_thresholds(network, 0.997)
     output = network(recorded["input.x"], recorded["input.t"])
     torch.testing.assert_close(output, recorded["output.eval_threshold_0.997"], rtol=0, atol=1e-5)
 

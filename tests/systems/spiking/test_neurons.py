@@ -17,7 +17,7 @@ from systems.spiking.neurons import (
     SpikingNeuron,
     integrate_and_fire,
     leaky_integrate_and_fire,
-    set_threshold,
+    scale_thresholds,
 )
 from systems.spiking.surrogates import rectangle, triangle
 
@@ -103,7 +103,7 @@ def test_equals_snntorch_stepped_by_hand(seed: int, ours: dict, theirs: dict) ->
 
 
 def test_integrate_and_fire_check_values() -> None:
-    x = torch.tensor([0.4, 0.6, 0.5, 1.5, -0.2, 1.2, 0.0], dtype=torch.float64).view(7, 1)
+    x = torch.tensor([0.4, 0.6, 0.5, 1.5, -0.2, 1.2, 0.0], dtype=torch.float64).view(7, 1, 1)
     spikes, grad = gradient(integrate_and_fire(), x)
     assert spikes.flatten().tolist() == [0, 1, 0, 1, 0, 1, 0]
     expected = [1.794091, 1.726102, 0.273898, -0.690936, 5.755102, 5.356002, 0.643998]
@@ -111,7 +111,7 @@ def test_integrate_and_fire_check_values() -> None:
 
 
 def test_potential_at_the_threshold_fires_only_with_fire_at_threshold() -> None:
-    x = torch.tensor([1.0, 0.5, 0.5]).view(3, 1)
+    x = torch.tensor([1.0, 0.5, 0.5]).view(3, 1, 1)
     assert integrate_and_fire()(x).flatten().tolist() == [1, 0, 1]
     assert SpikingNeuron(fire_at_threshold=False)(x).flatten().tolist() == [0, 1, 0]
 
@@ -189,7 +189,7 @@ def test_memory_layouts_agree() -> None:
 
 
 def test_half_precision_keeps_potentials_in_float32() -> None:
-    x = torch.full((600, 1), 2**-9, dtype=torch.bfloat16)  # bfloat16 sums would stop at 1/2
+    x = torch.full((600, 1, 1), 2**-9, dtype=torch.bfloat16)  # bfloat16 sums would stop at 1/2
     spikes = integrate_and_fire()(x)
     assert spikes.dtype == torch.bfloat16
     assert spikes.nonzero()[:, 0].tolist() == [511]
@@ -290,7 +290,7 @@ def test_a_norm_inside_the_neuron_saves_only_its_input() -> None:
 
 def test_has_no_state() -> None:
     neuron = integrate_and_fire()
-    x = torch.full((3, 2), 0.4)
+    x = torch.full((3, 2, 1), 0.4)
     first, other = neuron(x), copy.deepcopy(neuron)(x)
     assert torch.equal(neuron(x), first)
     assert torch.equal(other, first)
@@ -347,19 +347,19 @@ def test_converted_neuron_compiled_equals_plain(monkeypatch: pytest.MonkeyPatch)
         neuron(torch.zeros(3))
 
 
-def test_set_threshold_of_a_converted_neuron_is_relative() -> None:
+def test_threshold_of_a_converted_neuron_is_relative() -> None:
     neuron = converted(2.0)
     x = torch.tensor([0.995], dtype=torch.float64).view(1, 1, 1)  # 1 + 0.995 lies between 0.997 * 2 and 2
     assert float(neuron(x)) == 0
-    set_threshold(neuron, 0.99)
+    scale_thresholds(neuron, 0.99)
     assert float(neuron(x)) == 2
     assert float(neuron.act_alpha) == 2
 
 
-def test_set_threshold_reaches_every_neuron() -> None:
+def test_threshold_guidance_reaches_every_neuron() -> None:
     network = nn.Sequential(integrate_and_fire(), nn.Sequential(integrate_and_fire()))
-    set_threshold(network, 0.997)
-    assert [m.threshold for m in network.modules() if isinstance(m, SpikingNeuron)] == [0.997, 0.997]
+    scale_thresholds(network, 0.997)
+    assert [m._dynamics.threshold for m in network.modules() if isinstance(m, SpikingNeuron)] == [0.997, 0.997]
 
 
 @pytest.mark.parametrize(
