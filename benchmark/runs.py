@@ -140,7 +140,7 @@ def _without_gamma(path: Path) -> str:
 
 
 def _by_steps(paths: list[Path]) -> list[Path]:
-    """Sorts checkpoints by training steps; drops a copy if training went on and replaced the original."""
+    """Sorts checkpoints by training steps; drops a copy whose original was replaced by further training."""
     steps = {path: read_suite(path).get("global_step", 0) for path in paths}
     originals = {path.stem: step for path, step in steps.items()}
     current = [path for path in paths if originals.get(_without_gamma(path), steps[path]) == steps[path]]

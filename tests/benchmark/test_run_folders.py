@@ -167,8 +167,8 @@ def test_no_logged_step(uncompiled: None, tmp_path: Path) -> None:
     [
         (
             ["--model.optimizer=null", "--model.optimizer.lr=0.01"],
-            "--model.optimizer.lr needs the class that has this option, for example: --model.optimizer torch.optim.Adam "
-            "--model.optimizer.lr 0.01",
+            "--model.optimizer.lr needs the class that has this option, for example: --model.optimizer "
+            "torch.optim.Adam --model.optimizer.lr 0.01",
         ),
         (["--model.optimizer.rate=1"], "--model.optimizer.rate: torch.optim.Adam has no option 'rate'"),
         (["--model.optimizer.lr=fast"], "--model.optimizer.lr=fast: not a value that torch.optim.Adam accepts"),
