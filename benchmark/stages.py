@@ -196,7 +196,7 @@ class BenchmarkCLI(LightningCLI):
         """Adds TensorBoard, the progress bar, atomic checkpoints and the divergence guard."""
         self.config = self._saved_config
         config = self.config[self.subcommand].trainer
-        if self.subcommand in WITHOUT_LOGGER or (config.logger is None and self.subcommand != "fit"):
+        if self.subcommand in WITHOUT_LOGGER:
             kwargs["logger"] = False
         elif config.logger in (None, True):
             kwargs["logger"] = TensorBoardLogger(self.run_folder, name="", version="", default_hp_metric=False)
