@@ -162,6 +162,8 @@ def check_method(checkpoint: Mapping[str, Any], method: str, source: str) -> Non
         CheckpointMismatchError: If it belongs to another one.
     """
     found = checkpoint.get("method", method)
+    if found == "sdit" and "network.position" in checkpoint.get("state_dict", ()):  # its name before SDiT's release
+        found = "spiking-rwkv"
     if found != method:
         raise CheckpointMismatchError(
             f"{source} is of method {found!r}, expected {method!r}; give a checkpoint of {method!r}, or the "

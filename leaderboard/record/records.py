@@ -13,6 +13,7 @@ from typing import Any, Final, Literal
 
 from leaderboard.files import canonical_sha256, write_atomic
 from leaderboard.protocols import LOCKED
+from leaderboard.record.renamed import FORMER_METHOD, PRESENT_METHOD, with_present_name
 from leaderboard.schema import SchemaError, from_json
 
 SCHEMA_VERSION: Final = 1
@@ -208,7 +209,7 @@ def _file(record: Record) -> tuple[str, str]:
 
 
 def read_record(path: str | Path) -> Record:
-    """Reads and validates one record.
+    """Reads and validates one record; a method that has been renamed has its present name.
 
     Raises:
         RecordError: If the file is not valid JSON, violates the schema, or was edited so that a hash does not match.
@@ -223,7 +224,11 @@ def read_record(path: str | Path) -> Record:
     except (OSError, ValueError, RecursionError) as error:
         raise RecordError(f"{path}: not a readable JSON file ({error})") from error
     _check(data, str(path))
-    return from_json(Record, data)
+    record = from_json(Record, data)
+    config = with_present_name(record.config)
+    if config is record.config or record.method != FORMER_METHOD:
+        return record
+    return replace(record, method=PRESENT_METHOD, config=config, config_sha256=canonical_sha256(config))
 
 
 def redact_paths(record: Record) -> Record:

@@ -37,7 +37,7 @@ from leaderboard.reports.table import (
 )
 from leaderboard.reports.terminal import terminal
 
-COLOURS = ("ddpm", "sddpm", "sdm", "fsddim", "sdit", "spiking-diffusion", "ann-snn")
+COLOURS = ("ddpm", "sddpm", "sdm", "fsddim", "spiking-rwkv", "spiking-diffusion", "ann-snn")
 """Methods in the order of matplotlib's colours, so that a method has the same colour in every plot."""
 MARKERS = "osD^vPX*"
 """Markers of the first, second, ... row of a method."""

@@ -27,8 +27,8 @@ _HEADERS = {
     "reconstruction_ssim": "Rec. SSIM",
 }
 METHOD_NOTES = {
-    "sdit": "SDiT: the suite's own, fully spiking design after the paper's text, not the network of the public code "
-    "(https://github.com/foolLain/SDiT).",
+    "spiking-rwkv": "SpikingRWKV: the suite's own, fully spiking design after SDiT's paper, not SDiT as released; "
+    "called sdit in its first records.",
 }
 """Footnotes of methods, by method name."""
 LABELS = {"mJ": "45 nm arithmetic, mJ"}

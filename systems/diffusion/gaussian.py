@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,13 @@ def double_tables(scheduler: SchedulerMixin) -> SchedulerMixin:
     return scheduler
 
 
-def _try_step(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
+def _try_step(scheduler: SchedulerMixin, num_inference_steps: int, outputs: int) -> None:
     """Takes one step on zeros, because schedulers check their options only in `step`.
+
+    Args:
+        scheduler: The scheduler.
+        num_inference_steps: Diffusion steps of the sampler.
+        outputs: Channels of the prediction for each channel of the images: 2 with a predicted variance.
 
     Raises:
         ValueError: If the scheduler does not work with its options, such as the prediction type.
@@ -59,7 +64,7 @@ def _try_step(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
     try:
         with torch.random.fork_rng(devices=[]):
             scheduler.set_timesteps(num_inference_steps)
-            scheduler.step(x, scheduler.timesteps[0], x)
+            scheduler.step(x.repeat(1, outputs, 1, 1), scheduler.timesteps[0], x)
     except (ValueError, NotImplementedError, TypeError, IndexError) as error:
         raise ValueError(
             f"{type(scheduler).__name__} does not work with prediction_type={scheduler.config.prediction_type!r} and "
@@ -82,6 +87,9 @@ class GaussianDiffusion(DiffusionSystem):
     Raises:
         ValueError: If the scheduler or the number of steps does not fit.
     """
+
+    predicts_variance = False
+    """Whether the network also predicts the variance of each step."""
 
     def __init__(
         self,
@@ -112,7 +120,7 @@ class GaussianDiffusion(DiffusionSystem):
         power = self.scheduler.alphas_cumprod.double()
         self.register_buffer("signal", power.sqrt().float(), persistent=False)
         self.register_buffer("sigma", (1 - power).sqrt().float(), persistent=False)
-        _try_step(self.scheduler, num_inference_steps)
+        _try_step(self.scheduler, num_inference_steps, 2 if self.passes_variance else 1)
 
     @property
     def solver(self) -> str:
@@ -211,6 +219,20 @@ class GaussianDiffusion(DiffusionSystem):
         a, sigma = (self.get_buffer(name)[t].to(images.dtype).view(-1, 1, 1, 1) for name in ("signal", "sigma"))
         return noise_images(images, noise, a, sigma), velocity(images, noise, a, sigma)
 
+    @property
+    def passes_variance(self) -> bool:
+        """Whether the sampler uses a variance predicted by the network."""
+        variance_type = str(self.scheduler.config.get("variance_type"))
+        return self.predicts_variance and variance_type.startswith("learned")
+
+    def _predictor(self, seeds: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """Returns a function of `x_t` `(B, C, H, W)` and `t` `(B,)` that predicts what the scheduler takes.
+
+        Args:
+            seeds: Seeds of the images, `(B,)`.
+        """
+        return Replay(self.network, self.network)
+
     def trajectory(self, seeds: Tensor, image_shape: tuple[int, int, int]) -> Iterator[Tensor]:
         """Yields `x_T`, ..., `x_0` `(B, C, H, W)`; the noise of image `k` is drawn with the seed `seeds[k]`."""
         scheduler = copy.deepcopy(self.scheduler)  # schedulers keep a history
@@ -222,8 +244,8 @@ class GaussianDiffusion(DiffusionSystem):
         x = x * scheduler.init_noise_sigma
         yield x
         timesteps = scheduler.timesteps  # schedulers compute with these on the CPU, without GPU synchronisation
-        network = Replay(self.network, self.network)
+        predict = self._predictor(seeds)
         for step, (t, t_device) in enumerate(zip(timesteps, timesteps.to(x.device), strict=True), start=1):
-            prediction = network(scheduler.scale_model_input(x, t), t_device.expand(len(x))).to(x.dtype)
+            prediction = predict(scheduler.scale_model_input(x, t), t_device.expand(len(x))).to(x.dtype)
             x = scheduler.step(prediction, t, x, return_dict=False, **options)[0]
             yield x.clamp(-1, 1) if self.final_clip and step == len(timesteps) else x

@@ -41,7 +41,7 @@ TINY_TWO_STAGES = [
 ]
 
 
-FULL = [path for path in CONFIGS if path.stem not in ("quickstart", "sdit_digits")]  # both are examples for a CPU
+FULL = [path for path in CONFIGS if path.stem not in ("quickstart", "spiking_rwkv_digits")]  # both are examples for a CPU
 SMALL = sorted(Path("configs/small").glob("*.yaml"))
 OF_THE_DATASET = {
     "data.class_path": "the dataset itself",
@@ -60,7 +60,7 @@ OF_THE_METHOD = {
         "model.optimizer.lr": "as released: 0.001 for grey, 0.0005 for colour images",
         "trainer.max_steps": "1,500 epochs; 300,000 steps on CelebA",
     },
-    "sdit": {
+    "spiking_rwkv": {
         "model.image_size": "the position embedding has one entry per patch",
         "model.patch_size": "CelebA has 64 x 64 pixels and would have four times the tokens",
         "model.embed_dim": "larger for colour images",
@@ -80,7 +80,7 @@ OF_THE_SMALL_TRACK = {
     "model.channel_mult": "8 x 8 pixels are halved once, 28 x 28 twice",
 }
 OF_THE_METHOD_ON_THE_SMALL_TRACK = {
-    "sdit": {
+    "spiking_rwkv": {
         "model.image_size": "the position embedding has one entry per patch",
         "model.patch_size": "4 x 4 tokens of 8 x 8 pixels, 7 x 7 of 28 x 28",
     },
@@ -98,7 +98,7 @@ OF_THE_METHOD_ON_THE_SMALL_TRACK = {
 def tiny(config: Path) -> list[str]:
     """Options that make a config small."""
     method = yaml.safe_load(config.read_text())["model"]["class_path"]
-    special = {"DDPM": TINY_ANN, "SDiT": TINY_TRANSFORMER, "SpikingDiffusion": TINY_TWO_STAGES}
+    special = {"DDPM": TINY_ANN, "SpikingRWKV": TINY_TRANSFORMER, "SpikingDiffusion": TINY_TWO_STAGES}
     return special.get(method, TINY_SPIKING_UNET)
 
 
@@ -223,7 +223,7 @@ def test_a_changed_value_and_a_missing_key_are_differences(tmp_path: Path) -> No
     }
 
 
-@pytest.mark.parametrize("method", ["SDDPM", "SDM", "SDiT", "FSDDIM", "SpikingDiffusion", "DDPM", "ANNSNN"])
+@pytest.mark.parametrize("method", ["SDDPM", "SDM", "SpikingRWKV", "FSDDIM", "SpikingDiffusion", "DDPM", "ANNSNN"])
 def test_defaults_make_a_configuration(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What no option names is in a run's config.yaml too, in words that are read again."""
     with pytest.raises(SystemExit):

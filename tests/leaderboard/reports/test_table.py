@@ -68,10 +68,10 @@ def test_columns_and_number_formats(make_record: Make) -> None:
 
 
 def test_a_method_that_is_not_the_published_one_says_so(make_record: Make) -> None:
-    text = markdown([(Path("a.json"), make_record(method="sdit")), (Path("b.json"), make_record(method="sddpm"))])
-    assert [row[1] for row in rows(text)[1:]] == ["sdit\\*", "sddpm"]
-    assert "not the network of the public code (https://github.com/foolLain/SDiT)" in text
-    assert "public code" not in markdown([(Path("b.json"), make_record(method="sddpm"))])
+    text = markdown([(Path("a.json"), make_record(method="spiking-rwkv")), (Path("b.json"), make_record(method="sddpm"))])
+    assert [row[1] for row in rows(text)[1:]] == ["spiking-rwkv\\*", "sddpm"]
+    assert "not SDiT as released" in text
+    assert "as released" not in markdown([(Path("b.json"), make_record(method="sddpm"))])
 
 
 def test_network_without_neurons_shows_no_steps(make_record: Make) -> None:
