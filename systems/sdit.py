@@ -6,8 +6,8 @@ https://arxiv.org/abs/2402.11588. Network, loss and sampler follow the public co
 against recordings of it.
 
 No weight matrix receives spikes, and the network runs once per diffusion step, not once per SNN step: by the strict
-count it needs no accumulates, only multiply-accumulates (`systems/networks/sdit.py`). The suite's fully spiking design
-after the same paper is `systems.spiking_rwkv.SpikingRWKV`.
+count it needs no accumulates, only multiply-accumulates (`systems/networks/rate_transformer.py`). The suite's fully
+spiking design after the same paper is `systems.spiking_rwkv.SpikingRWKV`.
 
 Departures from the release, each an option:
 
@@ -37,7 +37,7 @@ from systems.diffusion.gaussian import GaussianDiffusion
 from systems.diffusion.learned_variance import RespacedDDPMScheduler, posterior_tables, variational_bound
 from systems.diffusion.prediction import to_x0
 from systems.networks.checks import check_range
-from systems.networks.sdit import SDiTNetwork, rate_lif
+from systems.networks.rate_transformer import SDiTNetwork, rate_lif
 from systems.ops.cuda_graphs import Replay
 
 NUM_CLASSES = 10
@@ -160,7 +160,8 @@ class SDiT(GaussianDiffusion):
         """
         names, values = self._tables.keys(), self._tables_like(images)[:, t]
         rows = {name: value.view(-1, 1, 1, 1) for name, value in zip(names, values, strict=True)}
-        a, sigma = rows["alphas_cumprod"].sqrt(), (1 - rows["alphas_cumprod"]).sqrt()
+        a = 1 / rows["sqrt_recip_alphas_cumprod"]
+        sigma = a * rows["sqrt_recipm1_alphas_cumprod"]  # 1 - a^2 would lose digits in float32
         x_t, v_t = a * images + sigma * noise, a * noise - sigma * images
         prediction, variance = self.network(x_t, t, labels).to(images.dtype).chunk(2, dim=1)
         kind = self.scheduler.config.prediction_type

@@ -41,7 +41,9 @@ TINY_TWO_STAGES = [
 ]
 
 
-FULL = [path for path in CONFIGS if path.stem not in ("quickstart", "spiking_rwkv_digits")]  # both are examples for a CPU
+FULL = [
+    path for path in CONFIGS if path.stem not in ("quickstart", "spiking_rwkv_digits")
+]  # both are examples for a CPU
 SMALL = sorted(Path("configs/small").glob("*.yaml"))
 OF_THE_DATASET = {
     "data.class_path": "the dataset itself",

@@ -4,8 +4,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
-from systems.spiking_rwkv import SpikingRWKV
 from systems.spiking.neurons import SpikingNeuron
+from systems.spiking_rwkv import SpikingRWKV
 
 SIZES = {"image_size": 8, "embed_dim": 16, "depth": 3, "num_steps": 2, "num_inference_steps": 4}
 

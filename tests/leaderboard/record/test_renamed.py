@@ -10,7 +10,7 @@ from leaderboard.files import canonical_sha256
 from leaderboard.record.entries import RECORDS
 from leaderboard.record.records import find_records, read_record
 from leaderboard.record.renamed import OWN_OPTIONS, is_former
-from systems.networks.sdit import SDiTNetwork
+from systems.networks.rate_transformer import SDiTNetwork
 from systems.networks.spiking_transformer import SpikingTransformer
 from systems.sdit import SDiT
 from systems.spiking_rwkv import SpikingRWKV

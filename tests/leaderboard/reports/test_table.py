@@ -68,7 +68,8 @@ def test_columns_and_number_formats(make_record: Make) -> None:
 
 
 def test_a_method_that_is_not_the_published_one_says_so(make_record: Make) -> None:
-    text = markdown([(Path("a.json"), make_record(method="spiking-rwkv")), (Path("b.json"), make_record(method="sddpm"))])
+    records = [make_record(method="spiking-rwkv"), make_record(method="sddpm")]
+    text = markdown((Path(f"{i}.json"), record) for i, record in enumerate(records))
     assert [row[1] for row in rows(text)[1:]] == ["spiking-rwkv\\*", "sddpm"]
     assert "not SDiT as released" in text
     assert "as released" not in markdown([(Path("b.json"), make_record(method="sddpm"))])

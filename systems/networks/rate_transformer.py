@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -123,7 +123,7 @@ class PatchEmbedding(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(in_channels, channels, patch_size, stride=patch_size)
         nn.init.xavier_uniform_(self.proj.weight.view(channels, -1))
-        nn.init.zeros_(self.proj.bias)
+        nn.init.zeros_(cast(Tensor, self.proj.bias))
         self.norm = None if rates is None else nn.BatchNorm1d(channels)
         self.lif = None if rates is None else rates()
 
@@ -148,7 +148,7 @@ class StepEmbedding(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """Returns the embedding of diffusion steps `t`."""
-        embedding: Tensor = self.mlp(sinusoids(t, self.mlp[0].weight.dtype))
+        embedding: Tensor = self.mlp(sinusoids(t, next(self.mlp.parameters()).dtype))
         return embedding
 
 
