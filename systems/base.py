@@ -51,6 +51,8 @@ class DiffusionSystem(L.LightningModule):
     """Firing threshold of all neurons, where the method has one."""
     network: nn.Module
     """Network that generates the images; its parameters and operations are counted."""
+    conditional: float | None = None
+    """Scale of guidance of a method that generates images of given classes, 1 without guidance; else None."""
     is_generated = False
     """True while `test_step` should skip generation because this batch was restored from an interrupted test."""
     trains_in_parts: bool = False

@@ -106,6 +106,7 @@ class SDiT(GaussianDiffusion):
         self.num_classes = num_classes
         self.class_dropout = class_dropout
         self.guidance = guidance
+        self.conditional = float(guidance) if num_classes else None
         self.label = label
         self.num_steps = network.num_steps
         self.threshold = threshold

@@ -11,14 +11,14 @@ import torch
 
 from systems.checkpoints import load_checkpoint, save_checkpoint
 
-ENTRIES = ("ema_model", "net_model", "model_state_dict")
+ENTRIES = ("ema_model", "net_model", "model_state_dict", "model")
 """Keys of the network in released files, averaged weights first."""
 
 
 def import_checkpoint(
     checkpoint: str,
     output: str,
-    method: Literal["sddpm", "sdm", "ddpm", "ann_snn", "fsddim", "spiking_diffusion"] = "sddpm",
+    method: Literal["sddpm", "sdm", "ddpm", "ann_snn", "fsddim", "spiking_diffusion", "sdit"] = "sddpm",
     denoiser: str | None = None,
 ) -> None:
     """Converts a checkpoint released by authors into one that `test` and `predict` accept.
@@ -26,8 +26,8 @@ def import_checkpoint(
     Every tensor must have a counterpart: unknown and missing ones are listed. Only tensors are unpickled.
 
     Args:
-        checkpoint: Released file: a dict with `ema_model` (preferred), `net_model` or `model_state_dict`, or a plain
-            state dict.
+        checkpoint: Released file: a dict with `ema_model` (preferred), `net_model`, `model_state_dict` or `model`, or a
+            plain state dict.
         output: File to write (.ckpt).
         method: Method the checkpoint belongs to.
         denoiser: Second file of spiking_diffusion; null uses diff_result/diff_model.pth next to the first.

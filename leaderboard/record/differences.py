@@ -24,6 +24,7 @@ def provenance(record: Record) -> dict[str, str]:
         "solver": record.solver,
         "NFE": str(record.nfe),
         "SNN time steps": str(record.num_steps),
+        "conditional": "no" if record.conditional is None else f"guidance {record.conditional:g}",
         "code commit": f"{record.code.git_commit or 'unknown'}{' and changes' * bool(record.code.git_dirty)}",
         "device": record.hardware,
         **{f"version of {name}": number for name, number in record.code.versions.items()},

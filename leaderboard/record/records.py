@@ -139,6 +139,7 @@ class Record:
         nfe: Network evaluations per image.
         num_steps: SNN time steps `T`.
         cost: Operations, energy and throughput per image.
+        conditional: Scale of guidance of a class-conditional model, 1 without guidance; None if it is unconditional.
         source: `"measured"`; published results are stored separately.
         schema_version: Version of this schema.
     """
@@ -162,6 +163,7 @@ class Record:
     nfe: int
     num_steps: int
     cost: Cost
+    conditional: float | None = None
     source: Literal["measured"] = "measured"
     schema_version: Literal[1] = SCHEMA_VERSION
 
@@ -202,6 +204,8 @@ def record_text(record: Record) -> str:
 def _file(record: Record) -> tuple[str, str]:
     """Returns the file name and content of a record."""
     data = asdict(record)
+    if record.conditional is None:
+        del data["conditional"]  # records without classes are as before there was this field
     created = _check(data, f"new record of {record.method}")
     text = json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n"
     short = hashlib.sha256(text.encode()).hexdigest()[:8]

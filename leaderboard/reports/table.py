@@ -31,6 +31,11 @@ METHOD_NOTES = {
     "called sdit in its first records.",
 }
 """Footnotes of methods, by method name."""
+CONDITIONAL_NOTE = (
+    "conditional: generates images of given classes, drawn uniformly unless stated, and so knows more about each image "
+    "than the unconditional methods beside it."
+)
+"""Footnote of records of class-conditional models."""
 LABELS = {"mJ": "45 nm arithmetic, mJ"}
 """Column headers in pages and files, for columns with a shorter header in the terminal."""
 SHORT_ROWS = 8
@@ -221,7 +226,7 @@ def _cells(entry: Entry, keys: list[str]) -> dict[str, Cell]:
     samples = max((v.num_samples for v in record.metrics.values()), default=0)
     seed = record.seeds.get("training")
     return {
-        "Method": Cell(record.method, note=METHOD_NOTES.get(record.method, "")),
+        "Method": Cell(method_name(record), note=method_note(record)),
         "Variant": Cell(record.variant),
         **{metric_name(key): metric_cell(key, record.metrics.get(key)) for key in keys},
         "T": Cell("-") if cost.firing_rate is None else Cell(str(record.num_steps), record.num_steps),
@@ -281,7 +286,7 @@ def table_provenance(entry: Entry) -> str:
 
 def _notes(group: list[Entry]) -> list[str]:
     notes = {v.note for entry in group for v in entry.record.metrics.values() if v.note}
-    notes |= {METHOD_NOTES[entry.record.method] for entry in group if entry.record.method in METHOD_NOTES}
+    notes |= {note for entry in group if (note := method_note(entry.record))}
     return [f"* {note}" for note in sorted(notes)]
 
 
@@ -363,7 +368,21 @@ def _print_short(console: Console, group: list[Entry], newest: Entry | None, eve
 def entry_name(record: Record) -> str:
     """Returns method and variant on one line."""
     named = record.variant not in ("", "default")
-    return " ".join(f"{record.method}, {record.variant}".split()) if named else record.method
+    return " ".join(f"{method_name(record)}, {record.variant}".split()) if named else method_name(record)
+
+
+def method_name(record: Record) -> str:
+    """Returns the method, marked if it is conditional, with the scale of guidance unless that is off."""
+    if record.conditional is None:
+        return record.method
+    scale = "" if record.conditional == 1 else f", guidance {record.conditional:g}"
+    return f"{record.method} (conditional{scale})"
+
+
+def method_note(record: Record) -> str:
+    """Returns the footnote of the method of a record, or nothing."""
+    notes = [METHOD_NOTES.get(record.method, ""), CONDITIONAL_NOTE if record.conditional is not None else ""]
+    return " ".join(filter(None, notes))
 
 
 def markdown_line(cells: Iterable[str]) -> str:

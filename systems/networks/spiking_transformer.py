@@ -2,8 +2,8 @@
 
 S. Yang, H. Ma, C. Yu, A. Wang, E.-P. Li, "SDiT: Spiking Diffusion Model with Transformer", 2024,
 https://arxiv.org/abs/2402.11588. It is the suite's own design, not the released network (that is
-`systems/networks/rate_transformer.py`); `systems/spiking_rwkv.py` lists the published parts and the choices. Background:
-U-ViT (https://arxiv.org/abs/2209.12152: tokens, long skips, final convolution), RWKV-4
+`systems/networks/rate_transformer.py`); `systems/spiking_rwkv.py` lists the published parts and the suite's choices.
+Background: U-ViT (https://arxiv.org/abs/2209.12152: tokens, long skips, final convolution), RWKV-4
 (https://arxiv.org/abs/2305.13048: token shift, WKV, receptance), SpikeGPT (https://arxiv.org/abs/2302.13939).
 
 Axes: `T` SNN time steps, `B` images, `N` tokens (the diffusion step, then the patches), `D` channels, `M = T*B`.
