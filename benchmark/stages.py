@@ -122,7 +122,7 @@ class BenchmarkCLI(LightningCLI):
         """Ignores options in the checkpoint: those of a run are in its config.yaml, and typed options win."""
 
     def before_instantiate_classes(self) -> None:
-        """Chooses precision and number of classes if none is given, and the run folder: of the checkpoint, or a new one."""
+        """Chooses precision and number of classes if not given, and the run folder: the checkpoint's or a new one."""
         config = self.config[self.subcommand]
         config.trainer.precision = config.trainer.precision or fastest_precision(config.trainer.accelerator)
         options: Any = config.model.get("init_args") or {}
