@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import zipfile
+from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,8 @@ def load_checkpoint(path: str | Path) -> Any:
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():
                     raise ValueError(f"{damaged} is damaged")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([Namespace]):  # options of a command line, in some released files
+            return torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         raise ValueError(
             f"{path} cannot be read as a checkpoint of tensors (truncated, or contains code): {_reason(error)}"

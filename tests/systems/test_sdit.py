@@ -9,8 +9,11 @@ import diffusers.schedulers.scheduling_ddpm as ddpm
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
+from PIL import Image
 from torch import Tensor
 
+from datamodules.images import resize, to_array
+from datamodules.loading import TrainingImages, to_bytes
 from systems.checkpoints import CheckpointMismatchError
 from systems.diffusion.learned_variance import RespacedDDPMScheduler
 from systems.sdit import SDiT, read_official
@@ -106,6 +109,20 @@ def test_the_chain_is_the_recorded_one(
     for i, (state, estimate) in enumerate(zip(states[1:], estimates, strict=True)):
         assert relative(state, recorded[f"sample.x{suffix}"][i]) < tolerance
         assert relative(estimate, recorded[f"sample.pred_xstart{suffix}"][i]) < tolerance
+
+
+def test_images_are_prepared_and_written_as_recorded(recorded: dict[str, Tensor]) -> None:
+    """CIFAR-10 is resized on 8 bits. Bytes are rounded; of exact halves one neighbour is taken."""
+    image = Image.fromarray(recorded["resize.input_u8"].numpy())
+    pixels = torch.from_numpy(to_array(resize(image, 28)).copy())
+    assert torch.equal(pixels.permute(1, 2, 0), recorded["resize.output_u8"])
+    (scaled,) = TrainingImages(pixels[None], torch.tensor([0])).__getitems__([0])
+    torch.testing.assert_close(scaled, recorded["resize.normalised"], rtol=0, atol=1e-6)
+    values = recorded["u8.input"]
+    halves = (127.5 * values + 127.5) % 1 == 0.5
+    written, expected = to_bytes(values).int(), recorded["u8.output"].int()
+    assert torch.equal(written[~halves], expected[~halves])
+    assert (written - expected).abs().max() <= 1
 
 
 def test_class_and_noise_of_an_image_depend_on_its_seed_alone() -> None:
