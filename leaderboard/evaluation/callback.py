@@ -24,7 +24,7 @@ from leaderboard.evaluation.reference import Weights, build_parts, prepare_refer
 from leaderboard.files import canonical_sha256, file_sha256
 from leaderboard.metrics.fad import FrechetAutoencoderDistance
 from leaderboard.metrics.generation import GenerationMetrics
-from leaderboard.pictures import enlargement, grid, save_png
+from leaderboard.pictures import enlargement, grid, rows_of_classes, save_png
 from leaderboard.protocols import PROTOCOLS, ProtocolName
 from leaderboard.record.entries import Entry
 from leaderboard.record.external import external_code
@@ -47,6 +47,8 @@ from leaderboard.schema import from_json
 from systems.base import DiffusionSystem
 
 VERSIONS = ("torch", "lightning", "snntorch", "diffusers", "torchmetrics", "torch-fidelity", "datasets", "numpy")
+GRID_COLUMNS = 8
+"""Images in each row of the saved grid; of a conditional method each row shows one class."""
 
 
 class Evaluation(Callback):
@@ -62,7 +64,7 @@ class Evaluation(Callback):
         torchvision_weights: Local file of torchvision's Inception weights, for paper-spiking-diffusion.
         extractor: File of another small extractor made by `train-extractor`, for offline-v1.
         variant: Name that distinguishes this entry from others of the same method.
-        grid_images: Generated images in the saved grid.
+        grid_images: Generated images in the saved grid; of a conditional method the grid has a row per class instead.
         fad_dir: Folder of the published autoencoders (`stat_checkpoints/`, `stats/`): adds the protocol's Fréchet
             autoencoder distance, for MNIST, Fashion-MNIST, CIFAR-10 and CelebA (`leaderboard/metrics/fad.py` names
             the source of the files).
@@ -175,7 +177,11 @@ class Evaluation(Callback):
         indices = batch - data.sample_seed
         images, pixels, stats = self._found or self._finish(data.compared(outputs), int(indices[0]))
         if batch_idx == 0:
-            self._first.append(images[: self.grid_images])
+            labels = _system(pl_module).labels(batch)
+            if labels is None:
+                self._first.append(images[: self.grid_images])
+            else:
+                self._first.append(rows_of_classes(images.cpu(), labels.cpu(), GRID_COLUMNS))
         self._total += stats
         for part in self.parts:
             inputs = images if isinstance(part, FrechetAutoencoderDistance) else pixels
@@ -268,7 +274,7 @@ class Evaluation(Callback):
 
     def _save_grid(self, path: Path) -> None:
         images = torch.cat(self._first)
-        save_png(grid(images, columns=8, scale=enlargement(images.shape[-1])), path)
+        save_png(grid(images, columns=GRID_COLUMNS, scale=enlargement(images.shape[-1])), path)
 
     def _record(self, data: ImageDataModule, system: DiffusionSystem, metrics: dict[str, MetricValue]) -> Record:
         total = self._total
@@ -294,6 +300,7 @@ class Evaluation(Callback):
             solver=system.solver,
             nfe=system.nfe,
             num_steps=system.num_steps,
+            conditional=system.conditional,
             cost=total.counts.cost(
                 self.meter.parameters, total.images, system.nfe, total.images / total.seconds, total.peak_memory_bytes
             ),

@@ -33,11 +33,14 @@ LOCKED = {
     "offline-v1": "1ce16feafdec348dc58aedecb87633f841c7186b32850a3cfb5dd245dc344e87",
     "paper-sddpm": "2967d1b73a0f13a52ddcf71e0bffae46cc069a63a5ab3a3739f34acfca8f1e13",
     "paper-fsddim": "4df4ffb5a116320111eae6efb407f5314bc5a2d76393ac431326b031a5454df4",
+    "paper-sdit": "7e5de453955622a9fd97c838ada56e213f2b609bd8ef77a23e9b8924479c0a38",
     "paper-spiking-diffusion": "a3e21a41cf665cf672c7afe10281107527c87e26f7a1a77a9e88e5a8484fb489",
 }
 """Hash of each shipped protocol. Protocols never change: a changed one needs a new name."""
 
-ProtocolName = Literal["standard-v1", "offline-v1", "paper-sddpm", "paper-fsddim", "paper-spiking-diffusion"]
+ProtocolName = Literal[
+    "standard-v1", "offline-v1", "paper-sddpm", "paper-fsddim", "paper-sdit", "paper-spiking-diffusion"
+]
 
 
 @dataclass(frozen=True)

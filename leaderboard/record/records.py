@@ -15,6 +15,7 @@ from typing import Any, Final, Literal
 from leaderboard.files import canonical_sha256, write_atomic
 from leaderboard.protocols import LOCKED
 from leaderboard.record.external import ExternalCode
+from leaderboard.record.renamed import FORMER_METHOD, PRESENT_METHOD, with_present_name
 from leaderboard.schema import SchemaError, from_json
 
 SCHEMA_VERSION: Final = 1
@@ -207,6 +208,7 @@ class Record:
         images: The images, if they were made by other code; `None` if the suite ran the model.
         training_data: Data that the weights were trained on, oldest first; `None` in records of versions that did not
             store it.
+        conditional: Scale of guidance of a class-conditional model, 1 without guidance; None if it is unconditional.
         source: `"measured"`; published results are stored separately.
         schema_version: Version of this schema.
     """
@@ -232,6 +234,7 @@ class Record:
     cost: Cost | None
     images: ImageSet | None = None
     training_data: tuple[TrainingData, ...] | None = None
+    conditional: float | None = None
     source: Literal["measured"] = "measured"
     schema_version: Literal[1] = SCHEMA_VERSION
 
@@ -309,7 +312,7 @@ def _file(record: Record) -> tuple[str, str]:
 
 
 def read_record(path: str | Path) -> Record:
-    """Reads and validates one record.
+    """Reads and validates one record; a method that has been renamed has its present name.
 
     Raises:
         RecordError: If the file is not valid JSON, violates the schema, or was edited so that a hash does not match.
@@ -324,7 +327,11 @@ def read_record(path: str | Path) -> Record:
     except (OSError, ValueError, RecursionError) as error:
         raise RecordError(f"{path}: not a readable JSON file ({error})") from error
     _check(data, str(path))
-    return from_json(Record, data)
+    record = from_json(Record, data)
+    config = with_present_name(record.config)
+    if config is record.config or record.method != FORMER_METHOD:
+        return record
+    return replace(record, method=PRESENT_METHOD, config=config, config_sha256=canonical_sha256(config))
 
 
 def redact_paths(record: Record) -> Record:

@@ -23,11 +23,12 @@ from leaderboard.record.entries import Entry, headline, order_metrics, read_reco
 from leaderboard.record.records import Record
 from leaderboard.reports.pareto import Point, pareto_front
 from leaderboard.reports.table import (
-    METHOD_NOTES,
     Cell,
     escape,
     label,
     markdown_line,
+    method_name,
+    method_note,
     metric_name,
     number_cell,
     table_provenance,
@@ -37,7 +38,7 @@ from leaderboard.reports.table import (
 )
 from leaderboard.reports.terminal import terminal
 
-COLOURS = ("ddpm", "sddpm", "sdm", "fsddim", "sdit", "spiking-diffusion", "ann-snn")
+COLOURS = ("ddpm", "sddpm", "sdm", "fsddim", "spiking-rwkv", "spiking-diffusion", "ann-snn", "sdit")
 """Methods in the order of matplotlib's colours, so that a method has the same colour in every plot."""
 MARKERS = "osD^vPX*"
 """Markers of the first, second, ... row of a method."""
@@ -147,7 +148,7 @@ def _row(records: Sequence[Record], keys: Sequence[str]) -> dict[str, Cell]:
     shared = {record.variant for record in records} - {"default"}
     variant = f", {first.variant}" if shared == {first.variant} else ""
     return {
-        "Method": Cell(first.method + variant, note=METHOD_NOTES.get(first.method, "")),
+        "Method": Cell(method_name(first) + variant, note=method_note(first)),
         "Solver": Cell(f"{first.solver}, {first.nfe}"),
         "Seeds": Cell(str(len({r.seeds.get("training") for r in records}))),
         **{metric_name(key): _mean_cell([r.metrics[key].value for r in records if key in r.metrics]) for key in keys},
@@ -183,7 +184,7 @@ def _strip(entries: Sequence[Entry]) -> Figure:
         with Image.open(entry.samples) as page:
             quarter = page.convert("RGB").crop((0, 0, page.width // 2 + 1, page.height // 2 + 1))
         axes.imshow(np.asarray(quarter))
-        axes.set_title(entry.record.method, fontsize=8)
+        axes.set_title(method_name(entry.record), fontsize=8)
         axes.set_axis_off()
     return figure
 
@@ -224,7 +225,7 @@ def _point(row: dict[str, Cell], quality: str) -> Point:
         energy=row["mJ"].value or 0.0,
         quality=row[quality].value or 0.0,
         uncertainty=float(row[quality].uncertainty or 0),
-        method=row["Method"].text.split(",")[0],
+        method=row["Method"].text.partition(",")[0].partition(" (")[0],
         label=f"{row['Method'].text}, {row['Solver']}",
         anchor="",
     )

@@ -27,10 +27,15 @@ _HEADERS = {
     "reconstruction_ssim": "Rec. SSIM",
 }
 METHOD_NOTES = {
-    "sdit": "SDiT: the suite's own, fully spiking design after the paper's text, not the network of the public code "
-    "(https://github.com/foolLain/SDiT).",
+    "spiking-rwkv": "SpikingRWKV: the suite's own, fully spiking design after SDiT's paper, not SDiT as released; "
+    "called sdit in its first records.",
 }
 """Footnotes of methods, by method name."""
+CONDITIONAL_NOTE = (
+    "conditional: generates images of given classes, drawn uniformly unless stated, and so knows more about each image "
+    "than the unconditional methods beside it."
+)
+"""Footnote of records of class-conditional models."""
 LABELS = {"mJ": "45 nm arithmetic, mJ"}
 """Column headers in pages and files, for columns with a shorter header in the terminal."""
 _TITLE = "# Leaderboard"
@@ -230,7 +235,7 @@ def _cells(entry: Entry, keys: list[str]) -> dict[str, Cell]:
     samples = max((v.num_samples for v in record.metrics.values()), default=0)
     seed = record.seeds.get("training")
     return {
-        "Method": Cell(record.method, note="; ".join(row_notes(entry))),
+        "Method": Cell(method_name(record), note="; ".join(row_notes(entry))),
         "Variant": Cell(record.variant),
         **{metric_name(key): metric_cell(key, record.metrics.get(key)) for key in keys},
         "T": Cell(str(record.num_steps), record.num_steps) if spiking and record.num_steps else Cell("-"),
@@ -294,9 +299,13 @@ def row_notes(entry: Entry) -> list[str]:
     notes = status_notes(entry)
     if record.code.external:
         notes.append(f"external code: {', '.join(f'{name} {code}' for name, code in record.code.external.items())}.")
-    if record.images is None and record.method in METHOD_NOTES:
-        notes.append(METHOD_NOTES[record.method])
-    return notes
+    return notes + ([method_note(record)] if record.images is None and method_note(record) else [])
+
+
+def method_note(record: Record) -> str:
+    """Returns the footnote of the method of a record, or nothing."""
+    notes = [METHOD_NOTES.get(record.method, ""), CONDITIONAL_NOTE if record.conditional is not None else ""]
+    return " ".join(filter(None, notes))
 
 
 def status_notes(entry: Entry) -> list[str]:
@@ -396,8 +405,16 @@ def _print_short(console: Console, group: list[Entry], newest: Entry | None, eve
 def entry_name(record: Record) -> str:
     """Returns method, variant and the mark of code outside the suite on one line."""
     named = record.variant not in ("", "default")
-    parts = [record.method, *[record.variant] * named, *["external code"] * bool(record.code.external)]
+    parts = [method_name(record), *[record.variant] * named, *["external code"] * bool(record.code.external)]
     return " ".join(", ".join(parts).split())
+
+
+def method_name(record: Record) -> str:
+    """Returns the method, marked if it is conditional, with the scale of guidance unless that is off."""
+    if record.conditional is None:
+        return record.method
+    scale = "" if record.conditional == 1 else f", guidance {record.conditional:g}"
+    return f"{record.method} (conditional{scale})"
 
 
 def markdown_line(cells: Iterable[str]) -> str:

@@ -33,6 +33,7 @@ def test_hash_ignores_key_order_and_sees_every_value() -> None:
         ("offline-v1", "1ce16feafdec348dc58aedecb87633f841c7186b32850a3cfb5dd245dc344e87"),
         ("paper-sddpm", "2967d1b73a0f13a52ddcf71e0bffae46cc069a63a5ab3a3739f34acfca8f1e13"),
         ("paper-fsddim", "4df4ffb5a116320111eae6efb407f5314bc5a2d76393ac431326b031a5454df4"),
+        ("paper-sdit", "7e5de453955622a9fd97c838ada56e213f2b609bd8ef77a23e9b8924479c0a38"),
         ("paper-spiking-diffusion", "a3e21a41cf665cf672c7afe10281107527c87e26f7a1a77a9e88e5a8484fb489"),
     ],
 )
@@ -112,6 +113,14 @@ def test_papers_compare_resized_images(name: str) -> None:
     assert found == "it compares mnist at 32x32 pixels, not 28x28 (--data.image_size 32 --data.fit resize)"
     (found,) = protocol.deviations("kmnist", 28, 28, protocol.num_samples, 0)
     assert found == "it is defined for mnist, fmnist, cifar10, celeba, not for kmnist"
+
+
+def test_sdit_compares_28_pixels() -> None:
+    protocol = PROTOCOLS["paper-sdit"]
+    assert protocol.deviations(**MNIST, size=28, num_samples=50_000) == []
+    assert protocol.deviations("cifar10", 32, 28, 50_000, 0) == []
+    (found,) = protocol.deviations("cifar10", 32, 32, 50_000, 0)
+    assert found == "it compares cifar10 at 28x28 pixels, not 32x32 (--data.image_size 28 --data.fit resize)"
 
 
 def test_reference_splits() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from leaderboard.evaluation.cost import CostMeter, Counts
+from systems.networks.rate_transformer import SDiTNetwork
 from systems.networks.spiking_transformer import ShiftedLinear, SpikingTransformer
 from systems.spiking.neurons import ConvertedNeuron, SpikingNeuron
 
@@ -282,3 +283,40 @@ def test_counts_of_batches_add_up_and_survive_a_file() -> None:
     assert total.first_convolution == at_once.first_convolution == "0"
     assert total.cost(network, 12, 1) == at_once.cost(network, 12, 1)  # whole numbers here, so exactly
     assert (total + Counts()).cost(network, 12, 1) == (Counts() + total).cost(network, 12, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "macs"), [({}, 4_045e6), ({"embed_dim": 512, "depth": 8}, 12_859e6)], ids=["mnist", "cifar10"]
+)
+def test_no_weight_of_sdit_receives_spikes(size: dict[str, int], macs: float) -> None:
+    """Figures of the description of the released network, per image and network evaluation."""
+    torch.manual_seed(0)
+    network = SDiTNetwork(**size).eval()
+    for name, parameter in network.named_parameters():
+        if name.endswith(("final_layer.linear.weight", "att.output.weight", "ffn.value.weight")):
+            torch.nn.init.normal_(parameter, std=0.5)  # zero, or so small that no neuron fires
+    with torch.no_grad(), CostMeter(network) as meter:
+        network(torch.randn(1, 3, 28, 28), torch.tensor([500]), torch.tensor([3]))
+    cost = meter.take().cost(network, num_images=1, nfe=1)
+    assert cost.firing_rate is not None
+    assert cost.firing_rate > 0.01
+    assert (cost.sops, cost.acs, cost.energy_paper_mj) == (0, 0, None)
+    assert cost.macs == pytest.approx(macs, rel=2e-4)
+    assert cost.energy_strict_mj == pytest.approx(4.6e-9 * macs, rel=2e-4)
+
+
+@pytest.mark.parametrize("num_steps", [1, 4, 8])
+def test_snn_steps_do_not_multiply_the_cost_of_sdit(num_steps: int) -> None:
+    torch.manual_seed(0)
+    network = SDiTNetwork(image_size=8, embed_dim=16, num_steps=num_steps).eval()
+    for name, parameter in network.named_parameters():
+        if name.endswith(("final_layer.linear.weight", "restruction_token")):
+            torch.nn.init.normal_(parameter)  # inputs of zeros or ones would count as spikes
+    with torch.no_grad(), CostMeter(network) as meter:
+        network(torch.randn(1, 3, 8, 8), torch.tensor([500]), torch.tensor([3]))
+    d, m, blocks, skips = 16, 17, 5, 2
+    mixes, gates = (4 + 9) * d**2 * 2 * m, 2 * m**2 * d
+    rest = 16 * 12 * d + 256 * d + d**2 + m * d * 24 + 64 * 9 * 6 * 6  # patches, step, final layers
+    cost = meter.take().cost(network, num_images=1, nfe=1)
+    assert (cost.macs, cost.acs) == (blocks * (mixes + gates) + skips * 2 * d**2 * m + rest, 0)

@@ -33,6 +33,14 @@ def test_round_trip(make_record: Make, tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]  # no temporary file remains
 
 
+def test_conditional_records_say_so_and_others_are_as_before(make_record: Make, tmp_path: Path) -> None:
+    plain, conditional = make_record(), make_record(conditional=1.5)
+    assert "conditional" not in json.loads(write_record(plain, tmp_path).read_text())
+    path = write_record(conditional, tmp_path)
+    assert json.loads(path.read_text())["conditional"] == 1.5
+    assert read_record(path) == conditional
+
+
 def test_absent_values_survive(make_record: Make, tmp_path: Path) -> None:
     record = make_record(checkpoint=None, code=Code(None, None, {}), variant="")
     assert read_record(write_record(record, tmp_path)) == record
