@@ -143,7 +143,7 @@ class SDiT(GaussianDiffusion):
         """Returns the mean squared error of the noise plus the variational bound, which trains only the variances.
 
         Args:
-            batch: Images `(B, C, H, W)` in [-1, 1] and their classes `(B,)`; images alone for an unconditional model.
+            batch: Images `(B, C, H, W)` in [-1, 1] and their classes `(B,)`; only images for an unconditional model.
             generator: Source of the steps, the noise and the withheld classes.
 
         Raises:

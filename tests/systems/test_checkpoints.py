@@ -68,8 +68,7 @@ def test_safetensors_are_read(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_file(WEIGHTS, path)
     assert _state(load_checkpoint(path), "a").keys() == WEIGHTS.keys()
-    with pytest.raises(CheckpointMismatchError, match=r"is not a checkpoint of the suite; convert an authors' file"):
-        read_suite(path)
+    assert read_suite(path)["state_dict"].keys() == WEIGHTS.keys()
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(ValueError, match="cannot be read as a checkpoint of tensors"):
         load_checkpoint(path)

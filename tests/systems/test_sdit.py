@@ -125,7 +125,7 @@ def test_images_are_prepared_and_written_as_recorded(recorded: dict[str, Tensor]
     assert (written - expected).abs().max() <= 1
 
 
-def test_class_and_noise_of_an_image_depend_on_its_seed_alone() -> None:
+def test_class_and_noise_of_an_image_depend_only_on_its_seed() -> None:
     sdit = awake().eval()
     seeds = torch.arange(3)
     images = sdit.sample(seeds, (3, 8, 8))
@@ -160,7 +160,7 @@ def test_guidance_extrapolates_the_noise_from_the_withheld_class() -> None:
     assert sdit.solver == "RespacedDDPM, guidance 3"
 
 
-def test_classes_are_withheld_in_training_alone() -> None:
+def test_classes_are_withheld_only_in_training() -> None:
     sdit = system(class_dropout=0.25)
     seen: list[Tensor] = []
     sdit.network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[2]))
@@ -182,7 +182,7 @@ def test_grey_images_are_repeated_and_averaged() -> None:
 
 
 @pytest.mark.parametrize("scheduler", [DDIMScheduler(clip_sample=False), DDPMScheduler(variance_type="fixed_large")])
-def test_samplers_without_predicted_variance_receive_the_noise_alone(scheduler: object) -> None:
+def test_samplers_without_predicted_variance_receive_only_the_noise(scheduler: object) -> None:
     images = awake(scheduler=scheduler).eval().sample(torch.arange(2), (3, 8, 8))
     assert images.isfinite().all()
     assert images.shape == (2, 3, 8, 8)
@@ -190,7 +190,7 @@ def test_samplers_without_predicted_variance_receive_the_noise_alone(scheduler: 
 
 @pytest.mark.parametrize("kind", ["sample", "v_prediction"])
 def test_other_predictions_train_and_the_bound_spares_them(kind: str) -> None:
-    """The bound trains the variance channels alone, whatever the others predict."""
+    """The bound trains only the variance channels, whatever the others predict."""
     sdit = awake(scheduler=RespacedDDPMScheduler(prediction_type=kind)).train()
     outputs: list[Tensor] = []
     sdit.network.register_forward_hook(lambda module, inputs, output: outputs.append(output))
