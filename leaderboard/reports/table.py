@@ -16,7 +16,7 @@ from rich.text import Text
 
 from leaderboard.files import write_atomic
 from leaderboard.record.entries import RECORDS, Entry, order_metrics, read_records
-from leaderboard.record.records import MetricValue, Record
+from leaderboard.record.records import Cost, MetricValue, Record
 from leaderboard.reports.terminal import SHORT, WIDTH, terminal
 
 _HEADERS = {
@@ -229,13 +229,19 @@ def _cells(entry: Entry, keys: list[str]) -> dict[str, Cell]:
         "Solver": Cell(record.solver),
         "NFE": Cell(str(record.nfe), record.nfe),
         "G SOPs": number_cell(cost.sops / 1e9),
-        "mJ": number_cell(cost.energy_strict_mj),
+        "mJ": replace(number_cell(cost.energy_strict_mj), note=incomplete_cost(cost)),
         "M params": number_cell(cost.parameters / 1e6),
         "Images/s": number_cell(cost.images_per_second),
         "Samples": Cell(f"{samples:,}", samples),
         "Seed": Cell("-" if seed is None else str(seed), seed),
         "Repeated": Cell("-" if entry.verified is None else entry.verified.created[:10]),
     }
+
+
+def incomplete_cost(cost: Cost) -> str:
+    """Returns a note on products that the cost lacks; empty if it is complete."""
+    names = ", ".join(cost.incomplete or ())
+    return f"the cost is a lower bound: it lacks the products of {names}, which cannot be counted" if names else ""
 
 
 def metric_cell(key: str, metric: MetricValue | None) -> Cell:
@@ -282,6 +288,7 @@ def table_provenance(entry: Entry) -> str:
 def _notes(group: list[Entry]) -> list[str]:
     notes = {v.note for entry in group for v in entry.record.metrics.values() if v.note}
     notes |= {METHOD_NOTES[entry.record.method] for entry in group if entry.record.method in METHOD_NOTES}
+    notes |= {note for entry in group if (note := incomplete_cost(entry.record.cost))}
     return [f"* {note}" for note in sorted(notes)]
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import snntorch as snn
 import torch
+from snntorch_by_hand import atan64, step_by_hand
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from _helpers.snntorch_by_hand import atan64, step_by_hand
 from systems.spiking.adapter import multistep, spiking_layer, spiking_layers
 from systems.spiking.neurons import SpikingNeuron, integrate_and_fire, norm_and_embed, scale_thresholds
 
@@ -63,7 +63,7 @@ def test_equals_stepping_by_hand(name: str) -> None:
 
 def test_recurrent_features_are_the_channels_of_each_pixel() -> None:
     torch.manual_seed(0)
-    layer = multistep(snn.RLeaky(beta=0.9, linear_features=3)).double()
+    layer = multistep(snn.RLeaky(beta=0.9, linear_features=3, spike_grad=atan64)).double()
     x = 2 * torch.randn(SHAPE, dtype=torch.float64)
     for pixel in ((0, 0), (2, 3)):
         assert torch.equal(layer(x)[..., *pixel], layer(x[..., *pixel]))
