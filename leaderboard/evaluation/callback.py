@@ -50,6 +50,9 @@ VERSIONS = ("torch", "lightning", "snntorch", "diffusers", "torchmetrics", "torc
 GRID_COLUMNS = 8
 """Images in each row of the saved grid; of a conditional method each row shows one class."""
 
+AUDITED_STEPS = 10
+"""Diffusion steps of the image in which the meter looks for products outside of layers."""
+
 
 class Evaluation(Callback):
     """Measures the images that `test` generates under a protocol, and writes a record to the run folder.
@@ -193,10 +196,20 @@ class Evaluation(Callback):
             self.meter.__exit__(None, None, None)
 
     def _audit(self, trainer: Trainer, system: DiffusionSystem, seed: int) -> None:
-        """Generates one image to find out what the meter has to count, with the random state of the test unchanged."""
+        """Generates one image in a few diffusion steps to find out what the meter has to count.
+
+        Random state and number of steps of the test do not change.
+        """
+        steps = getattr(system, "num_inference_steps", 0)
         devices = [system.device] if system.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), trainer.precision_plugin.forward_context():
-            self.meter.audit(lambda: system.predict_step(torch.tensor([seed], device=system.device), 0))
+        if steps > AUDITED_STEPS:
+            system.num_inference_steps = AUDITED_STEPS
+        try:
+            with torch.random.fork_rng(devices), trainer.precision_plugin.forward_context():
+                self.meter.audit(lambda: system.predict_step(torch.tensor([seed], device=system.device), 0))
+        finally:
+            if steps > AUDITED_STEPS:
+                system.num_inference_steps = steps
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Computes the metrics, writes record and grid, and prints the result."""

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from leaderboard.files import is_report, refuse_existing, write_atomic
 from leaderboard.record.entries import STATUSES, Entry, default_folders, order_metrics, read_records
-from leaderboard.record.records import MetricValue, Record
+from leaderboard.record.records import Cost, MetricValue, Record
 from leaderboard.reports.terminal import SHORT, WIDTH, terminal
 
 _HEADERS = {
@@ -243,13 +243,19 @@ def _cells(entry: Entry, keys: list[str]) -> dict[str, Cell]:
         "Solver": Cell(record.solver or "-"),
         "NFE": Cell("-") if record.nfe is None else Cell(str(record.nfe), record.nfe),
         "G SOPs": number_cell(cost.sops / 1e9 if cost else None),
-        "mJ": number_cell(cost.energy_strict_mj if cost else None),
+        "mJ": number_cell(cost.energy_strict_mj if cost else None)._replace(note=incomplete_cost(cost)),
         "M params": number_cell(cost.parameters / 1e6 if cost else None),
         "Images/s": number_cell(cost.images_per_second if cost else None),
         "Samples": Cell(f"{samples:,}", samples),
         "Seed": Cell("-" if seed is None else str(seed), seed),
         "Repeated": Cell("-" if entry.verified is None else entry.verified.created[:10]),
     }
+
+
+def incomplete_cost(cost: Cost | None) -> str:
+    """Returns a note on products that the cost lacks; empty if it is complete."""
+    names = ", ".join((cost and cost.incomplete) or ())
+    return f"the cost is a lower bound: it lacks the products of {names}, which cannot be counted" if names else ""
 
 
 def metric_cell(key: str, metric: MetricValue | None) -> Cell:
@@ -322,6 +328,7 @@ def status_notes(entry: Entry) -> list[str]:
 def _notes(group: list[Entry]) -> list[str]:
     notes = {v.note for entry in group for v in entry.record.metrics.values() if v.note}
     notes |= {note for entry in group for note in row_notes(entry)}
+    notes |= {note for entry in group if (note := incomplete_cost(entry.record.cost))}
     return [f"* {note}" for note in sorted(notes)]
 
 

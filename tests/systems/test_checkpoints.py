@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from benchmark.commands.import_checkpoint import _state
-from systems.checkpoints import CheckpointMismatchError, load_checkpoint, read_suite
+from systems.checkpoints import load_checkpoint, read_suite
 from systems.diffusion.analytic_dpm import read_gamma
 
 WEIGHTS = {"conv.weight": torch.arange(6.0).view(2, 3), "norm.bias": torch.ones(2)}
