@@ -51,7 +51,8 @@ def decode(image: Image.Image, mode: str, where: str) -> Image.Image:
                 f"{where} has 16 bits for each colour, of which Pillow reads 8; convert it to 8 bits first"
             )
         if getattr(image, "is_animated", False) and image.format != "MPO":  # photographs with a preview
-            raise DatasetError(f"{where} holds {getattr(image, "n_frames", 2)} images, expected one; store each in a file of its own")
+            number = getattr(image, "n_frames", "several")
+            raise DatasetError(f"{where} holds {number} images, expected one; store each in a file of its own")
         if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
             image = ImageOps.exif_transpose(image)
         if image.mode == mode and "transparency" not in image.info:
