@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from datamodules.cache import Entry, Sample, build_entry, open_entry
 from datamodules.errors import DatasetError, DatasetNotFoundError
-from datamodules.files import ARCHIVES, list_files, named
+from datamodules.files import ARCHIVES, counted, list_files, named
 from datamodules.images import decode, resize
 from datamodules.loading import (
     FilledBatches,
@@ -203,12 +203,12 @@ class ImageDataModule(L.LightningDataModule):
         unknown = int((labels < 0).sum())
         classes = len(labels[labels >= 0].unique())
         parts = [
-            f"{source.files:,} files" if source.files else "",
+            counted(source.files, "file") if source.files else "",
             ", ".join(
                 f"{entry.size(split):,} {split} images" for split in ("train", "valid", "test") if split in entry.splits
             ),
-            f"{classes} classes" if classes != 1 else "1 class",
-            f"{unknown:,} images without a label" if 0 < unknown < len(labels) else "",
+            counted(classes, "class", "classes"),
+            f"{counted(unknown, 'image')} without a label" if 0 < unknown < len(labels) else "",
             f"left out: {', '.join(source.left_out)}" if source.left_out else "",
         ]
         if unknown == len(labels):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,29 +32,30 @@ def list_files(root: Path) -> tuple[list[Path], list[str]]:
     Raises:
         DatasetError: If a folder cannot be read, or a link leads nowhere.
     """
-    skipped: Counter[str] = Counter()
+    skipped: Counter[tuple[str, str]] = Counter()
     try:
         files = sorted(_walk(root, (), skipped))
     except OSError as error:
         raise DatasetError(f"{error.filename or root} cannot be read ({error.strerror or error})") from error
-    return files, [f"{count:,} {what}" for what, count in sorted(skipped.items())]
+    return files, [counted(count, *words) for words, count in sorted(skipped.items())]
 
 
-def _walk(folder: Path, ancestors: tuple[tuple[int, int], ...], skipped: Counter[str]) -> Iterator[Path]:
+def _walk(folder: Path, ancestors: tuple[tuple[int, int], ...], skipped: Counter[tuple[str, str]]) -> Iterator[Path]:
     status = folder.stat()
     here = (status.st_dev, status.st_ino)
     if here in ancestors:
-        skipped["links to a folder above"] += 1
+        skipped["link to a folder above", "links to folders above"] += 1
         return
-    for path in folder.iterdir():
-        if path.name.startswith(".") or path.name in HIDDEN:
-            skipped["hidden entries"] += 1
-        elif path.is_dir():
-            yield from _walk(path, (*ancestors, here), skipped)
-        elif path.is_file():
-            yield path
-        elif path.is_symlink():
-            raise DatasetError(f"{path} is a link to {path.readlink()}, which does not exist; fetch the file again")
+    for entry in os.scandir(folder):
+        if entry.name.startswith(".") or entry.name in HIDDEN:
+            skipped["hidden entry", "hidden entries"] += 1
+        elif entry.is_dir():
+            yield from _walk(folder / entry.name, (*ancestors, here), skipped)
+        elif entry.is_file():
+            yield folder / entry.name
+        elif entry.is_symlink():
+            target = (folder / entry.name).readlink()
+            raise DatasetError(f"{entry.path} is a link to {target}, which does not exist; fetch the file again")
 
 
 def named(names: Iterable[object]) -> str:
@@ -63,10 +65,15 @@ def named(names: Iterable[object]) -> str:
     return ", ".join(texts[:MAX_NAMED]) + (f" and {rest:,} more" if rest > 0 else "")
 
 
-def left_out(files: Sequence[Path], what: str = "other files") -> list[str]:
+def counted(number: int, one: str, many: str = "") -> str:
+    """Returns a number with its noun."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def left_out(files: Sequence[Path], what: str = "other file", many: str = "") -> list[str]:
     """Describes files that are not read, by their suffixes."""
     suffixes = sorted({file.suffix.lower() or file.name for file in files})
-    return [f"{len(files):,} {what} ({named(suffixes)})"] if files else []
+    return [f"{counted(len(files), what, many)} ({named(suffixes)})"] if files else []
 
 
 def split_of(name: str) -> str | None:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from datamodules.errors import DatasetError
-from datamodules.files import class_labels, left_out, list_files, split_of
+from datamodules.files import class_labels, counted, left_out, list_files, split_of
 from datamodules.images import open_image
 
 STUBS = frozenset({"BUFR", "GRIB", "HDF5", "MPEG"})
@@ -44,6 +44,7 @@ class Source:
         open: Returns the readers of its splits: `train`, usually `test`, maybe `valid`.
         files: Number of files that are read; 0 if unknown.
         left_out: What is there but not read, in words.
+        splits: Names of its splits, as far as they are known before it is opened.
     """
 
     description: str
@@ -51,6 +52,7 @@ class Source:
     open: Callable[[], Mapping[str, Reader]]
     files: int = 0
     left_out: tuple[str, ...] = ()
+    splits: tuple[str, ...] = ()
 
 
 def stat_identity(files: Iterable[Path]) -> str:
@@ -116,8 +118,8 @@ def find_image_folder(root: Path, class_names: Sequence[str] = (), whole: bool =
     ]
     notes += left_out([file for group in inside for file in group if not is_image(file)])
     if outside := len(files) - len(read):
-        notes.append(f"{outside:,} images outside of the splits")
-    return Source(f"image folder {top}", stat_identity(read), lambda: readers, len(read), tuple(notes))
+        notes.append(f"{counted(outside, 'image')} outside of the splits")
+    return Source(f"image folder {top}", stat_identity(read), lambda: readers, len(read), tuple(notes), tuple(splits))
 
 
 def one_folder(root: Path, what: str, files: Iterable[Path]) -> None:
@@ -140,7 +142,7 @@ def require_splits(splits: Iterable[str], what: str, needed: Sequence[str] = ("t
 
 
 def _only_folder(root: Path, files: Sequence[Path]) -> tuple[Path, dict[str, list[Path]]]:
-    """Descends into folders that are alone, up to the splits; groups the files by the next name."""
+    """Descends while there is nothing but one folder, up to the splits; groups the files by the next name."""
     top = root
     while True:
         groups: dict[str, list[Path]] = {}

@@ -82,7 +82,8 @@ def find_parquet(root: Path, columns: Columns = Columns(), whole: bool = False) 
         stat_identity(everything),
         partial(read_tables, tables, columns),
         len(everything),
-        (*notes, *left_out(others, "parquet files of no split")),
+        (*notes, *left_out(others, "parquet file of no split", "parquet files of no split")),
+        tuple(files),
     )
 
 

@@ -134,7 +134,14 @@ class Evaluation(Callback):
         for data_entry in _training_data(system) if trainer.is_global_zero else ():
             if difference := data_entry.difference(dataset_of(data)):
                 print(f"transfer: {difference}; the record is marked and not ranked", flush=True)
-        self.parts = build_parts(self.protocol, data, self._weights, self.fad_dir, trainer.is_global_zero)
+        self.parts = build_parts(
+            self.protocol,
+            data,
+            self._weights,
+            self.fad_dir,
+            trainer.is_global_zero,
+            (self.config.get("data") or {}).get("init_args") or {},
+        )
         for part in self.parts:
             part.to(system.device)
         where = (system.device, trainer.global_rank, trainer.world_size)

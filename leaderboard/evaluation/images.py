@@ -124,6 +124,7 @@ def evaluate(
     images: str = "",
     data: str = "",
     protocol: ProtocolName = "standard-v1",
+    config: str | None = None,
     root: str | None = None,
     name: str | None = None,
     variant: str = "",
@@ -145,8 +146,9 @@ def evaluate(
     Args:
         images: Folder of image files (any names, nested or not), or an array of bytes: .npz with arr_0, or .npy, of
             shape (N, H, W, C) or (N, H, W) (required).
-        data: Dataset to compare with, e.g. mnist (required).
+        data: Dataset to compare with: its name, such as mnist, or the path of a class, such as mypackage.data.Shapes.
         protocol: How images are compared.
+        config: Config of a training or a run whose data is used, instead of `data`.
         root: Folder of the dataset; read from the Hugging Face hub if not given.
         name: Name of the method; the name of the folder or file if not given.
         variant: Distinguishes this entry from others of the method.
@@ -177,7 +179,7 @@ def evaluate(
     check_url("--url", url)
     stated = None if cost is None else read_cost(Path(cost))
     chosen = PROTOCOLS[protocol]
-    module = make_protocol_data(data, chosen, root, cache_dir, data_options)
+    module, _ = make_protocol_data(data, chosen, root, cache_dir, data_options, config)
     pixels, source = read_images(path, module.num_channels)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     weights = (inception_weights, torchvision_weights, extractor)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shlex
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from urllib.error import URLError
 
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
+from datamodules import ImageDataModule
 from leaderboard.files import file_sha256
 from leaderboard.protocols import INCEPTION, SUITE
 from systems.ops.precision import full_precision
@@ -211,9 +214,23 @@ def load_extractor(name_or_path: str, dataset: str, inception_weights: str | Non
     return SmallExtractor(path)
 
 
-def training_command(data: str) -> str:
-    """Returns the command line that trains the suite's extractor of a dataset."""
-    return f"python -m benchmark train-extractor {data}"
+def training_command(data: str, options: Mapping[str, Any] = MappingProxyType({})) -> str:
+    """Returns the command line that trains an extractor.
+
+    Args:
+        data: Name or class path of the dataset.
+        options: Options of its data module; `root` has an option of its own.
+    """
+    words = ["python", "-m", "benchmark", "train-extractor", data]
+    others = {name: value for name, value in options.items() if name != "root"}
+    words += ["--root", str(options["root"])] if options.get("root") is not None else []
+    words += ["--data_options", json.dumps(others, default=str)] if others else []
+    return shlex.join(words) if options else " ".join(words)
+
+
+def local_extractor(data: ImageDataModule) -> Path:
+    """Returns the file in which `train-extractor` stores the extractor of a dataset that the suite ships none for."""
+    return data.cache_dir / f"extractor-{data.name}-{data.compared_size}px-{data.fingerprint[:16]}.safetensors"
 
 
 def published_weights(given: str | None, url: str, option: str) -> tuple[Path, str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from rich.progress import track
@@ -12,8 +14,9 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
-from datamodules.registry import make_data
-from leaderboard.extractors.base import EXTRACTORS, METADATA_KEY, SmallNetwork, training_command
+from datamodules import ImageDataModule
+from datamodules.registry import find_data, make_data
+from leaderboard.extractors.base import EXTRACTORS, METADATA_KEY, SmallNetwork, local_extractor, training_command
 from leaderboard.files import write_atomic
 
 _BATCH_SIZE = 128
@@ -45,10 +48,21 @@ RECIPES = {
 """Recipe of each dataset. Rotation prediction: S. Gidaris et al., ICLR 2018, https://arxiv.org/abs/1803.07728."""
 
 
+OWN_RECIPE = Recipe(epochs=20, flip=True, task="rotation")
+"""Recipe of all other datasets; it needs no labels."""
+
+UNRELATED = frozenset(
+    ("batch_size", "num_workers", "num_samples", "sample_batch_size", "sample_seed", "val_size", "flip")
+)
+"""Options of data modules that the images of the train split do not depend on."""
+
+
 def train_extractor(
-    data: str,
+    data: str = "",
+    config: str | None = None,
     root: str | None = None,
     epochs: int | None = None,
+    task: Literal["classes", "rotation"] | None = None,
     output: str | None = None,
     overwrite: bool = False,
     seed: int = 0,
@@ -58,13 +72,17 @@ def train_extractor(
 ) -> None:
     """Trains a classifier on a dataset's train split and saves it as the dataset's extractor for offline-v1.
 
-    Faces have no classes, so the extractor of CelebA predicts by which quarter turn an image was rotated.
+    Faces have no classes, so the extractor of CelebA predicts by which quarter turn an image was rotated. The same is
+    learned from all data that is not the suite's, unless the task is set.
 
     Args:
-        data: Name of the dataset, such as digits.
+        data: Name of the dataset, such as digits, or the path of a class, such as mypackage.data.Shapes.
+        config: Config of a training or a run whose data is used, instead of `data`.
         root: Folder of the dataset; read from the Hugging Face hub if not given.
         epochs: Passes over the train split; the dataset's recipe if not given.
-        output: File to write; the file of the shipped extractor if not given.
+        task: What is learned: classes, which needs labels, or quarter turns; the dataset's recipe if not given.
+        output: File to write; if not given, the file of the shipped extractor, or for data that is not the suite's a
+            file in the cache of decoded images, where `test` finds it.
         overwrite: Whether to replace an existing file. Results of different extractors cannot be compared.
         seed: Seed of the initial weights, the order of the images, their shifts and their mirroring.
         trained_on: Description of the images if they are not the dataset's own train split.
@@ -75,22 +93,26 @@ def train_extractor(
         ValueError: If the dataset is unknown, or images have no label to learn.
         FileExistsError: If the file exists.
     """
-    options = data_options | ({} if root is None else {"root": root})
-    module = make_data(data, options)
+    name, options = find_data(data, config, data_options | ({} if root is None else {"root": root}))
+    module = make_data(name, options)
+    recipe = RECIPES.get(module.name, OWN_RECIPE)
+    recipe = recipe._replace(epochs=epochs or recipe.epochs, task=task or recipe.task)
     path = Path(output) if output is not None else EXTRACTORS / f"{module.name}.safetensors"
-    if path.exists() and not overwrite:
-        raise FileExistsError(
-            f"{path} exists; set another --output, or --overwrite true (results of different extractors do not compare)"
-        )
-    recipe = RECIPES[module.name] if epochs is None else RECIPES[module.name]._replace(epochs=epochs)
+    if output is not None or module.name in RECIPES:
+        _check_absent(path, overwrite)
     module.prepare_data()
     module.setup("fit")
+    if output is None and module.name not in RECIPES:
+        path = local_extractor(module)
+        _check_absent(path, overwrite)
     images, labels = module.labelled("train")
     if recipe.task == "classes" and labels.min() < 0:
-        raise ValueError(f"data={data!r} has images without a label, but the extractor is a classifier")
+        raise ValueError(
+            f"data={name!r} has images without a label, but the extractor is a classifier; add --task rotation"
+        )
     sizes: dict[str, Any] = {
         "in_channels": images.shape[1],
-        "num_classes": 4 if recipe.task == "rotation" else module.num_classes,
+        "num_classes": 4 if recipe.task == "rotation" else module.num_classes or int(labels.max()) + 1,
         "channels": list(recipe.channels),
     }
     with torch.random.fork_rng(devices=[]):
@@ -100,6 +122,11 @@ def train_extractor(
     network.load_state_dict(state)  # test with the rounded weights of the file
     accuracy = _accuracy(network, *module.labelled("test"), recipe.task)
     options_used = f"--epochs {recipe.epochs} --seed {seed}{' --bfloat16 true' * bfloat16}"
+    if module.name in RECIPES:
+        command = training_command(module.name)
+    else:
+        relevant = {key: v for key, v in options.items() if v is not None and key not in UNRELATED | {"cache_dir"}}
+        command = f"{training_command(name, relevant)} --task {recipe.task}"
     description = {
         "dataset": module.name,
         "dataset_fingerprint": module.fingerprint,
@@ -107,12 +134,31 @@ def train_extractor(
         "task": recipe.task,
         "architecture": sizes,
         "test_accuracy": round(accuracy, 4),
-        "command": f"{training_command(module.name)} {options_used}",
+        "command": f"{command} {options_used}",
     }
     # a single metadata entry, because safetensors writes several in random order and the file's hash must be stable
     write_atomic(path, save(state, {METADATA_KEY: json.dumps(description, sort_keys=True)}))
     learned = "test images classified" if recipe.task == "classes" else "quarter turns of test images recognised"
     print(f"{path}: {accuracy:.2%} of the {learned} correctly")
+
+
+def data_command(module: ImageDataModule, options: Mapping[str, Any]) -> str:
+    """Returns the command line that trains the extractor of a data module with these options."""
+    kind = type(module)
+    path = f"{kind.__module__}.{kind.__qualname__}"
+    is_shipped = kind.__module__.partition(".")[0] == "datamodules"
+    signatures = [signature(vars(base)["__init__"]) for base in reversed(kind.__mro__) if "__init__" in vars(base)]
+    defaults = {option.name: option.default for found in signatures for option in found.parameters.values()}
+    unrelated = UNRELATED | {key for key, value in options.items() if value is None or value == defaults.get(key)}
+    relevant = {key: value for key, value in options.items() if key not in unrelated}
+    return training_command(kind.__name__ if is_shipped else path, relevant)
+
+
+def _check_absent(path: Path, overwrite: bool) -> None:
+    if path.exists() and not overwrite:
+        raise FileExistsError(
+            f"{path} exists; set another --output, or --overwrite true (results of different extractors do not compare)"
+        )
 
 
 def _fit(network: SmallNetwork, images: Tensor, labels: Tensor, recipe: Recipe, bfloat16: bool) -> SmallNetwork:

@@ -123,7 +123,7 @@ def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
     data = make(tmp_path)
     assert (data.num_reference("train"), data.num_reference("test")) == (40, 12)
     assert labels_by_image(data, "train") == expected(GREY, "train")
-    assert "1 links to a folder above" in data.summary
+    assert "1 link to a folder above" in data.summary
 
 
 def test_a_link_to_nothing_is_named(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_hidden_entries_are_ignored_and_the_rest_is_said(tmp_path: Path) -> None
     assert labels_by_image(data, "train") == expected(GREY, "train")
     assert data.summary.endswith(
         "52 files; 40 train images, 12 test images; 10 classes; "
-        "left out: 5 hidden entries, 2 other files (.csv, .txt), 1 images outside of the splits"
+        "left out: 5 hidden entries, 2 other files (.csv, .txt), 1 image outside of the splits"
     )
 
 
@@ -181,7 +181,7 @@ def test_images_beside_class_folders_have_no_label_and_are_counted(tmp_path: Pat
     (tmp_path / "source" / "train" / "loose.png").write_bytes(encode(GREY["train"][0][0]))
     data = make(tmp_path)
     assert data.labelled("train")[1].min() == -1
-    assert "1 images without a label" in data.summary
+    assert "1 image without a label" in data.summary
 
 
 @pytest.mark.parametrize(

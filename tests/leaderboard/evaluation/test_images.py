@@ -277,7 +277,7 @@ def test_costs_are_checked(change: dict[str, Any], message: str, tmp_path: Path)
 def test_images_are_required() -> None:
     with pytest.raises(ValueError, match="--images is missing"):
         main(["evaluate", "--data=digits"])
-    with pytest.raises(ValueError, match="data='' is not a dataset"):
+    with pytest.raises(ValueError, match="give either the name of a dataset"):
         main(["evaluate", "--images=x"])
 
 
