@@ -116,6 +116,8 @@ def complete_flags(command: Callable[..., Any], args: Sequence[str]) -> list[str
             args = [re.sub(rf"^--data\.{name}(?=$|=)", f"--{name}", arg) for arg in args]
     if args and not args[0].startswith("-") and "data" in options and options["data"].default == "":
         args = ["--data", *args]
+    for name in options.keys() & {"root", "cache_dir"}:
+        args = [re.sub(rf"^--data\.{name}(?=$|=)", f"--{name}", arg) for arg in args]
     flags = {f"--{name}" for name, option in options.items() if isinstance(option.default, bool)}
     pairs = zip(args, [*args[1:], "--"], strict=False)
     return [f"{arg}=true" if arg in flags and following.startswith("-") else arg for arg, following in pairs]
