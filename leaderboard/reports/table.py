@@ -229,7 +229,7 @@ def _cells(entry: Entry, keys: list[str]) -> dict[str, Cell]:
         "Solver": Cell(record.solver),
         "NFE": Cell(str(record.nfe), record.nfe),
         "G SOPs": number_cell(cost.sops / 1e9),
-        "mJ": replace(number_cell(cost.energy_strict_mj), note=incomplete_cost(cost)),
+        "mJ": number_cell(cost.energy_strict_mj)._replace(note=incomplete_cost(cost)),
         "M params": number_cell(cost.parameters / 1e6),
         "Images/s": number_cell(cost.images_per_second),
         "Samples": Cell(f"{samples:,}", samples),
