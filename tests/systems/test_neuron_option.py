@@ -22,7 +22,12 @@ SIZES = {
     "SDM": UNET,
     "FSDDIM": [*UNET, "--model.num_steps=2"],
     "SDiT": ["--model.embed_dim=16", "--model.depth=3", "--model.image_size=8"],
-    "SpikingDiffusion": ["--model.base_channels=8", "--model.autoencoder_channels=8", "--model.num_steps=2"],
+    "SpikingDiffusion": [
+        "--model.base_channels=8",
+        "--model.num_train_timesteps=4",
+        "--model.autoencoder_channels=8",
+        "--model.num_steps=2",
+    ],
 }
 NEURONS = {
     "snntorch.Leaky": ["beta=0.9", "learn_beta=true", "spike_grad=triangle"],
@@ -43,15 +48,16 @@ def test_every_method_accepts_other_neurons(method: str) -> None:
     neuron = list(NEURONS)[list(SIZES).index(method)]
     options = [f"--model.neuron.{option}" for option in NEURONS[neuron]]
     system = built(method, f"--model.neuron={neuron}", *options, "--model.threshold=0.9")
+    system.num_inference_steps = 2
+    system.eval()
     layers = [layer for _, layer in spiking_layers(system.network)]
     assert {type(getattr(layer, "neuron", layer)).__name__ for layer in layers} == {neuron.rsplit(".")[-1]}
     assert {layer.threshold_scale for layer in layers} == {0.9}
     assert len({id(p) for layer in layers for p in layer.parameters()}) == sum(
         len(list(x.parameters())) for x in layers
     )
-    image = system.sample(
-        torch.tensor([0]), (1, 28 if method == "SpikingDiffusion" else 8, 28 if method == "SpikingDiffusion" else 8)
-    )
+    side = 28 if method == "SpikingDiffusion" else 8
+    image = system.sample(torch.tensor([0]), (1, side, side))
     assert image.isfinite().all()
 
 

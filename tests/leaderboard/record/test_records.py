@@ -191,3 +191,10 @@ def test_records_are_found_where_they_are_kept(make_record: Make, tmp_path: Path
     assert find_records([tmp_path]) == sorted([direct, nested])
     assert find_records([tmp_path / "runs" / "a"]) == [nested]
     assert find_records([tmp_path / "nowhere"]) == []
+
+
+def test_only_an_incomplete_cost_says_so(make_record: Callable[..., Record], tmp_path: Path) -> None:
+    record = make_record()
+    assert '"incomplete"' not in write_record(record, tmp_path).read_text()  # as before the field existed
+    incomplete = replace(record, cost=replace(record.cost, incomplete={"mixer [_fft_r2c]": 3}))
+    assert read_record(write_record(incomplete, tmp_path)).cost.incomplete == {"mixer [_fft_r2c]": 3}

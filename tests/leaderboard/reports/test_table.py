@@ -348,3 +348,13 @@ def test_a_result_is_wrapped_between_values(make_record: Make, capsys: pytest.Ca
         "  records/b.json",
         "  samples/b.png",
     ]
+
+
+def test_an_incomplete_cost_is_marked(make_record: Make) -> None:
+    record = make_record()
+    incomplete = replace(record, cost=replace(record.cost, incomplete={"mixer [_fft_r2c]": 3}))
+    text = markdown([(Path("a.json"), incomplete), (Path("b.json"), record)])
+    header, first, second = rows(text)
+    column = header.index("45 nm arithmetic, mJ")
+    assert first[column] == f"{second[column]}\\*"
+    assert "lower bound: it lacks the products of mixer" in text
