@@ -201,11 +201,17 @@ def record_text(record: Record) -> str:
     return _file(record)[1]
 
 
-def _file(record: Record) -> tuple[str, str]:
-    """Returns the file name and content of a record."""
+def record_data(record: Record) -> dict[str, Any]:
+    """Returns a record as the JSON object in its file; `conditional` is only in those of conditional models."""
     data = asdict(record)
     if record.conditional is None:
-        del data["conditional"]  # records without classes are as before there was this field
+        del data["conditional"]
+    return data
+
+
+def _file(record: Record) -> tuple[str, str]:
+    """Returns the file name and content of a record."""
+    data = record_data(record)
     created = _check(data, f"new record of {record.method}")
     text = json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n"
     short = hashlib.sha256(text.encode()).hexdigest()[:8]

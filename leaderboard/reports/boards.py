@@ -17,7 +17,7 @@ from PIL import Image
 
 from leaderboard.files import canonical_sha256
 from leaderboard.record.entries import Entry, order_metrics
-from leaderboard.record.records import Record
+from leaderboard.record.records import Record, record_data
 from leaderboard.reports import pareto
 from leaderboard.reports.published import Published, PublishedResult
 from leaderboard.reports.table import Cell, label, metric_name, table_provenance, table_rows, table_title, tables
@@ -188,7 +188,7 @@ def _uncertainty(entry: Entry) -> float:
 
 def _measured_row(entry: Entry, cells: dict[str, Cell]) -> Row:
     record = entry.record
-    data = asdict(record)
+    data = record_data(record)
     return Row(
         anchor=f"record-{_digest(data)}",
         source="draft" if record.draft else "measured",

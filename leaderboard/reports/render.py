@@ -15,7 +15,7 @@ from rich.text import Text
 
 from leaderboard.files import write_atomic
 from leaderboard.record.entries import RECORDS, Entry, read_records
-from leaderboard.record.records import Record
+from leaderboard.record.records import Record, record_data
 from leaderboard.reports.boards import UNKNOWN, Row, published_boards
 from leaderboard.reports.page import render_page
 from leaderboard.reports.published import Published, PublishedResult, read_published
@@ -215,7 +215,7 @@ def to_json(records: Iterable[tuple[Path, Record]], published: Published) -> str
                 {
                     "rank": _rank(position, entry),
                     "file": entry.path.name,
-                    "record": asdict(entry.record),
+                    "record": record_data(entry.record),
                     "verified": _verified_day(entry),
                 }
                 for position, entry in enumerate(group, 1)
