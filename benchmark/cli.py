@@ -36,7 +36,7 @@ PASS_THROUGH = {
     "regress": ("benchmark.commands.regress:regress", "train small networks and compare them with baselines"),
     "ablate-sdit": (
         "benchmark.commands.ablate_sdit:ablate_sdit",
-        "train and test SDiT or SpikingRWKV and its ablations, several seeds",
+        "train and test SDiT or SpikingRWKV and its ablations",
     ),
 }
 """Commands that pass the options they do not know on to `fit` or `test`."""

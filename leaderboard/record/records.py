@@ -288,7 +288,14 @@ def record_text(record: Record) -> str:
     return _file(record)[1]
 
 
-_ADDED = (("images",), ("training_data",), ("dataset", "geometry"), ("code", "external"), ("cost", "incomplete"))
+_ADDED = (
+    ("images",),
+    ("conditional",),
+    ("training_data",),
+    ("dataset", "geometry"),
+    ("code", "external"),
+    ("cost", "incomplete"),
+)
 """Paths of optional fields that earlier versions did not have; files omit them where they are `None`."""
 
 
