@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shlex
 import statistics
@@ -30,7 +29,7 @@ VARIANTS = {
     "spiking embedding": ("--model.embedding=spiking",),
 }
 """Variants, and the options of `fit` that define each, the same for SDiT and SpikingRWKV."""
-TRAINING_TIME = "training_time.json"
+TRAINING_TIME = "training_seconds.txt"
 """File in the folder of each run with the seconds that its training took."""
 
 
@@ -79,10 +78,10 @@ def ablate_sdit(args: Sequence[str]) -> None:
                 fit = [f"--config={options.config}", *rest, *VARIANTS[name], f"--seed_everything={seed}", in_folder]
                 started = time.perf_counter()
                 run_stage(["fit", *fit])
-                write_atomic(folder / TRAINING_TIME, json.dumps(time.perf_counter() - started))
+                write_atomic(folder / TRAINING_TIME, f"{time.perf_counter() - started:.1f}\n")
                 run_stage(fill_in_newest_run(["test", in_folder, f"--evaluation.variant={name}, seed {seed}", *draft]))
             records[name].append(read_record(find_records([folder])[-1]))
-            seconds[name].append(float(json.loads((folder / TRAINING_TIME).read_text())))
+            seconds[name].append(float((folder / TRAINING_TIME).read_text()))
     plot = free_path(options.output / "ablations.png")
     _plot(records).savefig(plot, dpi=150)
     console.print(_table(records, seconds))
