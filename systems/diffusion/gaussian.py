@@ -73,15 +73,19 @@ class GaussianDiffusion(DiffusionSystem):
         if eta and "eta" not in inspect.signature(scheduler.step).parameters:
             raise ValueError(f"eta={eta} is an option of DDIM, which {name} does not have; leave it at 0")
         self.network = network
-        check_schedule(scheduler)
-        self.scheduler = double_tables(scheduler)
+        self.scheduler = scheduler
+        is_real = not scheduler.alphas_cumprod.is_meta  # a module on the meta device has sizes only
+        if is_real:
+            check_schedule(scheduler)
+            double_tables(scheduler)
         self.num_inference_steps = num_inference_steps
         self.eta = eta
         self.final_clip = final_clip
         power = self.scheduler.alphas_cumprod.double()
         self.register_buffer("signal", power.sqrt().float(), persistent=False)
         self.register_buffer("sigma", (1 - power).sqrt().float(), persistent=False)
-        try_chain(self.scheduler, num_inference_steps, 2 if self.passes_variance else 1)
+        if is_real:
+            try_chain(scheduler, num_inference_steps, 2 if self.passes_variance else 1)
 
     @property
     def solver(self) -> str:

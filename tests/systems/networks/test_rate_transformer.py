@@ -129,7 +129,7 @@ def test_the_scan_and_its_gradients_are_the_recorded_ones(recorded: dict[str, Te
 
 def test_neurons_and_their_gradient_are_the_recorded_ones(recorded: dict[str, Tensor]) -> None:
     current = recorded["lif.current"].double()[None].requires_grad_()
-    neuron = RateNeuron(rate_lif, 4)
+    neuron = RateNeuron(rate_lif, 4, current.shape[-1])
     spikes: list[Tensor] = []
     neuron.neuron.register_forward_hook(lambda module, inputs, output: spikes.append(output))
     rate = neuron(current)
@@ -143,7 +143,7 @@ def test_neurons_and_their_gradient_are_the_recorded_ones(recorded: dict[str, Te
 def test_rates_are_a_staircase_of_four_levels() -> None:
     edges = [16 / 15, 4 / 3, 2.0]
     currents = torch.tensor([[edge + offset for edge in edges for offset in (-1e-4, 1e-4)]])
-    assert RateNeuron(rate_lif, 4)(currents)[0].tolist() == [0, 0.25, 0.25, 0.5, 0.5, 1]
+    assert RateNeuron(rate_lif, 4, 6)(currents)[0].tolist() == [0, 0.25, 0.25, 0.5, 0.5, 1]
 
 
 def test_initial_values_are_the_recorded_ones(recorded: dict[str, Tensor]) -> None:
