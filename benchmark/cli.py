@@ -107,8 +107,14 @@ def print_help() -> None:
 
 
 def complete_flags(command: Callable[..., Any], args: Sequence[str]) -> list[str]:
-    """Adds the value to boolean options that have none: `--wide` becomes `--wide=true`."""
-    flags = {f"--{name}" for name, option in signature(command).parameters.items() if isinstance(option.default, bool)}
+    """Adds what may be omitted: the value of boolean options, and the name of the first option, `--data`.
+
+    `--wide` becomes `--wide=true`, and `reference mnist` becomes `reference --data mnist`.
+    """
+    options = signature(command).parameters
+    if args and not args[0].startswith("-") and "data" in options and options["data"].default == "":
+        args = ["--data", *args]
+    flags = {f"--{name}" for name, option in options.items() if isinstance(option.default, bool)}
     pairs = zip(args, [*args[1:], "--"], strict=False)
     return [f"{arg}=true" if arg in flags and following.startswith("-") else arg for arg, following in pairs]
 
@@ -137,11 +143,13 @@ def main(args: Sequence[str] | None = None) -> None:
         module, function = PASS_THROUGH[args[0]][0].split(":")
         getattr(import_module(module), function)(args[1:])
     elif args[0] in COMMANDS:
-        from jsonargparse import auto_cli
+        from jsonargparse import auto_parser
 
         module, function = COMMANDS[args[0]][0].split(":")
         command = getattr(import_module(module), function)
-        auto_cli(command, args=complete_flags(command, args[1:]), prog=f"python -m benchmark {args[0]}")
+        parser = auto_parser(command, prog=f"python -m benchmark {args[0]}")
+        options = parser.instantiate(parser.parse_args(complete_flags(command, args[1:])))
+        command(**{name: options[name] for name in signature(command).parameters})  # auto_cli would drop `config`
     else:
         known = ", ".join([*STAGES, *PASS_THROUGH, *COMMANDS])
         print(f"error: unknown command {args[0]!r}; choose one of: {known}", file=sys.stderr)

@@ -9,6 +9,7 @@ from datamodules.fmnist import FMNIST
 from datamodules.kmnist import KMNIST
 from datamodules.letters import Letters
 from datamodules.mnist import MNIST
+from datamodules.own import FromDataset, ImageFolder, Parquet
 
 __all__ = [
     "MNIST",
@@ -18,6 +19,9 @@ __all__ = [
     "CIFAR10",
     "CelebA",
     "Digits",
+    "ImageFolder",
+    "Parquet",
+    "FromDataset",
     "ImageDataModule",
     "DatasetError",
     "DatasetNotFoundError",

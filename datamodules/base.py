@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from datamodules.cache import Entry, Sample, build_entry, open_entry
 from datamodules.errors import DatasetError, DatasetNotFoundError
+from datamodules.files import ARCHIVES, counted, list_files, named
 from datamodules.images import decode, resize
 from datamodules.loading import (
     FilledBatches,
@@ -30,9 +32,10 @@ from datamodules.loading import (
     whole_batches,
     world_size,
 )
-from datamodules.sources import Reader, Record, Source, find_image_folder, find_parquet, hub
+from datamodules.sources import Reader, Record, Source, find_image_folder
+from datamodules.tables import LABEL_COLUMNS, Columns, find_parquet, find_saved, hub
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 CACHE_VARIABLE = "SPIKING_DIFFUSION_CACHE"
 CACHE_NAME = "spiking-diffusion-benchmark"
 """Folder of decoded images in the user's cache folder."""
@@ -70,14 +73,24 @@ class ImageDataModule(L.LightningDataModule):
     """
 
     name: str
+    """Name in files and records, of lower-case letters, digits, "_" and "-"."""
     title: str
+    """Name in messages."""
     num_channels: int
+    """1 for grey, 3 for colour."""
     native_size: int
-    num_classes: int | None
-    hub_id: str
+    """Side length in pixels at which images are compared with `fit="pad"`."""
+    num_classes: int | None = None
+    """Number of classes; None if unknown."""
+    class_names: Sequence[str] = ()
+    """Classes in the order of their labels, as folders may be named; numbers are always understood."""
+    sizes: ClassVar[Mapping[str, int]] = {}
+    """Published number of images of each split; a source with other numbers is named in records."""
+    hub_id: str | None = None
     hub_config: str | None = None
     hub_revision: str | None = None
-    original_layout: str
+    original_layout: str = ""
+    """Files that `find_original` finds, in words."""
 
     def __init__(
         self,
@@ -141,7 +154,7 @@ class ImageDataModule(L.LightningDataModule):
     @property
     def geometry(self) -> dict[str, Any]:
         """Settings that the compared pixels depend on, in addition to the source."""
-        return self._geometry()
+        return {"size": self._compared_size}
 
     @property
     def model_geometry(self) -> dict[str, Any]:
@@ -150,8 +163,19 @@ class ImageDataModule(L.LightningDataModule):
 
     @property
     def source(self) -> str:
-        """Description of the source that was read."""
-        return str(self._entry.meta["source"])
+        """Description of the source that was read; it says so if the numbers of images are not the published ones."""
+        sizes = {split: self._entry.size(split) for split in self.sizes if split in self._entry.splits}
+        others = [
+            f"{count:,} of {self.sizes[split]:,} {split}"
+            for split, count in sizes.items()
+            if count != self.sizes[split]
+        ]
+        kind = (
+            "a subset"
+            if all(count <= self.sizes[split] for split, count in sizes.items())
+            else "not the published data"
+        )
+        return str(self._entry.meta["source"]) + (f" ({kind}: {', '.join(others)} images)" if others else "")
 
     @property
     def fingerprint(self) -> str:
@@ -171,6 +195,26 @@ class ImageDataModule(L.LightningDataModule):
             "images": len(self._subsets[0]),
         }
 
+    @property
+    def summary(self) -> str:
+        """What was read, in one line: source, files, images, classes, and what was left out."""
+        entry, source = self._entry, self._source
+        labels = torch.cat([entry.labels(split) for split in entry.splits])
+        unknown = int((labels < 0).sum())
+        classes = len(labels[labels >= 0].unique())
+        parts = [
+            counted(source.files, "file") if source.files else "",
+            ", ".join(
+                f"{entry.size(split):,} {split} images" for split in ("train", "valid", "test") if split in entry.splits
+            ),
+            counted(classes, "class", "classes"),
+            f"{counted(unknown, 'image')} without a label" if 0 < unknown < len(labels) else "",
+            f"left out: {', '.join(source.left_out)}" if source.left_out else "",
+        ]
+        if unknown == len(labels):
+            parts[2] = f"no labels (no class folders, no column {', '.join(LABEL_COLUMNS)})"
+        return f"{self.title} from {self.source}: {'; '.join(filter(None, parts))}"
+
     def num_reference(self, split: Split = "train") -> int:
         """Number of images of a split.
 
@@ -185,8 +229,11 @@ class ImageDataModule(L.LightningDataModule):
         return self._entry.size(split)
 
     def prepare_data(self) -> None:
-        """Decodes the dataset into the cache unless it is there; Lightning calls this once per machine."""
-        self._entry  # noqa: B018
+        """Decodes the dataset into the cache unless it is there, and says what was read.
+
+        Lightning calls this once per machine.
+        """
+        print(f"data: {self.summary}", file=sys.stderr)
 
     def setup(self, stage: str | None = None) -> None:
         """Opens the training and validation images; testing and prediction need none."""
@@ -266,28 +313,82 @@ class ImageDataModule(L.LightningDataModule):
         pad, end = self._padding, self._padding + self._compared_size
         return images[..., pad:end, pad:end]
 
+    def find_source(self) -> Source:
+        """Finds the images; override it for images from elsewhere than a folder or the hub.
+
+        Raises:
+            DatasetError: If a folder holds several datasets, or one in several formats.
+            DatasetNotFoundError: If there is nothing that can be read.
+        """
+        layouts = (
+            "train*.parquet and test*.parquet (Hugging Face layout), a folder of datasets' save_to_disk, train/ and "
+            "test/ folders of images" + (f", or {self.original_layout}" if self.original_layout else "")
+        )
+        columns = Columns(class_names=self.class_names)
+        if self.root is None:
+            if self.hub_id is None:
+                raise DatasetNotFoundError(f"{self.title} needs a folder: give --data.root FOLDER that holds {layouts}")
+            return hub(self.title, self.hub_id, self.hub_config, self.revision, layouts, columns)
+        root = Path(self.root).expanduser()
+        if not root.is_dir():
+            raise self._not_found("is not a folder", layouts)
+        found = [
+            find_parquet(root, columns),
+            find_saved(root, columns),
+            find_image_folder(root, self.class_names),
+            self.find_original(root),
+        ]
+        sources = [source for source in found if source is not None]
+        if len(sources) > 1:
+            raise DatasetError(
+                f"--data.root {root} holds {self.title} in several formats: "
+                f"{', '.join(source.description for source in sources)}; keep one, or give its folder"
+            )
+        if not sources:
+            archives = [file.name for file in list_files(root)[0] if file.name.lower().endswith(ARCHIVES)]
+            hint = f" (unpack {named(archives)} first)" if archives else ""
+            raise self._not_found(f"holds none of its layouts{hint}", layouts)
+        return sources[0]
+
+    def _not_found(self, problem: str, layouts: str) -> DatasetNotFoundError:
+        elsewhere = f", or leave root out to read {self.hub_id} from the Hugging Face hub" if self.hub_id else ""
+        return DatasetNotFoundError(
+            f"{self.title} was not found: --data.root {self.root} {problem}. Looked for {layouts}. "
+            f"Give the folder that holds them{elsewhere}."
+        )
+
+    def find_original(self, root: Path) -> Source | None:
+        """Finds the dataset in its original file format below a folder; None if it is not there."""
+        return None
+
+    def canonical(self, train: Reader) -> Callable[[Record], Record]:
+        """Returns a function that undoes the source's conventions (orientation, first label) for one record."""
+        return lambda record: record
+
+    def check_size(self, image: Image.Image, where: str) -> None:
+        """Checks the size of an image before it is decoded, since a small file may contain a huge image.
+
+        Raises:
+            DatasetError: If it is not the dataset's.
+        """
+        if image.size != (self.native_size, self.native_size):
+            raise DatasetError(
+                f"{where} has {image.width}x{image.height} pixels, expected {self.native_size}x{self.native_size}; "
+                f"is this {self.title}?"
+            )
+
+    def fit_image(self, image: Image.Image) -> Image.Image:
+        """Crops and resizes an image to the compared geometry."""
+        return resize(image, self._compared_size)
+
     @cached_property
     def _source(self) -> Source:
-        layouts = (
-            "train*.parquet and test*.parquet (Hugging Face layout), train/ and test/ folders of PNG or JPEG images, "
-            f"or {self.original_layout}"
-        )
-        if self.root is None:
-            return hub(self.title, self.hub_id, self.hub_config, self.revision, layouts)
-        root = Path(self.root).expanduser()
-        for find in (find_parquet, find_image_folder, self._find_original):
-            if root.is_dir() and (source := find(root)) is not None:
-                return source
-        problem = "holds none of its layouts" if root.is_dir() else "is not a folder"
-        raise DatasetNotFoundError(
-            f"{self.title} was not found: --data.root {self.root} {problem}. Looked for {layouts}. "
-            f"Give the folder that holds them, or leave root out to read {self.hub_id} from the Hugging Face hub."
-        )
+        return self.find_source()
 
     @cached_property
     def _entry(self) -> Entry:
         source = self._source
-        key = json.dumps([CACHE_VERSION, self.name, source.identity, self._geometry()], sort_keys=True)
+        key = json.dumps([CACHE_VERSION, self.name, source.identity, self.geometry], sort_keys=True)
         path = self.cache_dir / f"{self.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
         return open_entry(path) or self._build(path, source)
 
@@ -320,18 +421,18 @@ class ImageDataModule(L.LightningDataModule):
 
     def _build(self, path: Path, source: Source) -> Entry:
         splits = source.open()
-        canonical = self._canonical(splits["train"])
+        canonical = self.canonical(splits["train"])
 
         def samples(reader: Reader) -> Iterator[Sample]:
             for record in reader():
                 yield self._decode(canonical(record))
 
         decoded = {split: samples(splits[split]) for split in sorted(splits)}
-        return build_entry(path, source.description, decoded, self._fit_image)
+        return build_entry(path, source.description, decoded, self.fit_image)
 
     def _decode(self, record: Record) -> Sample:
         """Decodes and checks one image."""
-        self._check_size(record.image, record.where)  # before decoding, since a small file may contain a huge image
+        self.check_size(record.image, record.where)
         image = decode(record.image, "L" if self.num_channels == 1 else "RGB", record.where)
         if record.label < -1 or (self.num_classes is not None and record.label >= self.num_classes):
             raise DatasetError(
@@ -339,29 +440,6 @@ class ImageDataModule(L.LightningDataModule):
                 f"is this {self.title}?"
             )
         return image, record.label
-
-    def _check_size(self, image: Image.Image, where: str) -> None:
-        if image.size != (self.native_size, self.native_size):
-            raise DatasetError(
-                f"{where} has {image.width}x{image.height} pixels, expected {self.native_size}x{self.native_size}; "
-                f"is this {self.title}?"
-            )
-
-    def _fit_image(self, image: Image.Image) -> Image.Image:
-        """Crops and resizes an image to the compared geometry."""
-        return resize(image, self._compared_size)
-
-    def _geometry(self) -> dict[str, Any]:
-        """Settings that the cached pixels depend on, in addition to the source."""
-        return {"size": self._compared_size}
-
-    def _canonical(self, train: Reader) -> Callable[[Record], Record]:
-        """Returns a function that undoes the source's conventions (orientation, first label) for one record."""
-        return lambda record: record
-
-    def _find_original(self, root: Path) -> Source | None:
-        """Finds the dataset in its original file format."""
-        return None
 
 
 def _require_at_least(least: int, argument: str, value: int) -> None:

@@ -6,7 +6,7 @@ Alpaydin and Kaynak, "Optical recognition of handwritten digits", UCI Machine Le
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,8 +30,12 @@ class Digits(ImageDataModule):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(root=None, revision=None, **kwargs)  # embedded: there is no source to choose
 
-    @cached_property
-    def _source(self) -> Source:
+    def prepare_data(self) -> None:
+        """Decodes the images into the cache unless they are there; there is no choice of source to report."""
+        self._entry  # noqa: B018
+
+    def find_source(self) -> Source:
+        """Returns scikit-learn's copy."""
         splits = {"train": slice(None, TRAIN_IMAGES), "test": slice(TRAIN_IMAGES, None)}
         readers = {split: partial(_read, part) for split, part in splits.items()}
         return Source("digits embedded in scikit-learn", "scikit-learn digits", lambda: readers)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from datamodules.errors import DatasetError
+from datamodules.files import list_files
 from datamodules.sources import Reader, Record, Source, one_folder, stat_identity
 
 TORCHVISION_FOLDERS = frozenset({"MNIST", "FashionMNIST", "KMNIST", "EMNIST"})
@@ -35,15 +36,14 @@ def find_idx(root: Path, folder: str, train: str = "train", test: str = "t10k") 
         DatasetError: If only some of the four files are there, or there are several of one.
     """
     others = TORCHVISION_FOLDERS - {folder}
+    listed = [file for file in list_files(root)[0] if not others & set(file.relative_to(root).parts)]
 
     def find(name: str) -> Path | None:
-        matches = [
-            file
-            for file in sorted(root.rglob(f"{name}*"))
-            if file.name in (name, f"{name}.gz") and not others & set(file.relative_to(root).parts)
-        ]
-        one_folder(root, name, matches)
-        return matches[0] if matches else None  # the plain file sorts before its .gz
+        spellings = {name, name.replace("-idx", ".idx")}  # the dot as in some copies of the original files
+        matches = [file for file in listed if file.name.removesuffix(".gz") in spellings]
+        matches.sort(key=lambda file: file.suffix == ".gz")  # plain files first
+        one_folder(root, name, {_outside_gzip(file) for file in matches})
+        return matches[0] if matches else None
 
     names = {
         split: (f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte")
@@ -59,7 +59,12 @@ def find_idx(root: Path, folder: str, train: str = "train", test: str = "t10k") 
     readers: dict[str, Reader] = {
         split: partial(_read_idx_pair, files[images], files[labels]) for split, (images, labels) in names.items()
     }
-    return Source(f"IDX files in {folder_found}", stat_identity(files.values()), lambda: readers)
+    return Source(f"IDX files in {folder_found}", stat_identity(files.values()), lambda: readers, len(files))
+
+
+def _outside_gzip(file: Path) -> Path:
+    """Leaves out the folder `gzip` of EMNIST's archive, from which torchvision unpacks files into the folder above."""
+    return file.parent.with_name(file.name) if file.parent.name == "gzip" else file
 
 
 def _read_idx_pair(images_file: Path, labels_file: Path) -> Iterator[Record]:

@@ -8,13 +8,14 @@ them from 0. This module always returns upright images and labels from 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from PIL import Image
 
+from datamodules.arrays import find_csv
 from datamodules.base import ImageDataModule
 from datamodules.errors import DatasetError
 from datamodules.idx import find_idx
@@ -42,9 +43,12 @@ class Letters(ImageDataModule):
     num_channels = 1
     native_size = 28
     num_classes = 26
+    class_names = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    sizes: ClassVar[Mapping[str, int]] = {"train": 124_800, "test": 20_800}
     hub_id = "tanganke/emnist_letters"
     original_layout = (
-        "IDX files as torchvision keeps them (EMNIST/raw/emnist-letters-train-images-idx3-ubyte, plain or .gz)"
+        "IDX files as torchvision or EMNIST's archive keep them (EMNIST/raw/emnist-letters-train-images-idx3-ubyte, "
+        "plain or .gz), or Kaggle's CSV files (emnist-letters-train.csv and emnist-letters-test.csv)"
     )
 
     def __init__(self, *, orientation: Literal["auto", "upright", "transposed"] = "auto", **kwargs: Any) -> None:
@@ -53,18 +57,29 @@ class Letters(ImageDataModule):
             raise ValueError(f"orientation={orientation!r} is unknown; choose 'auto', 'upright' or 'transposed'")
         self.orientation = orientation
 
-    def _geometry(self) -> dict[str, Any]:
-        return super()._geometry() | {"orientation": self.orientation}
+    @property
+    def geometry(self) -> dict[str, Any]:
+        """Settings that the compared pixels depend on, in addition to the source."""
+        return super().geometry | {"orientation": self.orientation}
 
-    def _find_original(self, root: Path) -> Source | None:
-        return find_idx(root, "EMNIST", train="emnist-letters-train", test="emnist-letters-test")
+    def find_original(self, root: Path) -> Source | None:
+        """Finds IDX or CSV files."""
+        names = {split: (f"emnist-letters-{split}.csv",) for split in ("train", "test")}
+        files = find_idx(root, "EMNIST", train="emnist-letters-train", test="emnist-letters-test")
+        return files or find_csv(root, names, self.native_size)
 
-    def _canonical(self, train: Reader) -> Callable[[Record], Record]:
+    def canonical(self, train: Reader) -> Callable[[Record], Record]:
+        """Returns a function that turns letters upright and labels them from 0, for the conventions of this source."""
         labels, slendernesses = self._survey(train)
         if {0, 26} <= labels:
             raise DatasetError(
                 f"{self._source.description} has labels from 0 to 26, expected 0 to 25 or 1 to 26; "
                 f"is this {self.title}?"
+            )
+        if labels - {-1} and not {0, 26} & labels:
+            raise DatasetError(
+                f"{self._source.description} has training labels from {min(labels - {-1})} to {max(labels)}, so "
+                "that it is unknown whether the letter A is 0 or 1; the first and the last letter are missing"
             )
         first_label = 1 if 26 in labels else 0
         values = [value for letter in TALL for value in slendernesses[letter + first_label]]
@@ -73,6 +88,7 @@ class Letters(ImageDataModule):
 
         def canonical(record: Record) -> Record:
             label = record.label - first_label if record.label >= first_label else -1
+            self.check_size(record.image, record.where)
             image = decode(record.image, "L", record.where)
             return Record(image.transpose(Image.Transpose.TRANSPOSE) if transposed else image, label, record.where)
 
@@ -86,7 +102,7 @@ class Letters(ImageDataModule):
             labels.add(record.label)
             values = seen.get(record.label)
             if values is not None and len(values) < IMAGES_PER_LETTER:
-                self._check_size(record.image, record.where)
+                self.check_size(record.image, record.where)
                 values.append(_slenderness(decode(record.image, "L", record.where)))
         return labels, seen
 

@@ -1,28 +1,26 @@
-"""Sources of images: parquet files, image folders and the Hugging Face hub.
+"""Sources of images: the interface of all formats, and folders of image files.
 
 A `Source` is found without being read: its `identity` is part of the cache key, and images are read only when the
-readers of its splits are iterated. `idx.py`, `cifar10.py` and `celeba.py` read the original files of single datasets.
+readers of its splits are iterated. `tables.py` reads parquet files, saved datasets and the hub; `idx.py`, `arrays.py`,
+`cifar10.py` and `celeba.py` read original files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from PIL import Image
 
-from datamodules.errors import DatasetError, DatasetNotFoundError
+from datamodules.errors import DatasetError
+from datamodules.files import class_labels, counted, left_out, list_files, split_of
 from datamodules.images import open_image
 
-SPLITS = ("train", "test", "valid")
-"""Names of the splits: prefixes of parquet files and names of image folders."""
-IMAGE_COLUMNS = ("image", "img")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
-HUB_TIMEOUT = 10.0
-"""Seconds to wait for the first response of the hub."""
+STUBS = frozenset({"BUFR", "GRIB", "HDF5", "MPEG"})
+"""Formats that Pillow recognises but cannot decode."""
 
 
 class Record(NamedTuple):
@@ -38,11 +36,23 @@ Reader = Callable[[], Iterator[Record]]
 
 @dataclass(frozen=True)
 class Source:
-    """A dataset that can be read: its description, its identity in the cache key, and a function that opens it."""
+    """A dataset that can be read.
+
+    Args:
+        description: Where it is, in words; part of every record.
+        identity: Changes with the content; part of the cache key.
+        open: Returns the readers of its splits: `train`, usually `test`, maybe `valid`.
+        files: Number of files that are read; 0 if unknown.
+        left_out: What is there but not read, in words.
+        splits: Names of its splits, as far as they are known before it is opened.
+    """
 
     description: str
     identity: str
     open: Callable[[], Mapping[str, Reader]]
+    files: int = 0
+    left_out: tuple[str, ...] = ()
+    splits: tuple[str, ...] = ()
 
 
 def stat_identity(files: Iterable[Path]) -> str:
@@ -51,60 +61,68 @@ def stat_identity(files: Iterable[Path]) -> str:
     return "\n".join(f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats)
 
 
-def find_parquet(root: Path) -> Source | None:
-    """Finds parquet files of the Hugging Face layout anywhere below `root`, by the prefixes of their names.
+@cache
+def image_suffixes() -> frozenset[str]:
+    """Returns the suffixes of all formats that Pillow can decode, in lower case."""
+    formats = Image.registered_extensions()
+    return frozenset(suffix for suffix, name in formats.items() if name in Image.OPEN and name not in STUBS)
+
+
+def is_image(file: Path) -> bool:
+    """Whether Pillow can decode files of this suffix."""
+    return file.suffix.lower() in image_suffixes()
+
+
+def find_image_folder(root: Path, class_names: Sequence[str] = (), whole: bool = False) -> Source | None:
+    """Finds image files below a training and a test folder; the folders in these are the classes.
+
+    Args:
+        root: Folder that contains `train` and `test` (or `training`, `testing`; `val`, `valid` or `validation`), or
+            a single folder that does.
+        class_names: The dataset's own classes in the order of their labels.
+        whole: Whether the test split may be missing, and all images are training images where there are no splits.
 
     Raises:
-        DatasetError: If they belong to several datasets, or the training or the test split is missing.
+        DatasetError: If a split is missing or there twice, or a folder is not one of the classes.
     """
-    found = sorted(root.rglob("*.parquet"))
-    files = {split: [file for file in found if file.name.startswith(split)] for split in SPLITS}
-    files = {split: paths for split, paths in files.items() if paths}
+    found, notes = list_files(root)
+    files = [file for file in found if is_image(file)]
     if not files:
         return None
-    for split, paths in files.items():
-        one_folder(root, f"parquet files of the {split} split", paths)
-    require_splits(files, f"the parquet files below {root}")
-    readers: dict[str, Reader] = {split: partial(_read_parquet, paths) for split, paths in files.items()}
-    everything = [path for paths in files.values() for path in paths]
-    return Source(f"parquet files below {root}", stat_identity(everything), lambda: readers)
-
-
-def find_image_folder(root: Path) -> Source | None:
-    """Finds PNG or JPEG images below `root/train` and `root/test`; subfolders, sorted by name, are the classes.
-
-    Raises:
-        DatasetError: If the training or the test split is missing.
-    """
-    files = {
-        split: sorted(file for file in (root / split).rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-        for split in SPLITS
-    }
-    files = {split: paths for split, paths in files.items() if paths}
-    if not files:
+    top, groups = _only_folder(root, found)
+    folders: dict[str, list[str]] = {}
+    for name in sorted(groups):
+        if (split := split_of(name)) and any(map(is_image, groups[name])):
+            folders.setdefault(split, []).append(name)
+    if not folders and not whole:
         return None
-    require_splits(files, f"the image folder {root}")
-    classes = sorted(folder.name for folder in (root / "train").iterdir() if folder.is_dir())
+    for split, names in folders.items():
+        if len(names) > 1:
+            raise DatasetError(f"{top} holds the {split} split several times: {', '.join(names)}; keep one folder")
+    if folders:
+        bases = {split: top / name for split, (name,) in folders.items()}
+        splits = {split: list(filter(is_image, groups[base.name])) for split, base in bases.items()}
+    else:
+        has_classes = top == root or any(len(file.parts) > len(top.parts) + 1 for file in files)
+        bases, splits = {"train": top if has_classes else top.parent}, {"train": files}
+    require_splits(splits, f"the image folder {top}", ("train",) if whole else ("train", "test"))
+    classes = {_class(file, bases[split]) for split, paths in splits.items() for file in paths}
+    what = f"the class folders below {top}"
+    labels = class_labels((name for name in classes if name is not None), class_names, what)
     readers: dict[str, Reader] = {
-        split: partial(_read_folder, root / split, paths, classes) for split, paths in files.items()
+        split: partial(_read_folder, bases[split], paths, labels) for split, paths in splits.items()
     }
-    everything = [path for paths in files.values() for path in paths]
-    return Source(f"image folder {root}", stat_identity(everything), lambda: readers)
+    read = [path for paths in splits.values() for path in paths]
+    inside = [
+        group for name, group in groups.items() if not folders or any(base.name == name for base in bases.values())
+    ]
+    notes += left_out([file for group in inside for file in group if not is_image(file)])
+    if outside := len(files) - len(read):
+        notes.append(f"{counted(outside, 'image')} outside of the splits")
+    return Source(f"image folder {top}", stat_identity(read), lambda: readers, len(read), tuple(notes), tuple(splits))
 
 
-def hub(title: str, hub_id: str, config: str | None, revision: str | None, layouts: str) -> Source:
-    """Returns the dataset `hub_id` of the Hugging Face hub as a source; the `datasets` library caches it."""
-    pinned = (
-        f"revision {revision}" if revision else "latest revision (none pinned: the fingerprint identifies the data)"
-    )
-    return Source(
-        description=f"Hugging Face hub {hub_id}, {pinned}",
-        identity=f"hub {hub_id} {config} {revision}",
-        open=partial(_open_hub, title, hub_id, config, revision, layouts),
-    )
-
-
-def one_folder(root: Path, what: str, files: list[Path]) -> None:
+def one_folder(root: Path, what: str, files: Iterable[Path]) -> None:
     """Raises a `DatasetError` if the files lie in several folders."""
     folders = sorted({str(file.parent) for file in files})
     if len(folders) > 1:
@@ -114,74 +132,35 @@ def one_folder(root: Path, what: str, files: list[Path]) -> None:
         )
 
 
-def require_splits(splits: Iterable[str], what: str) -> None:
+def require_splits(splits: Iterable[str], what: str, needed: Sequence[str] = ("train", "test")) -> None:
     """Raises a `DatasetError` if there is no training or no test split."""
-    if missing := {"train", "test"} - set(splits):
-        raise DatasetError(f"no {' and '.join(sorted(missing))} split in {what}; a train and a test split are needed")
+    found = set(splits)
+    if missing := [split for split in needed if split not in found]:
+        has = f" (it has: {', '.join(sorted(found))})" if found else ""
+        wanted = " and ".join(f"a {split} split" for split in needed)
+        raise DatasetError(f"no {' and '.join(sorted(missing))} split in {what}{has}; expected {wanted}")
 
 
-def _read_parquet(files: list[Path]) -> Iterator[Record]:
-    from datasets import load_dataset  # slow to import, and only needed to build the cache
+def _only_folder(root: Path, files: Sequence[Path]) -> tuple[Path, dict[str, list[Path]]]:
+    """Descends while there is nothing but one folder, up to the splits; groups the files by the next name."""
+    top = root
+    while True:
+        groups: dict[str, list[Path]] = {}
+        for file in files:
+            groups.setdefault(file.parts[len(top.parts)], []).append(file)
+        (name, group), *others = groups.items()
+        if others or split_of(name) or any(len(file.parts) == len(top.parts) + 1 for file in group):
+            return top, groups
+        top /= name
 
+
+def _class(file: Path, base: Path) -> str | None:
+    parents = file.relative_to(base).parts[:-1]
+    return parents[0] if parents else None
+
+
+def _read_folder(base: Path, files: list[Path], labels: Mapping[str, int]) -> Iterator[Record]:
     for file in files:
-        load = partial(load_dataset, "parquet", data_files=str(file), split="train", streaming=True)
-        yield from _read_rows(load, str(file))  # streamed: no second copy on disk
-
-
-def _read_rows(load: Callable[[], Any], where: str) -> Iterator[Record]:
-    from datasets import Image as ImageFeature
-
-    try:
-        dataset = load()
-        names = dataset.column_names
-        column = next((name for name in IMAGE_COLUMNS if name in names), None)
-        if column is None:
-            raise DatasetError(f"{where} has the columns {names}, expected one named {' or '.join(IMAGE_COLUMNS)}")
-        kept = [column, "label"] if "label" in names else [column]
-        dataset = dataset.cast_column(column, ImageFeature(decode=False)).select_columns(kept)
-        index = 0
-        for batch in dataset.iter(batch_size=256):
-            images = batch[column]
-            for image, label in zip(images, batch.get("label", [-1] * len(images)), strict=True):
-                here = f"{where}, row {index},"
-                if not image or not image["bytes"]:
-                    raise DatasetError(f"{here} holds no image bytes; expected a struct of bytes and path")
-                yield Record(open_image(image["bytes"], here), -1 if label is None else int(label), here)
-                index += 1
-    except DatasetError:
-        raise
-    except Exception as error:  # pyarrow, fsspec and datasets raise without a common base
-        raise DatasetError(f"{where} cannot be read ({type(error).__name__}: {error}); fetch it again") from error
-
-
-def _read_folder(folder: Path, files: list[Path], classes: list[str]) -> Iterator[Record]:
-    for file in files:
-        parents = file.relative_to(folder).parts[:-1]
-        if parents and parents[0] not in classes:
-            raise DatasetError(f"{file} is of a class that has no folder in the training split: {', '.join(classes)}")
-        yield Record(open_image(file.read_bytes(), str(file)), classes.index(parents[0]) if parents else -1, str(file))
-
-
-def _open_hub(title: str, hub_id: str, config: str | None, revision: str | None, layouts: str) -> Mapping[str, Reader]:
-    import datasets
-    from huggingface_hub import HfApi
-
-    try:
-        if not Path(datasets.config.HF_DATASETS_CACHE, hub_id.replace("/", "___")).exists():
-            # A single request first: without a network, load_dataset retries for half a minute and more.
-            HfApi().dataset_info(hub_id, revision=revision, timeout=HUB_TIMEOUT)
-        splits = datasets.load_dataset(hub_id, config, revision=revision)
-    except Exception as error:  # httpx, huggingface_hub and datasets raise without a common base
-        raise DatasetNotFoundError(
-            f"{title} was not found. Tried the Hugging Face hub: {hub_id}, revision {revision or 'latest'} "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}), "
-            "and no folder was given. Ways out:\n"
-            f"  - give a folder with --data.root FOLDER that holds {layouts};\n"
-            "  - or run once on a machine with a network: the hub's copy is kept in the Hugging Face cache (HF_HOME)."
-        ) from error
-    require_splits(splits, f"Hugging Face hub {hub_id}")
-    names = {"validation": "valid"}
-    return {
-        names.get(split, split): partial(_read_rows, partial(splits.__getitem__, split), f"{hub_id}, split {split}")
-        for split in splits
-    }
+        name = _class(file, base)
+        label = -1 if name is None else labels[name]
+        yield Record(open_image(file.read_bytes(), str(file)), label, str(file))

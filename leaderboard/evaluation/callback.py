@@ -140,7 +140,14 @@ class Evaluation(Callback):
             if difference := data_entry.difference(_dataset(data)):
                 print(f"transfer: {difference}; the record is marked and not ranked", flush=True)
         weights = (self.inception_weights, self.torchvision_weights, self.extractor)
-        self.parts = build_parts(self.protocol, data, weights, self.fad_dir, trainer.is_global_zero)
+        self.parts = build_parts(
+            self.protocol,
+            data,
+            weights,
+            self.fad_dir,
+            trainer.is_global_zero,
+            (self.config.get("data") or {}).get("init_args") or {},
+        )
         for part in self.parts:
             part.to(system.device)
         where = (system.device, trainer.global_rank, trainer.world_size)

@@ -11,6 +11,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 from typing import Protocol as Interface
 
@@ -24,12 +25,14 @@ from torchmetrics import Metric
 
 from datamodules import ImageDataModule
 from datamodules.base import Split
-from datamodules.registry import data_module, make_data
+from datamodules.registry import find_data, make_data
+from leaderboard.extractors.base import EXTRACTORS, local_extractor
 from leaderboard.extractors.inception import view_extractor
+from leaderboard.extractors.train import data_command
 from leaderboard.files import canonical_sha256, write_atomic
 from leaderboard.metrics.fad import FrechetAutoencoderDistance
 from leaderboard.metrics.generation import GenerationMetrics
-from leaderboard.protocols import PROTOCOLS, Protocol, ProtocolName
+from leaderboard.protocols import PROTOCOLS, SUITE, Protocol, ProtocolName
 
 VERSION = 1
 """Version of the file format; files of another version are not used."""
@@ -51,6 +54,7 @@ class Part(Interface):
 def reference(
     data: str = "",
     protocol: ProtocolName = "standard-v1",
+    config: str | None = None,
     root: str | None = None,
     inception_weights: str | None = None,
     torchvision_weights: str | None = None,
@@ -62,8 +66,9 @@ def reference(
     """Precomputes the reference statistics of a dataset under a protocol; `test` computes them if they are missing.
 
     Args:
-        data: Dataset name, e.g. mnist (required).
+        data: Name of the dataset, such as mnist, or the path of a class, such as mypackage.data.Shapes.
         protocol: How images are compared.
+        config: Config of a training or a run whose data is used, instead of `data`.
         root: Folder of the dataset; read from the Hugging Face hub if not given.
         inception_weights: Local file of the 2015 Inception weights, where they cannot be downloaded.
         torchvision_weights: Local file of torchvision's Inception weights, where they cannot be downloaded.
@@ -76,18 +81,19 @@ def reference(
         ValueError: If the dataset is unknown, or the protocol is not defined for it.
     """
     chosen = PROTOCOLS[protocol]
-    kind = data_module(data)
-    options = {"root": root, "cache_dir": cache_dir, **data_options}
-    size = chosen.size.get(kind.name, kind.native_size)
-    if size != kind.native_size:
-        options |= {"image_size": size, "fit": "resize"}
-    module = make_data(data, {k: value for k, value in options.items() if value is not None or k in data_options})
-    if deviations := chosen.deviations(module.name, kind.native_size, module.compared_size, chosen.num_samples, 0):
+    given = {"root": root, "cache_dir": cache_dir}
+    name, options = find_data(data, config, {k: v for k, v in given.items() if v is not None} | data_options)
+    module = make_data(name, options)
+    size = chosen.size.get(module.name, module.native_size)
+    if size != module.compared_size:
+        geometry = {"image_size": size} | ({} if size == module.native_size else {"fit": "resize"})
+        module = make_data(name, options | geometry)
+    if deviations := chosen.deviations(module.name, module.native_size, module.compared_size, chosen.num_samples, 0):
         raise ValueError(f"{protocol} cannot be prepared: {'; '.join(deviations)}")
     module.prepare_data()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     weights = (inception_weights, torchvision_weights, extractor)
-    parts = build_parts(chosen, module, weights, fad_dir)
+    parts = build_parts(chosen, module, weights, fad_dir, options=options)
     prepare_reference([part.to(device) for part in parts], module, chosen, device)
 
 
@@ -97,6 +103,7 @@ def build_parts(
     weights: tuple[str | None, str | None, str | None],
     fad_dir: str | None,
     is_first_process: bool = True,
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[GenerationMetrics | FrechetAutoencoderDistance]:
     """Returns the metrics of an evaluation: one part for each view, and one for the Fréchet autoencoder distance.
 
@@ -106,16 +113,21 @@ def build_parts(
         weights: Local files of the 2015 Inception network, torchvision's Inception and a small extractor, or None.
         fad_dir: Folder of the published autoencoders.
         is_first_process: Whether this is the first of the processes.
+        options: Options of the data module, for the advice of errors.
 
     Raises:
+        FileNotFoundError: If there is no extractor for the dataset; the message contains the command that trains it.
         ValueError: If `fad_dir` is given but the protocol has no Fréchet autoencoder distance.
     """
     groups, total = protocol.jackknife_groups, num_reference(data, protocol)
     if fad_dir is not None and not protocol.fad:
         raise ValueError(f"{protocol.name} measures no Fréchet autoencoder distance; leave out --evaluation.fad_dir")
     parts: list[GenerationMetrics | FrechetAutoencoderDistance] = []
+    inception, torchvision, extractor_file = weights
     for view in protocol.views:
-        extractor = view_extractor(view, data.name, *weights)
+        if view.extractor == SUITE and extractor_file is None:
+            extractor_file = _own_extractor(data, options)
+        extractor = view_extractor(view, data.name, inception, torchvision, extractor_file)
         if note := extractor.trained_on_other_data(data.fingerprint):
             warnings.warn(note, stacklevel=2)
         part = GenerationMetrics(extractor, view.metrics_for(data.name), total, groups, view.kept_images, note)
@@ -124,6 +136,23 @@ def build_parts(
     if fad_dir is not None:
         parts.append(FrechetAutoencoderDistance(data.name, fad_dir, groups, is_first_process, protocol.fad))
     return parts
+
+
+def _own_extractor(data: ImageDataModule, options: Mapping[str, Any]) -> str | None:
+    """Returns the file of an extractor that was trained here; None if the suite ships one for the dataset.
+
+    Raises:
+        FileNotFoundError: If there is neither.
+    """
+    if (EXTRACTORS / f"{data.name}.safetensors").is_file():
+        return None
+    path = local_extractor(data)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"the suite has no extractor for {data.name!r}; train it once, then repeat this command:\n"
+            f"  {data_command(data, options)}"
+        )
+    return str(path)
 
 
 def num_reference(data: ImageDataModule, protocol: Protocol) -> int:

@@ -109,7 +109,9 @@ class GenerationMetrics(nn.Module):
         self.extractor, self.options, self.num_groups, self.kept_images = extractor, metrics, num_groups, kept_images
         width = extractor.num_features
         if wanting := [base for family, base in CORRECTED.items() if family in metrics and base not in metrics]:
-            raise ValueError(f"metrics={list(metrics)} corrects {wanting[0]!r} without measuring it; add {wanting[0]!r}")
+            raise ValueError(
+                f"metrics={list(metrics)} corrects {wanting[0]!r} without measuring it; add {wanting[0]!r}"
+            )
         roots = tuple(FRECHET[family] for family in metrics if family in FRECHET)
         built: dict[str, Metric] = {}
         if roots:

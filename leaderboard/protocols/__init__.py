@@ -23,7 +23,13 @@ TORCHVISION = "torchvision"
 """Name of torchvision's Inception network, whose weights differ from the 2015 network's."""
 
 SUITE = "suite"
-"""Placeholder for the extractor that the suite ships for the dataset."""
+"""Placeholder for the classifier that the suite ships for the dataset."""
+
+AUTOENCODER = "suite-autoencoder"
+"""Placeholder for the suite's denoising autoencoder of the dataset, which needs no labels."""
+
+DINOV2 = "dinov2-vit-l-14"
+"""Name of torch-fidelity's DINOv2 network."""
 
 FOLDER = Path(__file__).parent
 """Folder of the protocol files, `<name>.yaml`."""

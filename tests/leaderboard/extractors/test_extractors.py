@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from urllib.error import URLError
 
@@ -11,10 +12,19 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from benchmark.cli import main
-from datamodules import Digits
+from datamodules import Digits, ImageFolder
+from leaderboard.evaluation.reference import build_parts
 from leaderboard.extractors import train as training
-from leaderboard.extractors.base import EXTRACTORS, InceptionExtractor, SmallExtractor, SmallNetwork, load_extractor
+from leaderboard.extractors.base import (
+    EXTRACTORS,
+    InceptionExtractor,
+    SmallExtractor,
+    SmallNetwork,
+    load_extractor,
+    local_extractor,
+)
 from leaderboard.extractors.train import RECIPES, Recipe, train_extractor
+from leaderboard.protocols import OFFLINE_V1
 from leaderboard.record.records import find_records, read_record
 
 pytestmark = pytest.mark.slow
@@ -266,6 +276,79 @@ def test_mirroring_mirrors_about_half_of_the_images() -> None:
     kept = torch.tensor([torch.equal(a, b) for a, b in zip(mirrored, x, strict=True)])
     assert torch.equal(turned, ~kept)
     assert 16 < turned.sum() < 48
+
+
+def write_own(folder: Path) -> str:
+    for k in range(40):
+        path = folder / ("light", "dark")[k % 2] / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images(8, 8).roll(k).numpy() // (1 + k % 2)).save(path)
+    return str(folder)
+
+
+OWN_CLASS = """
+from datamodules import ImageFolder
+
+class Shades(ImageFolder):
+    def __init__(self, **kwargs):
+        super().__init__(image_size=8, channels=1, **kwargs)
+"""
+
+
+@pytest.mark.parametrize("way", ["class", "config", "path"])
+def test_extractors_of_own_data_need_no_labels_and_are_found_again(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPIKING_DIFFUSION_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "shades.py").write_text(OWN_CLASS)
+    root = write_own(tmp_path / "own")
+    options = {"image_size": 8, "channels": 1}
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps({"data": {"class_path": "ImageFolder", "init_args": options | {"root": root}}}))
+    arguments = {
+        "class": ["ImageFolder", f"--root={root}", f"--data_options={json.dumps(options)}"],
+        "config": [f"--config={config}"],
+        "path": ["shades.Shades", f"--root={root}"],
+    }[way]
+    main(["train-extractor", *arguments, "--epochs=1"])
+    data = ImageFolder(root, **options)
+    extractor = SmallExtractor(local_extractor(data))
+    assert (extractor.name, extractor.num_classes) == ("own", 4)
+    assert extractor.metadata["task"] == "rotation"
+    assert extractor.metadata["dataset_fingerprint"] == data.fingerprint
+    (part,) = build_parts(OFFLINE_V1, data, (None, None, None), None)
+    assert part.extractor.sha256 == extractor.sha256
+    with pytest.raises(FileExistsError, match=r"extractor-own-8px-.* exists"):
+        main(["train-extractor", *arguments])
+    main(["reference", *arguments, "--protocol=offline-v1"])
+    assert list((tmp_path / "cache").glob("reference-own-offline-v1-*.safetensors"))
+
+
+def test_the_classes_of_own_data_can_be_learned(tmp_path: Path) -> None:
+    options = {"image_size": 8, "channels": 1, "cache_dir": str(tmp_path / "cache")}
+    file = str(tmp_path / "x.safetensors")
+    train_extractor(
+        "ImageFolder", root=write_own(tmp_path / "own"), epochs=1, task="classes", output=file, data_options=options
+    )
+    extractor = SmallExtractor(file)
+    assert (extractor.num_classes, extractor.metadata["task"]) == (2, "classes")
+    assert " --task classes --epochs 1" in extractor.metadata["command"]
+
+
+def test_the_advice_trains_the_missing_extractor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPIKING_DIFFUSION_CACHE", str(tmp_path / "cache"))
+    root = write_own(tmp_path / "my own images")
+    options = {"root": root, "image_size": 8, "channels": 1, "name": None, "test_fraction": 0.1, "batch_size": 3}
+    with pytest.raises(
+        FileNotFoundError, match="no extractor for 'my-own-images'; train it once, then repeat"
+    ) as error:
+        build_parts(OFFLINE_V1, ImageFolder(**options), (None, None, None), None, options=options)
+    command = shlex.split(str(error.value).splitlines()[-1])
+    assert command[:5] == ["python", "-m", "benchmark", "train-extractor", "ImageFolder"]
+    assert command[5:] == ["--root", root, "--data_options", '{"image_size": 8, "channels": 1}']
+    main([*command[3:], "--epochs=1"])
+    assert build_parts(OFFLINE_V1, ImageFolder(**options), (None, None, None), None, options=options)
 
 
 def test_every_dataset_has_a_recipe() -> None:
