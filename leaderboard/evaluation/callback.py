@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -19,12 +20,12 @@ from datamodules import ImageDataModule
 from datamodules.loading import to_bytes
 from leaderboard.evaluation.chunks import Chunks, GenerationStats, generation_key
 from leaderboard.evaluation.cost import CostMeter
-from leaderboard.evaluation.reference import build_parts, prepare_reference
+from leaderboard.evaluation.reference import build_parts, prepare_reference, reference_batches
 from leaderboard.files import canonical_sha256, file_sha256
 from leaderboard.metrics.fad import FrechetAutoencoderDistance
 from leaderboard.metrics.generation import GenerationMetrics
 from leaderboard.pictures import enlargement, grid, save_png
-from leaderboard.protocols import INCEPTION, PROTOCOLS, SUITE, TORCHVISION, ProtocolName
+from leaderboard.protocols import AUTOENCODER, INCEPTION, PROTOCOLS, SUITE, TORCHVISION, Protocol, ProtocolName
 from leaderboard.record.entries import Entry
 from leaderboard.record.external import external_code
 from leaderboard.record.records import (
@@ -59,7 +60,7 @@ class Evaluation(Callback):
         draft: Whether this is a draft, which may deviate from the protocol and never ranks; `--draft` for short.
         inception_weights: Local file of the 2015 Inception weights, where they cannot be downloaded.
         torchvision_weights: Local file of torchvision's Inception weights, for paper-spiking-diffusion.
-        extractor: File of another small extractor made by `train-extractor`, for offline-v1.
+        extractor: File of another small extractor made by `train-extractor`, in place of the shipped one of its kind.
         variant: Name that distinguishes this entry from others of the same method.
         grid_images: Generated images in the saved grid.
         fad_dir: Folder of the published autoencoders (`stat_checkpoints/`, `stats/`): adds the protocol's Fréchet
@@ -72,7 +73,7 @@ class Evaluation(Callback):
 
     def __init__(
         self,
-        protocol: ProtocolName = "standard-v1",
+        protocol: ProtocolName = "standard-v2",
         draft: bool = False,
         inception_weights: str | None = None,
         torchvision_weights: str | None = None,
@@ -111,7 +112,7 @@ class Evaluation(Callback):
             data.name, data.native_size, data.compared_size, data.num_samples, data.sample_seed
         )
         extractors = {view.extractor: view.weights for view in self.protocol.views}
-        if self.extractor is not None and SUITE not in extractors:
+        if self.extractor is not None and not {SUITE, AUTOENCODER} & set(extractors):
             raise ValueError(f"{self.protocol.name} has its own extractor; leave out --evaluation.extractor")
         for extractor, file in ((INCEPTION, self.inception_weights), (TORCHVISION, self.torchvision_weights)):
             if extractor in extractors and file is not None and Path(file).is_file():
@@ -201,7 +202,10 @@ class Evaluation(Callback):
         metrics |= self._reconstruction(_data(trainer), system)
         folder = self._folder
         self.record = record = redact_paths(self._record(_data(trainer), system, metrics))
-        self._save_grid((folder / "samples" / record_name(record)).with_suffix(".png"))
+        entry = Entry(folder / "records" / record_name(record), record)
+        self._save_grid(torch.cat(self._first), entry.samples)
+        if record.nearest is not None:
+            self._save_grid(_training_images(_data(trainer), self.protocol, record.nearest), entry.nearest)
         path = write_record(record, folder / "records")  # last, so that a run with a record is complete
         if self._chunks is not None and not self.keep_samples:
             self._chunks.clear()
@@ -263,14 +267,19 @@ class Evaluation(Callback):
         measured = system.reconstruction_metrics(images)
         return {key: MetricValue(*measured[key], 0, note) for key in self.protocol.reconstruction if key in measured}
 
+    def _nearest(self) -> tuple[int, ...] | None:
+        """Returns the training images nearest to those of the sample grid, if the protocol measures authenticity."""
+        found = [p.nearest for p in self.parts if isinstance(p, GenerationMetrics) and p.nearest is not None]
+        return tuple(found[0][: len(torch.cat(self._first))].tolist()) if found else None
+
     def _extractor(self) -> Artefact:
         """Returns name and hash of the extractor; several are joined under a hash of their hashes."""
         used = {p.extractor.name: p.extractor.sha256 for p in self.parts if isinstance(p, GenerationMetrics)}
         name = " + ".join(used)
         return Artefact(name, used[name] if len(used) == 1 else canonical_sha256(used))
 
-    def _save_grid(self, path: Path) -> None:
-        images = torch.cat(self._first)
+    @staticmethod
+    def _save_grid(images: Tensor, path: Path) -> None:
         save_png(grid(images, columns=8, scale=enlargement(images.shape[-1])), path)
 
     def _record(self, data: ImageDataModule, system: DiffusionSystem, metrics: dict[str, MetricValue]) -> Record:
@@ -294,6 +303,7 @@ class Evaluation(Callback):
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             wall_time_seconds=time.perf_counter() - self._started,
             metrics=metrics,
+            nearest=self._nearest(),
             solver=system.solver,
             nfe=system.nfe,
             num_steps=system.num_steps,
@@ -326,6 +336,14 @@ def _data(trainer: Trainer) -> ImageDataModule:
 def _dataset(data: ImageDataModule) -> Dataset:
     """Returns the evaluation data of a record."""
     return Dataset(data.name, data.fingerprint, data.source, data.model_geometry)
+
+
+def _training_images(data: ImageDataModule, protocol: Protocol, indices: Sequence[int]) -> Tensor:
+    """Returns some real images of a protocol, uint8 `(N, C, H, W)`, by their indices in the reference."""
+    found: dict[int, Tensor] = {}
+    for images, known in reference_batches(data, protocol):
+        found |= {int(k): image for image, k in zip(images, known, strict=True) if int(k) in indices}
+    return torch.stack([found[k] for k in indices])
 
 
 def _training_data(system: DiffusionSystem) -> tuple[TrainingData, ...]:

@@ -269,6 +269,11 @@ def shipped_extractor(dataset: str, task: str = "") -> Path:
     return EXTRACTORS / f"{dataset}{'_ae' * (task == DENOISING)}.safetensors"
 
 
+def replaced_extractor(path: str | Path) -> str:
+    """Returns the placeholder whose shipped extractor a file replaces: `"suite"` or `"suite-autoencoder"`."""
+    return AUTOENCODER if SmallExtractor(path).metadata.get("task") == DENOISING else SUITE
+
+
 def training_command(data: str, options: Mapping[str, Any] = MappingProxyType({})) -> str:
     """Returns the command line that trains an extractor.
 

@@ -62,7 +62,9 @@ def kernel_distance(
         return kid.compute()
 
 
-def unbiased_kernel_distance(reference: Tensor, generated: Tensor) -> tuple[Tensor, Tensor]:
+def unbiased_kernel_distance(
+    reference: Tensor, generated: Tensor, among_reference: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Returns the U-statistic of the squared kernel distance of all images, and its standard error.
 
     `mean_{i!=j} k(x_i, x_j) + mean_{i!=j} k(y_i, y_j) - 2 mean_{ij} k(x_i, y_j)`, `k(x, y) = (x.y / D + 1)^3`. It is
@@ -73,17 +75,22 @@ def unbiased_kernel_distance(reference: Tensor, generated: Tensor) -> tuple[Tens
     Args:
         reference: Features `(N, D)` of real images.
         generated: Features `(M, D)` of generated images.
+        among_reference: `mean_kernel(reference)`, if it is known.
     """
     n, m = len(reference), len(generated)
-    real = sum(_kernel_sums(block, reference).sum() for block in reference.split(_SMALL_BLOCK))
-    real = real - _kernel_diagonal(reference).sum()
     across = torch.cat([_kernel_sums(block, reference) for block in generated.split(_SMALL_BLOCK)]) / n  # (M,)
     own = torch.cat([_kernel_sums(block, generated) for block in generated.split(_SMALL_BLOCK)])
     own = own - _kernel_diagonal(generated)  # (M,) sums over all others
-    constant = real / (n * (n - 1))
+    constant = mean_kernel(reference) if among_reference is None else among_reference
     value = constant + own.sum() / (m * (m - 1)) - 2 * across.mean()
     parts = (own.sum() - 2 * own) / ((m - 1) * (m - 2)) - 2 * (across.sum() - across) / (m - 1)
     return value, jackknife_error(parts)
+
+
+def mean_kernel(features: Tensor) -> Tensor:
+    """Returns the mean cubic kernel of all pairs of different rows of `features` `(N, D)`."""
+    total = torch.stack([_kernel_sums(block, features).sum() for block in features.split(_SMALL_BLOCK)]).sum()
+    return (total - _kernel_diagonal(features).sum()) / (len(features) * (len(features) - 1))
 
 
 def _kernel_sums(a: Tensor, b: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """All metrics of one view: FID, KID, Inception score, density, coverage, authenticity, precision and recall.
 
 Each batch of images passes the extractor once and is reduced to running sums. Their size depends only on the extractor:
-about 1 GB on the device for Inception's 2,048 features; authenticity adds the features of all training images, 31 MB for
-60,000 images of 128 features. In distributed evaluation, processes must receive disjoint
-images: images repeated by a padding sampler would count twice.
+about 1 GB on the device for Inception's 2,048 features; authenticity adds the features of all training images, 15 MB
+for 60,000 images of 64 features. In distributed evaluation, processes must receive disjoint images: images repeated by
+a padding sampler would count twice.
 
 Sources: `leaderboard.metrics.streaming` (Fréchet distance, Inception score) and `leaderboard.metrics.feature_metrics`
 (all others).
@@ -25,6 +25,7 @@ from leaderboard.metrics.feature_metrics import (
     authenticity,
     density_coverage,
     kernel_distance,
+    mean_kernel,
     precision_recall,
     unbiased_kernel_distance,
 )
@@ -67,9 +68,9 @@ def metric_keys(family: str, extractor: str) -> tuple[str, ...]:
 class GenerationMetrics(nn.Module):
     """All metrics of one view, updated with batches of real and generated images.
 
-    Keys are `fid`, `fid_unbiased`, `kid_mean`, `is_mean`, `precision`, `recall`, `density` and `coverage` with Inception;
-    only its Fréchet and kernel distances are called FID and KID. With another extractor they contain its name, such as
-    `fd_<extractor>`, `fd_unbiased_<extractor>`, `fd_infinity_<extractor>`, `kd_<extractor>` and
+    Keys are `fid`, `fid_unbiased`, `kid_mean`, `is_mean`, `precision`, `recall`, `density` and `coverage` with
+    Inception; only its Fréchet and kernel distances are called FID and KID. With another extractor they contain its
+    name, such as `fd_<extractor>`, `fd_unbiased_<extractor>`, `fd_infinity_<extractor>`, `kd_<extractor>` and
     `authenticity_<extractor>`. Fréchet distances with another matrix square root are named after it: `fid_svd`,
     `fid_newton_schulz`.
 
@@ -83,7 +84,7 @@ class GenerationMetrics(nn.Module):
         num_reference: Number of real images in the reference.
         num_groups: Groups of generated images for the jackknife errors.
         kept_images: Number of images whose features are stored for the metrics of features. Authenticity uses all
-            real images. The option `images` of a family selects fewer: as many generated as real ones.
+            real images. The option `images` of a family selects fewer: up to as many generated as real ones.
         note: Remark that is added to every value.
 
     Raises:
@@ -125,6 +126,7 @@ class GenerationMetrics(nn.Module):
         self.note = note
         self.num_reference = num_reference
         self.identity = f"{extractor.name} {extractor.sha256}"
+        self._among_real: Tensor | None = None  # depends on the reference only
         self.nearest: Tensor | None = None
         """Indices `(M,)` of the real images nearest to the generated ones, once authenticity is computed."""
 
@@ -224,13 +226,12 @@ class GenerationMetrics(nn.Module):
             few = {name: value for name, value in options.items() if name != "images"}
             real, fake = kept, generated
             if "images" in options:
-                count = min(options["images"], len(kept), len(generated))
-                real, fake = evenly_spread(reference, count), generated[:count]
+                real = evenly_spread(reference, options["images"])
+                fake = generated[: len(real)]
             groups = indices[: len(fake)] % self.num_groups
             pairs: tuple[tuple[Tensor, Tensor], ...]
             if family in ("kid", "kd"):
-                distance = kernel_distance if options else unbiased_kernel_distance
-                pairs = (distance(real, fake, **few),)
+                pairs = (kernel_distance(real, fake, **few) if few else self._unbiased_kernel_distance(real, fake),)
             elif family == "precision_recall":
                 pairs = precision_recall(real, fake, groups, **few)
             elif family == "density_coverage":
@@ -241,6 +242,11 @@ class GenerationMetrics(nn.Module):
             for key, (value, error) in zip(metric_keys(family, self.extractor.name), pairs, strict=True):
                 found[key] = MetricValue(float(value), float(error), len(fake))
         return found
+
+    def _unbiased_kernel_distance(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+        if self._among_real is None:
+            self._among_real = mean_kernel(real)
+        return unbiased_kernel_distance(real, fake, self._among_real)
 
     def _result(self, name: str) -> Any:
         return cast(Metric, self.metrics[name]).compute()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from leaderboard.files import canonical_sha256
+from leaderboard.protocols import SUPERSEDED_BY
 from leaderboard.record.records import MetricValue, Record, RecordError, find_records, read_record, redact_paths
 from leaderboard.record.repetition import Repetition
 
@@ -69,6 +70,16 @@ class Entry:
     def samples(self) -> Path:
         """File of the sample grid; exists if the record is in its run folder or in the leaderboard."""
         return self.path.parent.parent / "samples" / f"{self.path.stem}.png"
+
+    @property
+    def nearest(self) -> Path:
+        """File of the training images nearest to those of the sample grid, in its order; exists if it was measured."""
+        return self.samples.with_stem(f"{self.path.stem}-nearest")
+
+    @property
+    def superseded_by(self) -> str | None:
+        """Name of the protocol that replaces the record's; None if there is none."""
+        return SUPERSEDED_BY.get(self.record.protocol.name)
 
     @property
     def repetition(self) -> Path:

@@ -205,6 +205,8 @@ class Record:
         images: The images, if they were made by other code; `None` if the suite ran the model.
         training_data: Data that the weights were trained on, oldest first; `None` in records of versions that did not
             store it.
+        nearest: Index in the reference of the training image nearest to each of the first generated images, by their
+            features; `None` where it was not measured.
         source: `"measured"`; published results are stored separately.
         schema_version: Version of this schema.
     """
@@ -230,6 +232,7 @@ class Record:
     cost: Cost | None
     images: ImageSet | None = None
     training_data: tuple[TrainingData, ...] | None = None
+    nearest: tuple[int, ...] | None = None
     source: Literal["measured"] = "measured"
     schema_version: Literal[1] = SCHEMA_VERSION
 
@@ -283,7 +286,7 @@ def record_text(record: Record) -> str:
     return _file(record)[1]
 
 
-_ADDED = (("images",), ("training_data",), ("dataset", "geometry"), ("code", "external"))
+_ADDED = (("images",), ("training_data",), ("nearest",), ("dataset", "geometry"), ("code", "external"))
 """Paths of optional fields that earlier versions did not have; files omit them where they are `None`."""
 
 

@@ -6,7 +6,7 @@ All sets are made of real images. A metric that prefers a worse set to a better 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -121,7 +121,7 @@ def _made(
 
 
 def blurred(images: Tensor, sigma: float) -> Tensor:
-    """Filters uint8 images `(N, C, H, W)` with a Gaussian of standard deviation `sigma` pixels, repeating the border."""
+    """Filters uint8 images `(N, C, H, W)` with a Gaussian of `sigma` pixels, repeating the border."""
     reach = math.ceil(3 * sigma)
     kernel = torch.exp(-torch.arange(-reach, reach + 1).square() / (2 * sigma**2))
     kernel = kernel / kernel.sum()

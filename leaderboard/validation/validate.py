@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import re
 import resource
@@ -16,6 +15,7 @@ import torch
 from matplotlib.figure import Figure
 from rich.progress import track
 from torch import Tensor
+from torchmetrics import Metric
 
 from datamodules.registry import data_module, make_data
 from leaderboard.evaluation.callback import code_version
@@ -131,13 +131,17 @@ def validate_metrics(
 
 
 def _measure(parts: Sequence[Part], images: Tensor, device: torch.device) -> dict[str, MetricValue]:
-    """Returns every metric of images `(N, C, H, W)`; the parts, which have the reference, remain as they are."""
+    """Returns every metric of images `(N, C, H, W)`; the parts keep their reference and forget earlier images."""
     values: dict[str, MetricValue] = {}
     for part in parts:
-        own = copy.deepcopy(part)
+        for metric in (module for module in part.modules() if isinstance(module, Metric)):
+            reference = {name: state for name, state in metric.metric_state.items() if name.startswith("reference_")}
+            metric.reset()
+            for name, state in reference.items():
+                setattr(metric, name, state)
         for index in torch.arange(len(images)).split(BATCH):
-            own.update_generated(images[index].to(device), index)
-        values |= own.compute()
+            part.update_generated(images[index].to(device), index)
+        values |= part.compute()
     return values
 
 
