@@ -100,6 +100,11 @@ class View:
     kept_images: int
     metrics: dict[str, dict[str, Any]]
 
+    def extractor_name(self, dataset: str) -> str:
+        """Returns the name of the extractor in records and metric keys."""
+        own = {SUITE: dataset, AUTOENCODER: f"{dataset}_ae", DINOV2: "dinov2"}
+        return own.get(self.extractor, self.extractor)
+
     def metrics_for(self, dataset: str) -> dict[str, dict[str, Any]]:
         """Returns the metrics that are meaningful on a dataset, each with its parameters."""
         chosen = {
