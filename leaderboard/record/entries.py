@@ -185,8 +185,8 @@ def table_metrics(keys: Iterable[str]) -> list[str]:
 _ORDER = ("fd_unbiased_dinov2", "fd_unbiased_.*_ae", "fid|fid_.*|fd_.*", "kid_mean|kd_.*", "is_.*", ".*")
 """Metrics in column order; the first one that a record has ranks it, if it is a Fréchet distance.
 
-The distance in features of the autoencoder leads since it keeps the orders of known sets (`validate-metrics`), on colour
-images after the one in features of DINOv2.
+The distance in features of the autoencoder leads, because it keeps the orders of known sets (`validate-metrics`); on
+colour images the one in features of DINOv2 precedes it.
 """
 _FRECHET = 3
 """Number of the patterns that are of Fréchet distances."""
