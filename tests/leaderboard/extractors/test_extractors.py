@@ -354,7 +354,7 @@ def test_the_advice_trains_the_missing_extractor(
     assert command[:5] == ["python", "-m", "benchmark", "train-extractor", "ImageFolder"]
     assert command[5:] == ["--root", root, "--data_options", '{"image_size": 8, "channels": 1}', "--task", task]
     main([*command[3:], "--epochs=1"])
-    assert build_parts(OFFLINE_V1, ImageFolder(**options), (None, None, None), None, options=options)
+    assert build_parts(protocol, ImageFolder(**options), (None, None, None), None, options=options)
 
 
 def test_every_dataset_has_a_recipe() -> None:
