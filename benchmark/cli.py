@@ -47,6 +47,10 @@ COMMANDS = {
         "compute the statistics of real images before any test",
     ),
     "evaluate": ("leaderboard.evaluation.images:evaluate", "measure images made by other code"),
+    "validate-metrics": (
+        "leaderboard.validation.validate:validate_metrics",
+        "measure the metrics on sets of images with known faults",
+    ),
     "leaderboard": ("leaderboard.reports.table:leaderboard", "show the table of the newest run (more: --wide, --all)"),
     "leaderboard render": ("leaderboard.reports.render:render", "write the leaderboard as a web page and files"),
     "leaderboard seeds": ("leaderboard.reports.seeds:seeds", "show mean and spread over training seeds"),
@@ -75,6 +79,7 @@ GROUPS = {
         "activity",
         "reference",
         "evaluate",
+        "validate-metrics",
     ),
     "leaderboard": tuple(name for name in COMMANDS if name.startswith("leaderboard")),
     "tools": ("export", "import", "convert", "train-extractor", "regress", "speed", "loader-speed", "attention-speed"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -20,12 +20,18 @@ from datamodules import ImageDataModule
 from datamodules.loading import to_bytes
 from leaderboard.evaluation.chunks import Chunks, GenerationStats, generation_key
 from leaderboard.evaluation.cost import CostMeter
-from leaderboard.evaluation.reference import Weights, build_parts, prepare_reference, weight_deviations
+from leaderboard.evaluation.reference import (
+    Weights,
+    build_parts,
+    prepare_reference,
+    reference_batches,
+    weight_deviations,
+)
 from leaderboard.files import canonical_sha256, file_sha256
 from leaderboard.metrics.fad import FrechetAutoencoderDistance
 from leaderboard.metrics.generation import GenerationMetrics
 from leaderboard.pictures import enlargement, grid, rows_of_classes, save_png
-from leaderboard.protocols import PROTOCOLS, ProtocolName
+from leaderboard.protocols import PROTOCOLS, Protocol, ProtocolName
 from leaderboard.record.entries import Entry
 from leaderboard.record.external import external_code
 from leaderboard.record.records import (
@@ -65,7 +71,7 @@ class Evaluation(Callback):
         draft: Whether this is a draft, which may deviate from the protocol and never ranks; `--draft` for short.
         inception_weights: Local file of the 2015 Inception weights, where they cannot be downloaded.
         torchvision_weights: Local file of torchvision's Inception weights, for paper-spiking-diffusion.
-        extractor: File of another small extractor made by `train-extractor`, for offline-v1.
+        extractor: File of another small extractor made by `train-extractor`, in place of the shipped one of its kind.
         variant: Name that distinguishes this entry from others of the same method.
         grid_images: Generated images in the saved grid; of a conditional method the grid has a row per class instead.
         fad_dir: Folder of the published autoencoders (`stat_checkpoints/`, `stats/`): adds the protocol's Fréchet
@@ -78,7 +84,7 @@ class Evaluation(Callback):
 
     def __init__(
         self,
-        protocol: ProtocolName = "standard-v1",
+        protocol: ProtocolName = "standard-v2",
         draft: bool = False,
         inception_weights: str | None = None,
         torchvision_weights: str | None = None,
@@ -146,7 +152,8 @@ class Evaluation(Callback):
             part.to(system.device)
         where = (system.device, trainer.global_rank, trainer.world_size)
         prepare_reference(self.parts, data, self.protocol, *where, trainer.strategy.broadcast)
-        self._first: list[Tensor] = []
+        self._first = torch.empty(0)  # images of the first batch
+        self._labels: Tensor | None = None  # their classes
         self._total = GenerationStats()
         self._folder = Path(trainer.log_dir or ".")  # collective call: every process must reach it
         self._chunks = self._open_chunks(trainer, system)
@@ -181,10 +188,7 @@ class Evaluation(Callback):
         images, pixels, stats = self._found or self._finish(data.compared(outputs), int(indices[0]))
         if batch_idx == 0:
             labels = _system(pl_module).labels(batch)
-            if labels is None:
-                self._first.append(images[: self.grid_images])
-            else:
-                self._first.append(rows_of_classes(images.cpu(), labels.cpu(), GRID_COLUMNS))
+            self._first, self._labels = images.cpu(), None if labels is None else labels.cpu()
         self._total += stats
         for part in self.parts:
             inputs = images if isinstance(part, FrechetAutoencoderDistance) else pixels
@@ -223,7 +227,11 @@ class Evaluation(Callback):
         metrics |= self._reconstruction(_data(trainer), system)
         folder = self._folder
         self.record = record = redact_paths(self._record(_data(trainer), system, metrics))
-        self._save_grid((folder / "samples" / record_name(record)).with_suffix(".png"))
+        entry = Entry(folder / "records" / record_name(record), record)
+        self._save_grid(self._arranged(self._first), entry.samples)
+        if record.nearest is not None:
+            nearest = _training_images(_data(trainer), self.protocol, record.nearest)
+            self._save_grid(self._arranged(nearest), entry.nearest)
         path = write_record(record, folder / "records")  # last, so that a run with a record is complete
         if self._chunks is not None and not self.keep_samples:
             self._chunks.clear()
@@ -285,8 +293,20 @@ class Evaluation(Callback):
         measured = system.reconstruction_metrics(images)
         return {key: MetricValue(*measured[key], 0, note) for key in self.protocol.reconstruction if key in measured}
 
-    def _save_grid(self, path: Path) -> None:
-        images = torch.cat(self._first)
+    def _arranged(self, images: Tensor) -> Tensor:
+        """Returns the images of the grid, in its order, from images that belong to those of the first batch."""
+        if self._labels is None:
+            return images[: self.grid_images]
+        return rows_of_classes(images, self._labels, GRID_COLUMNS)
+
+    def _nearest(self) -> tuple[int, ...] | None:
+        """Returns the training images nearest to those of the first batch, if the protocol measures authenticity."""
+        found = [p.nearest for p in self.parts if isinstance(p, GenerationMetrics) and p.nearest is not None]
+        count = self.grid_images if self._labels is None else len(self._first)
+        return tuple(found[0][: min(count, len(self._first))].tolist()) if found else None
+
+    @staticmethod
+    def _save_grid(images: Tensor, path: Path) -> None:
         save_png(grid(images, columns=GRID_COLUMNS, scale=enlargement(images.shape[-1])), path)
 
     def _record(self, data: ImageDataModule, system: DiffusionSystem, metrics: dict[str, MetricValue]) -> Record:
@@ -310,6 +330,7 @@ class Evaluation(Callback):
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             wall_time_seconds=time.perf_counter() - self._started,
             metrics=metrics,
+            nearest=self._nearest(),
             solver=system.solver,
             nfe=system.nfe,
             num_steps=system.num_steps,
@@ -350,6 +371,14 @@ def extractor_of(parts: Iterable[Any]) -> Artefact:
     used = {p.extractor.name: p.extractor.sha256 for p in parts if isinstance(p, GenerationMetrics)}
     name = " + ".join(used)
     return Artefact(name, used[name] if len(used) == 1 else canonical_sha256(used))
+
+
+def _training_images(data: ImageDataModule, protocol: Protocol, indices: Sequence[int]) -> Tensor:
+    """Returns some real images of a protocol, uint8 `(N, C, H, W)`, by their indices in the reference."""
+    found: dict[int, Tensor] = {}
+    for images, known in reference_batches(data, protocol):
+        found |= {int(k): image for image, k in zip(images, known, strict=True) if int(k) in indices}
+    return torch.stack([found[k] for k in indices])
 
 
 def _training_data(system: DiffusionSystem) -> tuple[TrainingData, ...]:

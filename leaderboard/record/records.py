@@ -209,6 +209,8 @@ class Record:
         training_data: Data that the weights were trained on, oldest first; `None` in records of versions that did not
             store it.
         conditional: Scale of guidance of a class-conditional model, 1 without guidance; None if it is unconditional.
+        nearest: Index in the reference of the training image nearest to each of the first generated images, by their
+            features; `None` where it was not measured.
         source: `"measured"`; published results are stored separately.
         schema_version: Version of this schema.
     """
@@ -235,6 +237,7 @@ class Record:
     images: ImageSet | None = None
     training_data: tuple[TrainingData, ...] | None = None
     conditional: float | None = None
+    nearest: tuple[int, ...] | None = None
     source: Literal["measured"] = "measured"
     schema_version: Literal[1] = SCHEMA_VERSION
 
@@ -292,6 +295,7 @@ _ADDED = (
     ("images",),
     ("conditional",),
     ("training_data",),
+    ("nearest",),
     ("dataset", "geometry"),
     ("code", "external"),
     ("cost", "incomplete"),

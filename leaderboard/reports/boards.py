@@ -60,7 +60,7 @@ MEANINGS = {
 }
 """Explanations of the columns."""
 _LOWER = r"FID|1000 KID|(fid|fd|kd|fad)_.*|Rec\. MSE"
-_HIGHER = r"IS|is_.*|Rec\. SSIM|prec.*|recall.*"
+_HIGHER = r"IS|is_.*|Rec\. SSIM|prec.*|recall.*|Dens\.|Cov\."
 _THUMBNAIL_COLUMNS = 4
 """Number of images in a thumbnail, from the first row of eight of the sample grid."""
 _LARGEST_PICTURE = 300_000

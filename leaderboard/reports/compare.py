@@ -18,7 +18,7 @@ from leaderboard.record.differences import Row, differences, provenance
 from leaderboard.record.records import MetricValue, Record, read_record
 from leaderboard.reports.terminal import terminal
 
-_HIGHER_IS_BETTER = re.compile(r"(is|precision|recall)(_.*)?|reconstruction_ssim")
+_HIGHER_IS_BETTER = re.compile(r"(is|precision|recall|density|coverage|authenticity)(_.*)?|reconstruction_ssim")
 _SHARED = ("dataset", "protocol", "protocol sha256", "data fingerprint", "extractor sha256")
 """Values shared by all records of one table (`leaderboard.record.entries.Entry.table_key`)."""
 

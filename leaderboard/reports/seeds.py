@@ -19,7 +19,7 @@ from PIL import Image
 from rich.table import Table
 
 from leaderboard.files import is_report, refuse_existing, write_atomic
-from leaderboard.record.entries import Entry, headline, order_metrics, read_records
+from leaderboard.record.entries import Entry, headline, read_records, table_metrics
 from leaderboard.record.records import Record
 from leaderboard.reports.pareto import Point, pareto_front
 from leaderboard.reports.table import (
@@ -118,7 +118,7 @@ def seed_rows(group: Sequence[Entry]) -> list[dict[str, Cell]]:
     by_config = sorted((entry.record for entry in group), key=_seedless_key)
     members = [_newest_per_seed(records) for _, records in groupby(by_config, key=_seedless_key)]
     members.sort(key=lambda records: _mean(lambda r: headline(r)[1].value, records))
-    keys = order_metrics(key for entry in group for key in entry.record.metrics)
+    keys = table_metrics(key for entry in group for key in entry.record.metrics)
     return [_row(records, keys) for records in members]
 
 

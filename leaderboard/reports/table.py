@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from leaderboard.files import is_report, refuse_existing, write_atomic
-from leaderboard.record.entries import STATUSES, Entry, default_folders, order_metrics, read_records
+from leaderboard.record.entries import STATUSES, Entry, default_folders, read_records, table_metrics
 from leaderboard.record.records import Cost, MetricValue, Record
 from leaderboard.reports.terminal import SHORT, WIDTH, terminal
 
@@ -25,6 +25,13 @@ _HEADERS = {
     "is_mean": "IS",
     "reconstruction_mse": "Rec. MSE",
     "reconstruction_ssim": "Rec. SSIM",
+}
+_SHARES = {
+    "precision": "Prec.",
+    "recall": "Recall",
+    "density": "Dens.",
+    "coverage": "Cov.",
+    "authenticity": "Auth.",
 }
 METHOD_NOTES = {
     "spiking-rwkv": "SpikingRWKV: the suite's own, fully spiking design after SDiT's paper, not SDiT as released; "
@@ -204,15 +211,15 @@ def tables(records: Iterable[tuple[Path, Record]]) -> list[list[Entry]]:
 
 def table_rows(group: list[Entry]) -> list[dict[str, Cell]]:
     """Returns one row per entry, as cells by column; all rows have the same columns."""
-    keys = order_metrics(key for entry in group for key in entry.record.metrics)
+    keys = table_metrics(key for entry in group for key in entry.record.metrics)
     return [
         {"#": _rank(i, entry), **_cells(entry, keys), "Record": Cell(entry.path.name)} for i, entry in enumerate(group)
     ]
 
 
 def metric_name(key: str) -> str:
-    """Returns the column header of a metric; for precision and recall without the extractor, shared by the table."""
-    for start, name in (("precision", "Prec."), ("recall", "Recall")):
+    """Returns the column header of a metric; for shares of images without the extractor, shared by the table."""
+    for start, name in _SHARES.items():
         if key.startswith(start):
             return name
     return _HEADERS.get(key, key)
@@ -292,9 +299,10 @@ def table_title(entry: Entry) -> str:
 def table_provenance(entry: Entry) -> str:
     """Returns one line on the reference data, extractor and protocol of the table of an entry."""
     r = entry.record
+    successor = f", superseded by {entry.superseded_by}" if entry.superseded_by else ""
     return (
         f"Reference: {r.dataset.fingerprint[:12]} from {r.dataset.source}. Extractor: {r.extractor.name} "
-        f"({r.extractor.sha256[:8]}). Protocol: {r.protocol.sha256[:8]}. mJ: MACs and "
+        f"({r.extractor.sha256[:8]}). Protocol: {r.protocol.sha256[:8]}{successor}. mJ: MACs and "
         "accumulates per image at 45 nm, strict count, without memory access."
     )
 
