@@ -32,7 +32,6 @@ BATCH = 250
 """Images per batch."""
 
 COLUMNS = {
-    "fd": "FD",
     "fid": "FID",
     "fd_unbiased": "FD unb.",
     "fid_unbiased": "FID unb.",
@@ -43,11 +42,13 @@ COLUMNS = {
     "density": "Dens.",
     "coverage": "Cov.",
     "authenticity": "Auth.",
-    "fad_published": "FAD publ.",
-    "fad_eval": "FAD eval",
-    "fad_unbiased": "FAD unb.",
+    "fad_published": "FADpubl",
+    "fad_eval": "FADeval",
+    "fad_unbiased": "FAD unb",
 }
 """Columns of the printed tables, in order: families of metrics and their headers; kernel distances times 1000."""
+OTHERS = ("fd", "fd_infinity")
+"""Families that are in the file and in the summary of orders only."""
 
 Part = GenerationMetrics | FrechetAutoencoderDistance
 
@@ -151,11 +152,11 @@ def report(result: Anchors) -> str:
     lines = [f"{result.dataset} under {result.protocol}: {result.sets[0].images:,} real test images and faults of them"]
     for suffix in dict.fromkeys(_split(key)[1] for key in keys):
         own = {family: f"{family}{suffix}" for family in COLUMNS if f"{family}{suffix}" in keys}
-        title = suffix.removeprefix("_") or "without an extractor of the suite"
-        lines += ["", f"{title:<26}" + "".join(f"{COLUMNS[family]:>9}" for family in own)]
+        title = suffix.removeprefix("_") or "Inception and FAD"
+        lines += ["", f"{title:<24}" + "".join(f"{COLUMNS[family]:>8}" for family in own)]
         for anchor in result.sets:
             cells = [_cell(family, anchor.metrics.get(key)) for family, key in own.items()]
-            lines.append(f"{anchor.title:<26}" + "".join(f"{cell:>9}" for cell in cells))
+            lines.append(f"{anchor.title:<24}" + "".join(f"{cell:>8}" for cell in cells))
     found = orders(result.sets)
     lines += ["", f"{'orders of known sets':<40}{'kept':>8}{'cannot tell':>14}{'violated':>11}"]
     for key, counts in summary(found).items():
@@ -178,7 +179,7 @@ def _wrapped(text: str) -> Iterable[str]:
 
 def _split(key: str) -> tuple[str, str]:
     """Returns the family of a metric and the rest of its key, which names the extractor."""
-    family = max((f for f in [*COLUMNS, "fd_infinity"] if re.match(rf"{f}(_|$)", key)), key=len, default=key)
+    family = max((f for f in [*COLUMNS, *OTHERS] if re.match(rf"{f}(_|$)", key)), key=len, default=key)
     return family, key.removeprefix(family)
 
 
@@ -212,8 +213,8 @@ def plot(result: Anchors) -> bytes:
         if _split(key)[0].startswith(("f", "k")):
             axes.set_yscale("symlog", linthresh=max(abs(real.metrics[key].value), real.metrics[key].uncertainty, 1e-9))
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8)
+    figure.legend(handles, labels, loc="outside upper center", ncols=6, fontsize=8)
     figure.supxlabel("severity of the fault (0: real test images)", fontsize=9)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
+    figure.savefig(buffer, format="png", dpi=72)
     return buffer.getvalue()
