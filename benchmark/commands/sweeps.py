@@ -18,7 +18,7 @@ from leaderboard.evaluation.callback import Evaluation
 from leaderboard.files import free_path, refuse_existing
 from leaderboard.record.entries import headline
 from leaderboard.record.records import Record
-from leaderboard.reports.table import plus_minus
+from leaderboard.reports.table import evaluation_cell
 from leaderboard.reports.terminal import terminal
 from systems.checkpoints import load_checkpoint
 
@@ -167,8 +167,7 @@ def _positive(kind: type) -> Callable[[str], Any]:
 
 
 def _distance(record: Record) -> str:
-    metric = headline(record)[1]
-    return plus_minus(metric.value, metric.uncertainty)
+    return str(evaluation_cell(*headline(record)))
 
 
 def _finish(table: Table, figure: Figure, path: Path) -> None:
