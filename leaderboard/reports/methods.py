@@ -65,6 +65,11 @@ class Method:
         """Mean Fréchet distance, by which rows are sorted; infinite if not measured."""
         return statistics.fmean(entry.frechet for entry in self.entries)
 
+    @property
+    def trainings(self) -> list[Hashable]:
+        """Identifies each training, by its seed if it has one."""
+        return [_training(entry) for entry in self.entries]
+
     def values(self, key: str) -> Group:
         """Returns the values of a metric by training."""
         return {_training(e): e.record.metrics[key].value for e in self.entries if key in e.record.metrics}

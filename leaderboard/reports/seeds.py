@@ -43,11 +43,11 @@ _PREAMBLE = """\
 Rendered from the records by `python -m benchmark leaderboard seeds`; not edited by hand.
 
 One row per method, solver and configuration, lowest mean Fréchet distance first. ± is half of the 95 % interval of the
-mean over the training seeds (Student's t). In parentheses, (±) is half of the 95 % interval of the evaluation of a single
-training, which does not include the spread of trainings. # is the interval of ranks by Fréchet distance: rows that the
-seeds cannot tell apart share ranks, and a row with a single seed cannot be told apart from any other. mJ counts 45 nm
-arithmetic only: no memory access, no neuron updates. `leaderboard/README.md` defines the columns and the test, and states
-what these tables do not show.
+mean over the training seeds (Student's t). In parentheses, (±) is half of the 95 % interval of the evaluation of a
+single training, without the spread of trainings. # is the interval of ranks by Fréchet distance: rows that the seeds
+cannot tell apart share ranks, and a row with a single seed cannot be told apart from any other. mJ counts 45 nm
+arithmetic only: no memory access, no neuron updates. `leaderboard/README.md` defines the columns and the test, and
+states what these tables do not show.
 """
 
 
@@ -106,7 +106,7 @@ def seeds(records: list[str] | None = None, output: str | None = None) -> None:
 
 def result_rows(group: list[Method]) -> list[dict[str, Cell]]:
     """Returns the rows of a table with variants, solvers and network evaluations beside the names, without files."""
-    omitted = ("Variant", "NFE", "Images/s", "Samples", "Repeated", "Verified", "Record", "Seeds")
+    omitted = ("#", "Method", "Variant", "Solver", "NFE", "Seeds", "Images/s", "Samples", "Repeated", "Verified", "Record")
     rows = []
     for method, row in zip(group, table_rows(group), strict=True):
         names = {
@@ -115,7 +115,7 @@ def result_rows(group: list[Method]) -> list[dict[str, Cell]]:
             "Solver": Cell(f"{row['Solver']}, {row['NFE']}"),
             "Seeds": row["Seeds"],
         }
-        rows.append(names | {name: cell for name, cell in row.items() if name not in (*names, *omitted)})
+        rows.append(names | {name: cell._replace(note="") for name, cell in row.items() if name not in omitted})
     return rows
 
 

@@ -46,8 +46,8 @@ SHORT_ROWS = 10
 """Maximum number of rows of the short table, so that it fits a terminal together with the surrounding output."""
 MEANING = (
     "One row per method with its training seeds. ± is half of the 95 % interval of the mean over the seeds; in "
-    "parentheses, (±), of the evaluation of a single training, without the spread of trainings. # is the interval of ranks: "
-    " rows that the seeds cannot tell apart share ranks (paired t-tests, corrected by Holm for all pairs)."
+    "parentheses, (±), of the evaluation of a single training, without the spread of trainings. # is the interval of "
+    "ranks: rows that the seeds cannot tell apart share ranks (paired t-tests, corrected by Holm for all pairs)."
 )
 """Explanation of the rows, printed with full tables."""
 NO_BREAK = "\N{NO-BREAK SPACE}"
@@ -267,6 +267,13 @@ def metric_name(key: str) -> str:
     return _HEADERS.get(key, key)
 
 
+def direction(key: str) -> Literal["lower", "higher", ""]:
+    """Returns the better direction of a metric; empty if it has none, as recall, which a few outliers raise."""
+    if re.fullmatch(r"(fid|fd|kid|kd|fad)(_.*)?|reconstruction_mse", key):
+        return "lower"
+    return "higher" if re.fullmatch(r"(is|precision|density|coverage)(_.*)?|reconstruction_ssim", key) else ""
+
+
 def label(column: str) -> str:
     """Returns the header of a column in pages and files."""
     return LABELS.get(column, column)
@@ -323,21 +330,28 @@ def _dates(days: list[str], count: int) -> Cell:
     return Cell(days[0] if count == 1 else f"{len(days)} of {count}")
 
 
-def metric_cell(key: str, method: Method) -> Cell:
-    """Formats the mean of a metric and its 95 % interval: over seeds, or of the evaluation of a single training."""
-    values = [value * _SCALE.get(key, 1) for value in method.values(key).values()]
+def metric_cell(key: str, method: Method, scaled: bool = True) -> Cell:
+    """Formats the mean of a metric and its 95 % interval: over seeds, or of the evaluation of a single training.
+
+    Args:
+        key: Key of the metric.
+        method: Row of the table.
+        scaled: Whether to multiply by the factor in the column's header.
+    """
+    scale = _SCALE.get(key, 1) if scaled else 1
+    values = [value * scale for value in method.values(key).values()]
     found = [entry.record.metrics[key] for entry in method.entries if key in entry.record.metrics]
     if not found:
         return Cell("-")
     note = "; ".join(sorted({metric.note for metric in found} - {""}))
     if (interval := half_width(values)) is None:
-        return evaluation_cell(key, found[0])
+        return evaluation_cell(key, found[0], scaled)
     return uncertain_cell(statistics.fmean(values), interval, note)
 
 
-def evaluation_cell(key: str, metric: MetricValue) -> Cell:
+def evaluation_cell(key: str, metric: MetricValue, scaled: bool = True) -> Cell:
     """Formats a metric of one record with the 95 % interval of its evaluation."""
-    scale = _SCALE.get(key, 1)
+    scale = _SCALE.get(key, 1) if scaled else 1
     cell = uncertain_cell(metric.value * scale, OF_AN_EVALUATION * metric.uncertainty * scale, metric.note)
     return cell._replace(single=True)
 

@@ -120,7 +120,7 @@ def test_hostile_names_are_escaped(html: str) -> None:
 
 
 def test_hostile_published_numbers_are_escaped(published: Published) -> None:
-    result = PublishedResult(HOSTILE, "SNN", HOSTILE, {HOSTILE: 1.0}, "s", HOSTILE, HOSTILE, caveats=(HOSTILE,))
+    result = PublishedResult(HOSTILE, "SNN", HOSTILE, {HOSTILE: 1.0}, "s", HOSTILE, HOSTILE, "no", caveats=(HOSTILE,))
     hostile = Published({"s": Source(HOSTILE, HOSTILE)}, {HOSTILE: HOSTILE}, {HOSTILE: HOSTILE}, (result,))
     assert_harmless(render_page([], hostile))
 

@@ -21,11 +21,12 @@ SMALL: dict[str, Any] = {
             "source": "paper",
             "table": "Table 1",
             "protocol": "theirs",
+            "reproduced": "not tried",
             "dataset": "mnist",
             "caveats": ["doubt"],
             "results": [
                 {"method": "A", "kind": "SNN", "metrics": {"fid": 3}, "num_steps": 4},
-                {"method": "B", "kind": "ANN", "metrics": {"fid": 4.5}, "table": "Table 2", "caveats": ["other"]},
+                {"method": "B", "kind": "ANN", "metrics": {"fid": 4.5}, "table": "Table 2", "reproduced": True, "caveats": ["other"]},
             ],
         }
     ],
@@ -68,6 +69,7 @@ def test_each_result_has_the_fields_of_its_group(tmp_path: Path) -> None:
     a, b = read_published(file).results
     assert (a.table, a.caveats, a.num_steps, a.metrics) == ("Table 1", ("doubt",), 4, {"fid": 3.0})
     assert (b.table, b.caveats, b.num_steps, b.dataset) == ("Table 2", ("doubt", "other"), None, "mnist")
+    assert (a.reproduced, b.reproduced) == ("not tried", "yes")  # a bare `yes` in YAML is a boolean
 
 
 def _set(data: Any, path: str, value: Any) -> None:
