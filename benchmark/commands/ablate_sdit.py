@@ -35,7 +35,7 @@ VARIANTS = {
 
 
 def ablate_sdit(args: Sequence[str]) -> None:
-    """Trains and tests every variant with every seed; prints and plots the metric with its 95 % interval over the seeds.
+    """Trains and tests every variant with every seed; prints and plots the metric with its 95 % interval.
 
     Args:
         args: `--seeds`, `--variants`, `--config`, `--output`, `--draft`, and any option of `fit`.

@@ -185,7 +185,9 @@ def _plot_thresholds(thresholds: Sequence[float], records: Sequence[Record]) -> 
     key, values = headline(records[0])[0], [headline(record)[1] for record in records]
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     quality, rate = figure.subplots(1, 2)
-    quality.errorbar(x, [v.value for v in values], [OF_AN_EVALUATION * v.uncertainty for v in values], marker="o", capsize=3)
+    quality.errorbar(
+        x, [v.value for v in values], [OF_AN_EVALUATION * v.uncertainty for v in values], marker="o", capsize=3
+    )
     quality.set(xlabel="firing threshold", ylabel=f"{key} (lower is better)")
     rate.plot(x, [record.counted_cost.firing_rate or 0.0 for record in records], marker="o", color="tab:green")
     rate.set(xlabel="firing threshold", ylabel="firing rate")
@@ -203,7 +205,12 @@ def _plot_solvers(results: dict[str, list[Record]]) -> Figure:
         values = [headline(record)[1] for record in records]
         nfe = [record.counted_cost.nfe for record in records]
         axes.errorbar(
-            nfe, [v.value for v in values], [OF_AN_EVALUATION * v.uncertainty for v in values], marker="o", capsize=3, label=name
+            nfe,
+            [v.value for v in values],
+            [OF_AN_EVALUATION * v.uncertainty for v in values],
+            marker="o",
+            capsize=3,
+            label=name,
         )
     ticks = sorted({record.counted_cost.nfe for records in results.values() for record in records})
     axes.set_xscale("log")

@@ -157,7 +157,9 @@ def _rows(
         return found[0]
     if found:
         places = "; ".join(table_title(a.record) for a, _ in found)
-        raise ValueError(f"{' and '.join(names)} occur in several tables ({places}): add --data NAME or --protocol NAME")
+        raise ValueError(
+            f"{' and '.join(names)} occur in several tables ({places}): add --data NAME or --protocol NAME"
+        )
     known = sorted({method.name for table in boards for method in table})
     for name, group in zip(names, groups, strict=True):
         if group is None and name not in known:

@@ -106,7 +106,19 @@ def seeds(records: list[str] | None = None, output: str | None = None) -> None:
 
 def result_rows(group: list[Method]) -> list[dict[str, Cell]]:
     """Returns the rows of a table with variants, solvers and network evaluations beside the names, without files."""
-    omitted = ("#", "Method", "Variant", "Solver", "NFE", "Seeds", "Images/s", "Samples", "Repeated", "Verified", "Record")
+    omitted = (
+        "#",
+        "Method",
+        "Variant",
+        "Solver",
+        "NFE",
+        "Seeds",
+        "Images/s",
+        "Samples",
+        "Repeated",
+        "Verified",
+        "Record",
+    )
     rows = []
     for method, row in zip(group, table_rows(group), strict=True):
         names = {

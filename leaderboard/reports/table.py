@@ -243,7 +243,8 @@ def seed_rows(method: Method, row: dict[str, Cell]) -> list[dict[str, Cell]]:
         cells = {"#": Cell(""), **_cells(part, [keys[name] for name in row if name in keys])}
         variant = "" if entry.record.variant == method.variant else entry.record.variant
         named = {"Method": Cell(seed_name(entry.record)), "Variant": Cell(variant), "Seeds": Cell("")}
-        rows.append({name: (cells | named | {"Record": _file_cell(part)})[name] for name in row})
+        cells |= named | {"Record": _file_cell(part)}
+        rows.append({name: cells.get(name, Cell("-")) for name in row})
     return rows
 
 

@@ -181,7 +181,7 @@ def board(page: Any, title: str) -> Any:
 
 def column(table: Any, name: str) -> list[str]:
     """Returns the texts of a column in the order shown."""
-    heads, *rows = table.locator("table").evaluate(
+    heads, *rows = table.locator("table.results").evaluate(
         "t => [...t.rows].filter(r => r.className !== 'detail').map(r => [...r.cells].map(c => c.innerText.trim()))"
     )
     place = next(i for i, text in enumerate(heads) if text.split("\u202f")[0] == name)

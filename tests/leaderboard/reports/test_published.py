@@ -26,7 +26,14 @@ SMALL: dict[str, Any] = {
             "caveats": ["doubt"],
             "results": [
                 {"method": "A", "kind": "SNN", "metrics": {"fid": 3}, "num_steps": 4},
-                {"method": "B", "kind": "ANN", "metrics": {"fid": 4.5}, "table": "Table 2", "reproduced": True, "caveats": ["other"]},
+                {
+                    "method": "B",
+                    "kind": "ANN",
+                    "metrics": {"fid": 4.5},
+                    "table": "Table 2",
+                    "reproduced": True,
+                    "caveats": ["other"],
+                },
             ],
         }
     ],
