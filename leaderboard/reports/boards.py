@@ -191,7 +191,7 @@ def _measured(group: list[Method]) -> Board:
     record = group[0].record
     points = [
         pareto.Point(
-            method.mean(lambda r: r.cost.energy_strict_mj if r.cost else None) or 0.0,  # no mark
+            method.mean_cost("energy_strict_mj") or 0.0,  # no mark
             method.frechet,
             _interval(method),
             row.method,

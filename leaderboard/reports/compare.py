@@ -37,10 +37,11 @@ def compare(
 ) -> None:
     """Compares two methods over their training seeds: metrics, configuration, code and cost.
 
-    A group is the name of a row of the leaderboard, such as "sddpm, 950 steps", or files: a record, a folder of records,
-    a pattern such as "runs/sddpm*/records/*.json", or several of these separated by commas. Groups with at least two
-    seeds each are compared by a t-test, paired over the seeds that both have, and corrected by Holm for the number of
-    metrics. Where the seeds show no difference, or one group has a single training, the answer is "cannot tell".
+    A group is the name of a row of the leaderboard, such as "sddpm, 950 steps", or files: a record, a folder of
+    records, a pattern such as "runs/sddpm*/records/*.json", or several of these separated by commas. Groups with at
+    least two seeds each are compared by a t-test, paired over the seeds that both have, and corrected by Holm for the
+    number of metrics. Where the seeds show no difference, or a group has a single training, the answer is "cannot
+    tell".
 
     Args:
         first: Group A.
@@ -93,7 +94,7 @@ def _files(text: str) -> list[Entry] | None:
     paths: list[Path] = []
     for part in [text] if Path(text).exists() else text.split(","):
         part = part.strip()
-        matches = [part] if Path(part).exists() else sorted(glob.glob(part, recursive=True))
+        matches = [part] if Path(part).exists() else sorted(glob.glob(part, recursive=True))  # noqa: PTH207 - absolute patterns
         if not part or not matches:
             return None
         for match in map(Path, matches):
@@ -224,7 +225,7 @@ def _cost(a: Method, b: Method) -> Iterator[Row]:
     for name in dict.fromkeys([*first, *second]):
         if name in ("firing_rates", "incomplete"):
             continue
-        x, y = (method.mean(lambda record, name=name: getattr(record.cost, name, None)) for method in (a, b))
+        x, y = (method.mean_cost(name) for method in (a, b))
         if x != y:
             ratio = f" ({y / x:.3g} of A)" if x and y is not None else ""
             yield name, _number(x), f"{_number(y)}{ratio}"
@@ -285,6 +286,6 @@ def _explanation(a: Method, b: Method) -> str:
         else "t-test of independent groups (Welch's statistic, degrees of freedom of the smaller group)"
     )
     return (
-        f"± is half of the 95 % interval over training seeds. {test[0].upper()}{test[1:]}; Holm corrects for the number "
-        f"of metrics; a wrong answer in any line has a probability of at most {LEVEL:.0%}."
+        f"± is half of the 95 % interval over training seeds. {test[0].upper()}{test[1:]}, corrected by Holm for the "
+        f"number of metrics: the probability of a wrong answer in any line is at most {LEVEL:.0%}."
     )

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -74,9 +74,9 @@ class Method:
         """Returns the values of a metric by training."""
         return {_training(e): e.record.metrics[key].value for e in self.entries if key in e.record.metrics}
 
-    def mean(self, value: Callable[[Record], float | None]) -> float | None:
-        """Returns the mean of a number over the trainings that have it."""
-        found = [number for entry in self.entries if (number := value(entry.record)) is not None]
+    def mean_cost(self, name: str) -> float | None:
+        """Returns the mean of a cost per image, a field of `Cost`, over the trainings that have it."""
+        found = [value for e in self.entries if (value := getattr(e.record.cost, name, None)) is not None]
         return statistics.fmean(found) if found else None
 
 

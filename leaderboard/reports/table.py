@@ -302,7 +302,7 @@ def _cells(method: Method, keys: list[str]) -> dict[str, Cell]:
     verified = [max(r.created for r in e.verified.values())[:10] for e in method.entries if e.verified]
 
     def mean(name: str, unit: float = 1.0) -> Cell:
-        value = method.mean(lambda r: getattr(r.cost, name, None))
+        value = method.mean_cost(name)
         return number_cell(None if value is None else value / unit)
 
     return {

@@ -97,6 +97,12 @@ def _set(data: Any, path: str, value: Any) -> None:
         ("groups.0.results.0.metrics.fid", float("inf"), r"field results\.0\.metrics\.fid: expected a finite number"),
         ("groups.0.results.0.kind", "snn", r"field results\.0\.kind: expected 'SNN' or 'ANN' or 'mixed', found 'snn'"),
         ("groups.0.results.1.fid", 3, r"field results\.1\.fid: unknown field; expected one of: method, "),
+        ("groups.0.reproduced", ..., r"field results\.0\.reproduced: the field is missing"),
+        (
+            "groups.0.reproduced",
+            "perhaps",
+            r"field results\.0\.reproduced: expected 'yes' or 'no' or 'not tried', found",
+        ),
         ("groups.0.dataset", ..., r"field results\.0\.dataset: the field is missing"),
         ("groups.0.source", "papr", r"field results\.0 .*: 'papr' is not defined under sources"),
         ("groups.0.results.1.caveats", ["typo"], r"field results\.1 .*: 'typo' is not defined under caveats"),
