@@ -89,7 +89,7 @@ def _files(text: str) -> list[Entry] | None:
     """Returns the records that a group names as files; None if it names no file.
 
     Raises:
-        ValueError: If the files are no records.
+        ValueError: If a folder contains no record.
     """
     paths: list[Path] = []
     for part in [text] if Path(text).exists() else text.split(","):

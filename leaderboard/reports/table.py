@@ -54,12 +54,10 @@ NO_BREAK = "\N{NO-BREAK SPACE}"
 _SCALE = {"kid_mean": 1000.0}
 """Factors by which metrics are multiplied for display."""
 _STACKS = (
-    ("T", "Rate"),
-    ("Solver", "NFE"),
-    ("G SOPs", "mJ"),
-    ("M params", "Images/s"),
-    ("Repeated", "Verified"),
-    ("Samples", "Seeds", "File"),
+    ("T", "Rate", "NFE"),
+    ("Solver", "Repeated", "Verified"),
+    ("G SOPs", "mJ", "M params"),
+    ("Samples", "Images/s", "File"),
 )
 """Columns that the wide terminal table prints above each other."""
 
@@ -429,7 +427,7 @@ def _print_wide(console: Console, group: list[Method]) -> None:
         pad_edge=False,
         collapse_padding=True,
     )
-    stacks = [("#",), ("Method", "Variant"), *((m,) for m in metrics), *_STACKS]
+    stacks = [("#", "Seeds"), ("Method", "Variant"), *((m,) for m in metrics), *_STACKS]
     for stack in stacks:
         header = re.sub("_(?=[^_]+$)", "\n_", stack[0]) if len(stack) == 1 else "\n".join(stack)
         min_width = max(len(str(row["Method"])) for row in rows) if stack[0] == "Method" else None

@@ -87,7 +87,7 @@ def test_which_is_better(
             write_record(make_record(metrics=metrics, seeds={"training": seed}), tmp_path / name)
     compare(str(tmp_path / "a"), str(tmp_path / "b"))
     line = next(line for line in capsys.readouterr().out.splitlines() if line.strip().startswith(key))
-    assert line.split("  ")[-1].strip() == better
+    assert line.strip().split("  ")[-1].strip() == better
 
 
 def group(make_record: Make, folder: Path, values: dict[int, float], **fields: object) -> str:
@@ -99,7 +99,7 @@ def group(make_record: Make, folder: Path, values: dict[int, float], **fields: o
 
 
 def metrics_of(capsys: pytest.CaptureFixture[str]) -> dict[str, list[str]]:
-    lines = [line.split() for line in capsys.readouterr().out.split("metrics")[-1].splitlines()]
+    lines = [line.split() for line in capsys.readouterr().out.partition("\nmetrics")[2].splitlines()]
     return {words[0]: words[1:] for words in lines if words}
 
 
