@@ -425,6 +425,7 @@ def _print_wide(console: Console, group: list[Method]) -> None:
         box=box.SIMPLE_HEAD,
         title_justify="left",
         pad_edge=False,
+        show_edge=False,
         collapse_padding=True,
     )
     stacks = [("#", "Seeds"), ("Method", "Variant"), *((m,) for m in metrics), *_STACKS]
