@@ -2,7 +2,7 @@
 
     system, data = load("runs/RUN")
     images = sample(system, data, 5000)
-    measure(images, data, "offline-v1")
+    measure(images, data, "offline-v2")
 
 Import the functions from `benchmark`.
 """
@@ -68,7 +68,7 @@ def sample(
 def measure(
     images: Tensor,
     data: ImageDataModule,
-    protocol: ProtocolName = "offline-v1",
+    protocol: ProtocolName = "offline-v2",
     draft: bool = False,
     inception_weights: str | None = None,
     torchvision_weights: str | None = None,
@@ -84,7 +84,7 @@ def measure(
         draft: Whether the images may be fewer than the protocol asks for.
         inception_weights: Local file of the 2015 Inception weights, where they cannot be downloaded.
         torchvision_weights: Local file of torchvision's Inception weights, for paper-spiking-diffusion.
-        extractor: File of another small extractor made by `train-extractor`.
+        extractor: File of another small extractor made by `train-extractor`, in place of the shipped one of its kind.
         fad_dir: Folder of the published autoencoders.
 
     Raises:

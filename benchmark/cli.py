@@ -36,7 +36,7 @@ PASS_THROUGH = {
     "regress": ("benchmark.commands.regress:regress", "train small networks and compare them with baselines"),
     "ablate-sdit": (
         "benchmark.commands.ablate_sdit:ablate_sdit",
-        "train and test SDiT and its ablations, several seeds",
+        "train and test SDiT or SpikingRWKV and its ablations",
     ),
 }
 """Commands that pass the options they do not know on to `fit` or `test`."""
@@ -47,6 +47,10 @@ COMMANDS = {
         "compute the statistics of real images before any test",
     ),
     "evaluate": ("leaderboard.evaluation.images:evaluate", "measure images made by other code"),
+    "validate-metrics": (
+        "leaderboard.validation.validate:validate_metrics",
+        "measure the metrics on sets of images with known faults",
+    ),
     "leaderboard": ("leaderboard.reports.table:leaderboard", "show the table of the newest run (more: --wide, --all)"),
     "leaderboard render": ("leaderboard.reports.render:render", "write the leaderboard as a web page and files"),
     "leaderboard seeds": ("leaderboard.reports.seeds:seeds", "show and write methods over training seeds"),
@@ -75,6 +79,7 @@ GROUPS = {
         "activity",
         "reference",
         "evaluate",
+        "validate-metrics",
     ),
     "leaderboard": tuple(name for name in COMMANDS if name.startswith("leaderboard")),
     "tools": ("export", "import", "convert", "train-extractor", "regress", "speed", "loader-speed", "attention-speed"),
@@ -116,6 +121,8 @@ def complete_flags(command: Callable[..., Any], args: Sequence[str]) -> list[str
             args = [re.sub(rf"^--data\.{name}(?=$|=)", f"--{name}", arg) for arg in args]
     if args and not args[0].startswith("-") and "data" in options and options["data"].default == "":
         args = ["--data", *args]
+    for name in options.keys() & {"root", "cache_dir"}:
+        args = [re.sub(rf"^--data\.{name}(?=$|=)", f"--{name}", arg) for arg in args]
     flags = {f"--{name}" for name, option in options.items() if isinstance(option.default, bool)}
     pairs = zip(args, [*args[1:], "--"], strict=False)
     return [f"{arg}=true" if arg in flags and following.startswith("-") else arg for arg, following in pairs]

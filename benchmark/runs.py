@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser
 
 from datamodules import ImageDataModule
 from leaderboard.files import file_sha256, free_path
+from leaderboard.record.renamed import FORMER, PRESENT, is_former
 from systems.base import DiffusionSystem
 from systems.checkpoints import CheckpointMismatchError, read_suite
 
@@ -41,6 +42,7 @@ MOVED = {
     "leaderboard.evaluation.Evaluation": "leaderboard.evaluation.callback.Evaluation",
 }
 """Class paths that configs of version 0.1 may contain, and the present ones."""
+_FORMER = re.compile(rf"(\bclass_path['\"]?:\s*['\"]?)(?:systems\.(?:sdit\.)?)?{FORMER}\b(?!\.)")
 _GRAPHS = re.compile(r"^graphs:.*\n?(?:[ \t]+.*\n?)*", re.MULTILINE)
 
 
@@ -68,11 +70,15 @@ def run_of(checkpoint: Path) -> Path | None:
 def update_config(text: str) -> str:
     """Returns the text of a config with the class paths of earlier versions replaced and removed options left out.
 
+    `SDiT` with the options of `SpikingRWKV` is replaced by that class, which had this name before.
+
     Args:
         text: YAML, as written to `config.yaml` of a run by this or an earlier version; any other text is unchanged.
     """
     for old, new in MOVED.items():
         text = re.sub(rf"(?<![\w.]){re.escape(old)}(?![\w.])", new, text)
+    if _FORMER.search(text) and is_former(_model(text)):
+        text = _FORMER.sub(rf"\g<1>systems.{PRESENT}", text)
     if (found := _GRAPHS.search(text)) is None:
         return text
     if re.search(r"enabled:\s*true\b", found[0], re.IGNORECASE):
@@ -82,6 +88,15 @@ def update_config(text: str) -> str:
             stacklevel=2,
         )
     return text[: found.start()] + text[found.end() :]
+
+
+def _model(text: str) -> Any:
+    """Returns the `model` of a config, or None if the text is not a config."""
+    try:
+        config = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return None
+    return config.get("model") if isinstance(config, dict) else None
 
 
 def training_seed(checkpoint: Path) -> Any:

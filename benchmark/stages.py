@@ -44,6 +44,7 @@ from benchmark.configs import locate_configs
 from benchmark.runs import RUNS, new_run, run_of, training_seed
 from benchmark.trainer import BenchmarkTrainer
 from datamodules import ImageDataModule
+from datamodules.registry import data_module
 from leaderboard.evaluation.callback import Evaluation
 from systems.base import DiffusionSystem
 
@@ -156,10 +157,13 @@ class BenchmarkCLI(LightningCLI):
         """Ignores options in the checkpoint: those of a run are in its config.yaml, and typed options win."""
 
     def before_instantiate_classes(self) -> None:
-        """Chooses the precision if none is given, and the run folder: that of the checkpoint, or a new one."""
+        """Chooses precision and number of classes if not given, and the run folder: the checkpoint's or a new one."""
         config = self.config[self.subcommand]
         check_numbers(config.trainer)
         config.trainer.precision = config.trainer.precision or fastest_precision(config.trainer.accelerator)
+        options: Any = config.model.get("init_args") or {}
+        if "num_classes" in options and options.num_classes is None:
+            options.num_classes = data_module(_class_name(config.data.class_path)).num_classes or 0
         folder = Path(config.trainer.default_root_dir or RUNS)
         checkpoint = Path(config.ckpt_path) if config.get("ckpt_path") else None
         if config.checkpoint.dirpath is not None:

@@ -49,7 +49,8 @@ HOLD_OUT_SEED = 0
 class ImageDataModule(L.LightningDataModule):
     """Images for training, reference images for comparison, and the seeds of the images to generate.
 
-    Training and validation batches are float32 `(B, C, H, W)` in [-1, 1]. Test and prediction batches are int64 seeds
+    Training and validation batches are float32 `(B, C, H, W)` in [-1, 1]; with `with_labels` they are pairs of these
+    images and their classes, int64 `(B,)` from 0 to `num_classes - 1`. Test and prediction batches are int64 seeds
     `(B,)`, one per image to generate. `reference_batches` yields uint8 images in the geometry of the comparison: the
     dataset's own size with `fit="pad"`, `image_size` with `fit="resize"`.
 
@@ -121,6 +122,7 @@ class ImageDataModule(L.LightningDataModule):
         self.sample_batch_size = sample_batch_size
         self.sample_seed = sample_seed
         self.revision = revision or self.hub_revision
+        self.with_labels = False  # set by a method that is trained on classes
         for argument in ("batch_size", "image_size", "sample_batch_size"):
             _require_at_least(1, argument, getattr(self, argument))
         if num_samples is not None:
@@ -246,7 +248,7 @@ class ImageDataModule(L.LightningDataModule):
         Raises:
             ValueError: If there are too few images for one batch.
         """
-        images, _ = self._subsets
+        images = self._labelled(0)
         if (share := len(images) // world_size()) < self.batch_size:
             raise ValueError(
                 f"batch_size={self.batch_size} exceeds the {share} training images of each device; "
@@ -262,7 +264,7 @@ class ImageDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Tensor] | list[DataLoader[Tensor]]:
         """Returns a loader of the validation images in order, or an empty list if there are none."""
-        _, images = self._subsets
+        images = self._labelled(1)
         return self._loader(images, sampler=FilledBatches(images, self.batch_size)) if len(images) else []
 
     def test_dataloader(self) -> DataLoader[Tensor]:
@@ -409,6 +411,26 @@ class ImageDataModule(L.LightningDataModule):
             TrainingImages(train, kept, self._padding),
             TrainingImages(valid, held_out, self._padding),
         )
+
+    def _labelled(self, part: int) -> TrainingImages:
+        """Returns the training (0) or validation images (1), with their classes if `with_labels` is set.
+
+        Raises:
+            DatasetError: If the class of an image is not known.
+        """
+        images = self._subsets[part]
+        if not self.with_labels:
+            return images
+        own = part == 1 and self.val_size == 0 and "valid" in self._entry.splits
+        split: Split = "valid" if own else "train"
+        labels = self._entry.labels(split)
+        if unknown := int((labels < 0).sum()):
+            raise DatasetError(
+                f"{unknown:,} of the {len(labels):,} {split} images of {self.title} from {self.source} have no label, "
+                "but the method is trained on classes; give a source with labels, or train without them: "
+                "--model.num_classes 0"
+            )
+        return TrainingImages(torch.from_numpy(images.images), torch.from_numpy(images.indices), self._padding, labels)
 
     def _loader(self, images: TrainingImages, **options: Any) -> DataLoader[Tensor]:
         return whole_batches(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -45,15 +46,16 @@ def _walk(folder: Path, ancestors: tuple[tuple[int, int], ...], skipped: Counter
     if here in ancestors:
         skipped["link to a folder above", "links to folders above"] += 1
         return
-    for path in folder.iterdir():
-        if path.name.startswith(".") or path.name in HIDDEN:
+    for entry in os.scandir(folder):
+        if entry.name.startswith(".") or entry.name in HIDDEN:
             skipped["hidden entry", "hidden entries"] += 1
-        elif path.is_dir():
-            yield from _walk(path, (*ancestors, here), skipped)
-        elif path.is_file():
-            yield path
-        elif path.is_symlink():
-            raise DatasetError(f"{path} is a link to {path.readlink()}, which does not exist; fetch the file again")
+        elif entry.is_dir():
+            yield from _walk(folder / entry.name, (*ancestors, here), skipped)
+        elif entry.is_file():
+            yield folder / entry.name
+        elif entry.is_symlink():
+            target = (folder / entry.name).readlink()
+            raise DatasetError(f"{entry.path} is a link to {target}, which does not exist; fetch the file again")
 
 
 def named(names: Iterable[object]) -> str:

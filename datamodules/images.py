@@ -44,7 +44,15 @@ def decode(image: Image.Image, mode: str, where: str) -> Image.Image:
             `mode` cannot represent.
     """
     try:
+        is_cut = any(";16" in str(tile[3]) for tile in getattr(image, "tile", []))
         image.load()
+        if is_cut and image.mode not in (*SIXTEEN_BITS, "I"):
+            raise DatasetError(
+                f"{where} has 16 bits for each colour, of which Pillow reads 8; convert it to 8 bits first"
+            )
+        if getattr(image, "is_animated", False) and image.format != "MPO":  # photographs with a preview
+            number = getattr(image, "n_frames", "several")
+            raise DatasetError(f"{where} holds {number} images, expected one; store each in a file of its own")
         if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
             image = ImageOps.exif_transpose(image)
         if image.mode == mode and "transparency" not in image.info:

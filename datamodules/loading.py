@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 
-class TrainingImages(Dataset[Tensor]):
+class TrainingImages(Dataset[Any]):
     """Images as float32 in [-1, 1]; a whole batch `(B, C, H, W)` is sliced and scaled at once.
 
     Uses NumPy, since PyTorch's threads slow down such small operations up to a hundredfold if cores are shared. The
@@ -24,24 +24,28 @@ class TrainingImages(Dataset[Tensor]):
         images: `(N, C, H, W)` uint8, usually memory-mapped.
         indices: Images of the dataset, `(M,)`.
         padding: Number of black pixels added on each side.
+        labels: Classes of all images `(N,)`; batches are then pairs `(images, labels)`.
     """
 
-    def __init__(self, images: Tensor, indices: Tensor, padding: int = 0) -> None:
+    def __init__(self, images: Tensor, indices: Tensor, padding: int = 0, labels: Tensor | None = None) -> None:
         self.images = images.numpy()
         self.indices = indices.numpy()
         self.padding = padding
+        self.labels = None if labels is None else labels.numpy()
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> Tensor:
-        return self.__getitems__([index])[0]
+    def __getitem__(self, index: int) -> Any:
+        batch = self.__getitems__([index])
+        return batch[0] if isinstance(batch, Tensor) else (batch[0][0], batch[1][0])
 
-    def __getitems__(self, indices: list[int]) -> Tensor:
+    def __getitems__(self, indices: list[int]) -> Tensor | tuple[Tensor, Tensor]:
         wanted = np.array(indices)
         mirrored = np.flatnonzero(wanted < 0)
         wanted[mirrored] = ~wanted[mirrored]
-        batch = self.images[self.indices[wanted]]
+        chosen = self.indices[wanted]
+        batch = self.images[chosen]
         if len(mirrored):
             batch[mirrored] = batch[mirrored, ..., ::-1]
         if self.padding:
@@ -49,7 +53,8 @@ class TrainingImages(Dataset[Tensor]):
         scaled = batch.astype(np.float32)
         scaled /= 127.5
         scaled -= 1
-        return torch.from_numpy(scaled)
+        images = torch.from_numpy(scaled)
+        return images if self.labels is None else (images, torch.from_numpy(self.labels[chosen]))
 
 
 class Seeds(Dataset[Tensor]):

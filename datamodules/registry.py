@@ -35,8 +35,8 @@ def data_module(name: str) -> type[ImageDataModule]:
     found = {key.lower(): kind for key, kind in known.items()}.get(name.lower())
     if found is None:
         raise ValueError(
-            f"data={name!r} is not a dataset of the suite; choose one of: {', '.join(sorted(known, key=str.lower))}, "
-            "or give the path of a class, such as mypackage.data.Shapes"
+            f"data={name!r} is not a dataset of the suite; choose one of: "
+            f"{', '.join(sorted(known, key=str.lower))}, or give the path of a class, such as mypackage.data.Shapes"
         )
     return found
 

@@ -14,7 +14,7 @@ from typing import Any
 from leaderboard.evaluation.cost import strict_energy_mj
 from leaderboard.files import canonical_sha256, write_atomic
 from leaderboard.metrics.generation import metric_keys
-from leaderboard.protocols import PROTOCOLS, SUITE
+from leaderboard.protocols import PROTOCOLS
 from leaderboard.record.entries import RECORDS, Entry
 from leaderboard.record.records import Record, RecordError, find_records, read_record, redact_paths, write_record
 
@@ -90,7 +90,7 @@ def _duplicates(record: Record, folder: Path) -> Iterator[str]:
 
 def _metric_problems(record: Record) -> Iterator[str]:
     protocol, dataset = PROTOCOLS[record.protocol.name], record.dataset.name
-    views = {dataset if v.extractor == SUITE else v.extractor: v.metrics_for(dataset) for v in protocol.views}
+    views = {view.extractor_name(dataset): view.metrics_for(dataset) for view in protocol.views}
     views = {extractor: families for extractor, families in views.items() if families}
     if record.extractor.name != " + ".join(views):
         yield f"extractor.name: expected {' + '.join(views)} for {protocol.name}, found {record.extractor.name!r}"
@@ -119,11 +119,18 @@ def _sample_problems(record: Record) -> Iterator[str]:
     if not record.draft and configured not in (None, most):
         yield f"metrics: {most} generated images, but the configuration sets num_samples to {configured}"
     kept = min((view.kept_images for view in protocol.views if view.kept_images), default=most)
+    bounded = {  # use no more generated images than there are real ones
+        key
+        for view in protocol.views
+        for family, options in view.metrics.items()
+        if "images" in options
+        for key in metric_keys(family, view.extractor_name(record.dataset.name))
+    }
     for key, count in counts.items():
         if key.startswith("reconstruction_"):
             if count != 0:
                 yield f"metrics.{key}.num_samples: {count}, expected 0: a reconstruction uses no generated images"
-        elif count < min(most, kept):
+        elif key not in bounded and count < min(most, kept):
             yield f"metrics.{key}.num_samples: computed from only {count} of the {most} generated images"
 
 

@@ -32,6 +32,24 @@ def grid(images: Tensor, columns: int, scale: int = 1) -> Tensor:
     return page[: images.shape[1]]
 
 
+def rows_of_classes(images: Tensor, labels: Tensor, columns: int) -> Tensor:
+    """Arranges images so that each row of a grid shows one class, the first images of each; the rest is left out.
+
+    Args:
+        images: uint8 `(N, C, H, W)`.
+        labels: Classes `(N,)`.
+        columns: Images per row.
+
+    Returns:
+        One row per class that occurs, filled up with white, `(rows * columns, C, H, W)`.
+    """
+    rows = []
+    for label in labels.unique():
+        row = images[labels == label][:columns]
+        rows += [row, row.new_full((columns - len(row), *row.shape[1:]), 255)]
+    return torch.cat(rows)
+
+
 def save_png(image: Tensor, path: Path) -> None:
     """Writes a uint8 image `(C, H, W)`, `C` 1 or 3, as an atomic PNG file."""
     array = image.cpu().movedim(0, -1).squeeze(-1).contiguous().numpy()

@@ -34,6 +34,13 @@ from systems.figures import Figure
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 LRSchedulerFactory = Callable[[Optimizer], LRScheduler]
+Batch = Tensor | tuple[Tensor, Tensor]
+"""Training images `(B, C, H, W)`; with their classes `(B,)` for a method that asks for them."""
+
+
+def images_of(batch: Batch) -> Tensor:
+    """Returns the images of a training batch."""
+    return batch if isinstance(batch, Tensor) else batch[0]
 
 
 class NonFiniteSamplesError(RuntimeError):
@@ -77,6 +84,8 @@ class DiffusionSystem(L.LightningModule):
     """Network that generates the images; by default the module itself."""
     configuration: dict[str, Any] | None = None
     """Resolved configuration of the run, `model` and `data`, as JSON; stored in checkpoints."""
+    conditional: float | None = None
+    """Scale of guidance of a method that generates images of given classes, 1 without guidance; else None."""
     is_generated = False
     """True while `test_step` should skip generation because this batch was restored from an interrupted test."""
     training_data: list[dict[str, Any]]
@@ -104,8 +113,13 @@ class DiffusionSystem(L.LightningModule):
         return self if name == "network" and name not in self._modules else super().__getattr__(name)
 
     @abstractmethod
-    def loss(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Returns the scalar loss of images `(B, C, H, W)` in [-1, 1]; `generator` makes it reproducible."""
+    def loss(self, batch: Any, generator: torch.Generator | None = None) -> Tensor:
+        """Returns the scalar loss of a batch; `generator` makes it reproducible.
+
+        Args:
+            batch: Images `(B, C, H, W)` in [-1, 1], or images and their classes for a method that asks for them.
+            generator: Source of all random draws.
+        """
 
     @abstractmethod
     def trajectory(self, seeds: Tensor, image_shape: tuple[int, int, int]) -> Iterator[Tensor]:
@@ -157,6 +171,10 @@ class DiffusionSystem(L.LightningModule):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
         return randn_tensor((len(seeds), *shape), generator=generators, device=self.device, dtype=self.dtype)
 
+    def labels(self, seeds: Tensor) -> Tensor | None:
+        """Returns the class of the image of each seed, `(B,)`; None for a method without classes."""
+        return None
+
     @torch.no_grad()
     def sample(self, seeds: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
         """Returns one image per seed, `(B, C, H, W)`; values may lie slightly outside [-1, 1].
@@ -196,7 +214,7 @@ class DiffusionSystem(L.LightningModule):
         """Returns plots of learned quantities by name; they are drawn together with the samples during training."""
         return {}
 
-    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seeds the random draws of a step from seed, epoch, batch and process only.
 
         A resumed training therefore draws the same numbers as an uninterrupted one, and a step can be repeated.
@@ -208,21 +226,22 @@ class DiffusionSystem(L.LightningModule):
             if self.device.type != "cpu":
                 torch.get_device_module(self.device).manual_seed(number)
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Returns the loss of a batch of images."""
         loss = self.loss(batch)
-        self.log("train/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(batch))
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(images_of(batch)))
         return loss
 
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Logs the loss with the same random draws in every epoch, for any number of processes.
 
         Batches are distributed over the processes in turn; batches that only pad the last turn have weight 0.
         """
         index = batch_idx * self.trainer.world_size + self.global_rank  # global batch index across all processes
         loader: Any = self.trainer.val_dataloaders
-        weight = len(batch) if index * loader.batch_size < len(loader.dataset) else 0
-        generator = torch.Generator(batch.device).manual_seed(index)
+        images = images_of(batch)
+        weight = len(images) if index * loader.batch_size < len(loader.dataset) else 0
+        generator = torch.Generator(images.device).manual_seed(index)
         self.log("val/loss", self.loss(batch, generator), prog_bar=True, sync_dist=True, batch_size=weight)
 
     def test_step(self, batch: Tensor, batch_idx: int) -> Tensor | None:

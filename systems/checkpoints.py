@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import zipfile
+from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-NUMPY_NUMBERS: list[Any] = [
+HARMLESS: list[Any] = [
+    Namespace,
     np.ndarray,
     np.dtype,
     *(type(np.dtype(kind)) for kind in ("?", *np.typecodes["AllInteger"], *np.typecodes["AllFloat"])),
@@ -30,7 +32,7 @@ NUMPY_NUMBERS: list[Any] = [
         for module in ("numpy._core", "numpy.core")  # of numpy 2 and 1
     ),
 ]
-"""Harmless objects beside the weights in many files, such as a loss: numbers and arrays of numpy."""
+"""Objects beside the weights in many files: options of a command line, and numbers and arrays of numpy."""
 
 ADVICE = re.compile("Weights only load failed|Please file an issue|Check the documentation")
 """Boilerplate in torch's error when it refuses to unpickle an object."""
@@ -139,7 +141,7 @@ def load_checkpoint(path: str | Path) -> Any:
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():
                     raise ValueError(f"{damaged} is damaged")
-        with torch.serialization.safe_globals(NUMPY_NUMBERS):
+        with torch.serialization.safe_globals(HARMLESS):
             return torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         if objects := _refused(path, error):
@@ -158,7 +160,7 @@ def _refused(path: Path, error: Exception) -> list[str]:
     if not (first := re.search(r"GLOBAL ([\w.]+)", str(error))):
         return []
     try:
-        with torch.serialization.safe_globals(NUMPY_NUMBERS):
+        with torch.serialization.safe_globals(HARMLESS):
             found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except UNREADABLE:  # the format before torch 1.6
         found = []
@@ -268,6 +270,8 @@ def check_method(checkpoint: Mapping[str, Any], method: str, source: str) -> Non
         CheckpointMismatchError: If it belongs to another one.
     """
     found = checkpoint.get("method", method)
+    if found == "sdit" and "network.position" in checkpoint.get("state_dict", ()):  # its name before SDiT's release
+        found = "spiking-rwkv"
     if found != method:
         raise CheckpointMismatchError(
             f"{source} is of method {found!r}, expected {method!r}; give a checkpoint of {method!r}, or the "

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from diffusers import DDPMScheduler
@@ -70,13 +70,15 @@ class SDDPM(GaussianDiffusion):
         **kwargs: Any,
     ) -> None:
         scheduler = scheduler or DDPMScheduler(variance_type="fixed_large")
-        published = {"if": integrate_and_fire, "lif": leaky_integrate_and_fire}
-        make = neuron
+        make: NeuronFactory
         if isinstance(neuron, str):
-            make = partial(published[neuron], threshold=threshold, spike_grad=get_surrogate(spike_grad))
+            published = integrate_and_fire if neuron == "if" else leaky_integrate_and_fire
+            make = partial(published, threshold=threshold, spike_grad=get_surrogate(spike_grad))
+        else:
+            make = neuron
         network = SpikingUNet(
             num_train_timesteps=scheduler.config.num_train_timesteps,
-            neuron=cast(NeuronFactory, make),
+            neuron=make,
             temporal_scaling=self.temporal_scaling,
             **kwargs,
         )

@@ -19,7 +19,7 @@ from benchmark.speed.timing import build_config
 from leaderboard.evaluation.cost import CostMeter
 from leaderboard.record.records import find_records
 from systems.base import DiffusionSystem
-from systems.networks.spiking_transformer import _gate, _gated_sum
+from systems.networks.spiking_transformer import _gated_sum, receptance_gate
 from systems.ops import compiled
 from systems.ops.norms import add_normed, normalise, scaled
 from systems.ops.quantise import Quantise
@@ -154,7 +154,7 @@ def quantised(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def gated(x: Tensor, weight: Tensor) -> Tensor:
-    return _gate(x, x * weight.to(x.dtype))
+    return receptance_gate(x, x * weight.to(x.dtype))
 
 
 def gated_sum(x: Tensor, factors: Tensor) -> Tensor:
@@ -260,7 +260,7 @@ def _drawn_on_the_cpu(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_sampler_steps_do_not_synchronise(name: str, uncompiled_gpu: None) -> None:
-    solver = ["--model.scheduler=DDIMScheduler"] if "ddpm" in name or "sdm" in name or "sdit" in name else []
+    solver = ["--model.scheduler=DDIMScheduler"] if "ddpm" in name or "sdm" in name or "rwkv" in name else []
     cli = build_config(f"small/{name}", "--model.num_inference_steps=4", *solver)
     system = cast(DiffusionSystem, cli.model).cuda().eval()
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):

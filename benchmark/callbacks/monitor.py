@@ -22,8 +22,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from datamodules import ImageDataModule
 from leaderboard.files import write_atomic
-from leaderboard.pictures import enlargement, grid
-from systems.base import DiffusionSystem
+from leaderboard.pictures import enlargement, grid, rows_of_classes
+from systems.base import DiffusionSystem, images_of
 from systems.spiking.adapter import spikes_of, spiking_layers
 
 
@@ -238,7 +238,7 @@ class TrainingMonitor(Callback):
         now = time.perf_counter()
         self._seconds += now - self._clock
         self._clock = now
-        self._images += len(batch) * trainer.world_size
+        self._images += len(images_of(batch)) * trainer.world_size
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -290,7 +290,9 @@ class TrainingMonitor(Callback):
         shown = [states[round(i * (len(states) - 1) / 9)][:8] for i in range(10)]
         strip = torch.stack(shown, dim=1).flatten(0, 1)  # one row per image, from x_T to x_0
         scale = enlargement(strip.shape[-1])
-        board.add_image("samples", grid(states[-1], columns=4, scale=scale), trainer.global_step)
+        labels, samples = system.labels(seeds), states[-1].cpu()
+        samples = samples if labels is None else rows_of_classes(samples, labels, columns=4)
+        board.add_image("samples", grid(samples, columns=4, scale=scale), trainer.global_step)
         board.add_image("denoising", grid(strip, columns=10, scale=scale), trainer.global_step)
 
     @staticmethod

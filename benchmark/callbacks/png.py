@@ -12,11 +12,14 @@ from torch import Tensor
 
 from datamodules import ImageDataModule
 from leaderboard.files import free_path
-from leaderboard.pictures import enlargement, grid, save_png
+from leaderboard.pictures import enlargement, grid, rows_of_classes, save_png
+from systems.base import DiffusionSystem
 
 
 class PNGWriter(Callback):
     """Writes one PNG per generated image, named by its seed, and a grid of the first images. Replaces no file.
+
+    The grid of a conditional method has one row per class instead.
 
     Args:
         folder: Folder of the images, to which other seeds may be added later; null writes to `samples/` in the run
@@ -31,6 +34,7 @@ class PNGWriter(Callback):
         self.grid_images = grid_images
         self._folder, self._grid = Path(), Path()
         self._first: list[Tensor] = []
+        self._labels: list[Tensor] = []
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Chooses names that no file has.
@@ -70,16 +74,24 @@ class PNGWriter(Callback):
             save_png(image, _image(self._folder, seed))
         if sum(map(len, self._first)) < self.grid_images:
             self._first.append(images)
+            labels = pl_module.labels(batch) if isinstance(pl_module, DiffusionSystem) else None
+            if labels is not None:
+                self._labels.append(labels.cpu())
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the grid and prints where the files are."""
         if trainer.is_global_zero:
             print(f"images: {self._folder}")
             if self._first:
-                images = torch.cat(self._first)[: self.grid_images]
+                images = torch.cat(self._first)
+                if self._labels:
+                    images = rows_of_classes(images, torch.cat(self._labels), columns=8)
+                else:
+                    images = images[: self.grid_images]
                 save_png(grid(images, columns=8, scale=enlargement(images.shape[-1])), self._grid)
                 print(f"grid:   {self._grid}")
         self._first.clear()
+        self._labels.clear()
 
 
 def _image(folder: Path, seed: int) -> Path:

@@ -1,13 +1,11 @@
-"""`python -m benchmark ablate-sdit`: trains and tests SDiT and its ablations with several seeds.
-
-The network is the suite's own design (`systems/sdit.py`), not the public code of SDiT.
-"""
+"""`python -m benchmark ablate-sdit`: trains and tests SDiT or SpikingRWKV and its ablations with several seeds."""
 
 from __future__ import annotations
 
 import logging
 import shlex
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from benchmark.stages import DryRun, run_stage
 from leaderboard.files import free_path, write_atomic
 from leaderboard.record.entries import headline
 from leaderboard.record.records import Record, find_records, read_record
+from leaderboard.reports.methods import method_name
 from leaderboard.reports.statistics import half_width
 from leaderboard.reports.table import plus_minus
 from leaderboard.reports.terminal import terminal
@@ -31,7 +30,9 @@ VARIANTS = {
     "softmax attention": ("--model.attention=softmax",),
     "spiking embedding": ("--model.embedding=spiking",),
 }
-"""Variants, and the options of `fit` that define each."""
+"""Variants, and the options of `fit` that define each, the same for SDiT and SpikingRWKV."""
+TRAINING_TIME = "training_seconds.txt"
+"""File in the folder of each run with the seconds that its training took."""
 
 
 def ablate_sdit(args: Sequence[str]) -> None:
@@ -45,16 +46,21 @@ def ablate_sdit(args: Sequence[str]) -> None:
     """
     parser = pass_through_parser(
         "ablate-sdit",
-        "Trains and tests SDiT as designed here, and its ablations, with several seeds; each is a variant on the "
-        "leaderboard. All other options are passed on to `fit`. Started again, it skips finished runs.",
+        "Trains and tests SDiT, or the suite's fully spiking design, and its ablations, with several seeds; each is a "
+        "variant on the leaderboard. All other options are passed on to `fit`. Started again, it skips finished runs.",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of training")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
-    parser.add_argument("--config", type=Path, default=Path("configs/sdit_digits.yaml"), help="config of the full SDiT")
-    parser.add_argument("--output", type=Path, default=RUNS / "ablate-sdit", help="folder of the runs and the plot")
+    parser.add_argument(
+        "--config", type=Path, default=Path("configs/sdit_digits.yaml"), help="config of the full SDiT or SpikingRWKV"
+    )
+    parser.add_argument(
+        "--output", type=Path, help=f"folder of the runs and the plot; {RUNS}/ablate-sdit/CONFIG if not given"
+    )
     parser.add_argument("--draft", action="store_true", help="allow fewer images than the protocol's; never ranked")
     options, rest = parser.parse_known_args(args)
     options.config = find_config(options.config)
+    options.output = options.output or RUNS / "ablate-sdit" / options.config.stem
     draft = ["--draft"] * options.draft
     run_stage(["test", f"--config={options.config}", *rest, *draft], DryRun)  # fails now, not after training
     _check_same_options(
@@ -64,6 +70,7 @@ def ablate_sdit(args: Sequence[str]) -> None:
 
     console = terminal()
     records: dict[str, list[Record]] = {name: [] for name in options.variants}
+    seconds: dict[str, list[float]] = {name: [] for name in options.variants}
     for seed in options.seeds:  # outer loop over seeds: a stopped ablation still has comparable runs
         for name in options.variants:
             folder = options.output / f"{name.replace(' ', '-')}-seed{seed}"
@@ -71,12 +78,15 @@ def ablate_sdit(args: Sequence[str]) -> None:
                 console.print(f"{name}, seed {seed}", style="bold")
                 in_folder = f"--trainer.default_root_dir={folder}"
                 fit = [f"--config={options.config}", *rest, *VARIANTS[name], f"--seed_everything={seed}", in_folder]
+                started = time.perf_counter()
                 run_stage(["fit", *fit])
+                write_atomic(folder / TRAINING_TIME, f"{time.perf_counter() - started:.1f}\n")
                 run_stage(fill_in_newest_run(["test", in_folder, f"--evaluation.variant={name}, seed {seed}", *draft]))
             records[name].append(read_record(find_records([folder])[-1]))
+            seconds[name].append(float((folder / TRAINING_TIME).read_text()))
     plot = free_path(options.output / "ablations.png")
     _plot(records).savefig(plot, dpi=150)
-    console.print(_table(records))
+    console.print(_table(records, seconds))
     console.print(f"plot: {plot}", soft_wrap=True, highlight=False)
 
 
@@ -100,11 +110,11 @@ def _spread(values: Sequence[float]) -> str:
     return plus_minus(statistics.mean(values), half_width(values))
 
 
-def _table(records: Mapping[str, Sequence[Record]]) -> Table:
+def _table(records: Mapping[str, Sequence[Record]], seconds: Mapping[str, Sequence[float]]) -> Table:
     key, first = headline(next(iter(records.values()))[0])[0], next(iter(records))
-    seeds = len(records[first])
-    table = Table(title=f"SDiT, mean ± half of its 95 % interval over {seeds} seeds", title_justify="left")
-    for column in ("variant", key, f"against\n{first}", "firing\nrate", "mJ", "M\nparams"):
+    seeds, method = len(records[first]), method_name(records[first][0])
+    table = Table(title=f"{method}, mean ± half of its 95 % interval over {seeds} seeds", title_justify="left")
+    for column in ("variant", key, f"against\n{first}", "firing\nrate", "mJ", "training\ns", "images\n/s", "M\nparams"):
         table.add_column(column, justify="left" if column == "variant" else "right", no_wrap=column == "variant")
     for name, runs in records.items():
         pairs = zip(_values(runs), _values(records[first]), strict=True)
@@ -115,6 +125,8 @@ def _table(records: Mapping[str, Sequence[Record]]) -> Table:
             "-" if name == first else _spread([value - full for value, full in pairs]),
             f"{statistics.mean(c.firing_rate or 0.0 for c in cost):.3f}",
             f"{statistics.mean(c.energy_strict_mj for c in cost):.3g}",
+            f"{statistics.mean(seconds[name]):.3g}",
+            f"{statistics.mean(c.images_per_second or 0.0 for c in cost):.3g}",
             f"{cost[0].parameters / 1e6:.3g}",
         )
     return table

@@ -28,7 +28,7 @@ COUNTERS = ("n_averaged", "initted", "step", "num_updates", "decay")
 def import_checkpoint(
     checkpoint: str,
     output: str,
-    method: Literal["sddpm", "sdm", "ddpm", "ann_snn", "fsddim", "spiking_diffusion"] = "sddpm",
+    method: Literal["sddpm", "sdm", "ddpm", "ann_snn", "fsddim", "spiking_diffusion", "sdit"] = "sddpm",
     denoiser: str | None = None,
 ) -> None:
     """Converts a checkpoint released by authors into one that `test` and `predict` accept.

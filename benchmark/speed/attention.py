@@ -32,9 +32,9 @@ def attention_speed(
     device: str = "cpu",
     output: Path = Path("attention_speed.png"),
 ) -> None:
-    """Measures a forward and backward pass of both mixes of SDiT's blocks at several numbers of tokens.
+    """Measures a forward and backward pass of both mixes of SpikingRWKV's blocks at several numbers of tokens.
 
-    Softmax attention is measured twice: with the fused kernel that SDiT calls, which never stores the attention
+    Softmax attention is measured twice: with the fused kernel that SpikingRWKV calls, which never stores the attention
     matrix, and with plain products, which store it. Memory is the peak allocated in a pass, excluding its inputs.
 
     Args:

@@ -19,17 +19,19 @@ def measure_neurons(device: torch.device, repetitions: int) -> Rows:
     """Times forward and backward passes of layers against snnTorch stepped by hand and SpikingJelly's layers.
 
     Features are `(T, 4, 128, 32, 32)`, or `(T, 128, 128, 32, 32)` on GPUs, to exceed their caches. The bandwidth bound
-    is the time to copy as much memory as both passes must read and write.
+    is the time to copy as much memory as both passes must read and write. "learned takes" is the time with a learned
+    decay and threshold, in turns with the others.
     """
     shape = (4 if device.type == "cpu" else 128, 128, 32, 32)
     rows = []
     for name, ours, by_hand, jelly in _neurons():
         for num_steps in (4, 8, 16):
             x, grad = (torch.randn(num_steps, *shape, device=device, requires_grad=on) for on in (True, False))
-            layers = {"suite": ours, "snnTorch": by_hand, "SpikingJelly": jelly}
+            layers = {"suite": ours, "learned": _learned(ours), "snnTorch": by_hand, "SpikingJelly": jelly}
             works = {kind: _passes(layer, x, grad) for kind, layer in layers.items() if layer is not None}
             seconds = medians(works | {"copy": grad.clone}, repetitions, device, warm_up=2, calls=queued(device))
             row: dict[str, Any] = {"neuron": name, "T": num_steps, "suite ms": 1e3 * seconds["suite"]}
+            row["learned takes"] = f"{seconds['learned'] / seconds['suite']:.2f}x"
             for kind in ("snnTorch", "SpikingJelly"):
                 times = f"{seconds[kind] / seconds['suite']:.1f}x" if kind in seconds else "not installed"
                 row[f"{kind} takes"] = times
@@ -38,11 +40,18 @@ def measure_neurons(device: torch.device, repetitions: int) -> Rows:
 
 
 def _passes(layer: Any, x: Tensor, grad: Tensor) -> Callable[[], Any]:
-    """Returns a function that runs a forward and a backward pass."""
-    return lambda: torch.autograd.grad(layer(x), x, grad)
+    """Returns a function that runs a forward and a backward pass, also to the layer's parameters."""
+    parameters = list(layer.parameters()) if isinstance(layer, nn.Module) else []
+    return lambda: torch.autograd.grad(layer(x), [x, *parameters], grad)
 
 
-def _neurons() -> Iterator[tuple[str, nn.Module, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor] | None]]:
+def _learned(neuron: SpikingNeuron) -> SpikingNeuron:
+    """Returns a neuron with the same constants that learns its decay and threshold."""
+    options = {name: getattr(neuron, name) for name in neuron._dynamics._fields}
+    return SpikingNeuron(**options, spike_grad=neuron.spike_grad, learn_beta=True, learn_threshold=True)
+
+
+def _neurons() -> Iterator[tuple[str, SpikingNeuron, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor] | None]]:
     """Yields name and layers of each published neuron: ours, snnTorch's, and SpikingJelly's if installed, else None."""
     fsddim = SpikingNeuron(beta=0.8, detach_reset=True, fire_at_threshold=False, spike_grad="triangle")
     hard = {"reset_mechanism": "zero", "reset_delay": False}

@@ -12,7 +12,15 @@ from matplotlib.figure import Figure
 from benchmark.speed.timing import Rows, autocast, build_config, median_seconds
 from systems.base import DiffusionSystem
 
-SMALL = ("sddpm_mnist", "sdm_mnist", "fsddim_mnist", "sdit_mnist", "spiking_diffusion_mnist", "ddpm_mnist")
+SMALL = (
+    "sddpm_mnist",
+    "sdm_mnist",
+    "fsddim_mnist",
+    "sdit_mnist",
+    "spiking_rwkv_mnist",
+    "spiking_diffusion_mnist",
+    "ddpm_mnist",
+)
 """Configurations of the small track, for measurements that generate many images."""
 SOLVERS = ("DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler")
 

@@ -31,7 +31,15 @@ from leaderboard.reports.terminal import terminal
 
 Part = Literal["neuron", "step", "sampling", "data", "start"]
 PARTS: tuple[Part, ...] = ("neuron", "step", "sampling", "data", "start")
-PAPER_SIZE = ("sddpm_cifar10", "sdm_cifar10", "fsddim_cifar10", "sdit_mnist", "spiking_diffusion_mnist", "ddpm_cifar10")
+PAPER_SIZE = (
+    "sddpm_cifar10",
+    "sdm_cifar10",
+    "fsddim_cifar10",
+    "sdit_mnist",
+    "spiking_rwkv_mnist",
+    "spiking_diffusion_mnist",
+    "ddpm_cifar10",
+)
 """Configurations with networks and images of the size in the paper."""
 QUICKSTART = ("--config=configs/quickstart.yaml", "--monitor.every_n_epochs=0", "--trainer.enable_model_summary=false")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -20,12 +20,18 @@ from datamodules import ImageDataModule
 from datamodules.loading import to_bytes
 from leaderboard.evaluation.chunks import Chunks, GenerationStats, generation_key
 from leaderboard.evaluation.cost import CostMeter
-from leaderboard.evaluation.reference import Weights, build_parts, prepare_reference, weight_deviations
+from leaderboard.evaluation.reference import (
+    Weights,
+    build_parts,
+    prepare_reference,
+    reference_batches,
+    weight_deviations,
+)
 from leaderboard.files import canonical_sha256, file_sha256
 from leaderboard.metrics.fad import FrechetAutoencoderDistance
 from leaderboard.metrics.generation import GenerationMetrics
-from leaderboard.pictures import enlargement, grid, save_png
-from leaderboard.protocols import PROTOCOLS, ProtocolName
+from leaderboard.pictures import enlargement, grid, rows_of_classes, save_png
+from leaderboard.protocols import PROTOCOLS, Protocol, ProtocolName
 from leaderboard.record.entries import Entry
 from leaderboard.record.external import external_code
 from leaderboard.record.records import (
@@ -47,6 +53,11 @@ from leaderboard.schema import from_json
 from systems.base import DiffusionSystem
 
 VERSIONS = ("torch", "lightning", "snntorch", "diffusers", "torchmetrics", "torch-fidelity", "datasets", "numpy")
+GRID_COLUMNS = 8
+"""Images in each row of the saved grid; of a conditional method each row shows one class."""
+
+AUDITED_STEPS = 10
+"""Diffusion steps of the image in which the meter looks for products outside of layers."""
 
 
 class Evaluation(Callback):
@@ -60,9 +71,9 @@ class Evaluation(Callback):
         draft: Whether this is a draft, which may deviate from the protocol and never ranks; `--draft` for short.
         inception_weights: Local file of the 2015 Inception weights, where they cannot be downloaded.
         torchvision_weights: Local file of torchvision's Inception weights, for paper-spiking-diffusion.
-        extractor: File of another small extractor made by `train-extractor`, for offline-v1.
+        extractor: File of another small extractor made by `train-extractor`, in place of the shipped one of its kind.
         variant: Name that distinguishes this entry from others of the same method.
-        grid_images: Generated images in the saved grid.
+        grid_images: Generated images in the saved grid; of a conditional method the grid has a row per class instead.
         fad_dir: Folder of the published autoencoders (`stat_checkpoints/`, `stats/`): adds the protocol's Fréchet
             autoencoder distance, for MNIST, Fashion-MNIST, CIFAR-10 and CelebA (`leaderboard/metrics/fad.py` names
             the source of the files).
@@ -73,7 +84,7 @@ class Evaluation(Callback):
 
     def __init__(
         self,
-        protocol: ProtocolName = "standard-v1",
+        protocol: ProtocolName = "standard-v2",
         draft: bool = False,
         inception_weights: str | None = None,
         torchvision_weights: str | None = None,
@@ -141,7 +152,8 @@ class Evaluation(Callback):
             part.to(system.device)
         where = (system.device, trainer.global_rank, trainer.world_size)
         prepare_reference(self.parts, data, self.protocol, *where, trainer.strategy.broadcast)
-        self._first: list[Tensor] = []
+        self._first = torch.empty(0)  # images of the first batch
+        self._labels: Tensor | None = None  # their classes
         self._total = GenerationStats()
         self._folder = Path(trainer.log_dir or ".")  # collective call: every process must reach it
         self._chunks = self._open_chunks(trainer, system)
@@ -175,7 +187,8 @@ class Evaluation(Callback):
         indices = batch - data.sample_seed
         images, pixels, stats = self._found or self._finish(data.compared(outputs), int(indices[0]))
         if batch_idx == 0:
-            self._first.append(images[: self.grid_images])
+            labels = _system(pl_module).labels(batch)
+            self._first, self._labels = images.cpu(), None if labels is None else labels.cpu()
         self._total += stats
         for part in self.parts:
             inputs = images if isinstance(part, FrechetAutoencoderDistance) else pixels
@@ -187,10 +200,20 @@ class Evaluation(Callback):
             self.meter.__exit__(None, None, None)
 
     def _audit(self, trainer: Trainer, system: DiffusionSystem, seed: int) -> None:
-        """Generates one image to find out what the meter has to count, with the random state of the test unchanged."""
+        """Generates one image in a few diffusion steps to find out what the meter has to count.
+
+        Random state and number of steps of the test do not change.
+        """
+        steps = getattr(system, "num_inference_steps", 0)
         devices = [system.device] if system.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), trainer.precision_plugin.forward_context():
-            self.meter.audit(lambda: system.predict_step(torch.tensor([seed], device=system.device), 0))
+        if steps > AUDITED_STEPS:
+            system.num_inference_steps = AUDITED_STEPS
+        try:
+            with torch.random.fork_rng(devices), trainer.precision_plugin.forward_context():
+                self.meter.audit(lambda: system.predict_step(torch.tensor([seed], device=system.device), 0))
+        finally:
+            if steps > AUDITED_STEPS:
+                system.num_inference_steps = steps
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Computes the metrics, writes record and grid, and prints the result."""
@@ -204,7 +227,11 @@ class Evaluation(Callback):
         metrics |= self._reconstruction(_data(trainer), system)
         folder = self._folder
         self.record = record = redact_paths(self._record(_data(trainer), system, metrics))
-        self._save_grid((folder / "samples" / record_name(record)).with_suffix(".png"))
+        entry = Entry(folder / "records" / record_name(record), record)
+        self._save_grid(self._arranged(self._first), entry.samples)
+        if record.nearest is not None:
+            nearest = _training_images(_data(trainer), self.protocol, record.nearest)
+            self._save_grid(self._arranged(nearest), entry.nearest)
         path = write_record(record, folder / "records")  # last, so that a run with a record is complete
         if self._chunks is not None and not self.keep_samples:
             self._chunks.clear()
@@ -266,9 +293,21 @@ class Evaluation(Callback):
         measured = system.reconstruction_metrics(images)
         return {key: MetricValue(*measured[key], 0, note) for key in self.protocol.reconstruction if key in measured}
 
-    def _save_grid(self, path: Path) -> None:
-        images = torch.cat(self._first)
-        save_png(grid(images, columns=8, scale=enlargement(images.shape[-1])), path)
+    def _arranged(self, images: Tensor) -> Tensor:
+        """Returns the images of the grid, in its order, from images that belong to those of the first batch."""
+        if self._labels is None:
+            return images[: self.grid_images]
+        return rows_of_classes(images, self._labels, GRID_COLUMNS)
+
+    def _nearest(self) -> tuple[int, ...] | None:
+        """Returns the training images nearest to those of the first batch, if the protocol measures authenticity."""
+        found = [p.nearest for p in self.parts if isinstance(p, GenerationMetrics) and p.nearest is not None]
+        count = self.grid_images if self._labels is None else len(self._first)
+        return tuple(found[0][: min(count, len(self._first))].tolist()) if found else None
+
+    @staticmethod
+    def _save_grid(images: Tensor, path: Path) -> None:
+        save_png(grid(images, columns=GRID_COLUMNS, scale=enlargement(images.shape[-1])), path)
 
     def _record(self, data: ImageDataModule, system: DiffusionSystem, metrics: dict[str, MetricValue]) -> Record:
         total = self._total
@@ -291,9 +330,11 @@ class Evaluation(Callback):
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             wall_time_seconds=time.perf_counter() - self._started,
             metrics=metrics,
+            nearest=self._nearest(),
             solver=system.solver,
             nfe=system.nfe,
             num_steps=system.num_steps,
+            conditional=system.conditional,
             cost=total.counts.cost(
                 self.meter.parameters, total.images, system.nfe, total.images / total.seconds, total.peak_memory_bytes
             ),
@@ -330,6 +371,14 @@ def extractor_of(parts: Iterable[Any]) -> Artefact:
     used = {p.extractor.name: p.extractor.sha256 for p in parts if isinstance(p, GenerationMetrics)}
     name = " + ".join(used)
     return Artefact(name, used[name] if len(used) == 1 else canonical_sha256(used))
+
+
+def _training_images(data: ImageDataModule, protocol: Protocol, indices: Sequence[int]) -> Tensor:
+    """Returns some real images of a protocol, uint8 `(N, C, H, W)`, by their indices in the reference."""
+    found: dict[int, Tensor] = {}
+    for images, known in reference_batches(data, protocol):
+        found |= {int(k): image for image, k in zip(images, known, strict=True) if int(k) in indices}
+    return torch.stack([found[k] for k in indices])
 
 
 def _training_data(system: DiffusionSystem) -> tuple[TrainingData, ...]:

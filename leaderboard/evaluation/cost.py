@@ -310,6 +310,7 @@ class CostMeter:
         self._running: list[str] = []  # names of the modules that run, outermost first, while the mode is on
         self._inside: list[int] = []  # MACs of products inside the counted layers that run, while the mode is on
         self._weights: set[int] = set()  # storages of parameters, which are never spikes
+        self._audits = False
         self._storages: dict[int, list[nn.Parameter]] = {}  # parameters by storage, during an audit
         self._used: set[nn.Parameter] = set()
 
@@ -355,12 +356,15 @@ class CostMeter:
         self.pause()
         for p in self.module.parameters():
             self._storages.setdefault(p.untyped_storage().data_ptr(), []).append(p)
-        with self._watched():
-            generate()
-        self._storages.clear()
+        self._audits = True
+        try:
+            with self._watched():
+                generate()
+        finally:
+            self._audits = False
+            self._storages.clear()
         counts = self.take()
-        outside = [name for name in counts.connections if name.endswith("]")]
-        self.watch = bool(outside or counts.incomplete)
+        self.watch = bool(counts.connections or counts.incomplete)
         if counts.incomplete:
             warnings.warn(
                 f"the cost is incomplete: {', '.join(counts.incomplete)} cannot be counted. Use torch's own "
@@ -392,7 +396,7 @@ class CostMeter:
         fast_attention = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # a fused operator without a formula
         try:
-            with ProductMode(self._on_product, self._on_tensor):
+            with ProductMode(self._on_product, self._on_tensor if self._audits else None):
                 yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fast_attention)
@@ -418,8 +422,7 @@ class CostMeter:
         return enter, leave
 
     def _on_tensor(self, tensor: Tensor) -> None:
-        if self._storages:
-            self._used.update(self._storages.get(tensor.untyped_storage().data_ptr(), ()))
+        self._used.update(self._storages.get(tensor.untyped_storage().data_ptr(), ()))
 
     @torch.no_grad()
     def _on_product(self, product: Product) -> None:
@@ -449,6 +452,8 @@ class CostMeter:
     def _connection_hook(self, name: str) -> Any:
         @torch.no_grad()
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+            if self._audits:
+                return
             if self._first_convolution is None and isinstance(module, _CONVOLUTIONS):
                 self._first_convolution = name
             inputs = args or (kwargs["input"],)
@@ -460,6 +465,8 @@ class CostMeter:
     def _neuron_hook(self, name: str) -> Any:
         @torch.no_grad()
         def hook(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+            if self._audits:
+                return
             spikes = spikes_of(out)
             axes = 2 if isinstance(module, SpikingLayer | snn.LeakyParallel) else 1  # (T, B, ...) or (B, ...)
             steps = math.prod(spikes.shape[:axes])

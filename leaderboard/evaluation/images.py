@@ -124,7 +124,7 @@ class StatedCost:
 def evaluate(
     images: str = "",
     data: str = "",
-    protocol: ProtocolName = "standard-v1",
+    protocol: ProtocolName = "standard-v2",
     config: str | None = None,
     root: str | None = None,
     name: str | None = None,
@@ -159,7 +159,7 @@ def evaluate(
         draft: Whether this is a draft, which may deviate from the protocol.
         inception_weights: Local file of the 2015 Inception weights, where they cannot be downloaded.
         torchvision_weights: Local file of torchvision's Inception weights, for paper-spiking-diffusion.
-        extractor: File of another small extractor made by `train-extractor`, for offline-v1.
+        extractor: File of another small extractor made by `train-extractor`, in place of the shipped one of its kind.
         fad_dir: Folder of the published autoencoders.
         cache_dir: Folder of decoded images and reference statistics; the same as for `test` if not given.
         data_options: Further options of the data module, such as '{center_crop: null}'.

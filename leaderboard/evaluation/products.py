@@ -13,7 +13,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from functools import cache
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,12 +54,14 @@ class ProductMode(TorchDispatchMode):
 
     Args:
         on_product: Called after each product.
-        on_tensor: Called for each tensor argument of each operator.
+        on_tensor: Called for each tensor argument of each operator, if given.
     """
 
     supports_higher_order_operators = True
 
-    def __init__(self, on_product: Callable[[Product], None], on_tensor: Callable[[Tensor], None]) -> None:
+    def __init__(
+        self, on_product: Callable[[Product], None], on_tensor: Callable[[Tensor], None] | None = None
+    ) -> None:
         super().__init__()
         self._on_product = on_product
         self._on_tensor = on_tensor
@@ -72,21 +75,32 @@ class ProductMode(TorchDispatchMode):
             out = func(*args, **kwargs)
             self._on_product(Product(str(func), None))
             return out
-        counted = func._overloadpacket in _MACS
-        if not counted and func is not torch.ops.prim.device.default:
+        kind = _kind_of(func)
+        if kind == "composite":
             with self:
-                parts = func.decompose(*args, **kwargs)
-                if parts is not NotImplemented:
-                    return parts
+                return func.decompose(*args, **kwargs)
         out = func(*args, **kwargs)
-        for tensor in tree_leaves((args, kwargs)):
-            if isinstance(tensor, Tensor):
-                self._on_tensor(tensor)
-        if counted:
+        if self._on_tensor is not None:
+            for tensor in tree_leaves((args, kwargs)):
+                if isinstance(tensor, Tensor):
+                    self._on_tensor(tensor)
+        if kind == "product":
             self._on_product(_product(func, args, kwargs, out))
-        elif is_unknown_product(func.namespace, func._overloadpacket.__name__):
+        elif kind == "unknown":
             self._on_product(Product(str(func._overloadpacket), None))
         return out
+
+
+@cache
+def _kind_of(func: Any) -> Literal["product", "composite", "unknown", "other"]:
+    """Returns whether an operator is a product with a formula, consists of others, or may be an unknown product."""
+    if func._overloadpacket in _MACS:
+        return "product"
+    composite = torch._C.DispatchKey.CompositeImplicitAutograd
+    in_parts = composite in func.py_kernels or torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), composite)
+    if in_parts and func is not torch.ops.prim.device.default:
+        return "composite"
+    return "unknown" if is_unknown_product(func.namespace, func._overloadpacket.__name__) else "other"
 
 
 def is_unknown_product(namespace: str, name: str) -> bool:

@@ -26,13 +26,13 @@ from torchmetrics import Metric
 from datamodules import ImageDataModule
 from datamodules.base import Split
 from datamodules.registry import find_data, make_data
-from leaderboard.extractors.base import EXTRACTORS, local_extractor
+from leaderboard.extractors.base import DENOISING, local_extractor, replaced_extractor, shipped_extractor
 from leaderboard.extractors.inception import view_extractor
-from leaderboard.extractors.train import data_command
+from leaderboard.extractors.train import RECIPES, data_command
 from leaderboard.files import canonical_sha256, file_sha256, write_atomic
 from leaderboard.metrics.fad import FrechetAutoencoderDistance
 from leaderboard.metrics.generation import GenerationMetrics
-from leaderboard.protocols import INCEPTION, PROTOCOLS, SUITE, TORCHVISION, Protocol, ProtocolName
+from leaderboard.protocols import AUTOENCODER, INCEPTION, PROTOCOLS, SUITE, TORCHVISION, Protocol, ProtocolName, View
 
 VERSION = 1
 """Version of the file format; files of another version are not used."""
@@ -57,7 +57,7 @@ class Part(Interface):
 
 def reference(
     data: str = "",
-    protocol: ProtocolName = "standard-v1",
+    protocol: ProtocolName = "standard-v2",
     config: str | None = None,
     root: str | None = None,
     inception_weights: str | None = None,
@@ -76,7 +76,7 @@ def reference(
         root: Folder of the dataset; read from the Hugging Face hub if not given.
         inception_weights: Local file of the 2015 Inception weights, where they cannot be downloaded.
         torchvision_weights: Local file of torchvision's Inception weights, where they cannot be downloaded.
-        extractor: File of another small extractor made by `train-extractor`, for offline-v1.
+        extractor: File of another small extractor made by `train-extractor`, in place of the shipped one of its kind.
         fad_dir: Folder of the published autoencoders.
         cache_dir: Folder of decoded images and reference statistics; the same as for `test` if not given.
         data_options: Further options of the data module, such as '{center_crop: null}'.
@@ -124,7 +124,7 @@ def weight_deviations(protocol: Protocol, weights: Weights) -> list[str]:
     """
     expected = {view.extractor: view.weights for view in protocol.views}
     inception, torchvision, suite = weights
-    if suite is not None and SUITE not in expected:
+    if suite is not None and not {SUITE, AUTOENCODER} & set(expected):
         raise ValueError(f"{protocol.name} has its own extractor; leave out --evaluation.extractor")
     found = []
     for extractor, file in ((INCEPTION, inception), (TORCHVISION, torchvision)):
@@ -157,40 +157,50 @@ def build_parts(
 
     Raises:
         FileNotFoundError: If there is no extractor for the dataset; the message contains the command that trains it.
-        ValueError: If `fad_dir` is given but the protocol has no Fréchet autoencoder distance.
+        ValueError: If `fad_dir` is given but the protocol has no Fréchet autoencoder distance, or an extractor that it
+            does not use.
     """
     groups, total = protocol.jackknife_groups, num_reference(data, protocol)
     if fad_dir is not None and not protocol.fad:
         raise ValueError(f"{protocol.name} measures no Fréchet autoencoder distance; leave out --evaluation.fad_dir")
     parts: list[GenerationMetrics | FrechetAutoencoderDistance] = []
     inception, torchvision, extractor_file = weights
-    for view in protocol.views:
-        if view.extractor == SUITE and extractor_file is None:
-            extractor_file = _own_extractor(data, options)
-        extractor = view_extractor(view, data.name, inception, torchvision, extractor_file)
+    replaced = None if extractor_file is None else replaced_extractor(extractor_file)
+    views = [view for view in protocol.views if view.metrics_for(data.name)]
+    if replaced is not None and replaced not in {view.extractor for view in views}:
+        raise ValueError(
+            f"{extractor_file} is {'an autoencoder' if replaced == AUTOENCODER else 'a classifier'}, which "
+            f"{protocol.name} does not use on {data.name}; leave out --evaluation.extractor, or make another one with "
+            "train-extractor --task"
+        )
+    for view in views:
+        file = extractor_file if view.extractor == replaced else _own_extractor(data, view, options)
+        extractor = view_extractor(view, data.name, inception, torchvision, file)
         if note := extractor.trained_on_other_data(data.fingerprint):
             warnings.warn(note, stacklevel=2)
         part = GenerationMetrics(extractor, view.metrics_for(data.name), total, groups, view.kept_images, note)
         part.identity = f"{extractor.name} {extractor.sha256} {view.input}"
-        parts += [part] if part.metrics else []
+        parts.append(part)
     if fad_dir is not None:
         parts.append(FrechetAutoencoderDistance(data.name, fad_dir, groups, is_first_process, protocol.fad))
     return parts
 
 
-def _own_extractor(data: ImageDataModule, options: Mapping[str, Any]) -> str | None:
-    """Returns the file of an extractor that was trained here; None if the suite ships one for the dataset.
+def _own_extractor(data: ImageDataModule, view: View, options: Mapping[str, Any]) -> str | None:
+    """Returns the file of an extractor that was trained here; None if the view has another, or the suite ships one.
 
     Raises:
         FileNotFoundError: If there is neither.
     """
-    if (EXTRACTORS / f"{data.name}.safetensors").is_file():
+    task = DENOISING if view.extractor == AUTOENCODER else ""
+    if view.extractor not in (SUITE, AUTOENCODER) or shipped_extractor(data.name, task).is_file():
         return None
-    path = local_extractor(data)
+    path = local_extractor(data, task)
     if not path.is_file():
+        task = task or ("" if data.name in RECIPES else "rotation")  # labels are not needed
         raise FileNotFoundError(
             f"the suite has no extractor for {data.name!r}; train it once, then repeat this command:\n"
-            f"  {data_command(data, options)}"
+            f"  {data_command(data, options)}{f' --task {task}' * bool(task)}"
         )
     return str(path)
 

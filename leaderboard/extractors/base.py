@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import warnings
 from abc import ABC, abstractmethod
@@ -20,11 +21,14 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, Featu
 
 from datamodules import ImageDataModule
 from leaderboard.files import file_sha256
-from leaderboard.protocols import INCEPTION, SUITE
+from leaderboard.protocols import AUTOENCODER, INCEPTION, SUITE
 from systems.ops.precision import full_precision
 
 EXTRACTORS = Path(__file__).parent / "weights"
 """Folder of the shipped weights, `<dataset>.safetensors`."""
+
+DENOISING = "denoising"
+"""Task of the autoencoders, whose files are `<dataset>_ae.safetensors`."""
 
 METADATA_KEY = "extractor"
 """Key of the JSON metadata in a weights file: dataset, architecture, test accuracy and training command."""
@@ -133,6 +137,44 @@ class SmallNetwork(nn.Module):
         return features, self.head(features)
 
 
+class DenoisingEncoder(nn.Module):
+    """Encoder of a denoising autoencoder: 3x3 convolutions down to 4x4 pixels and a linear map to the features.
+
+    Unlike pooled features, these depend on where things are in the image.
+
+    Args:
+        in_channels: Channels `C` of the images.
+        size: Side length of the images in pixels, at least 8.
+        channels: Output channels of each convolution, multiples of 8. The last ones have stride 2, as many as it takes.
+        num_features: Width `D` of the features.
+    """
+
+    def __init__(
+        self, in_channels: int, size: int, channels: Sequence[int] = (16, 32, 64), num_features: int = 64
+    ) -> None:
+        super().__init__()
+        self.sizes = [size]  # side length of the images and behind each convolution
+        halvings = round(math.log2(size / 4))
+        self.strides = [1 if i < len(channels) - halvings else 2 for i in range(len(channels))]
+        for stride in self.strides:
+            self.sizes.append(-(-self.sizes[-1] // stride))
+        self.channels = (in_channels, *channels)
+        self.convs = nn.ModuleList(
+            nn.Conv2d(c_in, c_out, 3, stride, padding=1)
+            for c_in, c_out, stride in zip(self.channels, channels, self.strides, strict=False)
+        )
+        self.norms = nn.ModuleList(nn.GroupNorm(8, c_out) for c_out in channels)
+        self.head = nn.Linear(channels[-1] * self.sizes[-1] ** 2, num_features)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns features `(B, D)` of images `(B, C, size, size)` in [0, 255], and no logits, `(B, 0)`."""
+        x = images.to(self.head.weight.dtype) / 127.5 - 1
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = F.silu(norm(conv(x)))
+        features = self.head(x.flatten(1))
+        return features, features[:, :0]
+
+
 class SmallExtractor(Extractor):
     """The suite's own extractor of one dataset, for evaluation without downloads.
 
@@ -153,14 +195,18 @@ class SmallExtractor(Extractor):
                 self.metadata: dict[str, Any] = json.loads((file.metadata() or {})[METADATA_KEY])
                 state = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 (not a dictionary)
             sizes, dataset = self.metadata["architecture"], self.metadata["dataset"]
+            is_encoder = self.metadata.get("task") == DENOISING
         except (SafetensorError, KeyError) as error:
             raise ValueError(
                 f"{path} is not an extractor of the suite ({error}); use a file from: {training_command('<dataset>')}"
             ) from error
-        network = SmallNetwork(**sizes)
+        network = DenoisingEncoder(**sizes) if is_encoder else SmallNetwork(**sizes)
         network.load_state_dict(state)
-        super().__init__(dataset, network.head.in_features, sizes["num_classes"], file_sha256(path))
+        width = network.head.out_features if is_encoder else network.head.in_features
+        name = f"{dataset}_ae" if is_encoder else dataset
+        super().__init__(name, width, 0 if is_encoder else sizes["num_classes"], file_sha256(path))
         self.in_channels: int = sizes["in_channels"]
+        self.size: int | None = sizes.get("size")
         self.network = network
         self.requires_grad_(False)
         self.eval()
@@ -177,12 +223,15 @@ class SmallExtractor(Extractor):
         """Computes features and logits.
 
         Raises:
-            ValueError: If the number of channels differs from the training data, or images are smaller than 8x8.
+            ValueError: If the number of channels differs from the training data, or images are smaller than 8x8, or
+                have another size than an autoencoder was trained on.
         """
-        if images.shape[1] != self.in_channels or min(images.shape[2:]) < 8:
+        fits = min(images.shape[2:]) >= 8 if self.size is None else images.shape[2:] == (self.size, self.size)
+        if images.shape[1] != self.in_channels or not fits:
+            size = "at least 8x8" if self.size is None else f"{self.size}x{self.size}"
             raise ValueError(
                 f"extractor {self.name!r} got images of shape {tuple(images.shape)}; it expects {self.in_channels} "
-                "channel(s) of at least 8x8, so choose the extractor of this dataset"
+                f"channel(s) of {size}, so choose the extractor of this dataset"
             )
         features, logits = self.network(images)
         return features, logits
@@ -192,8 +241,8 @@ def load_extractor(name_or_path: str, dataset: str, inception_weights: str | Non
     """Loads an extractor.
 
     Args:
-        name_or_path: `"inception-v3-compat"`, `"suite"`, or a file written by `train-extractor`.
-        dataset: Dataset of the shipped extractor that `"suite"` selects.
+        name_or_path: `"inception-v3-compat"`, `"suite"`, `"suite-autoencoder"`, or a file written by `train-extractor`.
+        dataset: Dataset of the shipped extractor that `"suite"` or `"suite-autoencoder"` selects.
         inception_weights: Local file of the Inception weights; downloaded if not given.
 
     Raises:
@@ -202,16 +251,27 @@ def load_extractor(name_or_path: str, dataset: str, inception_weights: str | Non
     """
     if name_or_path == INCEPTION:
         return InceptionExtractor(inception_weights)
-    if name_or_path != SUITE:
+    if name_or_path not in (SUITE, AUTOENCODER):
         return SmallExtractor(name_or_path)
-    path = EXTRACTORS / f"{dataset}.safetensors"
+    task = DENOISING if name_or_path == AUTOENCODER else ""
+    path = shipped_extractor(dataset, task)
     if not path.is_file():
         shipped = ", ".join(sorted(p.stem for p in EXTRACTORS.glob("*.safetensors"))) or "none"
         raise FileNotFoundError(
             f"the suite has no extractor for {dataset!r} (it has: {shipped}); create it with: "
-            f"{training_command(dataset)}"
+            f"{training_command(dataset)}{f' --task {task}' * bool(task)}"
         )
     return SmallExtractor(path)
+
+
+def shipped_extractor(dataset: str, task: str = "") -> Path:
+    """Returns the file of a shipped extractor; every task but `"denoising"` has the same."""
+    return EXTRACTORS / f"{dataset}{'_ae' * (task == DENOISING)}.safetensors"
+
+
+def replaced_extractor(path: str | Path) -> str:
+    """Returns the placeholder whose shipped extractor a file replaces: `"suite"` or `"suite-autoencoder"`."""
+    return AUTOENCODER if SmallExtractor(path).metadata.get("task") == DENOISING else SUITE
 
 
 def training_command(data: str, options: Mapping[str, Any] = MappingProxyType({})) -> str:
@@ -228,9 +288,15 @@ def training_command(data: str, options: Mapping[str, Any] = MappingProxyType({}
     return shlex.join(words) if options else " ".join(words)
 
 
-def local_extractor(data: ImageDataModule) -> Path:
-    """Returns the file in which `train-extractor` stores the extractor of a dataset that the suite ships none for."""
-    return data.cache_dir / f"extractor-{data.name}-{data.compared_size}px-{data.fingerprint[:16]}.safetensors"
+def local_extractor(data: ImageDataModule, task: str = "") -> Path:
+    """Returns the file in which `train-extractor` stores the extractor of a dataset that the suite ships none for.
+
+    Args:
+        data: The dataset.
+        task: What the extractor learns; every task but `"denoising"` has the same file.
+    """
+    name = f"extractor-{data.name}-{data.compared_size}px-{data.fingerprint[:16]}"
+    return data.cache_dir / f"{name}{'-ae' * (task == DENOISING)}.safetensors"
 
 
 def published_weights(given: str | None, url: str, option: str) -> tuple[Path, str]:

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from torchvision.models import Inception_V3_Weights, inception_v3
 
 from leaderboard.extractors.base import Extractor, InceptionExtractor, load_extractor, published_weights
-from leaderboard.protocols import SUITE, TORCHVISION, View
+from leaderboard.extractors.dinov2 import DinoV2Extractor
+from leaderboard.protocols import AUTOENCODER, DINOV2, SUITE, TORCHVISION, View
 from systems.checkpoints import load_checkpoint
 
 URL_TORCHVISION = str(Inception_V3_Weights.IMAGENET1K_V1.url)
@@ -36,7 +37,7 @@ def view_extractor(
 
     Args:
         view: View of a protocol.
-        dataset: Dataset of the shipped extractor, for views with `"suite"`.
+        dataset: Dataset of the shipped extractor, for views with `"suite"` or `"suite-autoencoder"`.
         inception_weights: Local file of the 2015 weights; downloaded if not given.
         torchvision_weights: Local file of torchvision's weights; downloaded if not given.
         extractor: File of a small extractor to use instead of the shipped one.
@@ -45,8 +46,10 @@ def view_extractor(
         FileNotFoundError: If weights do not exist; the message says how to get them.
         RuntimeError: If weights cannot be downloaded.
     """
-    if view.extractor == SUITE:
-        return load_extractor(extractor or SUITE, dataset)
+    if view.extractor in (SUITE, AUTOENCODER):
+        return load_extractor(extractor or view.extractor, dataset)
+    if view.extractor == DINOV2:
+        return DinoV2Extractor()
     if view.extractor == TORCHVISION:
         return TorchvisionInception(torchvision_weights, view.input)
     if view.input == "torch-fidelity":

@@ -9,12 +9,13 @@ folder `fad`). `stats/mnist_test_128.npz` belongs to an autoencoder that the rel
 The files of MNIST and Fashion-MNIST reproduce recorded values of the released code. The weights of CIFAR-10 and CelebA
 have not been tested: their loading is tested with random weights of the published shapes.
 
-There are two values, which must not be mixed:
+There are two distances, which must not be mixed:
 
 - `fad_published`, comparable with papers: batch norm uses the statistics of each batch of 250 images, as in the
   released code, and the reference is the distributed statistics of the test split. Shifts common to a whole set, such
   as its brightness, are normalised away.
-- `fad_eval`, the sound one: batch norm in evaluation mode, and the protocol's own reference images.
+- `fad_eval`, the sound one: batch norm in evaluation mode, and the protocol's own reference images. `fad_unbiased` is
+  the same without the bias of few images (`leaderboard.metrics.streaming.FrechetDistance`).
 """
 
 from __future__ import annotations
@@ -126,14 +127,14 @@ def to_encoder_input(images: Tensor, size: int = 32) -> Tensor:
 
 
 class FrechetAutoencoderDistance(nn.Module):
-    """Both FADs of one evaluation, updated in batches; memory does not grow with the number of images.
+    """All FADs of one evaluation, updated in batches; memory does not grow with the number of images.
 
     Args:
         dataset: Name of the dataset, one of `AUTOENCODERS`.
         folder: Folder with `stat_checkpoints/` and `stats/` as published.
         num_groups: Groups of generated images for the jackknife error; image `k` belongs to group `k % num_groups`.
         is_first_process: Whether this process adds the published statistics; exactly one process must.
-        keys: Which of the two to compute.
+        keys: Which to compute: `"fad_published"`, `"fad_eval"`, `"fad_unbiased"`.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -176,7 +177,7 @@ class FrechetAutoencoderDistance(nn.Module):
 
     def reference_metrics(self) -> dict[str, Metric]:
         """Returns the metrics with reference statistics by name."""
-        return {"own": self.own} if "fad_eval" in self.keys else {}
+        return {"own": self.own} if self._measures_own else {}
 
     def update_reference(self, images: Tensor, indices: Tensor) -> None:
         """Adds real images, uint8 `(B, C, H, W)`, with their indices `(B,)`, to the reference of `fad_eval`."""
@@ -186,7 +187,7 @@ class FrechetAutoencoderDistance(nn.Module):
         """Adds generated images, uint8 `(B, C, H, W)`, with their indices `(B,)`."""
         self.generated_count.update(len(images))
         x = to_encoder_input(images, self.encoder.size)
-        if "fad_eval" in self.keys:
+        if self._measures_own:
             self.own.update(self.features(x, train=False), indices, real=False)
         if "fad_published" in self.keys:
             self._pending.extend(zip(x, indices, strict=True))
@@ -199,17 +200,22 @@ class FrechetAutoencoderDistance(nn.Module):
             self._finish_batch()
         used = int(self.generated_count.compute())
         values = {}
-        for key, distance, how in (
-            ("fad_published", self.published, f"batch statistics of {BATCH} images, distributed test statistics"),
-            ("fad_eval", self.own, "evaluation mode"),
+        for key, distance, column, how in (
+            ("fad_published", self.published, 0, f"batch statistics of {BATCH} images, distributed test statistics"),
+            ("fad_eval", self.own, 0, "evaluation mode"),
+            ("fad_unbiased", self.own, 2, "evaluation mode, bias of few images removed"),
         ):
             if key not in self.keys:
                 continue
-            value, error = distance.compute()[0].tolist()
+            estimates = distance.compute()[0].tolist()
             width = distance.num_features
             singular = f"; singular covariance: only {used} generated images for {width} features" * (used <= width)
-            values[key] = MetricValue(value, error, used, f"{key}: {self.note}, {how}{singular}")
+            values[key] = MetricValue(estimates[column], estimates[1], used, f"{key}: {self.note}, {how}{singular}")
         return values
+
+    @property
+    def _measures_own(self) -> bool:
+        return bool({"fad_eval", "fad_unbiased"} & set(self.keys))
 
     def features(self, x: Tensor, train: bool) -> Tensor:
         """Returns latent vectors `(B, D)` of `x` `(B, C, size, size)`, batch norm in training or evaluation mode."""

@@ -11,7 +11,7 @@ size or order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,11 +27,21 @@ class FrechetDistance(Metric):
     `|m_r - m_g|^2 + tr(C_r + C_g - 2 sqrt(C_r C_g))`, with means `m` and covariances `C` of reference and generated
     features.
 
+    The distance of `N` generated images is biased upwards by about `c / N`. Two corrections use the sums of the groups:
+
+    - unbiased: the jackknife estimate `G F - (G - 1) F_mean`, where `F_mean` is the mean distance without one group
+      (M. Quenouille, Biometrika 43, 1956, https://doi.org/10.1093/biomet/43.3-4.353), unbiased up to `O(1 / N^2)`;
+    - at infinity: the distance extrapolated to infinitely many images, the intercept of a straight line through the
+      distances of sets of increasing size over `1 / N` (M. Chong, D. Forsyth, "Effectively Unbiased FID and Inception
+      Score and Where to Find Them", CVPR 2020, https://arxiv.org/abs/1911.07023). Here the sets are runs of `G / 2` to
+      `G` successive groups, each size averaged over all runs, instead of random subsets.
+
     Args:
         num_features: Width `D` of the features.
         num_groups: Number of groups `G`, each left out in turn; image `k` belongs to group `k % G`.
         roots: Matrix square roots (`leaderboard.metrics.matrix_sqrt.ROOTS`); one distance is computed for each. The
             error of `"newton_schulz"`, which is slow, is computed with the exact root.
+        at_infinity: Whether to compute the distance at infinity; it takes about `G^2 / 2` times as long.
         kwargs: Options of `torchmetrics.Metric`.
     """
 
@@ -44,10 +54,15 @@ class FrechetDistance(Metric):
     generated_count: Tensor
 
     def __init__(
-        self, num_features: int, num_groups: int = 10, roots: tuple[str, ...] = ("exact",), **kwargs: Any
+        self,
+        num_features: int,
+        num_groups: int = 10,
+        roots: tuple[str, ...] = ("exact",),
+        at_infinity: bool = False,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.num_features, self.num_groups, self.roots = num_features, num_groups, roots
+        self.num_features, self.num_groups, self.roots, self.at_infinity = num_features, num_groups, roots, at_infinity
         for kind, groups in (("reference", 1), ("generated", num_groups)):
             zeros = torch.zeros(groups, num_features, num_features, dtype=torch.float64)
             self.add_state(f"{kind}_sum", zeros[:, 0].clone(), dist_reduce_fx="sum")
@@ -67,7 +82,11 @@ class FrechetDistance(Metric):
             count[group] += len(members)
 
     def compute(self) -> Tensor:
-        """Returns distance and standard error for each of the `R` roots, `(R, 2)`."""
+        """Returns the estimates for each of the `R` roots, `(R, 5)`.
+
+        They are: the distance, its standard error, the unbiased distance (not defined for `"newton_schulz"`: NaN), the
+        distance at infinity and its standard error (NaN unless `at_infinity`).
+        """
         reference = (self.reference_sum[0], self.reference_outer[0], self.reference_count[0])
         mean, covariance = _moments(*reference)
         error_roots = ["exact" if root == "newton_schulz" else root for root in self.roots]
@@ -76,9 +95,37 @@ class FrechetDistance(Metric):
         def distances(kept: Tensor, roots: Sequence[str]) -> Tensor:
             return self._distances(kept, mean, covariance, [traces[root] for root in roots])
 
-        whole = distances(torch.ones(self.num_groups, dtype=torch.bool), self.roots)
-        parts = [distances(~left_out, error_roots) for left_out in torch.eye(self.num_groups, dtype=torch.bool)]
-        return torch.stack([whole, jackknife_error(torch.stack(parts))], dim=1)
+        everything = torch.ones(self.num_groups, dtype=torch.bool)
+        left_out = torch.eye(self.num_groups, dtype=torch.bool)
+        whole = distances(everything, self.roots)
+        parts = torch.stack([distances(~group, error_roots) for group in left_out])
+        same = torch.tensor([root != "newton_schulz" for root in self.roots], device=whole.device)
+        unbiased = torch.where(same, jackknife_estimate(whole, parts), torch.nan)
+        infinity, infinity_error = torch.full_like(whole, torch.nan), torch.full_like(whole, torch.nan)
+        if self.at_infinity:
+            infinity = self._at_infinity(everything, lambda kept: distances(kept, error_roots))
+            without = [self._at_infinity(~group, lambda kept: distances(kept, error_roots)) for group in left_out]
+            infinity_error = jackknife_error(torch.stack(without))
+        return torch.stack([whole, jackknife_error(parts), unbiased, infinity, infinity_error], dim=1)
+
+    def _at_infinity(self, kept: Tensor, distances: Callable[[Tensor], Tensor]) -> Tensor:
+        """Returns the distances `(R,)` of the kept groups, extrapolated to infinitely many images."""
+        groups = kept.nonzero().flatten()
+        inverse, means = [], []
+        for size in range(-(-len(groups) // 2), len(groups) + 1):
+            runs = torch.arange(len(groups))[:, None].add(torch.arange(size)).remainder(len(groups))
+            if size == len(groups):
+                runs = runs[:1]
+            found = []
+            for run in groups[runs]:
+                members = torch.zeros_like(kept).index_fill(0, run, True)
+                found.append(distances(members))
+            counts = self.generated_count.cpu()[groups[runs]].sum(1)
+            inverse.append(counts.double().reciprocal().mean())
+            means.append(torch.stack(found).mean(0))
+        x, y = torch.stack(inverse).to(means[0].device), torch.stack(means)  # (S,), (S, R)
+        x = x - (centre := x.mean())
+        return y.mean(0) - centre * (x @ y) / x.square().sum()
 
     def _distances(self, kept: Tensor, mean: Tensor, covariance: Tensor, traces: list[Trace]) -> Tensor:
         states = (self.generated_sum, self.generated_outer, self.generated_count)
@@ -98,6 +145,16 @@ def jackknife_error(parts: Tensor) -> Tensor:
     return ((len(parts) - 1) * (parts - parts.mean(0)).square().mean(0)).sqrt()
 
 
+def jackknife_estimate(whole: Tensor, parts: Tensor) -> Tensor:
+    """Returns `G whole - (G - 1) mean(parts)`, without the bias of order `1 / N` of `whole`.
+
+    Args:
+        whole: Value `(...)` of all images.
+        parts: Values `(G, ...)`, each computed without one of `G` groups.
+    """
+    return len(parts) * whole - (len(parts) - 1) * parts.mean(0)
+
+
 class FeatureTable(Metric):
     """Features of a bounded number of images: the first generated ones, and real ones evenly spread over the reference.
 
@@ -108,6 +165,7 @@ class FeatureTable(Metric):
         num_features: Width `D` of the features.
         num_images: Maximum number of generated and of real images.
         num_reference: Number of real images in the reference.
+        whole_reference: Whether to store all real images, whatever `num_images`.
         kwargs: Options of `torchmetrics.Metric`.
     """
 
@@ -117,10 +175,13 @@ class FeatureTable(Metric):
     generated_table: Tensor
     generated_seen: Tensor
 
-    def __init__(self, num_features: int, num_images: int, num_reference: int, **kwargs: Any) -> None:
+    def __init__(
+        self, num_features: int, num_images: int, num_reference: int, whole_reference: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.num_images, self.num_reference = num_images, num_reference
-        for kind, rows in (("reference", min(num_images, num_reference)), ("generated", num_images)):
+        stored = num_reference if whole_reference else min(num_images, num_reference)
+        for kind, rows in (("reference", stored), ("generated", num_images)):
             self.add_state(f"{kind}_table", torch.zeros(rows, num_features), dist_reduce_fx="sum")
             self.add_state(f"{kind}_seen", torch.zeros(rows, dtype=torch.long), dist_reduce_fx="sum")
 
@@ -149,6 +210,12 @@ class FeatureTable(Metric):
     def _features(table: Tensor, seen: Tensor) -> Tensor:
         rows = seen > 0
         return table[rows].double() / seen[rows, None]  # an index added twice is the same image
+
+
+def evenly_spread(features: Tensor, count: int) -> Tensor:
+    """Returns up to `count` rows `r N // count` of `features` `(N, D)`, evenly spread as in `FeatureTable`."""
+    count = min(count, len(features))
+    return features[torch.arange(count, device=features.device) * len(features) // count]
 
 
 class StreamingInceptionScore(Metric):

@@ -23,7 +23,13 @@ TORCHVISION = "torchvision"
 """Name of torchvision's Inception network, whose weights differ from the 2015 network's."""
 
 SUITE = "suite"
-"""Placeholder for the extractor that the suite ships for the dataset."""
+"""Placeholder for the classifier that the suite ships for the dataset."""
+
+AUTOENCODER = "suite-autoencoder"
+"""Placeholder for the suite's denoising autoencoder of the dataset, which needs no labels."""
+
+DINOV2 = "dinov2-vit-l-14"
+"""Name of torch-fidelity's DINOv2 network."""
 
 FOLDER = Path(__file__).parent
 """Folder of the protocol files, `<name>.yaml`."""
@@ -31,13 +37,28 @@ FOLDER = Path(__file__).parent
 LOCKED = {
     "standard-v1": "34f9e30f29a01c2bbb8ec5ee8c8e3709a653f1f397163d69a14d33b78d30ea59",
     "offline-v1": "1ce16feafdec348dc58aedecb87633f841c7186b32850a3cfb5dd245dc344e87",
+    "standard-v2": "d5de938eabb3094d9520f4c89f139d306774373ccc90a32d3c745218236c285d",
+    "offline-v2": "6f8ff1c941f3d0eb08ba8e1062f0e26b92b9704f11ccee421bdd694905adcbcd",
     "paper-sddpm": "2967d1b73a0f13a52ddcf71e0bffae46cc069a63a5ab3a3739f34acfca8f1e13",
     "paper-fsddim": "4df4ffb5a116320111eae6efb407f5314bc5a2d76393ac431326b031a5454df4",
+    "paper-sdit": "7e5de453955622a9fd97c838ada56e213f2b609bd8ef77a23e9b8924479c0a38",
     "paper-spiking-diffusion": "a3e21a41cf665cf672c7afe10281107527c87e26f7a1a77a9e88e5a8484fb489",
 }
 """Hash of each shipped protocol. Protocols never change: a changed one needs a new name."""
 
-ProtocolName = Literal["standard-v1", "offline-v1", "paper-sddpm", "paper-fsddim", "paper-spiking-diffusion"]
+SUPERSEDED_BY = {"standard-v1": "standard-v2", "offline-v1": "offline-v2"}
+"""Protocols that have a successor. Their records stay valid and readable, in tables of their own."""
+
+ProtocolName = Literal[
+    "standard-v2",
+    "offline-v2",
+    "standard-v1",
+    "offline-v1",
+    "paper-sddpm",
+    "paper-fsddim",
+    "paper-sdit",
+    "paper-spiking-diffusion",
+]
 
 
 @dataclass(frozen=True)
@@ -62,13 +83,14 @@ class View:
     """One feature extractor and the metrics that are computed from its features.
 
     Args:
-        extractor: `"inception-v3-compat"`, `"torchvision"`, or `"suite"` for the one shipped for the dataset.
+        extractor: `"inception-v3-compat"`, `"torchvision"`, `"dinov2-vit-l-14"`, or what is shipped for the dataset:
+            `"suite"` for the classifier, `"suite-autoencoder"` for the autoencoder.
         weights: First digits of the SHA-256 of the weights file; empty for the suite's own.
         input: Preprocessing of the images: `"torch-fidelity"`, `"bilinear"`, `"clean"`, `"twice"`, `"unit"` or `"own"`
             (`leaderboard.extractors.inception`).
         about: Description of extractor and preprocessing in words.
-        kept_images: Number of images whose features are stored for kernel distance, precision and recall: the first
-            generated ones, and as many real ones, evenly spread over the reference.
+        kept_images: Number of images whose features are stored for the metrics of features: the first generated ones,
+            and as many real ones, evenly spread over the reference.
         metrics: Families of metrics with their parameters (`leaderboard.metrics.generation`); `datasets` restricts a
             metric to the datasets on which it is meaningful.
     """
@@ -79,6 +101,11 @@ class View:
     about: str
     kept_images: int
     metrics: dict[str, dict[str, Any]]
+
+    def extractor_name(self, dataset: str) -> str:
+        """Returns the name of the extractor in records and metric keys."""
+        own = {SUITE: dataset, AUTOENCODER: f"{dataset}_ae", DINOV2: "dinov2"}
+        return own.get(self.extractor, self.extractor)
 
     def metrics_for(self, dataset: str) -> dict[str, dict[str, Any]]:
         """Returns the metrics that are meaningful on a dataset, each with its parameters."""
@@ -135,6 +162,11 @@ class Protocol:
     def sha256(self) -> str:
         """Hash of the description."""
         return canonical_sha256(self.description())
+
+    @property
+    def superseded_by(self) -> str | None:
+        """Name of the protocol that replaces this one; None if there is none."""
+        return SUPERSEDED_BY.get(self.name)
 
     def reference_split(self, dataset: str) -> str:
         """Returns the split of a dataset that generated images are compared with."""
@@ -197,8 +229,14 @@ def read_protocol(path: Path) -> Protocol:
 PROTOCOLS = {name: read_protocol(FOLDER / f"{name}.yaml") for name in LOCKED}
 """All protocols of the suite by name."""
 
-STANDARD_V1 = PROTOCOLS["standard-v1"]
+STANDARD_V2 = PROTOCOLS["standard-v2"]
 """The default: 50,000 images at native resolution against the whole train split."""
 
+OFFLINE_V2 = PROTOCOLS["offline-v2"]
+"""Needs no download: the suite's own extractors, whose distances are never called FID."""
+
+STANDARD_V1 = PROTOCOLS["standard-v1"]
+"""Superseded by `STANDARD_V2`."""
+
 OFFLINE_V1 = PROTOCOLS["offline-v1"]
-"""Needs no download: the suite's own extractor, whose distance is never called FID."""
+"""Superseded by `OFFLINE_V2`."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from leaderboard.files import canonical_sha256
+from leaderboard.protocols import SUPERSEDED_BY
 from leaderboard.record.records import MetricValue, Record, RecordError, find_records, read_record, redact_paths
 from leaderboard.record.repetition import Repetition
 
@@ -46,7 +47,7 @@ class Entry:
         if not self.record.metrics:
             return math.inf
         key, metric = headline(self.record)
-        return metric.value if _metric_order(key) == 0 else math.inf
+        return metric.value if _metric_order(key) < _FRECHET else math.inf
 
     @property
     def status(self) -> Status:
@@ -72,6 +73,16 @@ class Entry:
     def samples(self) -> Path:
         """File of the sample grid; exists if the record is in its run folder or in the leaderboard."""
         return self.path.parent.parent / "samples" / f"{self.path.stem}.png"
+
+    @property
+    def nearest(self) -> Path:
+        """File of the training images nearest to those of the sample grid, in its order; exists if it was measured."""
+        return self.samples.with_stem(f"{self.path.stem}-nearest")
+
+    @property
+    def superseded_by(self) -> str | None:
+        """Name of the protocol that replaces the record's; None if there is none."""
+        return SUPERSEDED_BY.get(self.record.protocol.name)
 
     @property
     def repetition(self) -> Path:
@@ -180,7 +191,34 @@ def headline(record: Record) -> tuple[str, MetricValue]:
     return key, record.metrics[key]
 
 
+def table_metrics(keys: Iterable[str]) -> list[str]:
+    """Returns the metric keys that tables show, in column order.
+
+    A distance leaves the tables where the same without the bias of few images was measured, precision and recall where
+    density and coverage were; of these, those of the autoencoder are shown if there are several. Records have all.
+    """
+    known = set(keys)
+    hidden = {key for key in known if key.startswith("fd_infinity_")}
+    hidden |= {key.replace("_unbiased", "", 1) for key in known if key.startswith("fd_unbiased_")}
+    hidden |= {"fad_eval"} if "fad_unbiased" in known else set()
+    per_image = [key for key in known if re.fullmatch("(precision|recall|density|coverage)(_.*)?", key)]
+    if any(key.startswith("coverage") for key in per_image):
+        with_encoder = any(key.endswith("_ae") for key in per_image)
+        hidden |= {key for key in per_image if key.startswith(("precision", "recall"))}
+        hidden |= {key for key in per_image if with_encoder and not key.endswith("_ae")}
+    return order_metrics(known - hidden)
+
+
+_ORDER = ("fd_unbiased_dinov2", "fd_unbiased_.*_ae", "fid|fid_.*|fd_.*", "kid_mean|kd_.*", "is_.*", ".*")
+"""Metrics in column order; the first one that a record has ranks it, if it is a Fréchet distance.
+
+The distance in features of the autoencoder leads, because it keeps the orders of known sets (`validate-metrics`); on
+colour images the one in features of DINOv2 precedes it.
+"""
+_FRECHET = 3
+"""Number of the patterns that are of Fréchet distances."""
+
+
 def _metric_order(key: str) -> int:
-    """Sort key of metrics: Fréchet distance, kernel distance, Inception score, others."""
-    patterns = ("fid|fid_.*|fd_.*", "kid_mean|kd_.*", "is_.*", ".*")
-    return next(i for i, pattern in enumerate(patterns) if re.fullmatch(pattern, key))
+    """Sort key of metrics: Fréchet distances, kernel distances, Inception score, others."""
+    return next(i for i, pattern in enumerate(_ORDER) if re.fullmatch(pattern, key))

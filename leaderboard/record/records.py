@@ -15,6 +15,7 @@ from typing import Any, Final, Literal
 from leaderboard.files import canonical_sha256, write_atomic
 from leaderboard.protocols import LOCKED
 from leaderboard.record.external import ExternalCode
+from leaderboard.record.renamed import FORMER_METHOD, PRESENT_METHOD, with_present_name
 from leaderboard.schema import SchemaError, from_json
 
 SCHEMA_VERSION: Final = 1
@@ -207,6 +208,9 @@ class Record:
         images: The images, if they were made by other code; `None` if the suite ran the model.
         training_data: Data that the weights were trained on, oldest first; `None` in records of versions that did not
             store it.
+        conditional: Scale of guidance of a class-conditional model, 1 without guidance; None if it is unconditional.
+        nearest: Index in the reference of the training image nearest to each of the first generated images, by their
+            features; `None` where it was not measured.
         source: `"measured"`; published results are stored separately.
         schema_version: Version of this schema.
     """
@@ -232,6 +236,8 @@ class Record:
     cost: Cost | None
     images: ImageSet | None = None
     training_data: tuple[TrainingData, ...] | None = None
+    conditional: float | None = None
+    nearest: tuple[int, ...] | None = None
     source: Literal["measured"] = "measured"
     schema_version: Literal[1] = SCHEMA_VERSION
 
@@ -285,7 +291,15 @@ def record_text(record: Record) -> str:
     return _file(record)[1]
 
 
-_ADDED = (("images",), ("training_data",), ("dataset", "geometry"), ("code", "external"), ("cost", "incomplete"))
+_ADDED = (
+    ("images",),
+    ("conditional",),
+    ("training_data",),
+    ("nearest",),
+    ("dataset", "geometry"),
+    ("code", "external"),
+    ("cost", "incomplete"),
+)
 """Paths of optional fields that earlier versions did not have; files omit them where they are `None`."""
 
 
@@ -309,7 +323,7 @@ def _file(record: Record) -> tuple[str, str]:
 
 
 def read_record(path: str | Path) -> Record:
-    """Reads and validates one record.
+    """Reads and validates one record; a method that has been renamed has its present name.
 
     Raises:
         RecordError: If the file is not valid JSON, violates the schema, or was edited so that a hash does not match.
@@ -324,7 +338,11 @@ def read_record(path: str | Path) -> Record:
     except (OSError, ValueError, RecursionError) as error:
         raise RecordError(f"{path}: not a readable JSON file ({error})") from error
     _check(data, str(path))
-    return from_json(Record, data)
+    record = from_json(Record, data)
+    config = with_present_name(record.config)
+    if config is record.config or record.method != FORMER_METHOD:
+        return record
+    return replace(record, method=PRESENT_METHOD, config=config, config_sha256=canonical_sha256(config))
 
 
 def redact_paths(record: Record) -> Record:

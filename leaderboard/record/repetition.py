@@ -20,7 +20,7 @@ COUNTED = ("parameters", "nfe", "firing_rate", "sops", "macs", "acs", "energy_st
 """Costs that a repetition must reproduce; speed and memory depend on the device."""
 COST_TOLERANCE = 0.01
 """Relative tolerance of these costs."""
-_SHARED = ("dataset", "protocol sha256", "solver", "NFE", "SNN time steps")
+_SHARED = ("dataset", "protocol sha256", "solver", "NFE", "SNN time steps", "conditional")
 """Entries of `provenance` that must be equal in any case."""
 
 

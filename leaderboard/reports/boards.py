@@ -139,7 +139,8 @@ class Row:
     def name(self) -> str:
         """Method and variant on one line."""
         variant = self.cells["Variant"].text if "Variant" in self.cells else ""
-        return f"{self.method}, {variant}" if variant and variant != "default" else self.method
+        method = self.cells["Method"].text
+        return f"{method}, {variant}" if variant and variant != "default" else method
 
 
 @dataclass(frozen=True)

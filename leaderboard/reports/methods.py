@@ -57,7 +57,7 @@ class Method:
         """Method, variant and the mark of code outside the suite on one line."""
         named = self.variant not in ("", "default")
         external = bool(self.record.code.external)
-        parts = [self.record.method, *[self.variant] * named, *["external code"] * external]
+        parts = [method_name(self.record), *[self.variant] * named, *["external code"] * external]
         return " ".join(", ".join(parts).split())
 
     @cached_property
@@ -116,11 +116,19 @@ def ranks(methods: Sequence[Method]) -> list[tuple[int, int] | None]:
     return [next(found) if method in ranked else None for method in methods]
 
 
+def method_name(record: Record) -> str:
+    """Returns the method, marked if it is conditional, with the scale of guidance unless that is off."""
+    if record.conditional is None:
+        return record.method
+    scale = "" if record.conditional == 1 else f", guidance {record.conditional:g}"
+    return f"{record.method} (conditional{scale})"
+
+
 def row_key(entry: Entry) -> str:
     """Returns a key that is equal for entries that differ only in the training seed."""
     record = entry.record
     made = record.images.fingerprint if record.images else None
-    parts = [entry.status, record.method, _seedless(record.variant), record.solver, made, _shared(record.config)]
+    parts = [entry.status, method_name(record), _seedless(record.variant), record.solver, made, _shared(record.config)]
     return json.dumps(parts, sort_keys=True)
 
 

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from leaderboard.files import is_report, refuse_existing, write_atomic
 from leaderboard.record.entries import Entry, headline, read_records
-from leaderboard.reports.methods import Method, tables
+from leaderboard.reports.methods import Method, method_name, tables
 from leaderboard.reports.pareto import Point, pareto_front
 from leaderboard.reports.table import (
     Cell,
@@ -30,7 +30,7 @@ from leaderboard.reports.table import (
 )
 from leaderboard.reports.terminal import terminal
 
-COLOURS = ("ddpm", "sddpm", "sdm", "fsddim", "sdit", "spiking-diffusion", "ann-snn")
+COLOURS = ("ddpm", "sddpm", "sdm", "fsddim", "spiking-rwkv", "spiking-diffusion", "ann-snn", "sdit")
 """Methods in the order of matplotlib's colours, so that a method has the same colour in every plot."""
 MARKERS = "osD^vPX*"
 """Markers of the first, second, ... row of a method."""
@@ -148,7 +148,7 @@ def _strip(entries: Sequence[Entry]) -> Figure:
         with Image.open(entry.samples) as page:
             quarter = page.convert("RGB").crop((0, 0, page.width // 2 + 1, page.height // 2 + 1))
         axes.imshow(np.asarray(quarter))
-        axes.set_title(entry.record.method, fontsize=8)
+        axes.set_title(method_name(entry.record), fontsize=8)
         axes.set_axis_off()
     return figure
 
@@ -189,7 +189,7 @@ def _point(row: dict[str, Cell], quality: str) -> Point:
         energy=row["mJ"].value or 0.0,
         quality=row[quality].value or 0.0,
         uncertainty=float(row[quality].uncertainty or 0),
-        method=row["Method"].text.split(",")[0],
+        method=row["Method"].text.partition(",")[0].partition(" (")[0],
         label=f"{row['Method'].text}, {row['Solver']}",
         anchor="",
     )

@@ -19,9 +19,10 @@ from rich.table import Table
 from rich.text import Text
 
 from leaderboard.files import is_report, refuse_existing, write_atomic
-from leaderboard.record.entries import Entry, default_folders, order_metrics, read_records
-from leaderboard.record.records import MetricValue, Record
-from leaderboard.reports.methods import Method, ranks, tables
+from leaderboard.protocols import SUPERSEDED_BY
+from leaderboard.record.entries import Entry, default_folders, read_records, table_metrics
+from leaderboard.record.records import Cost, MetricValue, Record
+from leaderboard.reports.methods import Method, method_name, ranks, tables
 from leaderboard.reports.statistics import OF_AN_EVALUATION, half_width
 from leaderboard.reports.terminal import SHORT, WIDTH, terminal
 
@@ -32,11 +33,23 @@ _HEADERS = {
     "reconstruction_mse": "Rec. MSE",
     "reconstruction_ssim": "Rec. SSIM",
 }
+_SHARES = {
+    "precision": "Prec.",
+    "recall": "Recall",
+    "density": "Dens.",
+    "coverage": "Cov.",
+    "authenticity": "Auth.",
+}
 METHOD_NOTES = {
-    "sdit": "SDiT: the suite's own, fully spiking design after the paper's text, not the network of the public code "
-    "(https://github.com/foolLain/SDiT).",
+    "spiking-rwkv": "SpikingRWKV: the suite's own, fully spiking design after SDiT's paper, not SDiT as released; "
+    "called sdit in its first records.",
 }
 """Footnotes of methods, by method name."""
+CONDITIONAL_NOTE = (
+    "conditional: generates images of given classes, drawn uniformly unless stated, and so knows more about each image "
+    "than the unconditional methods beside it."
+)
+"""Footnote of records of class-conditional models."""
 LABELS = {"mJ": "45 nm arithmetic, mJ"}
 """Column headers in pages and files, for columns with a shorter header in the terminal."""
 _TITLE = "# Leaderboard"
@@ -255,12 +268,12 @@ def seed_name(record: Record) -> str:
 def shown_metrics(group: list[Method]) -> list[str]:
     """Returns the keys of the metrics that have a column, in order."""
     found = (key for method in group for entry in method.entries for key in entry.record.metrics)
-    return order_metrics(key for key in found if not HIDDEN.fullmatch(key))
+    return table_metrics(key for key in found if not HIDDEN.fullmatch(key))
 
 
 def metric_name(key: str) -> str:
-    """Returns the column header of a metric; for precision and recall without the extractor, shared by the table."""
-    for start, name in (("precision", "Prec."), ("recall", "Recall")):
+    """Returns the column header of a metric; for shares of images without the extractor, shared by the table."""
+    for start, name in _SHARES.items():
         if key.startswith(start):
             return name
     return _HEADERS.get(key, key)
@@ -270,7 +283,9 @@ def direction(key: str) -> Literal["lower", "higher", ""]:
     """Returns the better direction of a metric; empty if it has none, as recall, which a few outliers raise."""
     if re.fullmatch(r"(fid|fd|kid|kd|fad)(_.*)?|reconstruction_mse", key):
         return "lower"
-    return "higher" if re.fullmatch(r"(is|precision|density|coverage)(_.*)?|reconstruction_ssim", key) else ""
+    return (
+        "higher" if re.fullmatch(r"(is|precision|density|coverage|authenticity)(_.*)?|reconstruction_ssim", key) else ""
+    )
 
 
 def label(column: str) -> str:
@@ -304,7 +319,7 @@ def _cells(method: Method, keys: list[str]) -> dict[str, Cell]:
         return number_cell(None if value is None else value / unit)
 
     return {
-        "Method": Cell(record.method, note="; ".join(row_notes(method))),
+        "Method": Cell(method_name(record), note="; ".join(row_notes(method))),
         "Variant": Cell(method.variant),
         **{metric_name(key): metric_cell(key, method) for key in keys},
         "T": Cell(str(record.num_steps), record.num_steps) if spiking and record.num_steps else Cell("-"),
@@ -312,7 +327,7 @@ def _cells(method: Method, keys: list[str]) -> dict[str, Cell]:
         "Solver": Cell(record.solver or "-"),
         "NFE": Cell("-") if record.nfe is None else Cell(str(record.nfe), record.nfe),
         "G SOPs": mean("sops", 1e9),
-        "mJ": mean("energy_strict_mj"),
+        "mJ": mean("energy_strict_mj")._replace(note=incomplete_cost(cost)),
         "M params": mean("parameters", 1e6),
         "Images/s": mean("images_per_second"),
         "Samples": Cell(f"{samples:,}", samples),
@@ -320,6 +335,12 @@ def _cells(method: Method, keys: list[str]) -> dict[str, Cell]:
         "Repeated": _dates(repeated, count),
         "Verified": _dates(verified, count),
     }
+
+
+def incomplete_cost(cost: Cost | None) -> str:
+    """Returns a note on products that the cost lacks; empty if it is complete."""
+    names = ", ".join((cost and cost.incomplete) or ())
+    return f"the cost is a lower bound: it lacks the products of {names}, which cannot be counted" if names else ""
 
 
 def _dates(days: list[str], count: int) -> Cell:
@@ -380,9 +401,11 @@ def table_title(record: Record) -> str:
 
 def table_provenance(r: Record) -> str:
     """Returns one line on the reference data, extractor and protocol of the table of a record."""
+    successor = SUPERSEDED_BY.get(r.protocol.name)
+    superseded = f", superseded by {successor}" if successor else ""
     return (
         f"Reference: {r.dataset.fingerprint[:12]} from {r.dataset.source}. Extractor: {r.extractor.name} "
-        f"({r.extractor.sha256[:8]}). Protocol: {r.protocol.sha256[:8]}. mJ: MACs and "
+        f"({r.extractor.sha256[:8]}). Protocol: {r.protocol.sha256[:8]}{superseded}. mJ: MACs and "
         "accumulates per image at 45 nm, strict count, without memory access."
     )
 
@@ -393,9 +416,13 @@ def row_notes(method: Method) -> list[str]:
     notes = status_notes(method)
     if record.code.external:
         notes.append(f"external code: {', '.join(f'{name} {code}' for name, code in record.code.external.items())}.")
-    if record.images is None and record.method in METHOD_NOTES:
-        notes.append(METHOD_NOTES[record.method])
-    return notes
+    return notes + ([method_note(record)] if record.images is None and method_note(record) else [])
+
+
+def method_note(record: Record) -> str:
+    """Returns the footnote of the method of a record, or nothing."""
+    notes = [METHOD_NOTES.get(record.method, ""), CONDITIONAL_NOTE if record.conditional is not None else ""]
+    return " ".join(filter(None, notes))
 
 
 def status_notes(method: Method) -> list[str]:
@@ -413,6 +440,7 @@ def _notes(group: list[Method]) -> list[str]:
     entries = [entry for method in group for entry in method.entries]
     notes = {value.note for e in entries for key, value in e.record.metrics.items() if not HIDDEN.fullmatch(key)}
     notes |= {note for method in group for note in row_notes(method)}
+    notes |= {incomplete_cost(entry.record.cost) for entry in entries}
     return [f"* {note}" for note in sorted(notes - {""})]
 
 

@@ -129,8 +129,13 @@ def take_step(scheduler: SchedulerMixin, index: int, prediction: Tensor, x: Tens
     return state
 
 
-def try_chain(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
+def try_chain(scheduler: SchedulerMixin, num_inference_steps: int, outputs: int = 1) -> None:
     """Runs a whole chain on zeros, because schedulers check their options and their time steps only in `step`.
+
+    Args:
+        scheduler: The scheduler.
+        num_inference_steps: Diffusion steps of the sampler.
+        outputs: Channels of the prediction for each channel of the images: 2 with a predicted variance.
 
     Raises:
         ValueError: If the scheduler does not work with its options or this number of steps.
@@ -147,7 +152,7 @@ def try_chain(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
                 chain.gamma = torch.ones(chain.config.num_train_timesteps)
             for index, t in enumerate(chain.timesteps):
                 chain.scale_model_input(x, t)
-                x = take_step(chain, index, torch.zeros_like(x), x)
+                x = take_step(chain, index, x.new_zeros(1, outputs, 2, 2), x)
     except (ValueError, NotImplementedError, TypeError, LookupError, ArithmeticError, AssertionError) as error:
         if isinstance(error, ChainError):
             raise

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,9 @@ class GaussianDiffusion(DiffusionSystem):
         ValueError: If the scheduler or the number of steps does not fit.
     """
 
+    predicts_variance = False
+    """Whether the network also predicts the variance of each step."""
+
     def __init__(
         self,
         network: nn.Module,
@@ -70,15 +73,19 @@ class GaussianDiffusion(DiffusionSystem):
         if eta and "eta" not in inspect.signature(scheduler.step).parameters:
             raise ValueError(f"eta={eta} is an option of DDIM, which {name} does not have; leave it at 0")
         self.network = network
-        check_schedule(scheduler)
-        self.scheduler = double_tables(scheduler)
+        self.scheduler = scheduler
+        is_real = not scheduler.alphas_cumprod.is_meta  # a module on the meta device has sizes only
+        if is_real:
+            check_schedule(scheduler)
+            double_tables(scheduler)
         self.num_inference_steps = num_inference_steps
         self.eta = eta
         self.final_clip = final_clip
         power = self.scheduler.alphas_cumprod.double()
         self.register_buffer("signal", power.sqrt().float(), persistent=False)
         self.register_buffer("sigma", (1 - power).sqrt().float(), persistent=False)
-        try_chain(self.scheduler, num_inference_steps)
+        if is_real:
+            try_chain(scheduler, num_inference_steps, 2 if self.passes_variance else 1)
 
     @property
     def solver(self) -> str:
@@ -191,6 +198,20 @@ class GaussianDiffusion(DiffusionSystem):
         a, sigma = (self.get_buffer(name)[t].to(images.dtype).view(-1, 1, 1, 1) for name in ("signal", "sigma"))
         return noise_images(images, noise, a, sigma), velocity(images, noise, a, sigma)
 
+    @property
+    def passes_variance(self) -> bool:
+        """Whether the sampler uses a variance predicted by the network."""
+        variance_type = str(self.scheduler.config.get("variance_type"))
+        return self.predicts_variance and variance_type.startswith("learned")
+
+    def _predictor(self, seeds: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """Returns a function of `x_t` `(B, C, H, W)` and `t` `(B,)` that predicts what the scheduler takes.
+
+        Args:
+            seeds: Seeds of the images, `(B,)`.
+        """
+        return Replay(self.network, self.network)
+
     def trajectory(self, seeds: Tensor, image_shape: tuple[int, int, int]) -> Iterator[Tensor]:
         """Yields `x_T`, ..., `x_0` `(B, C, H, W)`; the noise of image `k` is drawn with the seed `seeds[k]`."""
         scheduler = start_chain(self.scheduler, self.num_inference_steps)
@@ -201,9 +222,9 @@ class GaussianDiffusion(DiffusionSystem):
         x = x * scheduler.init_noise_sigma
         yield x
         timesteps = scheduler.timesteps  # schedulers compute with these on the CPU, without GPU synchronisation
-        network = Replay(self.network, self.network)
+        predict = self._predictor(seeds)
         for index, (t, t_device) in enumerate(zip(timesteps, timesteps.to(x.device), strict=True)):
-            prediction = network(scheduler.scale_model_input(x, t), t_device.expand(len(x))).to(x.dtype)
+            prediction = predict(scheduler.scale_model_input(x, t), t_device.expand(len(x))).to(x.dtype)
             x = take_step(scheduler, index, prediction, x, **options)
             yield x.clamp(-1, 1) if self.final_clip and index + 1 == len(timesteps) else x
 

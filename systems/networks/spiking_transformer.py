@@ -1,9 +1,9 @@
-"""Spiking transformer after SDiT's paper: a noise predictor of RWKV blocks whose weights receive only spikes.
+"""Fully spiking transformer after SDiT's paper: a noise predictor of RWKV blocks whose weights receive only spikes.
 
 S. Yang, H. Ma, C. Yu, A. Wang, E.-P. Li, "SDiT: Spiking Diffusion Model with Transformer", 2024,
-https://arxiv.org/abs/2402.11588. It is the suite's own design, not the network of the public code
-https://github.com/foolLain/SDiT; `systems/sdit.py` lists the published parts and the suite's choices. Background:
-U-ViT (https://arxiv.org/abs/2209.12152: tokens, long skips, final convolution), RWKV-4
+https://arxiv.org/abs/2402.11588. It is the suite's own design, not the released network (that is
+`systems/networks/rate_transformer.py`); `systems/spiking_rwkv.py` lists the published parts and the suite's choices.
+Background: U-ViT (https://arxiv.org/abs/2209.12152: tokens, long skips, final convolution), RWKV-4
 (https://arxiv.org/abs/2305.13048: token shift, WKV, receptance), SpikeGPT (https://arxiv.org/abs/2302.13939).
 
 Axes: `T` SNN time steps, `B` images, `N` tokens (the diffusion step, then the patches), `D` channels, `M = T*B`.
@@ -53,7 +53,7 @@ class NormedNeuron(nn.Module):
 
 
 @compiled
-def _gate(r: Tensor, y: Tensor) -> Tensor:
+def receptance_gate(r: Tensor, y: Tensor) -> Tensor:
     """Returns `sigmoid(r) * y`, RWKV's receptance gate."""
     return torch.sigmoid(r) * y
 
@@ -114,7 +114,7 @@ class RWKVMix(nn.Module):
     def forward(self, r: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Returns `(M, N, D)`."""
         scan = bidirectional_wkv if self.bidirectional else wkv
-        return _gate(r, scan(k, v, F.softplus(self.decay), self.bonus))
+        return receptance_gate(r, scan(k, v, F.softplus(self.decay), self.bonus))
 
 
 class SoftmaxMix(nn.Module):
@@ -233,7 +233,7 @@ class Reconstruction(nn.Module):
 class SpikingTransformer(nn.Module):
     """Predicts the noise in `x_t` with RWKV blocks of leaky integrate-and-fire neurons, in the layout of U-ViT.
 
-    The potentials of all neurons start at zero in each call. `systems.sdit.SDiT` explains the design choices.
+    The potentials of all neurons start at zero in each call. `systems.spiking_rwkv.SpikingRWKV` explains the design.
 
     Args:
         in_channels: Image channels.

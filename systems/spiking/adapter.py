@@ -61,8 +61,9 @@ class SteppedNeuron(SpikingLayer):
                 "Lapicque(learn_beta=True) never trains in snnTorch, which computes R and C from beta only once; use "
                 "Leaky to learn a decay"
             )
-        if isinstance(getattr(neuron, "spike_grad", None), str):
-            neuron.spike_grad = get_surrogate(neuron.spike_grad)
+        surrogate: Any = getattr(neuron, "spike_grad", None)
+        if isinstance(surrogate, str):
+            neuron.spike_grad = get_surrogate(surrogate)  # type: ignore[assignment]  # a function, not a module
         arguments = list(signature(neuron.forward).parameters)
         self._states = arguments[1:]
         for buffer, value in list(neuron._buffers.items()):
@@ -124,7 +125,9 @@ class SteppedNeuron(SpikingLayer):
         """Calls the neuron, with its threshold scaled if guidance is on."""
         if self.threshold_scale == 1:
             return self.neuron(*args)
-        scaled = {"threshold": self.neuron.threshold * self.threshold_scale}
+        threshold = self.neuron.threshold
+        assert isinstance(threshold, Tensor)
+        scaled = {"threshold": threshold * self.threshold_scale}
         return torch.func.functional_call(self.neuron, scaled, args)
 
     def _check_shape(self, x: Tensor) -> None:
@@ -148,7 +151,7 @@ class SteppedNeuron(SpikingLayer):
                     "options; to change all thresholds of a trained network use --model.threshold",
                     stacklevel=2,
                 )
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def multistep(neuron: nn.Module) -> SpikingLayer:

@@ -111,15 +111,12 @@ def _backward(
     for u, s, g in zip(reversed(potentials), reversed(spikes), reversed(grad.unbind(0)), strict=True):
         ds_du = derivative(u - d.threshold)
         dl_du = g.to(u.dtype) * ds_du
-        if isinstance(d.threshold, Tensor):  # a spike depends on u - threshold
-            dl_dthreshold = -dl_du if dl_dthreshold is None else dl_dthreshold - dl_du
         if next_dl_du is not None:
             reset_ds_du = torch.zeros_like(ds_du) if d.detach_reset else ds_du
             if isinstance(d.beta, Tensor):
-                step = next_dl_du * _carry_by_beta(u, s, d)
-                dl_dbeta = step if dl_dbeta is None else dl_dbeta + step
-            if dl_dthreshold is not None:
-                dl_dthreshold = dl_dthreshold + next_dl_du * _carry_by_threshold(u, s, reset_ds_du, d)
+                dl_dbeta = _plus(dl_dbeta, next_dl_du * _carry_by_beta(u, s, d))
+            if isinstance(d.threshold, Tensor):
+                dl_dthreshold = _plus(dl_dthreshold, next_dl_du * _carry_by_shift(s, d))
             if d.reset_mechanism == "zero":
                 dcarry_du = d.beta * (1 - s - u * reset_ds_du)
             elif d.reset_delay:
@@ -127,12 +124,21 @@ def _backward(
             else:
                 dcarry_du = d.beta * (1 - d.threshold * reset_ds_du)
             dl_du = dl_du + next_dl_du * dcarry_du
+        if isinstance(d.threshold, Tensor):
+            dl_dthreshold = _plus(dl_dthreshold, -dl_du)
         next_dl_du = dl_du
         grads.append((dl_du * d.input_scale).to(x.dtype))
     if isinstance(d.beta, Tensor) and dl_dbeta is None:  # a single step carries nothing
         dl_dbeta = torch.zeros_like(potentials[0])
-    sums = (None if total is None else total.sum() for total in (dl_dbeta, dl_dthreshold))
-    return torch.stack(grads[::-1]), *sums
+    return torch.stack(grads[::-1]), _sum(dl_dbeta), _sum(dl_dthreshold)
+
+
+def _plus(total: Tensor | None, term: Tensor) -> Tensor:
+    return term if total is None else total + term
+
+
+def _sum(terms: Tensor | None) -> Tensor | None:
+    return None if terms is None else terms.sum()
 
 
 def _carry_by_beta(u: Tensor, s: Tensor, d: Dynamics) -> Tensor:
@@ -142,12 +148,15 @@ def _carry_by_beta(u: Tensor, s: Tensor, d: Dynamics) -> Tensor:
     return u if d.reset_delay else u - s * d.threshold
 
 
-def _carry_by_threshold(u: Tensor, s: Tensor, reset_ds_du: Tensor, d: Dynamics) -> Tensor:
-    """Returns `dcarry/dthreshold`: directly, and through the spike that resets, `ds/dthreshold = -ds/du`."""
+def _carry_by_shift(s: Tensor, d: Dynamics) -> Tensor | float:
+    """Returns `dcarry/du + dcarry/dthreshold` for given spikes.
+
+    Spikes depend on `u - threshold`, so that what passes through them cancels in `dL/du[k] + dL/dthreshold[k]`, the
+    effect of shifting potential and threshold together: only this remains, times `dL/du[k+1]`.
+    """
     if d.reset_mechanism == "zero":
-        return d.beta * u * reset_ds_du
-    by_threshold = d.threshold * reset_ds_du - s
-    return by_threshold if d.reset_delay else d.beta * by_threshold
+        return d.beta * (1 - s)
+    return d.beta - s if d.reset_delay else d.beta * (1 - s)
 
 
 def converted_spikes(x: Tensor, threshold: Tensor, amplitude: Tensor, signed: bool) -> Tensor:
@@ -266,10 +275,11 @@ def compute_gradients(
         return kernels.gradients(x, grad, d, surrogate, affine, channel_stride(x), temb), None, None
     derivative = surrogate_derivative(spike_grad, torch.promote_types(x.dtype, torch.float32))
     if affine is None:
-        grad_input, *rest = _backward(memory(x, len(x), -1), memory(grad, len(x), -1), d, derivative)
+        dl_dx, *learned = _backward(memory(x, len(x), -1), memory(grad, len(x), -1), d, derivative)
     else:
-        grad_input, *rest = _backward(by_channel(x, x), by_channel(grad, x), d, derivative, for_channels(affine, x))
-    return grad_input.as_strided(x.shape, x.stride()), *rest
+        dl_dx, *learned = _backward(by_channel(x, x), by_channel(grad, x), d, derivative, for_channels(affine, x))
+    dl_dbeta, dl_dthreshold = learned
+    return dl_dx.as_strided(x.shape, x.stride()), dl_dbeta, dl_dthreshold
 
 
 class MultiStep(torch.autograd.Function):

@@ -184,7 +184,7 @@ class SpikingNeuron(SpikingLayer):
     def extra_repr(self) -> str:
         """Shows the constants in `print(network)`, learned ones as their present value."""
         return ", ".join(
-            f"{name}={f'{value:.4g} (learned)' if isinstance(value, Tensor) else value}"
+            f"{name}={f'{value.item():.4g} (learned)' if isinstance(value, Tensor) else value}"
             for name, value in self._dynamics._asdict().items()
         )
 

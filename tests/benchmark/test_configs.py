@@ -29,6 +29,7 @@ TINY = [
 TINY_SPIKING_UNET = [*TINY, "--model.base_channels=4", "--model.num_res_blocks=1", "--model.num_steps=2"]
 TINY_ANN = [*TINY, "--model.base_channels=32", "--model.num_res_blocks=1"]  # norms of 32 groups
 TINY_TRANSFORMER = [*TINY, "--model.embed_dim=8", "--model.depth=3", "--model.num_steps=2", "--model.num_heads=2"]
+TINY_SDIT = [*TINY, "--model.embed_dim=8", "--model.depth=2"]
 
 TINY_TWO_STAGES = [
     *TINY,
@@ -41,7 +42,9 @@ TINY_TWO_STAGES = [
 ]
 
 
-FULL = [path for path in CONFIGS if path.stem not in ("quickstart", "sdit_digits")]  # both are examples for a CPU
+FULL = [
+    path for path in CONFIGS if path.stem not in ("quickstart", "sdit_digits", "spiking_rwkv_digits")
+]  # examples for a CPU
 SMALL = sorted(Path("configs/small").glob("*.yaml"))
 OF_THE_DATASET = {
     "data.class_path": "the dataset itself",
@@ -61,6 +64,14 @@ OF_THE_METHOD = {
         "trainer.max_steps": "1,500 epochs; 300,000 steps on CelebA",
     },
     "sdit": {
+        "evaluation.protocol": "CIFAR-10 is resized to 28 x 28 pixels, which standard-v1 does not compare",
+        "model.depth": "as released: larger for colour images",
+        "model.embed_dim": "as released: larger for colour images",
+        "model.image_size": "the position embedding has one entry per patch",
+        "model.patch_size": "CelebA has 64 x 64 pixels and would have four times the tokens",
+        "trainer.max_steps": "1,600 epochs",
+    },
+    "spiking_rwkv": {
         "model.image_size": "the position embedding has one entry per patch",
         "model.patch_size": "CelebA has 64 x 64 pixels and would have four times the tokens",
         "model.embed_dim": "larger for colour images",
@@ -84,6 +95,10 @@ OF_THE_METHOD_ON_THE_SMALL_TRACK = {
         "model.image_size": "the position embedding has one entry per patch",
         "model.patch_size": "4 x 4 tokens of 8 x 8 pixels, 7 x 7 of 28 x 28",
     },
+    "spiking_rwkv": {
+        "model.image_size": "the position embedding has one entry per patch",
+        "model.patch_size": "4 x 4 tokens of 8 x 8 pixels, 7 x 7 of 28 x 28",
+    },
     "spiking_diffusion": {
         "model.autoencoder_epochs": "as many as fit into the time of the track",
         "model.denoiser_epochs": "as many as fit into the time of the track",
@@ -98,7 +113,12 @@ OF_THE_METHOD_ON_THE_SMALL_TRACK = {
 def tiny(config: Path) -> list[str]:
     """Options that make a config small."""
     method = yaml.safe_load(config.read_text())["model"]["class_path"]
-    special = {"DDPM": TINY_ANN, "SDiT": TINY_TRANSFORMER, "SpikingDiffusion": TINY_TWO_STAGES}
+    special = {
+        "DDPM": TINY_ANN,
+        "SDiT": TINY_SDIT,
+        "SpikingRWKV": TINY_TRANSFORMER,
+        "SpikingDiffusion": TINY_TWO_STAGES,
+    }
     return special.get(method, TINY_SPIKING_UNET)
 
 
@@ -223,7 +243,9 @@ def test_a_changed_value_and_a_missing_key_are_differences(tmp_path: Path) -> No
     }
 
 
-@pytest.mark.parametrize("method", ["SDDPM", "SDM", "SDiT", "FSDDIM", "SpikingDiffusion", "DDPM", "ANNSNN"])
+@pytest.mark.parametrize(
+    "method", ["SDDPM", "SDM", "SDiT", "SpikingRWKV", "FSDDIM", "SpikingDiffusion", "DDPM", "ANNSNN"]
+)
 def test_defaults_make_a_configuration(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What no option names is in a run's config.yaml too, in words that are read again."""
     with pytest.raises(SystemExit):

@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from benchmark.runs import find_checkpoint, newest_run
 from datamodules.loading import FilledBatches, TrainingOrder
-from systems import FSDDIM, SDDPM, SDiT, SpikingDiffusion
+from systems import FSDDIM, SDDPM, SpikingDiffusion, SpikingRWKV
 from systems.base import DiffusionSystem
 from systems.diffusion.gaussian import GaussianDiffusion
 
@@ -225,7 +225,7 @@ def test_validation_takes_whole_batches_in_turn(two_processes: pytest.MonkeyPatc
         partial(SDDPM, in_channels=1, base_channels=4, channel_mult=[1], num_res_blocks=1, num_steps=2),
         partial(FSDDIM, in_channels=1, base_channels=4, channel_mult=[1], num_res_blocks=1, num_steps=2, norm="plain"),
         partial(FSDDIM, in_channels=1, base_channels=4, channel_mult=[1], num_res_blocks=1, num_steps=2, norm="tdbn"),
-        partial(SDiT, in_channels=1, image_size=8, embed_dim=8, depth=3, num_steps=2, num_heads=2),
+        partial(SpikingRWKV, in_channels=1, image_size=8, embed_dim=8, depth=3, num_steps=2, num_heads=2),
         partial(SpikingDiffusion, num_codes=8, base_channels=8, num_steps=2, data_variance=0.1),
     ],
 )

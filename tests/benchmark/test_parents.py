@@ -71,7 +71,9 @@ def end(command: subprocess.Popen[bytes], number: signal.Signals, seconds: float
 @pytest.mark.parametrize("number", SIGNALS)
 def test_no_worker_outlives_the_regression_check(number: signal.Signals, tmp_path: Path) -> None:
     long = ["--trainer.max_steps=1000000", "--trainer.max_epochs=-1"]
-    command = begin("regress", "--methods", "fsddim", "ddpm", "sdit", "--workers=2", f"--output={tmp_path}", *long)
+    command = begin(
+        "regress", "--methods", "fsddim", "ddpm", "spiking_rwkv", "--workers=2", f"--output={tmp_path}", *long
+    )
     wait_for(lambda: len(list(tmp_path.glob("*/*/log.txt"))) == 2)
     end(command, number, 20)
     assert len(list(tmp_path.glob("*/*/log.txt"))) == 2  # the third was never begun

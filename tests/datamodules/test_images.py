@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 
 import datasets
 import numpy as np
@@ -88,7 +90,33 @@ def test_every_mode_is_converted_exactly(case: str) -> None:
 
 
 HALF = np.dstack([COLOUR, np.full((16, 16), 128, np.uint8)])
+
+
+def png_of_16_bits(kind: int, channels: int) -> Image.Image:
+    """An image whose colours have 16 bits each, which Pillow cannot write."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    rows = b"".join(b"\0" + np.full(4 * channels, 1000, ">u2").tobytes() for _ in range(4))
+    header = struct.pack(">IIBBBBB", 4, 4, 16, kind, 0, 0, 0)
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return open_image(b"\x89PNG\r\n\x1a\n" + parts, "a")
+
+
+def frames(format_: str) -> Image.Image:
+    pages = [Image.fromarray(GREY), Image.fromarray(255 - GREY)]
+    return open_image(encoded(pages[0], format_, save_all=True, append_images=pages[1:]), "a")
+
+
 REFUSED = {
+    "16-bit RGB": (png_of_16_bits(2, 3), "RGB", "x.png has 16 bits for each colour, of which Pillow reads 8; convert"),
+    "16-bit RGBA": (png_of_16_bits(6, 4), "RGB", "x.png has 16 bits for each colour"),
+    "16-bit LA": (png_of_16_bits(4, 2), "L", "x.png has 16 bits for each colour"),
+    "GIF of two frames": (frames("GIF"), "L", "x.png holds 2 images, expected one; store each in a file of its own"),
+    "TIFF of two pages": (frames("TIFF"), "L", "x.png holds 2 images"),
+    "animated PNG": (frames("PNG"), "L", "x.png holds 2 images"),
+    "animated WebP": (frames("WEBP"), "RGB", "x.png holds 2 images"),
     "RGBA": (Image.fromarray(HALF), "RGB", r"x.png is an image of mode RGBA with transparent pixels, .* background"),
     "LA": (Image.fromarray(HALF).convert("LA"), "L", "mode LA with transparent pixels"),
     "PA": (Image.merge("PA", (Image.fromarray(GREY), Image.fromarray(GREY))), "RGB", "PA with transparent pixels"),

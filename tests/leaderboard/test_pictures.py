@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from leaderboard.pictures import enlargement, grid, save_png
+from leaderboard.pictures import enlargement, grid, rows_of_classes, save_png
 
 
 def test_grid_places_every_image() -> None:
@@ -23,6 +23,13 @@ def test_grid_enlarges_pixels() -> None:
     page = grid(torch.zeros(2, 3, 2, 2, dtype=torch.uint8), columns=2, scale=4)
     assert page.shape == (3, 12, 22)
     assert int((page == 0).sum()) == 3 * 128
+
+
+def test_each_row_of_a_conditional_grid_is_one_class() -> None:
+    images = torch.arange(7, dtype=torch.uint8).view(7, 1, 1, 1)
+    labels = torch.tensor([5, 0, 5, 5, 0, 2, 5])
+    rows = rows_of_classes(images, labels, columns=3).view(-1, 3)
+    assert rows.tolist() == [[1, 4, 255], [5, 255, 255], [0, 2, 3]]
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -11,8 +11,10 @@ from leaderboard.protocols import (
     FOLDER,
     LOCKED,
     OFFLINE_V1,
+    OFFLINE_V2,
     PROTOCOLS,
     STANDARD_V1,
+    STANDARD_V2,
     Protocol,
     ProtocolName,
     read_protocol,
@@ -29,10 +31,13 @@ def test_hash_ignores_key_order_and_sees_every_value() -> None:
 @pytest.mark.parametrize(
     ("name", "sha256"),
     [
+        ("standard-v2", "d5de938eabb3094d9520f4c89f139d306774373ccc90a32d3c745218236c285d"),
+        ("offline-v2", "6f8ff1c941f3d0eb08ba8e1062f0e26b92b9704f11ccee421bdd694905adcbcd"),
         ("standard-v1", "34f9e30f29a01c2bbb8ec5ee8c8e3709a653f1f397163d69a14d33b78d30ea59"),
         ("offline-v1", "1ce16feafdec348dc58aedecb87633f841c7186b32850a3cfb5dd245dc344e87"),
         ("paper-sddpm", "2967d1b73a0f13a52ddcf71e0bffae46cc069a63a5ab3a3739f34acfca8f1e13"),
         ("paper-fsddim", "4df4ffb5a116320111eae6efb407f5314bc5a2d76393ac431326b031a5454df4"),
+        ("paper-sdit", "7e5de453955622a9fd97c838ada56e213f2b609bd8ef77a23e9b8924479c0a38"),
         ("paper-spiking-diffusion", "a3e21a41cf665cf672c7afe10281107527c87e26f7a1a77a9e88e5a8484fb489"),
     ],
 )
@@ -53,7 +58,7 @@ def test_every_file_is_locked_and_every_name_can_be_chosen() -> None:
         ("num_samples: 50000", "num_samples: 40000", "was changed: .* Protocols are immutable: .* under a new name"),
         ("neighbours: 3", "neighbours: 5", "was changed"),
         ("never mirrored", "not mirrored", "was changed"),
-        ("name: standard-v1", "name: standard-v2", "was changed"),
+        ("name: standard-v1", "name: standard-v3", "was changed"),
         ("quantisation: round", "quantisation: floor", r"is not a protocol \(quantisation: expected 'round' or"),
         ("sample_seed: 0\n", "", r"is not a protocol \(sample_seed: the field is missing\)"),
         (
@@ -77,8 +82,8 @@ def test_edited_file_is_refused(tmp_path: Path, old: str, new: str, message: str
 
 
 def test_new_file_without_a_lock_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "standard-v2.yaml"
-    path.write_text((FOLDER / "standard-v1.yaml").read_text().replace("standard-v1", "standard-v2"))
+    path = tmp_path / "standard-v3.yaml"
+    path.write_text((FOLDER / "standard-v1.yaml").read_text().replace("standard-v1", "standard-v3"))
     with pytest.raises(ValueError, match="expected None"):
         read_protocol(path)
     with pytest.raises(ValueError, match=r"gone\.yaml is not a protocol"):
@@ -93,6 +98,8 @@ def test_protocols_are_immutable() -> None:
 def test_deviations_from_a_protocol_are_named() -> None:
     assert STANDARD_V1.deviations(**MNIST, size=28, num_samples=50_000) == []
     assert OFFLINE_V1.deviations(**MNIST, size=28, num_samples=10_000) == []
+    assert OFFLINE_V2.deviations(**MNIST, size=28, num_samples=5_000) == []
+    assert OFFLINE_V2.deviations(**MNIST, size=28, num_samples=2_000) == ["it takes 5,000 generated images, not 2,000"]
     assert STANDARD_V1.deviations("faces", 64, 64, 50_000, 0) == []  # also of datasets added later
     found = STANDARD_V1.deviations("mnist", 28, 32, 49_999, 7)
     assert found == [
@@ -114,6 +121,14 @@ def test_papers_compare_resized_images(name: str) -> None:
     assert found == "it is defined for mnist, fmnist, cifar10, celeba, not for kmnist"
 
 
+def test_sdit_compares_28_pixels() -> None:
+    protocol = PROTOCOLS["paper-sdit"]
+    assert protocol.deviations(**MNIST, size=28, num_samples=50_000) == []
+    assert protocol.deviations("cifar10", 32, 28, 50_000, 0) == []
+    (found,) = protocol.deviations("cifar10", 32, 32, 50_000, 0)
+    assert found == "it compares cifar10 at 28x28 pixels, not 32x32 (--data.image_size 28 --data.fit resize)"
+
+
 def test_reference_splits() -> None:
     def splits(protocol: Protocol) -> list[str]:
         return [protocol.reference_split(dataset) for dataset in ("mnist", "celeba")]
@@ -129,3 +144,25 @@ def test_inception_score_only_where_it_is_meaningful() -> None:
     assert set(view.metrics_for("mnist")) == {"fid", "kid", "precision_recall"}
     assert view.metrics_for("cifar10")["is"] == {"splits": 10}
     assert set(OFFLINE_V1.views[0].metrics_for("digits")) == {"fd", "kd", "precision_recall"}
+
+
+def test_first_versions_are_superseded_and_keep_their_metrics() -> None:
+    assert {name: p.superseded_by for name, p in PROTOCOLS.items() if p.superseded_by} == {
+        "standard-v1": "standard-v2",
+        "offline-v1": "offline-v2",
+    }
+    for old, new in (("standard-v1", "standard-v2"), ("offline-v1", "offline-v2")):
+        families = {family for view in PROTOCOLS[new].views for family in view.metrics}
+        assert {family for view in PROTOCOLS[old].views for family in view.metrics} <= families
+
+
+def test_extractors_of_the_second_versions() -> None:
+    def names(protocol: Protocol, dataset: str) -> list[str]:
+        return [view.extractor_name(dataset) for view in protocol.views if view.metrics_for(dataset)]
+
+    assert names(OFFLINE_V2, "mnist") == ["mnist_ae", "mnist"]
+    assert names(OFFLINE_V2, "cifar10") == ["cifar10_ae"]
+    assert names(OFFLINE_V2, "mine") == ["mine_ae"]
+    assert names(STANDARD_V2, "mnist") == ["mnist_ae", "inception-v3-compat"]
+    assert names(STANDARD_V2, "celeba") == ["celeba_ae", "inception-v3-compat", "dinov2"]
+    assert names(OFFLINE_V1, "mine") == ["mine"]

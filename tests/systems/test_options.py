@@ -13,7 +13,8 @@ METHODS = {
     "DDPM": ("base_channels", "dropout"),
     "ANNSNN": ("base_channels", "channel_mult"),
     "FSDDIM": ("base_channels", "norm", "activate_first_conv"),
-    "SDiT": ("embed_dim", "scan", "num_steps"),
+    "SDiT": ("embed_dim", "class_dropout", "num_classes", "reconstruction"),
+    "SpikingRWKV": ("embed_dim", "scan", "num_steps"),
 }
 INTERNAL = ("num_train_timesteps", "activation", "temporal_scaling")
 

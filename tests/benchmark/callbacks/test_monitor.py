@@ -7,9 +7,11 @@ import warnings
 from pathlib import Path
 
 import pytest
+import snntorch as snn
 import torch
 from tiny import SDDPM, fit
 
+from benchmark.callbacks.monitor import TrainingMonitor
 from systems.spiking.neurons import SpikingNeuron
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("uncompiled")]
@@ -31,8 +33,6 @@ def stick(monkeypatch: pytest.MonkeyPatch, value: float, forward_calls: int | No
         return spikes
 
     monkeypatch.setattr(SpikingNeuron, "forward", stuck)
-    from benchmark.callbacks.monitor import TrainingMonitor
-
     start = TrainingMonitor.on_train_start
 
     def mark(monitor: TrainingMonitor, trainer: object, module: torch.nn.Module) -> None:
@@ -57,3 +57,18 @@ def test_a_layer_that_spikes_between_is_not_named(tmp_path: Path, monkeypatch: p
     with warnings.catch_warnings():
         warnings.filterwarnings("error", f".*layer {re.escape(LAYER)}.*")
         fit(tmp_path, *SDDPM, "--data.val_size=0")
+
+
+def test_steps_of_a_neuron_of_snntorch_are_one_layer() -> None:
+    """A network that steps it calls the layer once per SNN step: only the rate over all steps is the layer's."""
+    monitor, neuron = TrainingMonitor(), snn.Leaky(beta=1.0)
+    neuron.register_forward_hook(monitor._watch("neuron"))
+    monitor._suspects = {"neuron": 0.0}
+    mem = torch.zeros(2, 3)
+    for current in (0.6, 0.6, 0.0):  # fires in the second step only
+        _, mem = neuron(torch.full((2, 3), current), mem)
+    assert float(monitor._take_rates()["neuron"]) == pytest.approx(1 / 3)
+    assert not bool(monitor._stuck["neuron"])
+    for _ in range(4):
+        neuron(torch.zeros(2, 3), torch.zeros(2, 3))
+    assert float(monitor._take_rates()["neuron"]) == 0

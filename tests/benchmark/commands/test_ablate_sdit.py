@@ -26,13 +26,13 @@ VARIANTS = ["full", "no reconstruction", "softmax attention", "spiking embedding
 
 
 def ablate(folder: Path, *options: str) -> None:
-    main(["ablate-sdit", "--draft", f"--output={folder}", *options, *TINY])
+    main(["ablate-sdit", "--draft", f"--config=configs/{folder.name}.yaml", f"--output={folder}", *options, *TINY])
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with every variant of one seed."""
-    folder = tmp_path_factory.mktemp("runs") / "ablations"
+@pytest.fixture(scope="module", params=["sdit_digits", "spiking_rwkv_digits"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with every variant of one seed, of each design."""
+    folder = tmp_path_factory.mktemp("runs") / request.param
     ablate(folder, "--seeds", "5")
     return folder
 
@@ -44,7 +44,9 @@ def test_every_variant_leaves_a_record(folder: Path) -> None:
     for record in records:
         name = record.variant.removesuffix(", seed 5")
         model = record.config["model"]["init_args"]
-        assert (record.method, record.seeds["training"]) == ("sdit", 5)
+        method = "sdit" if folder.name == "sdit_digits" else "spiking-rwkv"
+        assert (record.method, record.seeds["training"]) == (method, 5)
+        assert record.conditional == (1 if method == "sdit" else None)
         assert model["reconstruction"] == (name != "no reconstruction")
         assert model["attention"] == ("softmax" if name == "softmax attention" else "rwkv")
         assert model["embedding"] == ("spiking" if name == "spiking embedding" else "ann")
@@ -62,6 +64,7 @@ def test_finished_runs_are_skipped_and_missing_ones_made(folder: Path, capsys: p
     assert trained == ["full, seed 6", "no reconstruction, seed 5"]
     for name in VARIANTS:
         assert f"│ {name} " in shown
+    assert "training" in shown
     assert Image.open(folder / "ablations.png").width > 600
 
 

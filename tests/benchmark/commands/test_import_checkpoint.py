@@ -3,6 +3,7 @@ from __future__ import annotations
 import pickle
 import re
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from leaderboard.record.records import read_record
 from systems import DDPM, FSDDIM, SDDPM, SDM
 from systems.checkpoints import CheckpointMismatchError
 from systems.networks.spiking_unet import SpikingUNet
+from systems.sdit import SDiT
 
 pytestmark = pytest.mark.slow
 
@@ -79,6 +81,23 @@ def test_reference_network_survives_the_import(
     other = {"sddpm": "sdm", "sdm": "sddpm"}[method]
     with pytest.raises(ValueError, match=f"is not a {other} network: 'conv"):
         main(["import", f"--method={other}", source, str(tmp_path / "other.ckpt")])
+
+
+def test_reference_sdit_survives_the_import(
+    tmp_path: Path, reference: Callable[[str], dict[str, Tensor]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorded = reference("sdit_released_small.safetensors")
+    state = {key.removeprefix("state."): value for key, value in recorded.items() if key.startswith("state.")}
+    source, output = save({"model": state, "args": Namespace(lr=1e-4)}, tmp_path / "01599.pt"), tmp_path / "out.ckpt"
+    main(["import", "--method=sdit", source, str(output)])
+    assert "--model.embed_dim 32 --model.depth 4 --model.num_classes 10" in capsys.readouterr().out
+    system = SDiT(image_size=8, embed_dim=32).eval()
+    checkpoint = torch.load(output, weights_only=True)
+    system.on_load_checkpoint(checkpoint)
+    system.load_state_dict(checkpoint["state_dict"])
+    with torch.no_grad():
+        prediction = system.network(recorded["input.x"], recorded["input.t"], recorded["input.y"])
+    torch.testing.assert_close(prediction, recorded["output.eval"], rtol=0, atol=1e-5)
 
 
 def test_reference_fsddim_survives_the_import(tmp_path: Path, reference: Callable[[str], dict[str, Tensor]]) -> None:

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 MakeRecord = Callable[..., Record]
 SHIPPED = Path("leaderboard/data/baselines")
 TINY = ("--trainer.max_steps=1", "--model.num_inference_steps=1", "--data.sample_batch_size=500")
-SPIKING = ("sddpm", "sdm", "fsddim", "spiking_diffusion", "sdit")
+SPIKING = ("sddpm", "sdm", "fsddim", "spiking_diffusion", "spiking_rwkv")
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_what_failed_or_differs_fails_beside_what_is_fine(baseline: Baseline, ma
     results = [make_record(10.0), None, other]
     outcomes = {
         name: [Outcome(name, 0, record, "failed: no spikes")]
-        for name, record in zip(("sddpm", "sdm", "sdit"), results, strict=True)
+        for name, record in zip(("sddpm", "sdm", "spiking_rwkv"), results, strict=True)
     }
     table, bad = compare(outcomes, dict.fromkeys(outcomes, baseline))
     assert bad
@@ -131,10 +131,10 @@ def test_a_method_that_breaks_is_reported_and_logged(tmp_path: Path, monkeypatch
 
 def test_new_baselines_are_written_unless_a_seed_failed(make_record: MakeRecord, tmp_path: Path) -> None:
     good = [Outcome("sdm", k, make_record(10.0 + k, k)) for k in range(3)]
-    bad = [*good[:2], Outcome("sdit", 2, None, "failed")]
-    assert _update({"sdm": good, "sdit": bad}, tmp_path, Console(width=200))
+    bad = [*good[:2], Outcome("spiking_rwkv", 2, None, "failed")]
+    assert _update({"sdm": good, "spiking_rwkv": bad}, tmp_path, Console(width=200))
     assert sorted(read_baseline(tmp_path / "sdm").values) == [10, 11, 12]
-    assert not (tmp_path / "sdit").exists()
+    assert not (tmp_path / "spiking_rwkv").exists()
 
 
 def test_a_command_that_cannot_work_ends_before_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -172,7 +172,7 @@ def without_surrogate(monkeypatch: pytest.MonkeyPatch) -> None:
 def wrong_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sampler takes the betas for ten times what they were in training, or reveals all codes at once.
 
-    SDiT predicts x_0, which hides that: for it they are a tenth.
+    SpikingRWKV predicts x_0, which hides that: for it they are a tenth.
     """
 
     def faulty(trajectory: Callable[..., Iterator[Tensor]]) -> Callable[..., Iterator[Tensor]]:
@@ -180,7 +180,7 @@ def wrong_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
             owner = self.scheduler if isinstance(self, GaussianDiffusion) else self
             right = owner.alphas_cumprod
             betas = 1 - right / torch.cat([right.new_ones(1), right[:-1]])
-            factor = 0.1 if self.method == "sdit" else 10
+            factor = 0.1 if self.method == "spiking-rwkv" else 10
             owner.alphas_cumprod = (1 - (factor * betas).clamp(max=0.999)).cumprod(0)
             try:
                 yield from trajectory(self, *args)

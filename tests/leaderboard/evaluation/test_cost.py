@@ -4,11 +4,18 @@ import json
 from dataclasses import asdict
 
 import pytest
+import snntorch as snn
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from leaderboard.evaluation.cost import CostMeter, Counts
+from leaderboard.evaluation.products import is_unknown_product
+from systems.networks.rate_transformer import SDiTNetwork
 from systems.networks.spiking_transformer import ShiftedLinear, SpikingTransformer
+from systems.ops.uncounted import uncounted
+from systems.spiking.adapter import multistep
 from systems.spiking.neurons import ConvertedNeuron, SpikingNeuron
 
 
@@ -282,3 +289,265 @@ def test_counts_of_batches_add_up_and_survive_a_file() -> None:
     assert total.first_convolution == at_once.first_convolution == "0"
     assert total.cost(network, 12, 1) == at_once.cost(network, 12, 1)  # whole numbers here, so exactly
     assert (total + Counts()).cost(network, 12, 1) == (Counts() + total).cost(network, 12, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("size", "macs"), [({}, 4_045e6), ({"embed_dim": 512, "depth": 8}, 12_859e6)], ids=["mnist", "cifar10"]
+)
+def test_no_weight_of_sdit_receives_spikes(size: dict[str, int], macs: float) -> None:
+    """Figures of the description of the released network, per image and network evaluation."""
+    torch.manual_seed(0)
+    network = SDiTNetwork(**size).eval()
+    for name, parameter in network.named_parameters():
+        if name.endswith(("final_layer.linear.weight", "att.output.weight", "ffn.value.weight")):
+            torch.nn.init.normal_(parameter, std=0.5)  # zero, or so small that no neuron fires
+    with torch.no_grad(), CostMeter(network) as meter:
+        network(torch.randn(1, 3, 28, 28), torch.tensor([500]), torch.tensor([3]))
+    cost = meter.take().cost(network, num_images=1, nfe=1)
+    assert cost.firing_rate is not None
+    assert cost.firing_rate > 0.01
+    assert (cost.sops, cost.acs, cost.energy_paper_mj) == (0, 0, None)
+    assert cost.macs == pytest.approx(macs, rel=2e-4)
+    assert cost.energy_strict_mj == pytest.approx(4.6e-9 * macs, rel=2e-4)
+
+
+@pytest.mark.parametrize("num_steps", [1, 4, 8])
+def test_snn_steps_do_not_multiply_the_cost_of_sdit(num_steps: int) -> None:
+    torch.manual_seed(0)
+    network = SDiTNetwork(image_size=8, embed_dim=16, num_steps=num_steps).eval()
+    for name, parameter in network.named_parameters():
+        if name.endswith(("final_layer.linear.weight", "restruction_token")):
+            torch.nn.init.normal_(parameter)  # inputs of zeros or ones would count as spikes
+    with torch.no_grad(), CostMeter(network) as meter:
+        network(torch.randn(1, 3, 8, 8), torch.tensor([500]), torch.tensor([3]))
+    d, m, blocks, skips = 16, 17, 5, 2
+    mixes, gates = (4 + 9) * d**2 * 2 * m, 2 * m**2 * d
+    rest = 16 * 12 * d + 256 * d + d**2 + m * d * 24 + 64 * 9 * 6 * 6  # patches, step, final layers
+    cost = meter.take().cost(network, num_images=1, nfe=1)
+    assert (cost.macs, cost.acs) == (blocks * (mixes + gates) + skips * 2 * d**2 * m + rest, 0)
+
+
+class Free(nn.Module):
+    """The products of an attention block and of recurrent cells, none of them by a convolution or a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(5, 6)), nn.Parameter(torch.randn(5))
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.gru = nn.GRU(6, 3, batch_first=True)
+        self.cell = nn.LSTMCell(6, 4)
+
+    def forward(self, x: Tensor) -> None:  # (2, 7, 6)
+        F.linear(x, self.weight, self.bias)
+        torch.einsum("bnd,bmd->bnm", x, x) @ x
+        self.attention(x, x, x)
+        self.gru(x)
+        self.cell(x[:, 0])
+        F.conv1d(x.mT, torch.randn(4, 6, 3))
+
+
+FREE_MACS = (
+    2 * 7 * 6 * 5  # linear
+    + 2 * (2 * 7 * 7 * 6)  # einsum and product
+    + 4 * (2 * 7 * 6 * 6) + 2 * (2 * 7 * 7 * 6)  # attention: four projections, then two products
+    + 2 * 7 * (3 * 3 * 6 + 3 * 3 * 3)  # GRU, three gates
+    + 2 * (4 * 4 * 6 + 4 * 4 * 4)  # one step of an LSTM cell, four gates
+    + 2 * 5 * 4 * 6 * 3  # convolution
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_products_outside_layers_are_counted(context: type) -> None:
+    network, x = Free().eval(), torch.randn(2, 7, 6)
+    with context():
+        cost = measure(network, x)
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        with FlopCounterMode(display=False) as flops:
+            network(x)
+        torch.backends.mha.set_fastpath_enabled(fast)
+    assert cost.macs == FREE_MACS == flops.get_total_flops() / 2
+    assert (cost.sops, cost.incomplete) == (0, None)
+
+
+def test_layers_and_products_agree_with_torch() -> None:
+    """torch counts every connection, whether spikes pass it or not."""
+    network = nn.Sequential(nn.Conv2d(1, 4, 3, stride=2), nn.ConvTranspose2d(4, 2, 2, groups=2), nn.Linear(4, 3))
+    x = torch.randn(2, 1, 8, 8)
+    with FlopCounterMode(display=False) as flops:
+        network(x)
+    assert measure(network, x).macs == flops.get_total_flops() / 2
+
+
+def test_fused_attention_counts_both_products() -> None:
+    class Attention(nn.Module):
+        def forward(self, q: Tensor) -> None:  # (2, 3, 5, 4), 9 keys
+            key, value = torch.randn(2, 3, 9, 4), torch.randn(2, 3, 9, 8)
+            F.scaled_dot_product_attention(q, key, value)
+
+    assert measure(Attention(), torch.randn(2, 3, 5, 4)).macs == 2 * 3 * 5 * 9 * (4 + 8)
+
+
+def test_products_with_spikes_are_accumulates() -> None:
+    class Spiking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.neuron, self.weight = SpikingNeuron(), nn.Parameter(torch.ones(5, 4))  # not spikes: they are weights
+
+        def forward(self, x: Tensor) -> None:
+            s = self.neuron(x)[0]  # (2, 4)
+            F.linear(s, self.weight)
+            s @ s.T
+
+    x = torch.tensor([[[2.0, 0, 0, 2.0], [0, 2.0, 0, 0]]])
+    cost = measure(Spiking(), x)
+    assert (cost.sops, cost.macs) == (3 * 5 + 3 * 2, 0)
+    assert measure(Spiking(), 0 * x).sops == 0
+    real = measure(nn.ModuleList([Spiking()])[0], x)
+    assert real.energy_strict_mj == pytest.approx(0.9e-9 * 21)
+
+
+def test_a_layer_that_computes_more_than_its_weights_is_found() -> None:
+    class Hidden(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input @ torch.randn(3, 3))
+
+    assert measure(Hidden(3, 5), torch.randn(2, 3)).macs == 2 * 3 * 5 + 2 * 3 * 3
+
+
+def test_products_that_cannot_be_counted_are_named() -> None:
+    class Spectral(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(torch.fft.rfft(input).abs())
+
+    network = nn.ModuleDict({"mixer": Spectral(3, 5)})
+    with CostMeter(network) as meter:
+        network["mixer"](torch.randn(2, 4))
+    counts = meter.take()
+    assert counts.cost(network, 1, 1).incomplete == {"mixer [_fft_r2c]": 1}
+    assert (counts + counts).incomplete == {"mixer [_fft_r2c]": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "unknown"),
+    [
+        ("aten::_fft_r2c", True),
+        ("aten::_transformer_encoder_layer_fwd", True),
+        ("aten::_cdist_forward", True),
+        ("aten::upsample_bilinear2d", False),
+        ("aten::lgamma", False),
+        ("aten::linalg_vector_norm", False),
+        ("aten::mul", False),
+        ("mylib::add", True),
+    ],
+)
+def test_unknown_products_are_known_by_name(name: str, unknown: bool) -> None:
+    assert is_unknown_product(*name.split("::")) == unknown
+
+
+def test_marked_products_are_not_counted() -> None:
+    class Merging(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            with uncounted("weights merged once"):
+                torch.randn(9, 9) @ torch.randn(9, 9)
+            return super().forward(input)
+
+    assert measure(Merging(3, 5), torch.randn(2, 3)).macs == 2 * 3 * 5
+
+
+class Method(nn.Module):
+    """A method with layers outside of its network."""
+
+    def __init__(self, product: bool = False) -> None:
+        super().__init__()
+        self.network, self.decoder, self.teacher = nn.Linear(3, 4), nn.Linear(4, 2), nn.Linear(3, 100)
+        self.product = product
+
+    def generate(self, x: Tensor) -> Tensor:
+        h = self.network(x)
+        return self.decoder(h @ torch.randn(4, 4) if self.product else h)
+
+
+@pytest.mark.parametrize("product", [False, True])
+def test_layers_are_counted_wherever_they_are(product: bool) -> None:
+    method, x = Method(product), torch.randn(2, 3)
+    meter = CostMeter(method, home="network", watch=False).__enter__()
+    meter.audit(lambda: method.generate(x[:1]))
+    assert meter.watch == product
+    meter.resume()
+    assert torch._C._len_torch_dispatch_stack() == product
+    method.generate(x)
+    meter.pause()
+    x @ x.T  # not part of the generation
+    cost = meter.take().cost(meter.parameters, 2, 1)
+    meter.__exit__(None, None, None)
+    assert cost.macs == 3 * 4 + 4 * 2 + (4 * 4 if product else 0)
+    assert cost.parameters == 4 * 3 + 4 + 2 * 4 + 2  # not the teacher, which does not generate
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in method.modules())
+
+
+class ByHand(nn.Module):
+    """A network of snnTorch as its tutorials write it, stepped by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.neuron, self.second = (
+            nn.Linear(4, 3),
+            snn.Leaky(0.5, graded_spikes_factor=0.7),
+            nn.Linear(3, 2),
+        )
+
+    def forward(self, x: Tensor) -> None:
+        mem = self.neuron.reset_mem()
+        for x_k in x:
+            spikes, mem = self.neuron(self.first(x_k), mem)
+            self.second(spikes)
+
+
+class Adapted(ByHand):
+    """The same network through `multistep`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.neuron = multistep(self.neuron)
+
+    def forward(self, x: Tensor) -> None:
+        self.second(self.neuron(self.first(x)))
+
+
+@pytest.mark.parametrize("network", [ByHand, Adapted])
+def test_a_snntorch_network_counted_by_hand(network: type[ByHand]) -> None:
+    """Potentials are half the last one plus the current, minus 1 after a spike: 0.7, 1.05, 0.225, 0.8125, 1.10625."""
+    layers = network()
+    layers.first.weight.data.zero_()
+    layers.first.bias.data.copy_(torch.tensor([0.7, 0.0, 3.0]))
+    cost = measure(layers, torch.full((5, 2, 4), 0.3), num_images=2)
+    per_image = 2 + 0 + 5  # spikes of the three neurons: in steps 2 and 5; never; always
+    assert cost.firing_rates == {"neuron": per_image / 15}
+    assert cost.firing_rate == pytest.approx(per_image / 15)
+    assert (cost.macs, cost.sops) == (5 * 4 * 3, per_image * 2)
+    assert cost.acs == per_image * 2 + 5 * 2
+
+
+def test_a_silent_layer_costs_nothing_whoever_made_it() -> None:
+    class Silent(nn.Module):
+        def __init__(self, neuron: nn.Module) -> None:
+            super().__init__()
+            self.neuron, self.linear = neuron, nn.Linear(3, 5, bias=False)
+
+        def forward(self, x: Tensor) -> None:
+            self.linear(self.neuron(x))
+
+    for neuron in (SpikingNeuron(), multistep(snn.Leaky(0.9)), snn.LeakyParallel(3, 3, bias=False)):
+        cost = measure(Silent(neuron), torch.zeros(4, 2, 3))
+        assert cost.firing_rates == {"neuron": 0}
+        assert (cost.sops, cost.acs) == (0, 0)
+        assert cost.macs == 0
+
+
+def test_several_amplitudes_are_real_values() -> None:
+    network = nn.Sequential(multistep(snn.Leaky(0.9, graded_spikes_factor=torch.tensor([0.5, 2.0]))), nn.Linear(2, 3))
+    cost = measure(network, torch.full((2, 1, 2), 5.0))
+    assert cost.firing_rate == 1
+    assert (cost.sops, cost.macs) == (0, 2 * 2 * 3)

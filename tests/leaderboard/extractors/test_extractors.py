@@ -24,7 +24,7 @@ from leaderboard.extractors.base import (
     local_extractor,
 )
 from leaderboard.extractors.train import RECIPES, Recipe, train_extractor
-from leaderboard.protocols import OFFLINE_V1
+from leaderboard.protocols import OFFLINE_V1, OFFLINE_V2, Protocol
 from leaderboard.record.records import find_records, read_record
 
 pytestmark = pytest.mark.slow
@@ -162,7 +162,7 @@ def test_errors_about_weights_name_the_training_command(tmp_path: Path) -> None:
             SmallExtractor(foreign)
 
 
-SHIPPED = sorted(EXTRACTORS.glob("*.safetensors"))
+SHIPPED = sorted(path for path in EXTRACTORS.glob("*.safetensors") if not path.stem.endswith("_ae"))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -295,9 +295,10 @@ class Shades(ImageFolder):
 """
 
 
+@pytest.mark.parametrize("task", ["rotation", "denoising"])
 @pytest.mark.parametrize("way", ["class", "config", "path"])
 def test_extractors_of_own_data_need_no_labels_and_are_found_again(
-    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    way: str, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SPIKING_DIFFUSION_CACHE", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -311,18 +312,20 @@ def test_extractors_of_own_data_need_no_labels_and_are_found_again(
         "config": [f"--config={config}"],
         "path": ["shades.Shades", f"--root={root}"],
     }[way]
-    main(["train-extractor", *arguments, "--epochs=1"])
+    chosen = [] if task == "denoising" else [f"--task={task}"]
+    main(["train-extractor", *arguments, *chosen, "--epochs=1"])
     data = ImageFolder(root, **options)
-    extractor = SmallExtractor(local_extractor(data))
-    assert (extractor.name, extractor.num_classes) == ("own", 4)
-    assert extractor.metadata["task"] == "rotation"
+    extractor = SmallExtractor(local_extractor(data, task))
+    protocol, expected = (OFFLINE_V2, ("own_ae", 0)) if task == "denoising" else (OFFLINE_V1, ("own", 4))
+    assert (extractor.name, extractor.num_classes) == expected
+    assert extractor.metadata["task"] == task
     assert extractor.metadata["dataset_fingerprint"] == data.fingerprint
-    (part,) = build_parts(OFFLINE_V1, data, (None, None, None), None)
+    (part,) = build_parts(protocol, data, (None, None, None), None)
     assert part.extractor.sha256 == extractor.sha256
     with pytest.raises(FileExistsError, match=r"extractor-own-8px-.* exists"):
-        main(["train-extractor", *arguments])
-    main(["reference", *arguments, "--protocol=offline-v1"])
-    assert list((tmp_path / "cache").glob("reference-own-offline-v1-*.safetensors"))
+        main(["train-extractor", *arguments, *chosen])
+    main(["reference", *arguments, f"--protocol={protocol.name}"])
+    assert list((tmp_path / "cache").glob(f"reference-own-{protocol.name}-*.safetensors"))
 
 
 def test_the_classes_of_own_data_can_be_learned(tmp_path: Path) -> None:
@@ -336,19 +339,22 @@ def test_the_classes_of_own_data_can_be_learned(tmp_path: Path) -> None:
     assert " --task classes --epochs 1" in extractor.metadata["command"]
 
 
-def test_the_advice_trains_the_missing_extractor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("protocol", "task"), [(OFFLINE_V1, "rotation"), (OFFLINE_V2, "denoising")])
+def test_the_advice_trains_the_missing_extractor(
+    protocol: Protocol, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SPIKING_DIFFUSION_CACHE", str(tmp_path / "cache"))
     root = write_own(tmp_path / "my own images")
     options = {"root": root, "image_size": 8, "channels": 1, "name": None, "test_fraction": 0.1, "batch_size": 3}
     with pytest.raises(
         FileNotFoundError, match="no extractor for 'my-own-images'; train it once, then repeat"
     ) as error:
-        build_parts(OFFLINE_V1, ImageFolder(**options), (None, None, None), None, options=options)
+        build_parts(protocol, ImageFolder(**options), (None, None, None), None, options=options)
     command = shlex.split(str(error.value).splitlines()[-1])
     assert command[:5] == ["python", "-m", "benchmark", "train-extractor", "ImageFolder"]
-    assert command[5:] == ["--root", root, "--data_options", '{"image_size": 8, "channels": 1}']
+    assert command[5:] == ["--root", root, "--data_options", '{"image_size": 8, "channels": 1}', "--task", task]
     main([*command[3:], "--epochs=1"])
-    assert build_parts(OFFLINE_V1, ImageFolder(**options), (None, None, None), None, options=options)
+    assert build_parts(protocol, ImageFolder(**options), (None, None, None), None, options=options)
 
 
 def test_every_dataset_has_a_recipe() -> None:

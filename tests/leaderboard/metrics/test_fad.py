@@ -153,7 +153,7 @@ def test_few_images_are_noted(tmp_path: Path) -> None:
     assert "singular covariance: only 30 generated images for 64 features" in fad.compute()["fad_eval"].note
 
 
-@pytest.mark.parametrize("key", ["fad_published", "fad_eval"])
+@pytest.mark.parametrize("key", ["fad_published", "fad_eval", "fad_unbiased"])
 def test_only_the_values_of_the_protocol_are_computed(tmp_path: Path, key: str) -> None:
     fad = FrechetAutoencoderDistance("mnist", published_layout(tmp_path), num_groups=2, keys=(key,))
     images = torch.randint(256, (30, 1, 32, 32), dtype=torch.uint8)

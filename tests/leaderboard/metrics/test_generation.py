@@ -14,6 +14,7 @@ from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from leaderboard.extractors.base import Extractor
+from leaderboard.metrics.feature_metrics import authenticity, density_coverage, unbiased_kernel_distance
 from leaderboard.metrics.generation import GenerationMetrics
 from leaderboard.metrics.streaming import FeatureTable, FrechetDistance, StreamingInceptionScore
 from leaderboard.protocols import INCEPTION
@@ -120,7 +121,7 @@ def test_jackknife_is_the_textbook_formula() -> None:
     metric = FrechetDistance(WIDTH)
     metric.update(real, torch.arange(100), real=True)
     metric.update(fake, torch.arange(100), real=False)
-    _, error = metric.compute()[0]
+    error = metric.compute()[0, 1]
     left_out = []
     for group in range(10):
         fid = FrechetInceptionDistance(feature=Identity())
@@ -139,7 +140,7 @@ def test_jackknife_error_is_about_the_spread_over_repetitions() -> None:
         metric = FrechetDistance(2)
         metric.update(real, torch.arange(4000), real=True)
         metric.update(torch.randn(400, 2, generator=generator, dtype=torch.float64) + 1, torch.arange(400), real=False)
-        value, error = metric.compute()[0]
+        value, error = metric.compute()[0, :2]
         values.append(value)
         errors.append(error)
     assert 0.5 < float(torch.stack(errors).mean() / torch.stack(values).std()) < 2
@@ -316,3 +317,47 @@ def one_of_two(folder: Path, rank: int) -> None:
     (folder / f"found-{rank}.json").write_text(json.dumps({key: asdict(value) for key, value in values.items()}))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+
+V2 = {
+    "fd": {},
+    "fd_unbiased": {},
+    "fd_infinity": {},
+    "kd": {},
+    "density_coverage": {"neighbours": 5, "images": 100},
+    "precision_recall": {"neighbours": 3, "images": 100},
+    "authenticity": {},
+}
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_families_of_the_second_protocols(shuffle: bool) -> None:
+    metrics = GenerationMetrics(Projection(), V2, len(REAL), kept_images=KEPT)
+    values = evaluate(metrics, shuffle=shuffle)
+    (real, _), (fake, _) = Projection()(REAL), Projection()(FAKE)
+    real, fake = real.float().double(), fake.float().double()
+    groups = torch.arange(len(FAKE)) % 10
+    hundred = real[torch.arange(100) * len(REAL) // 100]
+    density, coverage = density_coverage(hundred, fake[:100], groups[:100])
+    share, nearest = authenticity(real, fake[:KEPT], groups[:KEPT])
+    kernel = unbiased_kernel_distance(real[SPREAD], fake[:KEPT])
+    for key, expected, count in (
+        ("density_toy", density, 100),
+        ("coverage_toy", coverage, 100),
+        ("authenticity_toy", share, KEPT),
+        ("kd_toy", kernel, KEPT),
+    ):
+        assert values[key].value == pytest.approx(float(expected[0]), rel=1e-9)
+        assert values[key].uncertainty == pytest.approx(float(expected[1]), rel=1e-9)
+        assert values[key].num_samples == count
+    assert metrics.nearest is not None
+    assert metrics.nearest.tolist() == nearest.tolist()
+    assert values["fd_toy"].value == pytest.approx(evaluate(toy())["fd_toy"].value, rel=1e-9)
+    assert values["fd_unbiased_toy"].value < values["fd_toy"].value
+    assert values["fd_infinity_toy"].value == pytest.approx(values["fd_unbiased_toy"].value, rel=0.2)
+    assert values["precision_toy"].num_samples == 100
+
+
+def test_a_correction_needs_its_distance() -> None:
+    with pytest.raises(ValueError, match="corrects 'fd' without measuring it"):
+        GenerationMetrics(Projection(), {"fd_unbiased": {}}, 100)

@@ -33,6 +33,14 @@ def test_round_trip(make_record: Make, tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]  # no temporary file remains
 
 
+def test_conditional_records_say_so_and_others_are_as_before(make_record: Make, tmp_path: Path) -> None:
+    plain, conditional = make_record(), make_record(conditional=1.5)
+    assert "conditional" not in json.loads(write_record(plain, tmp_path).read_text())
+    path = write_record(conditional, tmp_path)
+    assert json.loads(path.read_text())["conditional"] == 1.5
+    assert read_record(path) == conditional
+
+
 def test_absent_values_survive(make_record: Make, tmp_path: Path) -> None:
     record = make_record(checkpoint=None, code=Code(None, None, {}), variant="")
     assert read_record(write_record(record, tmp_path)) == record
@@ -183,3 +191,10 @@ def test_records_are_found_where_they_are_kept(make_record: Make, tmp_path: Path
     assert find_records([tmp_path]) == sorted([direct, nested])
     assert find_records([tmp_path / "runs" / "a"]) == [nested]
     assert find_records([tmp_path / "nowhere"]) == []
+
+
+def test_only_an_incomplete_cost_says_so(make_record: Callable[..., Record], tmp_path: Path) -> None:
+    record = make_record()
+    assert '"incomplete"' not in write_record(record, tmp_path).read_text()  # as before the field existed
+    incomplete = replace(record, cost=replace(record.cost, incomplete={"mixer [_fft_r2c]": 3}))
+    assert read_record(write_record(incomplete, tmp_path)).cost.incomplete == {"mixer [_fft_r2c]": 3}

@@ -89,10 +89,10 @@ def test_columns_have_a_direction_and_notes_become_footnotes(make_record: Make) 
 
 
 def test_a_method_that_is_not_the_published_one_has_a_footnote(make_record: Make) -> None:
-    records = [make_record(method="sdit", fd=1.0), make_record(method="sddpm", fd=2.0)]
+    records = [make_record(method="spiking-rwkv", fd=1.0), make_record(method="sddpm", fd=2.0)]
     (board,) = measured_boards((Path(f"{i}.json"), r) for i, r in enumerate(records))
     assert [board.marks(row) for row in board.rows] == [[1], []]
-    assert "not the network of the public code" in board.footnotes[0]
+    assert "not SDiT as released" in board.footnotes[0]
     labels = {column.name: column.label for column in board.columns}
     assert (labels["mJ"], labels["NFE"]) == ("45 nm arithmetic, mJ", "NFE")
     assert all(column.meaning for column in board.columns if column.name in ("mJ", "Seeds", "Repeated", "Verified"))

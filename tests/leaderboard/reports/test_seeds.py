@@ -79,12 +79,12 @@ def test_a_variant_is_named_without_its_seed(make_record: Make) -> None:
 
 
 def test_a_method_that_is_not_the_published_one_says_so(make_record: Make, tmp_path: Path) -> None:
-    write_record(trained(make_record, 1.0, 0, method="sdit", variant="small"), tmp_path / "records")
+    write_record(trained(make_record, 1.0, 0, method="spiking-rwkv", variant="small"), tmp_path / "records")
     main(["leaderboard", "seeds", f"--records=[{tmp_path}]", f"--output={tmp_path / 'out'}"])
     text = (tmp_path / "out" / "RESULTS.md").read_text()
-    assert "| 1 | sdit, small\\* |" in text
+    assert "| 1 | spiking-rwkv, small\\* |" in text
     assert "45 nm arithmetic, mJ" in text
-    assert "not the network of the public code (https://github.com/foolLain/SDiT)" in text
+    assert "not SDiT as released" in text
 
 
 def test_command_leaves_out_drafts_and_writes_table_and_plot(

@@ -10,6 +10,9 @@ from rich.console import Console
 from leaderboard.protocols import OFFLINE_V1, STANDARD_V1
 from leaderboard.record.entries import Entry
 from leaderboard.record.records import Artefact, Dataset, MetricValue, Record, TrainingData, write_record
+from leaderboard.reports.boards import measured_boards
+from leaderboard.reports.methods import Method
+from leaderboard.reports.seeds import result_rows
 from leaderboard.reports.table import SHORT_ROWS, leaderboard, markdown, short_rows, show_result
 
 Make = Callable[..., Record]
@@ -80,10 +83,26 @@ def test_columns_and_number_formats(make_record: Make) -> None:
 
 
 def test_a_method_that_is_not_the_published_one_says_so(make_record: Make) -> None:
-    text = markdown([(Path("a.json"), make_record(method="sdit")), (Path("b.json"), make_record(method="sddpm"))])
-    assert [row[1] for row in rows(text)[1:]] == ["sdit\\*", "sddpm"]
-    assert "not the network of the public code (https://github.com/foolLain/SDiT)" in text
-    assert "public code" not in markdown([(Path("b.json"), make_record(method="sddpm"))])
+    records = [make_record(method="spiking-rwkv"), make_record(method="sddpm")]
+    text = markdown((Path(f"{i}.json"), record) for i, record in enumerate(records))
+    assert [row[1] for row in rows(text)[1:]] == ["spiking-rwkv\\*", "sddpm"]
+    assert "not SDiT as released" in text
+    assert "as released" not in markdown([(Path("b.json"), make_record(method="sddpm"))])
+
+
+@pytest.mark.parametrize(("scale", "shown"), [(1.0, "(conditional)"), (2.5, "(conditional, guidance 2.5)")])
+def test_conditional_results_are_marked_in_every_table(make_record: Make, scale: float, shown: str) -> None:
+    record = make_record(method="sdit", conditional=scale, fd=1.0)
+    text = markdown([(Path("a.json"), record), (Path("b.json"), make_record(method="sddpm"))])
+    assert [row[1] for row in rows(text)[1:]] == [f"sdit {shown}\\*", "sddpm"]
+    assert "generates images of given classes" in text
+    method = Method((Entry(Path("a.json"), record),))
+    assert method.name == f"sdit {shown}"
+    (board,) = measured_boards([(Path("a.json"), record)])
+    assert board.rows[0].name == f"sdit {shown}"
+    assert "generates images of given classes" in board.footnotes[0]
+    (row,) = result_rows([method])
+    assert str(row["Method"]) == f"sdit {shown}*"
 
 
 def test_network_without_neurons_shows_no_steps(make_record: Make) -> None:
@@ -371,3 +390,13 @@ def test_a_result_is_wrapped_between_values(make_record: Make, capsys: pytest.Ca
         "  records/b.json",
         "  samples/b.png",
     ]
+
+
+def test_an_incomplete_cost_is_marked(make_record: Make) -> None:
+    record = make_record()
+    incomplete = replace(record, cost=replace(record.cost, incomplete={"mixer [_fft_r2c]": 3}))
+    text = markdown([(Path("a.json"), incomplete), (Path("b.json"), record)])
+    header, first, second = rows(text)
+    column = header.index("45 nm arithmetic, mJ")
+    assert first[column] == f"{second[column]}\\*"
+    assert "lower bound: it lacks the products of mixer" in text

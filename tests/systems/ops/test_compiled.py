@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from systems.networks.spiking_transformer import _gate, _gated_sum
+from systems.networks.spiking_transformer import _gated_sum, receptance_gate
 from systems.ops import compiled
 from systems.ops.quantise import Quantise
 from systems.ops.scale_steps import ScaleSteps
@@ -56,7 +56,7 @@ def shifted(x: Tensor, mix: Tensor) -> Tensor:
 
 
 def gated(x: Tensor, weight: Tensor) -> Tensor:
-    return _gate(x, x * weight.to(x.dtype))
+    return receptance_gate(x, x * weight.to(x.dtype))
 
 
 def gated_sum(x: Tensor, factors: Tensor) -> Tensor:

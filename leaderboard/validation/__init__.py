@@ -1,0 +1,1 @@
+"""Known sets of images that show what the metrics are worth, and their committed results."""
