@@ -20,6 +20,7 @@ from leaderboard.record.differences import training_data
 from leaderboard.record.entries import Entry, Status, headline, order_metrics
 from leaderboard.record.records import Record, record_json
 from leaderboard.reports import pareto
+from leaderboard.reports.known_sets import known_set_rows
 from leaderboard.reports.methods import Method, tables
 from leaderboard.reports.published import Published, PublishedResult
 from leaderboard.reports.statistics import OF_AN_EVALUATION, half_width
@@ -110,6 +111,7 @@ class Detail:
     json: str
     config: str = ""
     picture: Picture | None = None
+    nearest: Picture | None = None
     cells: dict[str, Cell] = field(default_factory=dict)
 
 
@@ -118,7 +120,7 @@ class Row:
     """One method with the details of its trainings, or one published result."""
 
     anchor: str
-    source: Status | Literal["published"]
+    source: Status | Literal["published", "known"]
     method: str
     cells: dict[str, Cell]
     details: list[Detail]
@@ -188,8 +190,9 @@ def measured_boards(records: Iterable[tuple[Path, Record]]) -> list[Board]:
 
 def _measured(group: list[Method]) -> Board:
     rows = [_measured_row(method, cells) for method, cells in zip(group, table_rows(group), strict=True)]
-    cells = [cell for row in rows for name, cell in row.cells.items() if name != "Method"]
     record = group[0].record
+    known = [_known_row(record, found) for found in known_set_rows(record, rows[0].cells)]
+    cells = [cell for row in rows + known for name, cell in row.cells.items() if name != "Method"]
     points = [
         pareto.Point(
             method.mean_cost("energy_strict_mj") or 0.0,  # no mark
@@ -209,7 +212,7 @@ def _measured(group: list[Method]) -> Board:
         lead=table_provenance(record),
         protocol=_pretty(record.protocol.description),
         columns=_columns(rows, shown_metrics(group)),
-        rows=rows,
+        rows=rows + known,
         footnotes=sorted({cell.note for cell in cells if cell.note} | {note for row in rows for note in row.caveats}),
         plots=_plots(points, "Fréchet distance", "45 nm arithmetic per image, strict count (mJ)"),
     )
@@ -243,6 +246,21 @@ def _measured_row(method: Method, cells: dict[str, Cell]) -> Row:
     )
 
 
+def _known_row(record: Record, cells: dict[str, Cell]) -> Row:
+    """Returns the row of a known set of images in the table of a record."""
+    values = {name: str(cell) for name, cell in cells.items() if cell.value is not None}
+    name = cells["Method"].text
+    anchor = f"known-{_digest([table_title(record), name, values])}"
+    facts = {"Set": f"{name}, measured in place of generated images by validate-metrics", **values}
+    return Row(
+        anchor=anchor,
+        source="known",
+        method=name,
+        cells=cells | {"#": Cell("-")},
+        details=[Detail(anchor=anchor, name="", facts=facts, file=f"{anchor}.json", json=_pretty(facts))],
+    )
+
+
 def _detail(entry: Entry, cells: dict[str, Cell]) -> Detail:
     record = entry.record
     data = record_json(record)
@@ -254,6 +272,7 @@ def _detail(entry: Entry, cells: dict[str, Cell]) -> Detail:
         json=_pretty(data),
         config=yaml.safe_dump(record.config, allow_unicode=True),
         picture=picture(entry.samples),
+        nearest=picture(entry.nearest),
         cells=cells,
     )
 

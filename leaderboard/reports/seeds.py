@@ -16,6 +16,7 @@ from rich.text import Text
 
 from leaderboard.files import is_report, refuse_existing, write_atomic
 from leaderboard.record.entries import Entry, headline, read_records
+from leaderboard.reports.known_sets import known_set_rows
 from leaderboard.reports.methods import Method, method_name, tables
 from leaderboard.reports.pareto import Point, pareto_front
 from leaderboard.reports.table import (
@@ -79,7 +80,9 @@ def seeds(records: list[str] | None = None, output: str | None = None) -> None:
     for group in tables(pair for pair in entries if Entry(*pair).is_ranked):
         rows = result_rows(group)
         table = Table(*rows[0], title=table_title(group[0].record), title_justify="left")
-        for row in rows:
+        known = known_set_rows(group[0].record, rows[0])
+        shown = rows + [{name: cell._replace(note="") for name, cell in row.items()} for row in known]
+        for row in shown:
             table.add_row(*(Text(str(cell)) for cell in row.values()))
         console.print(table)
         notes = [f"* {note}" for note in sorted({row["Method"].note for row in rows} - {""})]
@@ -87,7 +90,7 @@ def seeds(records: list[str] | None = None, output: str | None = None) -> None:
             console.print(note, markup=False, soft_wrap=True)
         lines += ["", f"## {escape(table_title(group[0].record))}", "", escape(table_provenance(group[0].record)), ""]
         lines += [markdown_line(map(label, rows[0])), markdown_line("---" for _ in rows[0])]
-        lines += [markdown_line(map(str, row.values())) for row in rows]
+        lines += [markdown_line(map(str, row.values())) for row in shown]
         lines += [part for note in notes for part in ("", escape(note))]
         if output is not None:
             for name, figure in _figures(group, rows).items():

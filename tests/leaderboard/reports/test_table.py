@@ -394,7 +394,7 @@ def test_a_result_is_wrapped_between_values(make_record: Make, capsys: pytest.Ca
 
 def test_an_incomplete_cost_is_marked(make_record: Make) -> None:
     record = make_record()
-    incomplete = replace(record, cost=replace(record.cost, incomplete={"mixer [_fft_r2c]": 3}))
+    incomplete = replace(record, variant="FFT", cost=replace(record.cost, incomplete={"mixer [_fft_r2c]": 3}))
     text = markdown([(Path("a.json"), incomplete), (Path("b.json"), record)])
     header, first, second = rows(text)
     column = header.index("45 nm arithmetic, mJ")
