@@ -27,7 +27,8 @@ _ROUNDING = 1e-6
 def add(file: str, to: str = RECORDS) -> None:
     """Checks a record and copies it into the leaderboard under its canonical name, or prints why it is refused.
 
-    The sample grid and the repetition kept by `leaderboard verify --keep` are copied with it.
+    The sample grid, the training images nearest to it and the repetitions kept by `leaderboard verify --keep` are
+    copied with it.
 
     The checks cover the schema, the hashes, the protocol and the consistency of the numbers. Only `leaderboard verify`
     checks that the numbers can be reproduced.
@@ -54,10 +55,13 @@ def add(file: str, to: str = RECORDS) -> None:
     for name, code in (record.code.external or {}).items():
         print(f"external code: {name} {code}")
     old, new = Entry(path, record), Entry(added, record)
-    if old.samples.is_file():
-        write_atomic(new.samples, old.samples.read_bytes())
-    if old.verified is not None:
-        write_atomic(new.repetition, old.repetition.read_bytes())
+    for picture, target in ((old.samples, new.samples), (old.nearest, new.nearest)):
+        if picture.is_file():
+            write_atomic(target, picture.read_bytes())
+    copied = {new.repetition: old.repetition} if old.repeated else {}
+    copied |= {new.verification(name): old.verification(name) for name in old.verified}
+    for target, repetition in copied.items():
+        write_atomic(target, repetition.read_bytes())
 
 
 def find_problems(record: Record) -> list[str]:

@@ -19,7 +19,9 @@ from benchmark.stages import DryRun, run_stage
 from leaderboard.files import free_path, write_atomic
 from leaderboard.record.entries import headline
 from leaderboard.record.records import Record, find_records, read_record
-from leaderboard.reports.table import method_name, plus_minus
+from leaderboard.reports.methods import method_name
+from leaderboard.reports.statistics import half_width
+from leaderboard.reports.table import plus_minus
 from leaderboard.reports.terminal import terminal
 
 VARIANTS = {
@@ -34,7 +36,7 @@ TRAINING_TIME = "training_seconds.txt"
 
 
 def ablate_sdit(args: Sequence[str]) -> None:
-    """Trains and tests every variant with every seed; prints and plots the metric with its spread over the seeds.
+    """Trains and tests every variant with every seed; prints and plots the metric with its 95 % interval.
 
     Args:
         args: `--seeds`, `--variants`, `--config`, `--output`, `--draft`, and any option of `fit`.
@@ -104,14 +106,14 @@ def _values(records: Sequence[Record]) -> list[float]:
 
 
 def _spread(values: Sequence[float]) -> str:
-    """Formats mean and sample standard deviation."""
-    return plus_minus(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None)
+    """Formats the mean and half of its 95 % interval over the seeds."""
+    return plus_minus(statistics.mean(values), half_width(values))
 
 
 def _table(records: Mapping[str, Sequence[Record]], seconds: Mapping[str, Sequence[float]]) -> Table:
     key, first = headline(next(iter(records.values()))[0])[0], next(iter(records))
     seeds, method = len(records[first]), method_name(records[first][0])
-    table = Table(title=f"{method}, mean and spread over {seeds} seeds", title_justify="left")
+    table = Table(title=f"{method}, mean ± half of its 95 % interval over {seeds} seeds", title_justify="left")
     for column in ("variant", key, f"against\n{first}", "firing\nrate", "mJ", "training\ns", "images\n/s", "M\nparams"):
         table.add_column(column, justify="left" if column == "variant" else "right", no_wrap=column == "variant")
     for name, runs in records.items():
@@ -131,12 +133,12 @@ def _table(records: Mapping[str, Sequence[Record]], seconds: Mapping[str, Sequen
 
 
 def _plot(records: Mapping[str, Sequence[Record]]) -> Figure:
-    """Plots every run as a dot next to the mean and spread of its variant."""
+    """Plots every run as a dot next to the mean of its variant and its 95 % interval."""
     figure = Figure(figsize=(1.2 + 1.5 * len(records), 3.8), layout="constrained")
     axes = figure.subplots()
     for i, runs in enumerate(records.values()):
         values = _values(runs)
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        spread = half_width(values) or 0.0
         axes.plot([i - 0.12] * len(values), values, "o", color="tab:grey", alpha=0.7, label=None if i else "one seed")
         axes.errorbar(
             i + 0.12,
@@ -145,7 +147,7 @@ def _plot(records: Mapping[str, Sequence[Record]]) -> Figure:
             fmt="o",
             color="tab:blue",
             capsize=4,
-            label=None if i else "mean and spread",
+            label=None if i else "mean and 95 % interval",
         )
     axes.set_xticks(range(len(records)), [name.replace(" ", "\n") for name in records])
     axes.set_xlim(-0.6, len(records) - 0.4)

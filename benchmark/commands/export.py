@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader
 from benchmark.runs import WEIGHTS, checkpoint_in, configuration_of
 from leaderboard.files import file_sha256, write_atomic
 from leaderboard.record.entries import Entry, read_records
-from leaderboard.reports.table import metric_cell, metric_name
+from leaderboard.reports.table import evaluation_cell, metric_name
 from systems.checkpoints import read_suite, save_safetensors
 
 CARD = "README.md"
@@ -89,7 +89,7 @@ def model_card(
         folder: Name of the folder, for the example commands.
     """
     results = [
-        (entry.record, [(metric_name(key), str(metric_cell(key, m))) for key, m in entry.record.metrics.items()])
+        (entry.record, [(metric_name(key), str(evaluation_cell(key, m))) for key, m in entry.record.metrics.items()])
         for entry in sorted(entries, key=Entry.time)
     ]
     template = Environment(

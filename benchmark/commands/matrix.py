@@ -23,6 +23,7 @@ from benchmark.runs import RUNS, find_checkpoint, newest_run
 from leaderboard.files import canonical_sha256
 from leaderboard.record.entries import Entry, headline
 from leaderboard.record.records import find_records, read_record
+from leaderboard.reports.table import evaluation_cell
 from leaderboard.reports.terminal import terminal
 
 BENCHMARK = (sys.executable, "-m", "benchmark")
@@ -70,7 +71,7 @@ class Cell:
     def is_done(self) -> bool:
         """Whether there is a record, and a repetition that agrees if one is asked for."""
         entry = self.entry
-        return entry is not None and (not self.verify or entry.verified is not None)
+        return entry is not None and (not self.verify or entry.repeated is not None)
 
     def stages(self) -> Iterator[list[str]]:
         """Yields the remaining commands: training or its continuation, test, and repetition of the test.
@@ -238,8 +239,8 @@ def _table(states: Mapping[Cell, State]) -> Table:
         result = why = ""
         if state in ("done", "done before") and (entry := cell.entry) is not None:
             key, value = headline(entry.record)
-            result = f"{key} {value.value:.2f} ±{value.uncertainty:.2f}{' (draft)' if entry.record.draft else ''}"
-            result += ", verified" if entry.verified else ""
+            result = f"{key} {evaluation_cell(key, value)}{' (draft)' if entry.record.draft else ''}"
+            result += ", repeated" if entry.repeated else ""
         if state == "failed":
             why = _last_error(cell.folder / "log.txt")
         table.add_row(cell.config.stem, str(cell.seed), state, result, why)

@@ -35,7 +35,6 @@ from leaderboard.regression import (
     read_baseline,
     write_baseline,
 )
-from leaderboard.reports.table import plus_minus
 from leaderboard.reports.terminal import terminal
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "regress"
@@ -131,7 +130,7 @@ def compare(outcomes: dict[str, list[Outcome]], baselines: dict[str, Baseline]) 
     failed = False
     for method, baseline in baselines.items():
         limit = f"{baseline.mean + baseline.tolerance:.2f}"
-        cells = (method, headline(baseline.records[0])[0], plus_minus(baseline.mean, baseline.spread), limit)
+        cells = (method, headline(baseline.records[0])[0], f"{baseline.mean:.2f} (sd {baseline.spread:.2f})", limit)
         for outcome in outcomes[method]:
             measured, verdict, bad = _judge(outcome, baseline)
             failed |= bad
@@ -157,7 +156,7 @@ def _judge(outcome: Outcome, baseline: Baseline) -> tuple[str, str, bool]:
 def _update(outcomes: dict[str, list[Outcome]], baselines: Path, console: Console) -> bool:
     """Writes the baselines of methods for which all seeds succeeded; returns whether any failed."""
     table = Table(title="new baselines", title_justify="left")
-    for column in ("method", "distance", "mean ± sd", "limit", "seeds"):
+    for column in ("method", "distance", "mean", "limit", "seeds"):
         table.add_column(column, justify="left" if column == "method" else "right")
     failed = False
     for method, results in outcomes.items():
@@ -171,7 +170,7 @@ def _update(outcomes: dict[str, list[Outcome]], baselines: Path, console: Consol
         write_baseline(records, baselines / method)
         baseline = Baseline(records)
         values = ", ".join(f"{value:.2f}" for value in baseline.values)
-        spread = plus_minus(baseline.mean, baseline.spread)
+        spread = f"{baseline.mean:.2f} (sd {baseline.spread:.2f})"
         table.add_row(method, _value(records[0])[0], spread, f"{baseline.mean + baseline.tolerance:.2f}", values)
     console.print(table)
     return failed

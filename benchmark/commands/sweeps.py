@@ -18,7 +18,8 @@ from leaderboard.evaluation.callback import Evaluation
 from leaderboard.files import free_path, refuse_existing
 from leaderboard.record.entries import headline
 from leaderboard.record.records import Record
-from leaderboard.reports.table import plus_minus
+from leaderboard.reports.statistics import OF_AN_EVALUATION
+from leaderboard.reports.table import evaluation_cell
 from leaderboard.reports.terminal import terminal
 from systems.checkpoints import load_checkpoint
 
@@ -167,8 +168,7 @@ def _positive(kind: type) -> Callable[[str], Any]:
 
 
 def _distance(record: Record) -> str:
-    metric = headline(record)[1]
-    return plus_minus(metric.value, metric.uncertainty)
+    return str(evaluation_cell(*headline(record)))
 
 
 def _finish(table: Table, figure: Figure, path: Path) -> None:
@@ -185,7 +185,9 @@ def _plot_thresholds(thresholds: Sequence[float], records: Sequence[Record]) -> 
     key, values = headline(records[0])[0], [headline(record)[1] for record in records]
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     quality, rate = figure.subplots(1, 2)
-    quality.errorbar(x, [v.value for v in values], [v.uncertainty for v in values], marker="o", capsize=3)
+    quality.errorbar(
+        x, [v.value for v in values], [OF_AN_EVALUATION * v.uncertainty for v in values], marker="o", capsize=3
+    )
     quality.set(xlabel="firing threshold", ylabel=f"{key} (lower is better)")
     rate.plot(x, [record.counted_cost.firing_rate or 0.0 for record in records], marker="o", color="tab:green")
     rate.set(xlabel="firing threshold", ylabel="firing rate")
@@ -203,7 +205,12 @@ def _plot_solvers(results: dict[str, list[Record]]) -> Figure:
         values = [headline(record)[1] for record in records]
         nfe = [record.counted_cost.nfe for record in records]
         axes.errorbar(
-            nfe, [v.value for v in values], [v.uncertainty for v in values], marker="o", capsize=3, label=name
+            nfe,
+            [v.value for v in values],
+            [OF_AN_EVALUATION * v.uncertainty for v in values],
+            marker="o",
+            capsize=3,
+            label=name,
         )
     ticks = sorted({record.counted_cost.nfe for records in results.values() for record in records})
     axes.set_xscale("log")

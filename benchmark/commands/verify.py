@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable
 from importlib.util import find_spec
@@ -44,6 +45,7 @@ def verify(
     gamma: str | None = None,
     output: str = "verifications",
     keep: bool = False,
+    by: str | None = None,
 ) -> None:
     """Repeats the evaluation of a record with its config and checkpoint, and compares the results.
 
@@ -62,13 +64,16 @@ def verify(
         gamma: File with Gamma of Analytic-DPM, if not as in the record.
         output: Folder for the files of the repetition.
         keep: Whether a repetition that agrees is saved next to the record, records/X.json as repetitions/X.json, so
-            that leaderboards mark the row as verified.
+            that leaderboards mark the row as repeated.
+        by: Name of the person or group that repeats the evaluation of others. `keep` then saves
+            repetitions/NAME/X.json, and leaderboards mark the row as verified.
 
     Raises:
         SystemExit: With code 1 if the repetition does not agree, with code 2 if it could not run.
     """
     console = terminal()
     try:
+        _check_name(by, keep)
         recorded = read_record(record)
         if recorded.images is not None:
             raise ValueError(
@@ -97,7 +102,9 @@ def verify(
     repetition = Repetition(recorded, repeated)
     _compare(console, repetition)
     if keep and repetition.agrees:
-        write_atomic(Entry(Path(record), recorded).repetition, record_text(redact_paths(repeated)))
+        entry = Entry(Path(record), recorded)
+        kept = entry.repetition if by is None else entry.verification(by)
+        write_atomic(kept, record_text(redact_paths(repeated)))
     agrees = "agrees" if repetition.agrees else "does not agree"
     old, new = recorded.code.external or {}, repeated.code.external or {}
     edited = ", ".join(name for name in old if name not in new or new[name].sha256 != old[name].sha256)
@@ -114,6 +121,23 @@ def _finish(console: Console, agrees: bool, message: str) -> None:
     )
     if not agrees:
         raise SystemExit(1)
+
+
+def _check_name(name: str | None, keep: bool) -> None:
+    """Checks the name of who repeats an evaluation, which becomes the name of a folder.
+
+    Raises:
+        ValueError: If it is not suitable, or nothing would be kept.
+    """
+    if name is None:
+        return
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 ._+-]{0,58}[A-Za-z0-9]", name) or name.casefold() == "records":
+        raise ValueError(
+            f"--by {name[:80]!a} is not a suitable name: use 2 to 60 letters, digits, spaces and . _ + -, with "
+            "a letter or digit at both ends, and not 'records'"
+        )
+    if not keep:
+        raise ValueError(f"--by {name} names who repeats the evaluation, but nothing is kept: add --keep true")
 
 
 def _check_packages(record: Record) -> None:

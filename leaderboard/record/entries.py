@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import cached_property
+from glob import escape
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -85,8 +86,12 @@ class Entry:
 
     @property
     def repetition(self) -> Path:
-        """File that `leaderboard verify --keep` writes."""
+        """File that `leaderboard verify --keep` writes, without a name."""
         return self.path.parent.parent / "repetitions" / self.path.name
+
+    def verification(self, name: str) -> Path:
+        """Returns the file that `leaderboard verify --keep --by NAME` writes."""
+        return self.repetition.with_name(name) / self.path.name
 
     @property
     def in_run(self) -> bool:
@@ -101,10 +106,21 @@ class Entry:
         return datetime.fromisoformat(self.record.created)
 
     @cached_property
-    def verified(self) -> Record | None:
-        """Record of a repetition that agrees with this one, or None."""
+    def repeated(self) -> Record | None:
+        """Repetition without a name that agrees: by the people, and usually on the machine, of the record."""
+        return self._agreeing(self.repetition)
+
+    @cached_property
+    def verified(self) -> dict[str, Record]:
+        """Repetitions by others that agree, by their name."""
+        paths = self.repetition.parent.glob(f"*/{escape(self.path.name)}")
+        found = {path.parent.name: self._agreeing(path) for path in paths}
+        return {name: record for name, record in sorted(found.items()) if record is not None}
+
+    def _agreeing(self, path: Path) -> Record | None:
+        """Returns the record of a repetition if it is readable and agrees with this one."""
         try:
-            repeated = read_record(self.repetition)
+            repeated = read_record(path)
         except RecordError:
             return None
         return repeated if Repetition(self.record, repeated).agrees else None
@@ -117,7 +133,7 @@ def default_folders() -> list[str]:
 
 
 def read_records(folders: Iterable[str | Path] | None = None) -> tuple[list[tuple[Path, Record]], list[str]]:
-    """Reads the records in folders; of equal ones only one, if possible a verified one with its sample grid.
+    """Reads the records in folders; of equal ones only one, if possible a repeated one with its sample grid.
 
     Records are equal if they differ only in the time of the evaluation and in what was measured of speed and memory,
     as after two tests of one checkpoint with the same options. Of these, the newest is returned; all files are kept.
@@ -161,7 +177,7 @@ def _result(record: Record) -> str:
 
 
 def _preference(entry: Entry) -> tuple[bool, datetime, bool]:
-    return entry.verified is not None, entry.time(), entry.samples.is_file()
+    return bool(entry.verified or entry.repeated), entry.time(), entry.samples.is_file()
 
 
 def order_metrics(keys: Iterable[str]) -> list[str]:

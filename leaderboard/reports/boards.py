@@ -17,26 +17,35 @@ from PIL import Image
 
 from leaderboard.files import canonical_sha256
 from leaderboard.record.differences import training_data
-from leaderboard.record.entries import Entry, Status, order_metrics
+from leaderboard.record.entries import Entry, Status, headline, order_metrics
 from leaderboard.record.records import Record, record_json
 from leaderboard.reports import pareto
+from leaderboard.reports.known_sets import known_set_rows
+from leaderboard.reports.methods import Method, tables
 from leaderboard.reports.published import Published, PublishedResult
+from leaderboard.reports.statistics import OF_AN_EVALUATION, half_width
 from leaderboard.reports.table import (
     Cell,
+    direction,
     label,
     metric_name,
     row_notes,
+    seed_name,
+    seed_rows,
+    shown_metrics,
     table_provenance,
     table_rows,
     table_title,
-    tables,
 )
 
 UNKNOWN = "?"
 """Shown as the uncertainty of published values."""
 
 MEANINGS = {
-    "#": "rank by Fréchet distance",
+    "±": "half of the 95 % interval of the mean over the training seeds (Student's t); in parentheses, (±), of the "
+    "evaluation of a single training, which does not include the spread of trainings",
+    "#": "interval of ranks by Fréchet distance; rows that the seeds cannot tell apart share ranks: t-tests, paired "
+    "over shared seeds, corrected by Holm for all pairs of the table. A single seed cannot be told apart",
     "Kind": "spiking (SNN) or artificial (ANN) network",
     "T": "SNN time steps",
     "Rate": "firing rate: spikes / (neurons x T)",
@@ -50,17 +59,17 @@ MEANINGS = {
     "M params": "parameters in millions",
     "Images/s": "measured throughput",
     "Samples": "generated images",
-    "Seed": "training seed",
-    "Repeated": "date on which this project evaluated the same checkpoint again and reproduced the record; not an "
-    "independent verification",
+    "Seeds": "number of trainings, each with its own seed",
+    "Repeated": "the same people, usually on the same machine, evaluated the checkpoint again and reproduced the "
+    "record; not an independent verification",
+    "Verified": "a third party evaluated the checkpoint again and reproduced the record",
+    "Reproduced": "whether this suite has reproduced the published figure",
     "Pixels": "side of the compared images in pixels",
     "FID": "Fréchet Inception distance",
     "1000 KID": "kernel Inception distance times 1000",
     "IS": "Inception score",
 }
 """Explanations of the columns."""
-_LOWER = r"FID|1000 KID|(fid|fd|kd|fad)_.*|Rec\. MSE"
-_HIGHER = r"IS|is_.*|Rec\. SSIM|prec.*|recall.*|Dens\.|Cov\."
 _THUMBNAIL_COLUMNS = 4
 """Number of images in a thumbnail, from the first row of eight of the sample grid."""
 _LARGEST_PICTURE = 300_000
@@ -75,6 +84,7 @@ class Column:
     numeric: bool
     meaning: str = ""
     better: Literal["lower", "higher", ""] = ""
+    is_metric: bool = False
 
     @property
     def label(self) -> str:
@@ -91,20 +101,36 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One result with its details."""
+class Detail:
+    """One record, or the source of a published result."""
 
     anchor: str
-    source: Status | Literal["published"]
-    method: str
-    cells: dict[str, Cell]
+    name: str
     facts: dict[str, str]
     file: str
     json: str
     config: str = ""
     picture: Picture | None = None
+    nearest: Picture | None = None
+    cells: dict[str, Cell] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method with the details of its trainings, or one published result."""
+
+    anchor: str
+    source: Status | Literal["published", "known"]
+    method: str
+    cells: dict[str, Cell]
+    details: list[Detail]
     link: tuple[str, str] | None = None
     caveats: list[str] = field(default_factory=list)
+
+    @property
+    def pictures(self) -> list[Detail]:
+        """The trainings with a sample grid."""
+        return [detail for detail in self.details if detail.picture]
 
     @property
     def method_key(self) -> str:
@@ -131,7 +157,7 @@ class Board:
     columns: list[Column]
     rows: list[Row]
     footnotes: list[str]
-    plot: pareto.Plot | None
+    plots: list[pareto.Plot]
 
     @property
     def anchor(self) -> str:
@@ -146,7 +172,7 @@ class Board:
     @property
     def has_pictures(self) -> bool:
         """True if any row has a sample grid."""
-        return any(row.picture for row in self.rows)
+        return any(row.pictures for row in self.rows)
 
     def marks(self, row: Row) -> list[int]:
         """Numbers of the footnotes of a row."""
@@ -162,54 +188,92 @@ def measured_boards(records: Iterable[tuple[Path, Record]]) -> list[Board]:
     return [_measured(group) for group in tables(records)]
 
 
-def _measured(group: list[Entry]) -> Board:
-    rows = [_measured_row(entry, cells) for entry, cells in zip(group, table_rows(group), strict=True)]
-    cells = [cell for row in rows for name, cell in row.cells.items() if name != "Method"]
+def _measured(group: list[Method]) -> Board:
+    rows = [_measured_row(method, cells) for method, cells in zip(group, table_rows(group), strict=True)]
     record = group[0].record
+    known = [_known_row(record, found) for found in known_set_rows(record, rows[0].cells)]
+    cells = [cell for row in rows + known for name, cell in row.cells.items() if name != "Method"]
     points = [
         pareto.Point(
-            e.record.cost.energy_strict_mj if e.record.cost else 0.0,  # no mark
-            e.frechet,
-            _uncertainty(e),
+            method.mean_cost("energy_strict_mj") or 0.0,  # no mark
+            method.frechet,
+            _interval(method),
             row.method,
             row.name,
             row.anchor,
-            e.is_ranked,
+            method.is_ranked,
         )
-        for e, row in zip(group, rows, strict=True)
+        for method, row in zip(group, rows, strict=True)
     ]
     return Board(
         dataset=record.dataset.name,
-        title=table_title(group[0]),
+        title=table_title(record),
         source="measured",
-        lead=table_provenance(group[0]),
+        lead=table_provenance(record),
         protocol=_pretty(record.protocol.description),
-        columns=_columns(rows),
-        rows=rows,
+        columns=_columns(rows, shown_metrics(group)),
+        rows=rows + known,
         footnotes=sorted({cell.note for cell in cells if cell.note} | {note for row in rows for note in row.caveats}),
-        plot=pareto.plot(points, "Fréchet distance", "45 nm arithmetic per image, strict count (mJ)"),
+        plots=_plots(points, "Fréchet distance", "45 nm arithmetic per image, strict count (mJ)"),
     )
 
 
-def _uncertainty(entry: Entry) -> float:
-    found = [v.uncertainty for v in entry.record.metrics.values() if v.value == entry.frechet]
-    return found[0] if found else 0.0
+def _plots(points: Sequence[pareto.Point], quality: str, energy: str) -> list[pareto.Plot]:
+    """Returns the plot for screens and for phones; none if there are fewer than two points."""
+    plots = [pareto.plot(points, quality, energy, frame) for frame in (pareto.WIDE, pareto.NARROW)]
+    return [plot for plot in plots if plot is not None]
 
 
-def _measured_row(entry: Entry, cells: dict[str, Cell]) -> Row:
+def _interval(method: Method) -> float:
+    """Returns half of the 95 % interval of the Fréchet distance; 0 if it was not measured."""
+    if not math.isfinite(method.frechet):
+        return 0.0
+    key, metric = headline(method.record)
+    return half_width(list(method.values(key).values())) or OF_AN_EVALUATION * metric.uncertainty
+
+
+def _measured_row(method: Method, cells: dict[str, Cell]) -> Row:
+    parts = seed_rows(method, cells) or [cells]
+    details = [_detail(entry, part) for entry, part in zip(method.entries, parts, strict=True)]
+    single = len(details) == 1
+    return Row(
+        anchor=details[0].anchor if single else f"method-{_digest([detail.anchor for detail in details])}",
+        source=method.status,
+        method=method.record.method,
+        cells={name: cell for name, cell in cells.items() if name != "Record"},
+        details=details,
+        caveats=row_notes(method),
+    )
+
+
+def _known_row(record: Record, cells: dict[str, Cell]) -> Row:
+    """Returns the row of a known set of images in the table of a record."""
+    values = {name: str(cell) for name, cell in cells.items() if cell.value is not None}
+    name = cells["Method"].text
+    anchor = f"known-{_digest([table_title(record), name, values])}"
+    facts = {"Set": f"{name}, measured in place of generated images by validate-metrics", **values}
+    return Row(
+        anchor=anchor,
+        source="known",
+        method=name,
+        cells=cells | {"#": Cell("-")},
+        details=[Detail(anchor=anchor, name="", facts=facts, file=f"{anchor}.json", json=_pretty(facts))],
+    )
+
+
+def _detail(entry: Entry, cells: dict[str, Cell]) -> Detail:
     record = entry.record
     data = record_json(record)
-    return Row(
+    return Detail(
         anchor=f"record-{_digest(data)}",
-        source=entry.status,
-        method=record.method,
-        cells={name: cell for name, cell in cells.items() if name != "Record"},
-        facts=_facts(record) | _verification(entry.verified),
+        name=seed_name(record),
+        facts=_facts(record) | _repetitions(entry),
         file=entry.path.name,
         json=_pretty(data),
         config=yaml.safe_dump(record.config, allow_unicode=True),
         picture=picture(entry.samples),
-        caveats=row_notes(entry),
+        nearest=picture(entry.nearest),
+        cells=cells,
     )
 
 
@@ -246,12 +310,15 @@ def _facts(record: Record) -> dict[str, str]:
     return facts | ({"Notes": "; ".join(notes)} if notes else {})
 
 
-def _verification(repeated: Record | None) -> dict[str, str]:
-    """Returns the key facts of a repetition that agrees, if there is one."""
-    if repeated is None:
-        return {}
-    code = repeated.code.git_commit or "from outside a git checkout"
-    return {"Repeated": f"{repeated.created} on {repeated.hardware}, with code {code}: all metrics and counts agree"}
+def _repetitions(entry: Entry) -> dict[str, str]:
+    """Returns the key facts of the repetitions that agree."""
+    facts = {} if entry.repeated is None else {"Repeated": _repetition(entry.repeated)}
+    return facts | {f"Verified by {name}": _repetition(record) for name, record in entry.verified.items()}
+
+
+def _repetition(record: Record) -> str:
+    code = record.code.git_commit or "from outside a git checkout"
+    return f"{record.created} on {record.hardware}, with code {code}: all metrics and counts agree"
 
 
 def published_boards(published: Published) -> list[Board]:
@@ -278,10 +345,10 @@ def _published(dataset: str, protocol: str, group: Sequence[PublishedResult], pu
         source="published",
         lead=published.protocols[protocol],
         protocol="",
-        columns=_columns(rows),
+        columns=_columns(rows, keys),
         rows=rows,
         footnotes=list(dict.fromkeys(caveat for row in rows for caveat in row.caveats)),
-        plot=pareto.plot(points, "FID", "energy as published (mJ)"),
+        plots=_plots(points, "FID", "energy as published (mJ)"),
     )
 
 
@@ -319,11 +386,18 @@ def _published_row(result: PublishedResult, keys: Sequence[str], published: Publ
             "mJ, published": _printed(result.energy_mj),
             "M params": _printed(result.parameters_m),
             "Pixels": _whole(result.resolution),
+            "Reproduced": Cell(result.reproduced),
             "Source": Cell(f"{source.name}, {result.table}"),
         },
-        facts={name: text for name, text in facts.items() if text},
-        file=f"{anchor}.json",
-        json=_pretty(data),
+        details=[
+            Detail(
+                anchor=anchor,
+                name="",
+                facts={name: text for name, text in facts.items() if text},
+                file=f"{anchor}.json",
+                json=_pretty(data),
+            )
+        ],
         link=None if source.url is None else ("Source", source.url),
         caveats=data["caveats"],
     )
@@ -340,15 +414,18 @@ def _whole(value: int | None) -> Cell:
     return Cell("-") if value is None else Cell(f"{value:,}", value)
 
 
-def _columns(rows: Sequence[Row]) -> list[Column]:
-    columns = []
-    for name in rows[0].cells:
-        numeric = name == "#" or any(row.cells[name].value is not None for row in rows)
-        better: Literal["lower", "higher", ""] = (
-            "lower" if re.fullmatch(_LOWER, name) else "higher" if re.fullmatch(_HIGHER, name, re.IGNORECASE) else ""
+def _columns(rows: Sequence[Row], keys: Sequence[str]) -> list[Column]:
+    directions = {metric_name(key): direction(key) for key in keys}
+    return [
+        Column(
+            name,
+            name == "#" or any(row.cells[name].value is not None for row in rows),
+            MEANINGS.get(label(name), ""),
+            directions.get(name, ""),
+            name in directions,
         )
-        columns.append(Column(name, numeric, MEANINGS.get(label(name), ""), better))
-    return columns
+        for name in rows[0].cells
+    ]
 
 
 def picture(path: Path) -> Picture | None:

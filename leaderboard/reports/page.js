@@ -125,9 +125,11 @@
   // Following a link to a row, from the plot or another page, expands it.
   function follow() {
     const entry = location.hash && document.getElementById(decodeURIComponent(location.hash.slice(1)));
-    if (!entry || !entry.matches("tbody.entry")) return;
-    if (entry.hidden) { form.reset(); filter(); }
-    open(entry, true);
+    const row = entry && entry.closest("tbody.entry");
+    if (!row) return;
+    if (row.hidden) { form.reset(); filter(); }
+    open(row, true);
+    if (entry !== row) entry.open = true;
     entry.scrollIntoView({ block: "nearest" });
   }
   addEventListener("hashchange", follow);

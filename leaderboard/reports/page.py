@@ -22,7 +22,8 @@ def render_page(records: Iterable[tuple[Path, Record]], published: Published) ->
     boards = measured_boards(records) + published_boards(published)
     rows = [row for board in boards for row in board.rows]
     names = sorted({b.dataset for b in boards}, key=lambda name: (not _is_measured(name, boards), name))
-    methods = {row.method_key: row.method for row in rows}  # the spelling of published results takes precedence
+    by_models = [row for row in rows if row.source != "known"]
+    methods = {row.method_key: row.method for row in by_models}  # the spelling of published results takes precedence
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,

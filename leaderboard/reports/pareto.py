@@ -6,15 +6,13 @@ The page draws it as SVG, so that its colours follow the page's theme and its po
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-WIDTH, HEIGHT = 440, 312
-LEFT, RIGHT, TOP, BOTTOM = 56, 432, 10, 266
 SHAPES = (
     "M-4.5 0A4.5 4.5 0 1 1 4.5 0A4.5 4.5 0 1 1 -4.5 0Z",
     "M-4 -4H4V4H-4Z",
@@ -27,6 +25,8 @@ SHAPES = (
 
 _CHARACTER, _LINE = 6.6, 13.0
 """Width of a character and height of a line of a label."""
+_RINGS = (26, 38, 52, 68)
+"""Distances from its mark at which a label has a line that leads to it, if there is no room beside the mark."""
 _OFFSETS = (
     (9, 4, "start"),
     (-9, 4, "end"),
@@ -41,13 +41,44 @@ _OFFSETS = (
 
 
 @dataclass(frozen=True)
+class Frame:
+    """Size of a plot in units of its SVG view box.
+
+    Args:
+        width: Width of the view box.
+        height: Height of the view box.
+        longest: Maximum length of a label in characters; longer ones are cropped.
+    """
+
+    width: int
+    height: int
+    longest: int
+    left: int = 56
+    top: int = 10
+
+    @property
+    def right(self) -> int:
+        """Right end of the axes."""
+        return self.width - 8
+
+    @property
+    def bottom(self) -> int:
+        """Lower end of the axes."""
+        return self.height - 46
+
+
+WIDE, NARROW = Frame(860, 420, 40), Frame(360, 380, 24)
+"""Plots for screens and for phones."""
+
+
+@dataclass(frozen=True)
 class Point:
     """One result in the plot.
 
     Args:
         energy: Energy in mJ, above 0.
         quality: Distance, lower is better.
-        uncertainty: Uncertainty of `quality`; 0 if unknown.
+        uncertainty: Half of the 95 % interval of `quality`; 0 if unknown.
         method: Method; determines shape and colour of the mark.
         label: Name of the point.
         anchor: HTML id of its row in the page.
@@ -76,12 +107,13 @@ class Mark(NamedTuple):
 
 
 class Label(NamedTuple):
-    """A label with its position; `anchor` is SVG's `text-anchor`."""
+    """A label with its position; `anchor` is SVG's `text-anchor`, `line` the path of a line to its mark, or empty."""
 
     text: str
     x: float
     y: float
     anchor: str
+    line: str = ""
 
 
 class Tick(NamedTuple):
@@ -93,8 +125,9 @@ class Tick(NamedTuple):
 
 @dataclass(frozen=True)
 class Plot:
-    """Everything that the page draws, in units of an SVG view box of `WIDTH` by `HEIGHT`."""
+    """Everything that the page draws, in units of the frame."""
 
+    frame: Frame
     quality_name: str
     energy_name: str
     marks: list[Mark]
@@ -139,14 +172,14 @@ def pareto_front(points: Sequence[Point]) -> list[Point]:
     return front
 
 
-def plot(points: Sequence[Point], quality_name: str, energy_name: str) -> Plot | None:
+def plot(points: Sequence[Point], quality_name: str, energy_name: str, frame: Frame = WIDE) -> Plot | None:
     """Lays out a plot; returns None if there are fewer than two points."""
     points = [p for p in points if p.energy > 0 and math.isfinite(p.quality)]
     if len(points) < 2:
         return None
     methods = sorted({p.method for p in points})
     front = pareto_front(points)
-    x, y = _energy_axis(points), _quality_axis(points)
+    x, y = _energy_axis(points, frame), _quality_axis(points, frame)
     marks = [
         Mark(
             p,
@@ -159,57 +192,84 @@ def plot(points: Sequence[Point], quality_name: str, energy_name: str) -> Plot |
         )
         for p in points
     ]
-    corners = _staircase([(m.x, m.y) for p in front for m in marks if m.point is p])
+    corners = _staircase([(m.x, m.y) for p in front for m in marks if m.point is p], frame)
     path = "M" + "L".join(f"{x} {y}" for x, y in corners) if corners else ""
     legend = [(method, i) for i, method in enumerate(methods)]
-    return Plot(quality_name, energy_name, marks, _labels(marks, corners), x.ticks(), y.ticks(), path, legend)
+    labels = _labels(marks, corners, frame)
+    return Plot(frame, quality_name, energy_name, marks, labels, x.ticks(), y.ticks(), path, legend)
 
 
-def _energy_axis(points: Sequence[Point]) -> _Axis:
+def _energy_axis(points: Sequence[Point], frame: Frame) -> _Axis:
     low, high = min(p.energy for p in points), max(p.energy for p in points)
     pad = max(0.08 * math.log10(high / low), 0.15)
-    return _Axis(low / 10**pad, high * 10**pad, LEFT, RIGHT, log=True)
+    return _Axis(low / 10**pad, high * 10**pad, frame.left, frame.right, log=True)
 
 
-def _quality_axis(points: Sequence[Point]) -> _Axis:
-    low = min(p.quality - p.uncertainty for p in points)
-    high = max(p.quality + p.uncertainty for p in points)
-    if low > 0 and high / low > 10:
+def _quality_axis(points: Sequence[Point], frame: Frame) -> _Axis:
+    values = [p.quality for p in points]
+    low, high = min(values), max(values)
+    if low > 0 and high / low > 10:  # intervals that reach 0 or far beyond the points are cut off at the axes
+        low = max(low / 2, min(p.quality - p.uncertainty for p in points))
+        high = min(high * 2, max(p.quality + p.uncertainty for p in points))
         pad = 10 ** (0.08 * math.log10(high / low))
-        return _Axis(low / pad, high * pad, BOTTOM, TOP, log=True)
+        return _Axis(low / pad, high * pad, frame.bottom, frame.top, log=True)
+    span = high - low or 0.1 * abs(high) or 1.0
+    low = max(low - span, min(p.quality - p.uncertainty for p in points))
+    high = min(high + span / 2, max(p.quality + p.uncertainty for p in points))
     pad = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
-    return _Axis(low - pad if low - pad > 0 else min(0.0, low), high + pad, BOTTOM, TOP, log=False)
+    start = low - pad if low - pad > 0 else min(0.0, *values)
+    return _Axis(start, high + pad, frame.bottom, frame.top, log=False)
 
 
-def _staircase(front: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def _staircase(front: Sequence[tuple[float, float]], frame: Frame) -> list[tuple[float, float]]:
     """Returns the corners of the stepped line along the front; points above and right of it are dominated."""
     if not front:
         return []
-    corners = [(front[0][0], float(TOP)), front[0]]
+    corners = [(front[0][0], float(frame.top)), front[0]]
     for (_, y), point in pairwise(front):
         corners += [(point[0], y), point]
-    return [*corners, (float(RIGHT), front[-1][1])]
+    return [*corners, (float(frame.right), front[-1][1])]
 
 
-def _labels(marks: Sequence[Mark], corners: Sequence[tuple[float, float]]) -> list[Label]:
-    """Places labels beside their marks, the front first; labels without room are omitted (the tooltip shows them)."""
+def _labels(marks: Sequence[Mark], corners: Sequence[tuple[float, float]], frame: Frame) -> list[Label]:
+    """Places labels near their marks, the front first; labels without room are omitted (the tooltip shows them)."""
     taken = [(m.x - 1, m.high, m.x + 1, m.low) for m in marks]
     taken += [(min(a, c), min(b, d), max(a, c), max(b, d)) for (a, b), (c, d) in pairwise(corners)]
     labels = []
     for mark in sorted(marks, key=lambda m: (not m.on_front, not m.point.ranked)):
-        text = mark.point.label if len(mark.point.label) <= 28 else mark.point.label[:27] + "…"
+        name = mark.point.label
+        text = name if len(name) <= frame.longest else name[: frame.longest - 1] + "…"
         width = _CHARACTER * len(text)
         starts = {"start": 0.0, "end": -width, "middle": -width / 2}
-        for dx, dy, anchor in _OFFSETS:
+        for dx, dy, anchor in (*_OFFSETS, *_ring_offsets()):
             x, y = mark.x + dx, mark.y + dy
             box = (x + starts[anchor], y - _LINE + 3, x + starts[anchor] + width, y + 3)
-            inside = box[0] >= LEFT + 2 and box[2] <= RIGHT and box[1] >= TOP and box[3] <= BOTTOM
+            inside = (
+                box[0] >= frame.left + 2 and box[2] <= frame.right and box[1] >= frame.top and box[3] <= frame.bottom
+            )
             others = [(m.x - 11, m.y - 11, m.x + 11, m.y + 11) for m in marks if m is not mark]  # keep off other marks
             if inside and not any(_overlap(box, other) for other in taken + others):
                 taken.append(box)
-                labels.append(Label(text, round(x, 2), round(y, 2), anchor))
+                line = _leader(mark, box) if (dx, dy, anchor) not in _OFFSETS else ""
+                labels.append(Label(text, round(x, 2), round(y, 2), anchor, line))
                 break
     return labels
+
+
+def _ring_offsets() -> Iterator[tuple[float, float, str]]:
+    """Yields positions around a mark, the nearest first."""
+    for radius in _RINGS:
+        for angle in range(0, 360, 30):
+            dx, dy = radius * math.cos(math.radians(angle)), radius * math.sin(math.radians(angle))
+            yield dx, dy + 4, "middle" if abs(dx) < radius / 2 else "start" if dx > 0 else "end"
+
+
+def _leader(mark: Mark, box: tuple[float, float, float, float]) -> str:
+    """Returns the path of a line from the edge of a mark to the nearest point of its label."""
+    x, y = min(max(mark.x, box[0]), box[2]), min(max(mark.y, box[1] + 2), box[3])
+    length = math.hypot(x - mark.x, y - mark.y)
+    start = (mark.x + 7 * (x - mark.x) / length, mark.y + 7 * (y - mark.y) / length)
+    return f"M{start[0]:.1f} {start[1]:.1f}L{x:.1f} {y:.1f}"
 
 
 def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:

@@ -44,6 +44,7 @@ class PublishedResult:
         source: Key in `Published.sources`.
         table: Table or section in the source.
         protocol: Key in `Published.protocols`; results under different protocols never share a table.
+        reproduced: Whether this suite, with the method and settings of the source, has reproduced the figure.
         variant: Distinguishes this row from others of the method.
         resolution: Side of the compared images in pixels.
         num_steps: SNN time steps `T`.
@@ -63,6 +64,7 @@ class PublishedResult:
     source: str
     table: str
     protocol: str
+    reproduced: Literal["yes", "no", "not tried"]
     variant: str = ""
     resolution: int | None = None
     num_steps: int | None = None
@@ -128,6 +130,8 @@ def _results(groups: Any) -> list[dict[str, Any]]:
             lists = [part["caveats"] for part in (shared, result) if isinstance(part.get("caveats"), list)]
             if len(lists) == 2:
                 both["caveats"] = [*lists[0], *lists[1]]
+            if isinstance(answer := both.get("reproduced"), bool):  # YAML reads a bare yes or no as a boolean
+                both["reproduced"] = "yes" if answer else "no"
             results.append(both)
     return results
 

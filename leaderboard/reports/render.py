@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
+import statistics
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -17,9 +17,11 @@ from leaderboard.files import is_report, refuse_existing, write_atomic
 from leaderboard.record.entries import Entry, read_records
 from leaderboard.record.records import Record, record_json
 from leaderboard.reports.boards import UNKNOWN, Row, published_boards
+from leaderboard.reports.methods import Method, ranks, tables
 from leaderboard.reports.page import render_page
 from leaderboard.reports.published import Published, PublishedResult, read_published
-from leaderboard.reports.table import escape, markdown, markdown_line, tables
+from leaderboard.reports.statistics import half_width
+from leaderboard.reports.table import escape, markdown, markdown_line
 from leaderboard.reports.terminal import terminal
 
 COLUMNS = [
@@ -27,7 +29,8 @@ COLUMNS = [
     "dataset",
     "protocol",
     "protocol_sha256",
-    "rank",
+    "rank_first",
+    "rank_last",
     "method",
     "variant",
     "conditional",
@@ -51,15 +54,22 @@ COLUMNS = [
     "parameters_m_published",
     "images_per_second",
     "resolution",
+    "training_seed",
     "record",
+    "repeated",
     "verified",
+    "verified_by",
+    "reproduced",
     "citation",
     "url",
     "table",
     "also_in",
     "note",
 ]
-"""Columns of the CSV file, which has one line per metric value; missing values are empty."""
+"""Columns of the CSV file, which has one line per metric of a record or published result; missing values are empty.
+
+`uncertainty` is the standard error of the evaluation as recorded.
+"""
 
 
 def render(records: list[str] | None = None, output: str = "build/leaderboard") -> None:
@@ -126,27 +136,19 @@ def to_csv(records: Iterable[tuple[Path, Record]], published: Published) -> str:
     writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
     writer.writeheader()
     for group in tables(records):
-        for position, entry in enumerate(group, 1):
-            for key, metric in sorted(entry.record.metrics.items()):
-                value = {"metric": key, "value": metric.value, "uncertainty": metric.uncertainty}
-                value |= {"num_samples": metric.num_samples, "note": metric.note}
-                writer.writerow(_escape_formulas(_measured_columns(entry, _rank(position, entry)) | value))
+        for method, rank in zip(group, ranks(group), strict=True):
+            for entry in method.entries:
+                for key, metric in sorted(entry.record.metrics.items()):
+                    value = {"metric": key, "value": metric.value, "uncertainty": metric.uncertainty}
+                    value |= {"num_samples": metric.num_samples, "note": metric.note}
+                    writer.writerow(_escape_formulas(_measured_columns(entry, rank) | value))
     for result in published.results:
         for key, number in result.metrics.items():
             writer.writerow(_escape_formulas(_published_columns(result, published) | {"metric": key, "value": number}))
     return text.getvalue()
 
 
-def _rank(position: int, entry: Entry) -> int | None:
-    return position if entry.is_ranked and math.isfinite(entry.frechet) else None
-
-
-def _verified_day(entry: Entry) -> str | None:
-    """Returns the date (ISO 8601) of a repetition that agreed, or None."""
-    return None if entry.verified is None else entry.verified.created[:10]
-
-
-def _measured_columns(entry: Entry, rank: int | None) -> dict[str, Any]:
+def _measured_columns(entry: Entry, rank: tuple[int, int] | None) -> dict[str, Any]:
     record, cost = entry.record, entry.record.cost
     same = [
         "firing_rate",
@@ -163,15 +165,19 @@ def _measured_columns(entry: Entry, rank: int | None) -> dict[str, Any]:
         "dataset": record.dataset.name,
         "protocol": record.protocol.name,
         "protocol_sha256": record.protocol.sha256,
-        "rank": rank,
+        "rank_first": rank[0] if rank else None,
+        "rank_last": rank[1] if rank else None,
         "method": record.method,
         "variant": record.variant,
         "conditional": record.conditional,
         "num_steps": None if cost is None or cost.firing_rate is None else record.num_steps,
         "solver": record.solver,
         "nfe": record.nfe,
+        "training_seed": record.seeds.get("training"),
         "record": entry.path.name,
-        "verified": _verified_day(entry),
+        "repeated": _day(entry.repeated),
+        "verified": max(map(_day, entry.verified.values()), default=None),
+        "verified_by": "; ".join(entry.verified),
         "url": record.images.url if record.images else None,
         **{name: getattr(cost, name, None) for name in same},
     }
@@ -191,6 +197,7 @@ def _published_columns(result: PublishedResult, published: Published) -> dict[st
         "resolution",
         "table",
         "also_in",
+        "reproduced",
     ]
     caveats = [published.caveats[name] for name in result.caveats]
     return {
@@ -210,22 +217,42 @@ def _escape_formulas(columns: dict[str, Any]) -> dict[str, Any]:
     return {k: f"'{v}" if isinstance(v, str) and v.startswith(dangerous) else v for k, v in columns.items()}
 
 
+def _day(record: Record | None) -> str:
+    """Returns the date (ISO 8601) of a repetition; empty if there is none."""
+    return "" if record is None else record.created[:10]
+
+
 def to_json(records: Iterable[tuple[Path, Record]], published: Published) -> str:
-    """Returns all results, including the complete records, as one JSON object."""
+    """Returns all results as one JSON object: methods over their seeds, and the complete records."""
     measured = [
         {
             "dataset": group[0].record.dataset.name,
             "protocol": group[0].record.protocol.name,
-            "entries": [
-                {
-                    "rank": _rank(position, entry),
-                    "file": entry.path.name,
-                    "record": record_json(entry.record),
-                    "verified": _verified_day(entry),
-                }
-                for position, entry in enumerate(group, 1)
-            ],
+            "methods": [_json(method, rank) for method, rank in zip(group, ranks(group), strict=True)],
         }
         for group in tables(records)
     ]
     return json.dumps({"measured": measured, "published": asdict(published)}, indent=2, sort_keys=True) + "\n"
+
+
+def _json(method: Method, rank: tuple[int, int] | None) -> dict[str, Any]:
+    keys = sorted({key for entry in method.entries for key in entry.record.metrics})
+    values = {key: list(method.values(key).values()) for key in keys}
+    return {
+        "name": method.name,
+        "rank": rank,
+        "seeds": len(method.entries),
+        "metrics": {
+            key: {"mean": statistics.fmean(found), "half_width_95": half_width(found), "seeds": len(found)}
+            for key, found in values.items()
+        },
+        "entries": [
+            {
+                "file": entry.path.name,
+                "record": record_json(entry.record),
+                "repeated": _day(entry.repeated) or None,
+                "verified": {name: _day(record) for name, record in entry.verified.items()},
+            }
+            for entry in method.entries
+        ],
+    }

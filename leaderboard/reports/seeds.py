@@ -1,40 +1,33 @@
-"""`python -m benchmark leaderboard seeds`: mean and standard deviation of results over training seeds."""
+"""`python -m benchmark leaderboard seeds`: tables and figures of methods, over their training seeds."""
 
 from __future__ import annotations
 
-import json
-import math
-import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from io import BytesIO
-from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image
 from rich.table import Table
+from rich.text import Text
 
 from leaderboard.files import is_report, refuse_existing, write_atomic
-from leaderboard.record.entries import Entry, headline, read_records, table_metrics
-from leaderboard.record.records import Record
+from leaderboard.record.entries import Entry, headline, read_records
+from leaderboard.reports.known_sets import known_set_rows
+from leaderboard.reports.methods import Method, method_name, tables
 from leaderboard.reports.pareto import Point, pareto_front
 from leaderboard.reports.table import (
     Cell,
     escape,
     label,
     markdown_line,
-    method_name,
-    method_note,
     metric_name,
-    number_cell,
     table_provenance,
+    table_rows,
     table_title,
-    tables,
-    uncertain_cell,
 )
 from leaderboard.reports.terminal import terminal
 
@@ -50,21 +43,20 @@ _PREAMBLE = """\
 
 Rendered from the records by `python -m benchmark leaderboard seeds`; not edited by hand.
 
-One row per method, solver and configuration, lowest Fréchet distance first. ± is the sample standard deviation over
-training seeds; a row with one seed has none. The error of each single evaluation is in its record and in the tables of
-`python -m benchmark leaderboard`. mJ counts 45 nm arithmetic only: no memory access, no neuron updates. Recall rises
-steeply with a few outlying images and does not rank methods. `leaderboard/README.md` defines the columns and states
-what these tables do not show.
+One row per method, solver and configuration, lowest mean Fréchet distance first. ± is half of the 95 % interval of the
+mean over the training seeds (Student's t). In parentheses, (±) is half of the 95 % interval of the evaluation of a
+single training, without the spread of trainings. # is the interval of ranks by Fréchet distance: rows that the seeds
+cannot tell apart share ranks, and a row with a single seed cannot be told apart from any other. mJ counts 45 nm
+arithmetic only: no memory access, no neuron updates. `leaderboard/README.md` defines the columns and the test, and
+states what these tables do not show.
 """
-_PER_RUN_KEYS = {"default_root_dir", "init_from", "ckpt_path", "seed_everything", "cache_dir", "variant"}
-"""Configuration keys that may differ between the seeds of one row."""
 
 
 def seeds(records: list[str] | None = None, output: str | None = None) -> None:
-    """Shows records that differ only in their seed as one row: mean ± standard deviation over the seeds.
+    """Shows records that differ only in their seed as one row: mean ± half of its 95 % interval over the seeds.
 
-    The standard deviation includes the variation of training and of the evaluation. Records that are not ranked are
-    omitted. If a training seed has several records, such as its best and its last checkpoint, the newest is used.
+    The interval includes the variation of training and of the evaluation. Records that are not ranked are omitted. If a
+    training seed has several records, such as its best and its last checkpoint, the newest is used.
 
     Args:
         records: Folders to search for `*.json`, directly and in any `records` folder below; null searches runs/ and
@@ -86,23 +78,25 @@ def seeds(records: list[str] | None = None, output: str | None = None) -> None:
     if output is not None and not is_own:
         refuse_existing(results, option="--output")
     for group in tables(pair for pair in entries if Entry(*pair).is_ranked):
-        rows = seed_rows(group)
-        table = Table(*rows[0], title=table_title(group[0]), title_justify="left")
-        for row in rows:
-            table.add_row(*map(str, row.values()))
+        rows = result_rows(group)
+        table = Table(*rows[0], title=table_title(group[0].record), title_justify="left")
+        known = known_set_rows(group[0].record, rows[0])
+        shown = rows + [{name: cell._replace(note="") for name, cell in row.items()} for row in known]
+        for row in shown:
+            table.add_row(*(Text(str(cell)) for cell in row.values()))
         console.print(table)
         notes = [f"* {note}" for note in sorted({row["Method"].note for row in rows} - {""})]
         for note in notes:
             console.print(note, markup=False, soft_wrap=True)
-        lines += ["", f"## {escape(table_title(group[0]))}", "", escape(table_provenance(group[0])), ""]
+        lines += ["", f"## {escape(table_title(group[0].record))}", "", escape(table_provenance(group[0].record)), ""]
         lines += [markdown_line(map(label, rows[0])), markdown_line("---" for _ in rows[0])]
-        lines += [markdown_line(map(str, row.values())) for row in rows]
+        lines += [markdown_line(map(str, row.values())) for row in shown]
         lines += [part for note in notes for part in ("", escape(note))]
         if output is not None:
             for name, figure in _figures(group, rows).items():
                 content = BytesIO()
                 figure.savefig(content, format="png", dpi=130, metadata={"Software": None})
-                path = f"{FIGURES}/{name}-{'-'.join(group[0].table_key[:2])}.png"
+                path = f"{FIGURES}/{name}-{'-'.join(group[0].entries[0].table_key[:2])}.png"
                 if not is_own:
                     refuse_existing(Path(output) / path, option="--output")
                 write_atomic(Path(output) / path, content.getvalue())
@@ -113,65 +107,38 @@ def seeds(records: list[str] | None = None, output: str | None = None) -> None:
         raise SystemExit(1)
 
 
-def seed_rows(group: Sequence[Entry]) -> list[dict[str, Cell]]:
-    """Returns one row per set of entries that differ only in the seed, best mean first."""
-    by_config = sorted((entry.record for entry in group), key=_seedless_key)
-    members = [_newest_per_seed(records) for _, records in groupby(by_config, key=_seedless_key)]
-    members.sort(key=lambda records: _mean(lambda r: headline(r)[1].value, records))
-    keys = table_metrics(key for entry in group for key in entry.record.metrics)
-    return [_row(records, keys) for records in members]
+def result_rows(group: list[Method]) -> list[dict[str, Cell]]:
+    """Returns the rows of a table with variants, solvers and network evaluations beside the names, without files."""
+    omitted = (
+        "#",
+        "Method",
+        "Variant",
+        "Solver",
+        "NFE",
+        "Seeds",
+        "Images/s",
+        "Samples",
+        "Repeated",
+        "Verified",
+        "Record",
+    )
+    rows = []
+    for method, row in zip(group, table_rows(group), strict=True):
+        names = {
+            "#": row["#"],
+            "Method": Cell(method.name, note=row["Method"].note),
+            "Solver": Cell(f"{row['Solver']}, {row['NFE']}"),
+            "Seeds": row["Seeds"],
+        }
+        rows.append(names | {name: cell._replace(note="") for name, cell in row.items() if name not in omitted})
+    return rows
 
 
-def _newest_per_seed(records: Iterable[Record]) -> list[Record]:
-    """Returns the newest record of each training seed; two tests of one training are not independent samples."""
-    return list({record.seeds.get("training"): record for record in sorted(records, key=lambda r: r.created)}.values())
-
-
-def _seedless_key(record: Record) -> str:
-    """Returns a key that is equal for records that differ only in the seed."""
-    return json.dumps([record.method, record.solver, _shared_config(record.config)], sort_keys=True)
-
-
-def _shared_config(config: Any) -> Any:
-    if isinstance(config, dict):
-        return {key: _shared_config(value) for key, value in config.items() if key not in _PER_RUN_KEYS}
-    return [_shared_config(value) for value in config] if isinstance(config, list) else config
-
-
-def _mean(value: Callable[[Record], float | None], records: Sequence[Record]) -> float:
-    values = [v for v in map(value, records) if v is not None]
-    return statistics.fmean(values) if values else math.nan
-
-
-def _row(records: Sequence[Record], keys: Sequence[str]) -> dict[str, Cell]:
-    first, cost = records[0], records[0].counted_cost
-    shared = {record.variant for record in records} - {"default"}
-    variant = f", {first.variant}" if shared == {first.variant} else ""
-    return {
-        "Method": Cell(method_name(first) + variant, note=method_note(first)),
-        "Solver": Cell(f"{first.solver}, {first.nfe}"),
-        "Seeds": Cell(str(len({r.seeds.get("training") for r in records}))),
-        **{metric_name(key): _mean_cell([r.metrics[key].value for r in records if key in r.metrics]) for key in keys},
-        "T": Cell("-" if cost.firing_rate is None else str(first.num_steps)),
-        "Rate": number_cell(None if cost.firing_rate is None else _mean(lambda r: r.counted_cost.firing_rate, records)),
-        "G SOPs": number_cell(_mean(lambda r: r.counted_cost.sops, records) / 1e9),
-        "mJ": number_cell(_mean(lambda r: r.counted_cost.energy_strict_mj, records)),
-        "M params": number_cell(cost.parameters / 1e6),
-    }
-
-
-def _mean_cell(values: Sequence[float]) -> Cell:
-    """Formats mean ± sample standard deviation; a single value has no standard deviation."""
-    if not values:
-        return Cell("-")
-    mean = statistics.fmean(values)
-    return uncertain_cell(mean, statistics.stdev(values)) if len(values) > 1 else Cell(f"{mean:.3g}", mean)
-
-
-def _figures(group: Sequence[Entry], rows: Sequence[dict[str, Cell]]) -> dict[str, Figure]:
+def _figures(group: Sequence[Method], rows: Sequence[dict[str, Cell]]) -> dict[str, Figure]:
     """Returns the figures of a table by name; the strip of samples only if sample grids exist."""
     figures = {"quality-energy": _plot(rows, metric_name(headline(group[0].record)[0]))}
-    best = {e.record.method: e for e in reversed(group) if e.record.variant == "default" and e.samples.is_file()}
+    entries = sorted((entry for method in group for entry in method.entries), key=lambda e: (-e.frechet, e.path.name))
+    best = {e.record.method: e for e in entries if e.record.variant == "default" and e.samples.is_file()}
     if best:
         figures["samples"] = _strip(sorted(best.values(), key=lambda entry: entry.frechet))
     return figures
@@ -190,7 +157,7 @@ def _strip(entries: Sequence[Entry]) -> Figure:
 
 
 def _plot(rows: Sequence[dict[str, Cell]], quality: str) -> Figure:
-    """Plots quality against energy, with the standard deviation over seeds and the Pareto front."""
+    """Plots quality against energy, with 95 % intervals and the Pareto front."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     points = [_point(row, quality) for row in rows]

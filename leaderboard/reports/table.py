@@ -1,9 +1,13 @@
-"""Tables of the leaderboard, for the terminal and as Markdown."""
+"""Tables of the leaderboard, for the terminal and as Markdown: one row per method with its training seeds.
+
+± is half of a 95 % interval: over the training seeds, or, in parentheses, of the evaluation of a single training.
+"""
 
 from __future__ import annotations
 
 import math
 import re
+import statistics
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,8 +19,11 @@ from rich.table import Table
 from rich.text import Text
 
 from leaderboard.files import is_report, refuse_existing, write_atomic
-from leaderboard.record.entries import STATUSES, Entry, default_folders, read_records, table_metrics
+from leaderboard.protocols import SUPERSEDED_BY
+from leaderboard.record.entries import Entry, default_folders, read_records, table_metrics
 from leaderboard.record.records import Cost, MetricValue, Record
+from leaderboard.reports.methods import Method, method_name, ranks, tables
+from leaderboard.reports.statistics import OF_AN_EVALUATION, half_width
 from leaderboard.reports.terminal import SHORT, WIDTH, terminal
 
 _HEADERS = {
@@ -46,17 +53,24 @@ CONDITIONAL_NOTE = (
 LABELS = {"mJ": "45 nm arithmetic, mJ"}
 """Column headers in pages and files, for columns with a shorter header in the terminal."""
 _TITLE = "# Leaderboard"
-SHORT_ROWS = 8
+HIDDEN = re.compile("recall.*")
+"""Metrics that only records and exported files contain: recall rises steeply with a few outlying images."""
+SHORT_ROWS = 10
 """Maximum number of rows of the short table, so that it fits a terminal together with the surrounding output."""
+MEANING = (
+    "One row per method with its training seeds. ± is half of the 95 % interval of the mean over the seeds; in "
+    "parentheses, (±), of the evaluation of a single training, without the spread of trainings. # is the interval of "
+    "ranks: rows that the seeds cannot tell apart share ranks (paired t-tests, corrected by Holm for all pairs)."
+)
+"""Explanation of the rows, printed with full tables."""
 NO_BREAK = "\N{NO-BREAK SPACE}"
 _SCALE = {"kid_mean": 1000.0}
 """Factors by which metrics are multiplied for display."""
 _STACKS = (
-    ("T", "Rate"),
-    ("Solver", "NFE", "Repeated"),
-    ("G SOPs", "mJ"),
-    ("M params", "Images/s"),
-    ("Samples", "Seed", "File"),
+    ("T", "Rate", "NFE"),
+    ("Solver", "Repeated", "Verified"),
+    ("G SOPs", "mJ", "M params"),
+    ("Samples", "Images/s", "File"),
 )
 """Columns that the wide terminal table prints above each other."""
 
@@ -67,17 +81,25 @@ class Cell(NamedTuple):
     Args:
         text: The value as text.
         value: The value as a number; None for text and missing values.
-        uncertainty: The uncertainty as text; may be empty.
+        uncertainty: Half of the 95 % interval as text; may be empty.
         note: Footnote; may be empty.
+        single: Whether the interval is of the evaluation of a single training.
     """
 
     text: str
     value: float | None = None
     uncertainty: str = ""
     note: str = ""
+    single: bool = False
+
+    @property
+    def spread(self) -> str:
+        """The uncertainty with its sign; in parentheses if it is of a single training."""
+        text = f"±{self.uncertainty}" if self.uncertainty else ""
+        return f"({text})" if text and self.single else text
 
     def __str__(self) -> str:
-        return f"{self.text}{'*' if self.note else ''}{f' ±{self.uncertainty}' if self.uncertainty else ''}"
+        return f"{self.text}{'*' if self.note else ''}{f' {self.spread}' if self.spread else ''}"
 
 
 def leaderboard(
@@ -88,15 +110,16 @@ def leaderboard(
 ) -> None:
     """Shows records as tables, one per dataset and protocol: best Fréchet distance first, then what is not ranked.
 
-    By default, only the table of the newest run is shown, with few columns, the best rows and the neighbours of the
-    newest run, which is marked by `>`. Without runs, the table with the most rows is shown.
+    A row is a method with its training seeds: mean and 95 % interval. Rows whose seeds cannot tell them apart share
+    ranks. By default, only the table of the newest run is shown, with few columns, the best rows and the neighbours of
+    the newest run, which is marked by `>`. Without runs, the table with the most rows is shown.
 
     Args:
         records: Folders to search for `*.json`, directly and in any `records` folder below; null searches runs/ and
             the project's records, which come with the package.
         output: Markdown file to write all tables to, with every column and row.
-        wide: Show every column and row, the source of the reference images and the files of the records.
-        all: Show the tables of all datasets and protocols, with every row.
+        wide: Show every column, row and seed, the source of the reference images and the files of the records.
+        all: Show the tables of all datasets and protocols, with every row and seed.
 
     Raises:
         SystemExit: If a record is broken; the others are still shown.
@@ -115,8 +138,9 @@ def leaderboard(
         )
     else:
         groups = tables(entries)
-        newest = max((entry for group in groups for entry in group if entry.in_run), key=Entry.time, default=None)
-        chosen = next((group for group in groups if newest in group), max(groups, key=len))
+        shown = (entry for group in groups for method in group for entry in method.entries)
+        newest = max((entry for entry in shown if entry.in_run), key=Entry.time, default=None)
+        chosen = next((group for group in groups if _row_of(newest, group) is not None), max(groups, key=len))
         for group in groups if all else [chosen]:
             if wide:
                 _print_wide(console, group)
@@ -143,17 +167,24 @@ def _show_run(entry: Entry, console: Console) -> None:
         print_line(console, f"tensorboard --logdir {entry.path.parent.parent}")
 
 
+def _row_of(entry: Entry | None, group: list[Method]) -> int | None:
+    """Returns the index of the row that contains an entry; None if there is none."""
+    return next((i for i, method in enumerate(group) if entry in method.entries), None)
+
+
 def _show_hidden(
-    console: Console, chosen: list[Entry], groups: list[list[Entry]], newest: Entry | None, wide: bool
+    console: Console, chosen: list[Method], groups: list[list[Method]], newest: Entry | None, wide: bool
 ) -> None:
     """Prints one line with the number of hidden rows and tables and the options that show them."""
-    rows = 0 if wide else len(chosen) - len([i for i in short_rows(chosen, newest) if i is not None])
+    shown = [i for i in short_rows(len(chosen), _row_of(newest, chosen)) if i is not None]
+    rows = 0 if wide else len(chosen) - len(shown)
     others = [group[0].record for group in groups if group is not chosen]
     dataset = chosen[0].record.dataset.name
     names = ", ".join(dict.fromkeys(r.protocol.name if r.dataset.name == dataset else r.dataset.name for r in others))
-    hidden = [f"{rows} more rows"] * (rows > 0)
+    hidden = [f"{rows} more row{'s' * (rows > 1)}"] * (rows > 0)
+    hidden += ["seeds"] * (not wide and any(len(method.entries) > 1 for method in chosen))
     hidden += [f"{len(others)} more table{'s' * (len(others) > 1)} ({names})"] * bool(others)
-    hints = ["--wide: every column"] * (not wide) + [f"--all: {' and '.join(hidden)}"] * bool(hidden)
+    hints = ["--wide: every column"] * (not wide) + [f"--all: {', '.join(hidden)}"] * bool(hidden)
     if hints:
         console.print(Text("  ".join(hints), style="dim"), no_wrap=True, overflow="ellipsis")
 
@@ -165,17 +196,18 @@ def print_line(console: Console, line: str) -> None:
 
 def show_result(entry: Entry, console: Console) -> None:
     """Prints metrics and cost of a record, and the paths of its run folder, record file and sample grid."""
-    record, row = entry.record, table_rows([entry])[0]
+    method = Method((entry,))
+    record, row = entry.record, table_rows([method])[0]
     names = list(row)[3 : list(row).index("T")]
     values = [f"{name} {row[name]}" for name in names]
     if record.cost is not None:
         values += [f"{row['NFE']} NFE", f"{row['mJ']} mJ"]
     if record.cost is not None and record.cost.firing_rate is not None:
         values.insert(len(names), f"T {row['T']}, rate {row['Rate']}")
-    title = f"{table_title(entry)}{'' if entry.is_ranked else f' ({entry.status}, not ranked)'}"
+    title = f"{table_title(record)}{'' if entry.is_ranked else f' ({entry.status}, not ranked)'}"
     sentence = f"{title}: {', '.join(value.replace(' ', NO_BREAK) for value in values)}"
     print_line(console, textwrap.fill(sentence, console.width).replace(NO_BREAK, " "))
-    for note in _notes([entry]):
+    for note in _notes([method]):
         console.print(Text(note, style="dim"))
     run = entry.path.parent.parent
     for line in (f"in {run}:", f"  {entry.path.relative_to(run)}", f"  {entry.samples.relative_to(run)}"):
@@ -190,31 +222,53 @@ def show_records(records: Iterable[tuple[Path, Record]], console: Console) -> No
 
 def markdown(records: Iterable[tuple[Path, Record]]) -> str:
     """Returns all tables of the records, passed as `(file, record)` pairs, as deterministic Markdown."""
-    lines = [_TITLE, "", "Measured results, rendered from records. Drafts have too few samples to rank."]
+    lines = [_TITLE, "", "Measured results, rendered from records. Drafts have too few samples to rank.", "", MEANING]
     for group in tables(records):
+        record = group[0].record
+        lines += ["", f"## {escape(table_title(record))}", "", escape(table_provenance(record)), ""]
         rows = table_rows(group)
-        lines += ["", f"## {escape(table_title(group[0]))}", "", escape(table_provenance(group[0])), ""]
         lines += [markdown_line(map(label, rows[0])), markdown_line("---" for _ in rows[0])]
-        lines += [markdown_line(map(str, row.values())) for row in rows]
+        for method, row in zip(group, rows, strict=True):
+            lines += [markdown_line(map(str, part.values())) for part in (row, *seed_rows(method, row))]
         lines += [part for note in _notes(group) for part in ("", escape(note))]
     return "\n".join(lines) + "\n"
 
 
-def tables(records: Iterable[tuple[Path, Record]]) -> list[list[Entry]]:
-    """Groups comparable records, each group sorted as its table: by status, then by Fréchet distance."""
-    groups: dict[tuple[str, ...], list[Entry]] = {}
-    entries = [Entry(path, record) for path, record in records]
-    for entry in sorted(entries, key=lambda e: (STATUSES.index(e.status), e.frechet, e.path.name)):
-        groups.setdefault(entry.table_key, []).append(entry)
-    return [groups[key] for key in sorted(groups)]
-
-
-def table_rows(group: list[Entry]) -> list[dict[str, Cell]]:
-    """Returns one row per entry, as cells by column; all rows have the same columns."""
-    keys = table_metrics(key for entry in group for key in entry.record.metrics)
+def table_rows(group: list[Method]) -> list[dict[str, Cell]]:
+    """Returns one row per method, as cells by column; all rows have the same columns."""
+    keys = shown_metrics(group)
     return [
-        {"#": _rank(i, entry), **_cells(entry, keys), "Record": Cell(entry.path.name)} for i, entry in enumerate(group)
+        {"#": _rank(position, method, rank), **_cells(method, keys), "Record": _file_cell(method)}
+        for position, (method, rank) in enumerate(zip(group, ranks(group), strict=True), 1)
     ]
+
+
+def seed_rows(method: Method, row: dict[str, Cell]) -> list[dict[str, Cell]]:
+    """Returns one row per training seed with the columns of the method's row; none if there is only one seed."""
+    if len(method.entries) < 2:
+        return []
+    keys = {metric_name(key): key for entry in method.entries for key in entry.record.metrics}
+    rows = []
+    for entry in method.entries:
+        part = Method((entry,))
+        cells = {"#": Cell(""), **_cells(part, [keys[name] for name in row if name in keys])}
+        variant = "" if entry.record.variant == method.variant else entry.record.variant
+        named = {"Method": Cell(seed_name(entry.record)), "Variant": Cell(variant), "Seeds": Cell("")}
+        cells |= named | {"Record": _file_cell(part)}
+        rows.append({name: cells.get(name, Cell("-")) for name in row})
+    return rows
+
+
+def seed_name(record: Record) -> str:
+    """Returns the name of a row of one training seed."""
+    seed = record.seeds.get("training")
+    return "unseeded" if seed is None else f"seed {seed}"
+
+
+def shown_metrics(group: list[Method]) -> list[str]:
+    """Returns the keys of the metrics that have a column, in order."""
+    found = (key for method in group for entry in method.entries for key in entry.record.metrics)
+    return table_metrics(key for key in found if not HIDDEN.fullmatch(key))
 
 
 def metric_name(key: str) -> str:
@@ -225,37 +279,61 @@ def metric_name(key: str) -> str:
     return _HEADERS.get(key, key)
 
 
+def direction(key: str) -> Literal["lower", "higher", ""]:
+    """Returns the better direction of a metric; empty if it has none, as recall, which a few outliers raise."""
+    if re.fullmatch(r"(fid|fd|kid|kd|fad)(_.*)?|reconstruction_mse", key):
+        return "lower"
+    return (
+        "higher" if re.fullmatch(r"(is|precision|density|coverage|authenticity)(_.*)?|reconstruction_ssim", key) else ""
+    )
+
+
 def label(column: str) -> str:
     """Returns the header of a column in pages and files."""
     return LABELS.get(column, column)
 
 
-def _rank(position: int, entry: Entry) -> Cell:
-    if not entry.is_ranked:
-        return Cell(entry.status)
-    return Cell(str(position + 1), position + 1) if math.isfinite(entry.frechet) else Cell("-")
+def _rank(position: int, method: Method, rank: tuple[int, int] | None) -> Cell:
+    """Shows the ranks that a row may have; its position in the table sorts it."""
+    if rank is None:
+        return Cell("-" if method.is_ranked else method.status)
+    first, last = rank
+    return Cell(str(first) if first == last else f"{first}-{last}", position)
 
 
-def _cells(entry: Entry, keys: list[str]) -> dict[str, Cell]:
-    record, cost = entry.record, entry.record.cost
+def _file_cell(method: Method) -> Cell:
+    count = len(method.entries)
+    return Cell(method.entries[0].path.name if count == 1 else f"{count} records")
+
+
+def _cells(method: Method, keys: list[str]) -> dict[str, Cell]:
+    record, cost = method.record, method.record.cost
     spiking = record.images is not None or (cost is not None and cost.firing_rate is not None)
     samples = max((v.num_samples for v in record.metrics.values()), default=0)
-    seed = record.seeds.get("training")
+    count = len(method.entries)
+    repeated = [entry.repeated.created[:10] for entry in method.entries if entry.repeated is not None]
+    verified = [max(r.created for r in e.verified.values())[:10] for e in method.entries if e.verified]
+
+    def mean(name: str, unit: float = 1.0) -> Cell:
+        value = method.mean_cost(name)
+        return number_cell(None if value is None else value / unit)
+
     return {
-        "Method": Cell(method_name(record), note="; ".join(row_notes(entry))),
-        "Variant": Cell(record.variant),
-        **{metric_name(key): metric_cell(key, record.metrics.get(key)) for key in keys},
+        "Method": Cell(method_name(record), note="; ".join(row_notes(method))),
+        "Variant": Cell(method.variant),
+        **{metric_name(key): metric_cell(key, method) for key in keys},
         "T": Cell(str(record.num_steps), record.num_steps) if spiking and record.num_steps else Cell("-"),
-        "Rate": number_cell(cost.firing_rate if cost else None),
+        "Rate": mean("firing_rate"),
         "Solver": Cell(record.solver or "-"),
         "NFE": Cell("-") if record.nfe is None else Cell(str(record.nfe), record.nfe),
-        "G SOPs": number_cell(cost.sops / 1e9 if cost else None),
-        "mJ": number_cell(cost.energy_strict_mj if cost else None)._replace(note=incomplete_cost(cost)),
-        "M params": number_cell(cost.parameters / 1e6 if cost else None),
-        "Images/s": number_cell(cost.images_per_second if cost else None),
+        "G SOPs": mean("sops", 1e9),
+        "mJ": mean("energy_strict_mj")._replace(note=incomplete_cost(cost)),
+        "M params": mean("parameters", 1e6),
+        "Images/s": mean("images_per_second"),
         "Samples": Cell(f"{samples:,}", samples),
-        "Seed": Cell("-" if seed is None else str(seed), seed),
-        "Repeated": Cell("-" if entry.verified is None else entry.verified.created[:10]),
+        "Seeds": Cell(str(count), count) if record.images is None else Cell("-"),
+        "Repeated": _dates(repeated, count),
+        "Verified": _dates(verified, count),
     }
 
 
@@ -265,12 +343,37 @@ def incomplete_cost(cost: Cost | None) -> str:
     return f"the cost is a lower bound: it lacks the products of {names}, which cannot be counted" if names else ""
 
 
-def metric_cell(key: str, metric: MetricValue | None) -> Cell:
-    """Formats a metric with the decimals of `uncertain_cell`."""
-    if metric is None:
+def _dates(days: list[str], count: int) -> Cell:
+    """Shows how many records of a row were repeated; the date if the row has one record."""
+    if not days:
         return Cell("-")
-    value, uncertainty = metric.value * _SCALE.get(key, 1), metric.uncertainty * _SCALE.get(key, 1)
-    return uncertain_cell(value, uncertainty, metric.note)
+    return Cell(days[0] if count == 1 else f"{len(days)} of {count}")
+
+
+def metric_cell(key: str, method: Method, scaled: bool = True) -> Cell:
+    """Formats the mean of a metric and its 95 % interval: over seeds, or of the evaluation of a single training.
+
+    Args:
+        key: Key of the metric.
+        method: Row of the table.
+        scaled: Whether to multiply by the factor in the column's header.
+    """
+    scale = _SCALE.get(key, 1) if scaled else 1
+    values = [value * scale for value in method.values(key).values()]
+    found = [entry.record.metrics[key] for entry in method.entries if key in entry.record.metrics]
+    if not found:
+        return Cell("-")
+    note = "; ".join(sorted({metric.note for metric in found} - {""}))
+    if (interval := half_width(values)) is None:
+        return evaluation_cell(key, found[0], scaled)
+    return uncertain_cell(statistics.fmean(values), interval, note)
+
+
+def evaluation_cell(key: str, metric: MetricValue, scaled: bool = True) -> Cell:
+    """Formats a metric of one record with the 95 % interval of its evaluation."""
+    scale = _SCALE.get(key, 1) if scaled else 1
+    cell = uncertain_cell(metric.value * scale, OF_AN_EVALUATION * metric.uncertainty * scale, metric.note)
+    return cell._replace(single=True)
 
 
 def uncertain_cell(value: float, uncertainty: float, note: str = "") -> Cell:
@@ -279,9 +382,9 @@ def uncertain_cell(value: float, uncertainty: float, note: str = "") -> Cell:
     return Cell(f"{value:.{decimals}f}", value, f"{uncertainty:.{decimals}f}", note)
 
 
-def plus_minus(value: float, spread: float | None = None) -> str:
-    """Formats a distance and its uncertainty or spread, if there is one, with two decimals each."""
-    return f"{value:.2f}" if spread is None else f"{value:.2f} ±{spread:.2f}"
+def plus_minus(value: float, interval: float | None = None) -> str:
+    """Formats a distance and half of its 95 % interval, if there is one, with two decimals each."""
+    return f"{value:.2f}" if interval is None else f"{value:.2f} ±{interval:.2f}"
 
 
 def number_cell(value: float | None) -> Cell:
@@ -291,26 +394,26 @@ def number_cell(value: float | None) -> Cell:
     return Cell(f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}", value)
 
 
-def table_title(entry: Entry) -> str:
-    """Returns the title of the table of an entry: dataset and protocol."""
-    return f"{entry.record.dataset.name}, {entry.record.protocol.name}"
+def table_title(record: Record) -> str:
+    """Returns the title of the table of a record: dataset and protocol."""
+    return f"{record.dataset.name}, {record.protocol.name}"
 
 
-def table_provenance(entry: Entry) -> str:
-    """Returns one line on the reference data, extractor and protocol of the table of an entry."""
-    r = entry.record
-    successor = f", superseded by {entry.superseded_by}" if entry.superseded_by else ""
+def table_provenance(r: Record) -> str:
+    """Returns one line on the reference data, extractor and protocol of the table of a record."""
+    successor = SUPERSEDED_BY.get(r.protocol.name)
+    superseded = f", superseded by {successor}" if successor else ""
     return (
         f"Reference: {r.dataset.fingerprint[:12]} from {r.dataset.source}. Extractor: {r.extractor.name} "
-        f"({r.extractor.sha256[:8]}). Protocol: {r.protocol.sha256[:8]}{successor}. mJ: MACs and "
+        f"({r.extractor.sha256[:8]}). Protocol: {r.protocol.sha256[:8]}{superseded}. mJ: MACs and "
         "accumulates per image at 45 nm, strict count, without memory access."
     )
 
 
-def row_notes(entry: Entry) -> list[str]:
+def row_notes(method: Method) -> list[str]:
     """Returns the footnotes of a whole row: of its method, and of what keeps it from being ranked."""
-    record = entry.record
-    notes = status_notes(entry)
+    record = method.record
+    notes = status_notes(method)
     if record.code.external:
         notes.append(f"external code: {', '.join(f'{name} {code}' for name, code in record.code.external.items())}.")
     return notes + ([method_note(record)] if record.images is None and method_note(record) else [])
@@ -322,9 +425,9 @@ def method_note(record: Record) -> str:
     return " ".join(filter(None, notes))
 
 
-def status_notes(entry: Entry) -> list[str]:
+def status_notes(method: Method) -> list[str]:
     """Returns the footnotes on what keeps a row from being ranked."""
-    record = entry.record
+    record = method.record
     notes = [f"transfer: {difference}." for difference in record.transfers]
     if (made := record.images) is not None:
         notes.append("images: made by other code, so that `leaderboard verify` cannot repeat them.")
@@ -333,65 +436,78 @@ def status_notes(entry: Entry) -> list[str]:
     return notes
 
 
-def _notes(group: list[Entry]) -> list[str]:
-    notes = {v.note for entry in group for v in entry.record.metrics.values() if v.note}
-    notes |= {note for entry in group for note in row_notes(entry)}
-    notes |= {note for entry in group if (note := incomplete_cost(entry.record.cost))}
-    return [f"* {note}" for note in sorted(notes)]
+def _notes(group: list[Method]) -> list[str]:
+    entries = [entry for method in group for entry in method.entries]
+    notes = {value.note for e in entries for key, value in e.record.metrics.items() if not HIDDEN.fullmatch(key)}
+    notes |= {note for method in group for note in row_notes(method)}
+    notes |= {incomplete_cost(entry.record.cost) for entry in entries}
+    return [f"* {note}" for note in sorted(notes - {""})]
 
 
-def _print_wide(console: Console, group: list[Entry]) -> None:
+def _print_wide(console: Console, group: list[Method]) -> None:
     """Prints the wide table: related cells are stacked (100 characters for a few metrics), files are listed below."""
     rows = table_rows(group)
     metrics = list(rows[0])[3 : list(rows[0]).index("T")]
     table = Table(
-        title=Text(table_title(group[0])),
+        title=Text(table_title(group[0].record)),
         box=box.SIMPLE_HEAD,
         title_justify="left",
         pad_edge=False,
+        show_edge=False,
         collapse_padding=True,
     )
-    pair = ("Prec.", "Recall")
-    singles = [(m,) for m in metrics if m not in pair]
-    stacks = [("#",), ("Method", "Variant"), *singles, *([pair] if set(pair) <= set(metrics) else []), *_STACKS]
+    stacks = [("#", "Seeds"), ("Method", "Variant"), *((m,) for m in metrics), *_STACKS]
     for stack in stacks:
         header = re.sub("_(?=[^_]+$)", "\n_", stack[0]) if len(stack) == 1 else "\n".join(stack)
         min_width = max(len(str(row["Method"])) for row in rows) if stack[0] == "Method" else None
         justify: Literal["left", "right"] = "left" if stack[0] in ("#", "Method") else "right"
         table.add_column(header, justify=justify, overflow="fold", min_width=min_width)
-    for number, row in enumerate(rows, 1):
-        row = row | {"File": Cell(f"[{number}]")}
-        cells = ["\n".join(str(row[name]) for name in stack).replace(" ±", "\n±") for stack in stacks]
-        last_ranked = group[number - 1].is_ranked and number < len(group) and not group[number].is_ranked
-        table.add_row(*map(Text, cells), end_section=last_ranked)
+    files: list[Path] = []
+    for number, (method, row) in enumerate(zip(group, rows, strict=True), 1):
+        seeds = seed_rows(method, row)
+        for entry, part in zip([None, *method.entries] if seeds else method.entries, [row, *seeds], strict=True):
+            files += [entry.path] if entry else []
+            cells = part | {"File": Cell(f"[{len(files)}]" if entry else "")}
+            stacked = ["\n".join(str(cells[n]) for n in stack if str(cells[n]) or entry is None) for stack in stacks]
+            last = part is ([row, *seeds])[-1] and number < len(group)
+            table.add_row(
+                *(Text(re.sub(r" (?=\(?±)", "\n", cell)) for cell in stacked),
+                style="dim" if part is not row else None,
+                end_section=last and method.is_ranked and not group[number].is_ranked,
+            )
     console.print(table)
-    for line in (table_provenance(group[0]), *_notes(group), *(f"[{n}] {e.path}" for n, e in enumerate(group, 1))):
+    listed = [f"[{n}] {path}" for n, path in enumerate(files, 1)]
+    for line in (MEANING, table_provenance(group[0].record), *_notes(group), *listed):
         console.print(Text(line, style="dim"), soft_wrap=True)
     console.print()
 
 
-def short_rows(group: list[Entry], newest: Entry | None) -> list[int | None]:
+def short_rows(count: int, newest: int | None) -> list[int | None]:
     """Returns the indices of the rows of the short table; None marks a gap.
 
-    They are the first rows, the newest run and its neighbours.
+    They are the first rows, the row of the newest run and its neighbours.
+
+    Args:
+        count: Number of rows of the whole table.
+        newest: Index of the row of the newest run.
     """
-    if len(group) <= SHORT_ROWS:
-        return list(range(len(group)))
-    index = group.index(newest) if newest in group else 0
+    if count <= SHORT_ROWS:
+        return list(range(count))
+    index = newest or 0
     if index < SHORT_ROWS - 1:
         return [*range(SHORT_ROWS - 1), None]
-    first, last = index - 1, min(index + 1, len(group) - 1)
-    top = SHORT_ROWS - 1 - (last - first + 1) - (last < len(group) - 1)
-    return [*range(top), None, *range(first, last + 1), *[None] * (last < len(group) - 1)]
+    first, last = index - 1, min(index + 1, count - 1)
+    top = SHORT_ROWS - 1 - (last - first + 1) - (last < count - 1)
+    return [*range(top), None, *range(first, last + 1), *[None] * (last < count - 1)]
 
 
-def _print_short(console: Console, group: list[Entry], newest: Entry | None, every_row: bool) -> None:
+def _print_short(console: Console, group: list[Method], newest: Entry | None, every_row: bool) -> None:
     """Prints the short table, one line per row; marks the newest run and crops names that do not fit."""
-    rows = table_rows(group)
+    rows, marked = table_rows(group), _row_of(newest, group)
     metrics = list(rows[0])[3 : list(rows[0]).index("T")][:1]
-    numbers = [*metrics, "T", "Rate", "NFE", "mJ", "Seed"]
-    title = table_title(group[0]) + (f": best {metrics[0]} first" if math.isfinite(group[0].frechet) else "")
-    title += ", > is the newest run" if newest in group else ""
+    numbers = [*metrics, "T", "Rate", "NFE", "mJ", "Seeds"]
+    title = table_title(group[0].record) + (f": best {metrics[0]} first" if math.isfinite(group[0].frechet) else "")
+    title += ", > is the newest run" if marked is not None else ""
     console.print(Text(title, style="italic"), no_wrap=True, overflow="ellipsis")
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
     table.add_column("#", justify="right", no_wrap=True)
@@ -399,37 +515,36 @@ def _print_short(console: Console, group: list[Entry], newest: Entry | None, eve
     for name in numbers:
         table.add_column(Text(name), justify="right", no_wrap=True)
     notes: list[str] = []
-    for index in range(len(group)) if every_row else short_rows(group, newest):
+
+    def add(rank: str, name: str, row: dict[str, Cell], style: str | None) -> None:
+        cells = [rank, name, *(str(row[n]) for n in numbers)]
+        table.add_row(*(Text(c, no_wrap=True, overflow="ellipsis") for c in cells), style=style)
+
+    for index in range(len(group)) if every_row else short_rows(len(group), marked):
         if index is None:
             table.add_row("...")
             continue
-        row, marked = rows[index], group[index] == newest
-        cells = [
-            f"{'> ' if marked else ''}{row['#']}",
-            entry_name(group[index].record),
-            *(str(row[n]) for n in numbers),
-        ]
-        table.add_row(*(Text(c, no_wrap=True, overflow="ellipsis") for c in cells), style="bold" if marked else None)
-        found = [*(row[name].note for name in metrics), *status_notes(group[index])]
+        method, row = group[index], rows[index]
+        add(f"{'> ' * (index == marked)}{row['#']}", method.name, row, "bold" if index == marked else None)
+        found = [*(row[name].note for name in metrics), *status_notes(method)]
         notes += [note for note in found if note not in ("", *notes)]
+        if every_row or index == marked:
+            for entry, part in zip(method.entries, seed_rows(method, row), strict=False):
+                if every_row or entry == newest:
+                    is_newest = entry == newest
+                    add("> " * is_newest, f"  {part['Method']}", part, "bold" if is_newest else "dim")
     console.print(table)
     for note in notes:
         console.print(Text(f"* {note}", style="dim"))
+    console.print(Text(_meaning(group), style="dim"))
 
 
-def entry_name(record: Record) -> str:
-    """Returns method, variant and the mark of code outside the suite on one line."""
-    named = record.variant not in ("", "default")
-    parts = [method_name(record), *[record.variant] * named, *["external code"] * bool(record.code.external)]
-    return " ".join(", ".join(parts).split())
-
-
-def method_name(record: Record) -> str:
-    """Returns the method, marked if it is conditional, with the scale of guidance unless that is off."""
-    if record.conditional is None:
-        return record.method
-    scale = "" if record.conditional == 1 else f", guidance {record.conditional:g}"
-    return f"{record.method} (conditional{scale})"
+def _meaning(group: list[Method]) -> str:
+    """Explains the ± and the ranks of a table in one line of 80 columns."""
+    single = any(len(method.entries) < 2 for method in group)
+    if all(len(method.entries) < 2 for method in group):
+        return "(±): 95 %, of the evaluation; single seeds share all ranks"
+    return "±: 95 % over seeds" + ", in parentheses of one evaluation" * single + "; equal ranks: cannot tell"
 
 
 def markdown_line(cells: Iterable[str]) -> str:

@@ -59,11 +59,13 @@ def test_repetition_that_agrees_is_copied(sound: Record, value: float | None, tm
     path = write_record(sound, tmp_path / "run" / "records")
     repeated = sound if value is None else with_metric(sound, value=value)
     write_atomic(Entry(path, sound).repetition, record_text(repeated))
+    write_atomic(Entry(path, sound).verification("A. Third"), record_text(repeated))
     main(["leaderboard", "add", str(path), f"--to={tmp_path / 'board' / 'records'}"])
     (added,) = (tmp_path / "board" / "records").iterdir()
     entry = Entry(added, read_record(added))
-    assert entry.verified == (repeated if value is None else None)
-    assert entry.repetition.exists() == (value is None)
+    assert entry.repeated == (repeated if value is None else None)
+    assert entry.verified == ({"A. Third": repeated} if value is None else {})
+    assert entry.repetition.exists() == entry.verification("A. Third").exists() == (value is None)
 
 
 def test_sound_record_is_added_under_its_own_name(

@@ -27,8 +27,10 @@ def test_committed_records_are_consistent_and_have_samples() -> None:
 
 def test_committed_repetitions_agree() -> None:
     entries = [Entry(path, read_record(path)) for path in find_records([RECORDS])]
-    kept = sorted(Path(RECORDS).with_name("repetitions").glob("*"))
-    assert kept == sorted(entry.repetition for entry in entries if entry.verified)
+    kept = sorted(Path(RECORDS).with_name("repetitions").rglob("*.json"))
+    agreeing = [entry.repetition for entry in entries if entry.repeated]
+    agreeing += [entry.verification(name) for entry in entries for name in entry.verified]
+    assert kept == sorted(agreeing)
 
 
 def test_committed_tables_match_the_records(tmp_path: Path) -> None:

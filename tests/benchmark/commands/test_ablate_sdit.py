@@ -80,7 +80,7 @@ def test_test_that_is_not_its_protocol_is_refused_before_training(tmp_path: Path
 
 
 def test_spread_over_seeds() -> None:
-    assert _spread([1.0, 2.0, 3.0]) == "2.00 ±1.00"
+    assert _spread([1.0, 2.0, 3.0]) == "2.00 ±2.48"
     assert _spread([1.0]) == "1.00"
 
 

@@ -104,7 +104,7 @@ def test_a_test_is_repeated_where_asked_for(
     (record,) = find_records([configs.parent / "out"])
     assert in_process == [["leaderboard", "verify", str(record), "--keep=true"]]
     assert (record.parent.parent / "repetitions" / record.name).is_file()
-    assert ", verified" in capsys.readouterr().out
+    assert ", repeated" in capsys.readouterr().out
     assert run(configs, "--verify") == 0
     assert len(in_process) == 1
 

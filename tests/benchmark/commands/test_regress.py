@@ -67,7 +67,7 @@ def test_worse_fails_and_better_does_not(
     table, bad = compare(outcomes, {"sdm": baseline})
     assert bad is failed
     assert words in shown(table)
-    assert "│ 10.00 ±1.00 │ 14.00 │" in shown(table)
+    assert "│ 10.00 (sd 1.00) │ 14.00 │" in shown(table)
 
 
 def test_a_layer_that_is_counted_otherwise_fails(baseline: Baseline, make_record: MakeRecord) -> None:

@@ -114,7 +114,7 @@ def test_solvers_are_compared_at_equal_evaluations(
     assert Image.open(plot).width > 600
     table = capsys.readouterr().out
     for name in SOLVERS:
-        assert re.search(rf"│ {re.escape(name)} +│ +[\d.]+ ±", table), name
+        assert re.search(rf"│ {re.escape(name)} +│ +[\d.]+ \(±", table), name
 
 
 def test_thresholds_change_the_firing_rate(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from benchmark.cli import main
 from benchmark.commands.sweeps import SOLVERS
 from benchmark.commands.verify import verify
 from benchmark.runs import newest_run
+from leaderboard.record.entries import Entry
 from leaderboard.record.records import MetricValue, Record, find_records, read_record, redact_paths
 from leaderboard.record.repetition import agree
 
@@ -74,7 +75,7 @@ def copied(record: Path, tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.usefixtures("repeated")
-def test_a_kept_repetition_marks_the_row_as_verified(
+def test_a_kept_repetition_marks_the_row_as_repeated(
     record: Path, copied: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kept = tmp_path / "repetitions" / record.name
@@ -85,6 +86,36 @@ def test_a_kept_repetition_marks_the_row_as_verified(
     capsys.readouterr()
     main(["leaderboard", f"--records=[{tmp_path}]", "--wide"])
     assert read_record(record).created[:10] in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("repeated")
+def test_a_repetition_by_others_marks_the_row_as_verified(record: Path, copied: list[str], tmp_path: Path) -> None:
+    main([*copied, "--keep=true", "--by=Third Party"])
+    kept = tmp_path / "repetitions" / "Third Party" / record.name
+    assert read_record(kept) == redact_paths(read_record(record))
+    entry = Entry(tmp_path / "records" / record.name, read_record(record))
+    assert entry.repeated is None
+    assert list(entry.verified) == ["Third Party"]
+    assert find_records([tmp_path]) == [entry.path]  # a repetition is not a record of its own
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--keep=true", "--by=../x"], "--by '../x' is not a suitable name"),
+        (["--keep=true", "--by=Records"], "--by 'Records' is not a suitable name"),
+        (["--by=Third Party"], "nothing is kept: add --keep true"),
+    ],
+)
+@pytest.mark.usefixtures("repeated")
+def test_an_unsuitable_name_is_refused(
+    copied: list[str], options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*copied, *options])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "repetitions").exists()
 
 
 def test_a_repetition_that_does_not_agree_is_not_kept(

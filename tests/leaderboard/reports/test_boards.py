@@ -12,8 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+from leaderboard.files import write_atomic
 from leaderboard.pictures import grid, save_png
 from leaderboard.protocols import STANDARD_V1
+from leaderboard.record.entries import Entry
 from leaderboard.record.records import MetricValue, Record, write_record
 from leaderboard.reports.boards import Row, measured_boards, picture, published_boards
 from leaderboard.reports.published import Published, read_published
@@ -37,19 +39,39 @@ def test_drafts_come_last_and_are_not_ranked(make_record: Make) -> None:
     records = [make_record(fd=0.1, draft=True), make_record(fd=9.0)]
     (board,) = measured_boards((Path(f"{i}.json"), r) for i, r in enumerate(records))
     assert [(row.source, row.cells["#"].value) for row in board.rows] == [("measured", 1), ("draft", None)]
-    assert board.plot is not None
-    assert [m.on_front for m in board.plot.marks] == [True, False]
+    wide, narrow = board.plots
+    assert [m.on_front for m in wide.marks] == [m.on_front for m in narrow.marks] == [True, False]
 
 
 def test_row_contains_the_record_file(make_record: Make, tmp_path: Path) -> None:
     path = write_record(make_record(), tmp_path)
     ((row,),) = (board.rows for board in measured_boards([(path, make_record())]))
-    assert row.json == path.read_text()
-    assert row.file == path.name
-    facts = " ".join(row.facts.values())
+    (detail,) = row.details
+    assert detail.json == path.read_text()
+    assert detail.file == path.name
+    assert row.anchor == detail.anchor
+    facts = " ".join(detail.facts.values())
     for part in ("a" * 64, "b" * 64, "f" * 64, "torch 2.8", "0" * 40, "sampling 0", "63,470,000"):
         assert part in facts
-    assert row.config == "model:\n  num_steps: 4\n"
+    assert detail.config == "model:\n  num_steps: 4\n"
+
+
+def test_seeds_share_a_row_and_keep_their_records(make_record: Make, tmp_path: Path) -> None:
+    records = [make_record(fd=1.0 + seed, seeds={"training": seed}) for seed in (2, 0, 1)]
+    paths = [write_record(record, tmp_path / "records") for record in records]
+    entry = Entry(paths[1], records[1])
+    write_atomic(entry.repetition, paths[1].read_text())
+    write_atomic(entry.verification("Third party"), paths[1].read_text())
+    (board,) = measured_boards(zip(paths, records, strict=True))
+    (row,) = board.rows
+    assert (str(row.cells["fd_digits"]), row.cells["Seeds"].text) == ("2.0 ±2.5", "3")
+    assert (row.cells["Repeated"].text, row.cells["Verified"].text) == ("1 of 3", "1 of 3")
+    assert [detail.name for detail in row.details] == ["seed 0", "seed 1", "seed 2"]
+    assert [str(detail.cells["fd_digits"]) for detail in row.details] == [f"{n}.000 (±0.024)" for n in (1, 2, 3)]
+    assert [detail.file for detail in row.details] == [paths[i].name for i in (1, 2, 0)]
+    assert "Repeated" in row.details[0].facts
+    assert "Verified by Third party" in row.details[0].facts
+    assert "Repeated" not in row.details[1].facts
 
 
 def test_columns_have_a_direction_and_notes_become_footnotes(make_record: Make) -> None:
@@ -63,7 +85,7 @@ def test_columns_have_a_direction_and_notes_become_footnotes(make_record: Make) 
     assert (columns["FID"].numeric, columns["Variant"].numeric) == (True, False)
     assert board.footnotes == ["another note", "singular covariance"]
     assert board.mark(board.rows[0].cells["FID"]) == 2
-    assert "FID: singular covariance" in board.rows[0].facts["Notes"]
+    assert "FID: singular covariance" in board.rows[0].details[0].facts["Notes"]
 
 
 def test_a_method_that_is_not_the_published_one_has_a_footnote(make_record: Make) -> None:
@@ -73,7 +95,7 @@ def test_a_method_that_is_not_the_published_one_has_a_footnote(make_record: Make
     assert "not SDiT as released" in board.footnotes[0]
     labels = {column.name: column.label for column in board.columns}
     assert (labels["mJ"], labels["NFE"]) == ("45 nm arithmetic, mJ", "NFE")
-    assert all(column.meaning for column in board.columns if column.name in ("mJ", "Repeated"))
+    assert all(column.meaning for column in board.columns if column.name in ("mJ", "Seeds", "Repeated", "Verified"))
 
 
 def test_published_boards_separate_protocols_and_keep_every_result(published: Published) -> None:
@@ -98,9 +120,9 @@ def test_published_numbers_are_shown_as_printed_with_their_caveats(published: Pu
     assert row.link == ("Source", "https://arxiv.org/abs/2408.16467")
     marked = [board.footnotes[n - 1] for n in board.marks(row)]
     assert any("46.21" in note for note in marked)
-    assert json.loads(row.json)["caveats"] == row.caveats
-    assert board.plot is not None
-    assert len(board.plot.marks) == 3
+    assert json.loads(row.details[0].json)["caveats"] == row.caveats
+    assert [len(plot.marks) for plot in board.plots] == [3, 3]
+    assert shown["Reproduced"] == "not tried"
 
 
 def test_method_key_ignores_spelling(make_record: Make, published: Published) -> None:
@@ -159,5 +181,5 @@ def test_record_without_neurons_or_checkpoint(make_record: Make) -> None:
     (board,) = measured_boards([(Path("a.json"), replace(record, cost=cost))])
     (row,) = board.rows
     assert [row.cells[name].value for name in ("T", "Rate", "Images/s")] == [None, None, None]
-    assert row.facts["Checkpoint"] == "none"
-    assert "not defined" in row.facts["Energy"]
+    assert row.details[0].facts["Checkpoint"] == "none"
+    assert "not defined" in row.details[0].facts["Energy"]

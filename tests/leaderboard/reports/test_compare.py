@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from scipy.stats import ttest_rel
 
 from leaderboard.files import canonical_sha256
 from leaderboard.protocols import OFFLINE_V1, STANDARD_V1
@@ -52,9 +53,20 @@ def test_differences_are_shown(make_record: Make, tmp_path: Path, capsys: pytest
     assert rows["sops"] == ["3.2e+09", "6.4e+09", "(2", "of", "A)"]
     assert rows["peak_memory_bytes"] == ["-", "100"]
     assert "macs" not in rows
-    assert rows["fd_digits"] == ["1.5", "±0.012", "1.2", "±0.012", "-0.3", "±0.017", "B", "yes", "(17.2)"]
-    assert rows["kd_digits"][-3:] == ["A", "no", "(0.3)"]
-    assert rows["is_mean"] == ["-", "2", "±0.1", "-", "-", "-"]
+    assert rows["fd_digits"] == [
+        "1.500",
+        "(±0.024)",
+        "1.200",
+        "(±0.024)",
+        "-0.3",
+        "(±0.034)",
+        "-",
+        "-",
+        "cannot",
+        "tell",
+    ]
+    assert rows["is_mean"] == ["-", "2.00", "(±0.20)", "-", "-", "-", "-"]
+    assert rows["A"][:5] == ["single", "training", "cannot", "be", "told"]
     assert "warning:" not in rows
 
 
@@ -62,14 +74,93 @@ def test_differences_are_shown(make_record: Make, tmp_path: Path, capsys: pytest
     ("key", "better"),
     [
         *((key, "A") for key in ("fid", "fd_digits", "kid_mean", "fad_eval", "fid_svd", "reconstruction_mse")),
-        *((key, "B") for key in ("is_mean", "is_torchvision", "precision", "recall_digits", "reconstruction_ssim")),
+        *((key, "B") for key in ("is_mean", "is_torchvision", "precision", "coverage", "reconstruction_ssim")),
+        ("recall_digits", "B is higher"),
     ],
 )
 def test_which_is_better(
     make_record: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str, better: str
 ) -> None:
-    a, b = (make_record(metrics={key: MetricValue(value, 0.0, 2000)}) for value in (1.0, 2.0))
-    assert shown(a, b, tmp_path, capsys)[key][-2:] == [better, "yes"]
+    for name, mean in (("a", 1.0), ("b", 2.0)):
+        for seed, noise in enumerate((-0.01, 0.0, 0.02)):
+            metrics = {key: MetricValue(mean + noise * mean, 0.5, 2000)}
+            write_record(make_record(metrics=metrics, seeds={"training": seed}), tmp_path / name)
+    compare(str(tmp_path / "a"), str(tmp_path / "b"))
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.strip().startswith(key))
+    assert line.strip().split("  ")[-1].strip() == better
+
+
+def group(make_record: Make, folder: Path, values: dict[int, float], **fields: object) -> str:
+    """Writes one record per training seed and returns their folder."""
+    for seed, fd in values.items():
+        metrics = {"fd_digits": MetricValue(fd, 0.01, 2000), "kd_digits": MetricValue(fd / 10 + seed, 0.01, 2000)}
+        write_record(make_record(metrics=metrics, seeds={"training": seed}, **fields), folder)
+    return str(folder)
+
+
+def metrics_of(capsys: pytest.CaptureFixture[str]) -> dict[str, list[str]]:
+    lines = [line.split() for line in capsys.readouterr().out.partition("\nmetrics")[2].splitlines()]
+    return {words[0]: words[1:] for words in lines if words}
+
+
+def test_groups_are_paired_by_seed_and_corrected(
+    make_record: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a = group(make_record, tmp_path / "a", {0: 3.2, 1: 3.1, 2: 3.4})
+    b = group(make_record, tmp_path / "b", {2: 2.81, 1: 2.5, 0: 2.6}, variant="longer")
+    compare(a, b)
+    found = metrics_of(capsys)
+    p = float(ttest_rel([2.6, 2.5, 2.81], [3.2, 3.1, 3.4]).pvalue)
+    assert found["fd_digits"][4:] == ["-0.5967", "±0.014", f"{p:.2g}", f"{2 * p:.2g}", "B"]
+    assert found["kd_digits"][4:] == ["-0.05967", "±0.0014", f"{p:.2g}", f"{2 * p:.2g}", "B"]
+
+
+def test_two_seeds_of_one_method_are_not_called_different(
+    make_record: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Six errors of an evaluation apart, as two seeds of one method can be."""
+    a, b = (group(make_record, tmp_path / name, {seed: fd}) for name, seed, fd in (("a", 1, 3.067), ("b", 2, 3.444)))
+    compare(a, b)
+    assert metrics_of(capsys)["fd_digits"][4:] == ["+0.377", "(±0.028)", "-", "-", "cannot", "tell"]
+
+
+def test_a_group_is_one_method(make_record: Make, tmp_path: Path) -> None:
+    a = group(make_record, tmp_path / "a", {0: 3.2, 1: 3.1})
+    group(make_record, tmp_path / "a", {2: 3.0}, variant="longer")
+    with pytest.raises(ValueError, match=r"its 3 records differ in more than the training seed \(.*SDDPM longer"):
+        compare(a, a)
+    with pytest.raises(FileNotFoundError, match="'nowhere' is neither a file, a folder, a pattern"):
+        compare(a, "nowhere", records=[str(tmp_path)])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty: the folder contains no record"):
+        compare(a, str(tmp_path / "empty"))
+
+
+def test_groups_are_rows_or_patterns_or_lists(
+    make_record: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    group(make_record, tmp_path / "a" / "records", {0: 3.2, 1: 3.1, 2: 3.4})
+    group(make_record, tmp_path / "b" / "records", {0: 2.6, 1: 2.5, 2: 2.81}, variant="longer, tdBN")
+    compare("SDDPM", "SDDPM, longer, tdBN", records=[str(tmp_path)])
+    by_name = capsys.readouterr().out
+    assert "B: SDDPM, longer, tdBN, digits, offline-v1, seeds 0, 1, 2" in by_name
+    compare(f"{tmp_path}/a/records/*.json", ",".join(map(str, (tmp_path / "b" / "records").iterdir())))
+    assert capsys.readouterr().out == by_name
+    compare("SDDPM", f"{tmp_path}/b", records=[str(tmp_path)])
+    assert capsys.readouterr().out == by_name
+    group(make_record, tmp_path / "c" / "records", {0: 1.0}, dataset=Dataset("mnist", "f" * 64, "hub"))
+    group(make_record, tmp_path / "d" / "records", {0: 1.0}, dataset=Dataset("mnist", "f" * 64, "hub"), method="SDM")
+    compare("SDDPM", "SDM", records=[str(tmp_path)])  # in one table only
+    group(make_record, tmp_path / "e" / "records", {0: 1.0}, method="SDM")
+    with pytest.raises(ValueError, match=r"several tables \(digits, offline-v1; mnist, offline-v1\): add --data NAME"):
+        compare("SDDPM", "SDM", records=[str(tmp_path)])
+    compare("SDDPM", "SDM", data="mnist", records=[str(tmp_path)])
+    group(make_record, tmp_path / "f" / "records", {0: 1.0}, method="SDM", solver="fast")
+    with pytest.raises(
+        ValueError, match=r"'SDM' is the name of 2 rows of digits, offline-v1: SDM, .*, 50; SDM, .*, 50"
+    ):
+        compare("SDDPM", "SDM", data="digits", records=[str(tmp_path)])
+    compare("SDDPM", "SDM, fast, 50", data="digits", records=[str(tmp_path)])
 
 
 def test_equal_records_have_no_differences(
@@ -77,7 +168,7 @@ def test_equal_records_have_no_differences(
 ) -> None:
     rows = shown(make_record(), make_record(), tmp_path, capsys)
     assert rows["configuration:"] == rows["cost"][-2:] == ["the", "same"]
-    assert rows["fd_digits"][-3:] == ["0", "equal", "no"]
+    assert rows["fd_digits"][-3:] == ["-", "-", "equal"]
 
 
 def test_records_of_different_tables_are_incomparable(

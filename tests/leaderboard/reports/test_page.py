@@ -27,6 +27,8 @@ playwright = pytest.importorskip("playwright.sync_api", reason="the browser's dr
 Make = Callable[..., Record]
 HOSTILE = """<script>window.broken=1</script><img src=x onerror="window.broken=1">'"`${window.broken=1}"""
 LONG = "a-variant-" + "x" * 200
+ROWS = 21
+"""Rows of measured results; one of them has three seeds."""
 CHROMIUM = """--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking
 --disable-component-update --disable-sync"""
 
@@ -45,6 +47,7 @@ def write_records(make: Make, root: Path) -> None:
         make(fd=5.5, method=HOSTILE, variant=HOSTILE, solver=HOSTILE, hardware=HOSTILE, **config),
         make(fd=5.6, variant=LONG, extractor=Artefact("digits", "b" * 64)),
     ]
+    records += [make(fd=20.0 + k, method="Seeded", variant="three seeds", seeds={"training": k}) for k in range(3)]
     names = ("SDDPM", "FSDDIM", "SDiT")
     for i, (name, data) in enumerate((n, d) for n in names for d in ("mnist", "cifar10")):
         metrics = {
@@ -120,15 +123,15 @@ def test_hostile_names_are_escaped(html: str) -> None:
 
 
 def test_hostile_published_numbers_are_escaped(published: Published) -> None:
-    result = PublishedResult(HOSTILE, "SNN", HOSTILE, {HOSTILE: 1.0}, "s", HOSTILE, HOSTILE, caveats=(HOSTILE,))
+    result = PublishedResult(HOSTILE, "SNN", HOSTILE, {HOSTILE: 1.0}, "s", HOSTILE, HOSTILE, "no", caveats=(HOSTILE,))
     hostile = Published({"s": Source(HOSTILE, HOSTILE)}, {HOSTILE: HOSTILE}, {HOSTILE: HOSTILE}, (result,))
     assert_harmless(render_page([], hostile))
 
 
 def test_plain_page_shows_all_without_javascript(html: str, published: Published) -> None:
     body = html.split("<script>")[0]
-    assert body.count('<tbody class="entry') == 20 + len(published.results)
-    assert body.count('<pre class="json"') == 20 + len(published.results)
+    assert body.count('<tbody class="entry') == ROWS + len(published.results)
+    assert body.count('<pre class="json"') == ROWS + 2 + len(published.results)
     assert 'class="controls" role="search" hidden' in body  # the controls need JavaScript, which shows them
 
 
@@ -181,7 +184,7 @@ def board(page: Any, title: str) -> Any:
 
 def column(table: Any, name: str) -> list[str]:
     """Returns the texts of a column in the order shown."""
-    heads, *rows = table.locator("table").evaluate(
+    heads, *rows = table.locator("table.results").evaluate(
         "t => [...t.rows].filter(r => r.className !== 'detail').map(r => [...r.cells].map(c => c.innerText.trim()))"
     )
     place = next(i for i, text in enumerate(heads) if text.split("\u202f")[0] == name)
@@ -195,9 +198,7 @@ def sort(table: Any, name: str) -> Any:
 
 
 def numbers(texts: list[str]) -> list[float | None]:
-    return [
-        None if text in ("-", "\u2013") else float(text.split()[0].replace(",", "").split("±")[0]) for text in texts
-    ]
+    return [None if text in ("-", "\u2013") else float(re.split("[-\\s]", text.replace(",", ""))[0]) for text in texts]
 
 
 def test_numbers_sort_as_numbers_and_missing_ones_come_last(open_page: Callable[..., Any]) -> None:
@@ -213,7 +214,8 @@ def test_numbers_sort_as_numbers_and_missing_ones_come_last(open_page: Callable[
             assert column(table, "Variant")[-1] == "few images"  # a draft, whatever its value
             header.locator("button").click()
         assert header.get_attribute("aria-sort") == "none"
-        assert numbers(column(table, "#")) == [*map(float, range(1, 14)), None]
+        assert column(table, "#") == ["1-14"] * 14 + ["\u2013"]  # single seeds cannot be told apart
+        assert column(table, "Variant")[-2:] == ["three seeds", "few images"]
     assert draft is None
 
 
@@ -324,8 +326,8 @@ def test_samples_enlarge_and_close(open_page: Callable[..., Any]) -> None:
 
 def test_point_of_the_plot_leads_to_its_row(open_page: Callable[..., Any]) -> None:
     page = open_page()
-    figure = board(page, "digits, offline-v1").locator("figure")
-    assert figure.locator("a.mark").count() == 14
+    figure = board(page, "digits, offline-v1").locator("figure svg.wide")
+    assert figure.locator("a.mark").count() == 15
     assert figure.locator("a.unranked").count() == 1
     assert figure.locator("path.front").first.get_attribute("d")
     point = figure.locator("a.mark[aria-label='SDDPM, variant 2']")
@@ -334,6 +336,55 @@ def test_point_of_the_plot_leads_to_its_row(open_page: Callable[..., Any]) -> No
     row = page.locator("tbody.entry:target")
     assert "variant 2" in row.locator("tr.main").inner_text()
     assert row.locator("tr.detail").is_visible()
+
+
+def test_seeds_open_from_their_row(open_page: Callable[..., Any]) -> None:
+    page = open_page()
+    row = page.locator("tbody.entry", has_text="three seeds")
+    assert row.locator("tr.main").inner_text().split("\t")[5].strip() == "21.0 ±2.5"
+    assert row.locator(".seeds").is_hidden()
+    row.locator(".open").click()
+    assert [text.split()[:2] for text in row.locator(".seeds tbody tr").all_inner_texts()] == [
+        ["seed", "0"],
+        ["seed", "1"],
+        ["seed", "2"],
+    ]
+    assert "20.000 (±0.024)" in row.locator(".seeds").inner_text()
+    assert row.locator("pre.json:visible").count() == 0
+    row.get_by_text("Record of seed 1").click()
+    assert json.loads(row.locator("pre.json:visible").inner_text())["seeds"] == {"training": 1}
+    anchor = row.locator("details.record").nth(2).get_attribute("id")
+    linked = open_page(fragment=f"#{anchor}").locator(f"#{anchor} pre.json")
+    assert json.loads(linked.inner_text())["seeds"] == {"training": 2}
+
+
+def test_a_phone_shows_distances_and_a_plot_of_its_own(open_page: Callable[..., Any]) -> None:
+    page = open_page(390)
+    table = board(page, "digits, offline-v1")
+    assert table.locator("svg.narrow").is_visible()
+    assert not table.locator("svg.wide").is_visible()
+    row = table.locator("tr.main", has_text="three seeds")
+    distance = row.locator("td.number").nth(1).bounding_box()
+    assert distance is not None
+    assert distance["x"] + distance["width"] <= 390
+    assert row.locator(".under").inner_text() == "three seeds"
+    assert row.locator(".badge").is_hidden()
+    text = table.locator("svg.narrow text").first.evaluate("e => e.getBoundingClientRect().height")
+    assert text > 9  # readable without zooming
+
+
+def test_plot_is_above_its_table(open_page: Callable[..., Any]) -> None:
+    table = board(open_page(), "digits, offline-v1")
+    plot, rows = table.locator("svg.wide").bounding_box(), table.locator("table.results").bounding_box()
+    assert plot is not None
+    assert rows is not None
+    assert plot["y"] + plot["height"] < rows["y"]
+    assert plot["width"] > 800
+
+
+def test_published_figures_say_whether_they_are_reproduced(open_page: Callable[..., Any]) -> None:
+    table = board(open_page(), "kmnist, paper-spiking-diffusion")
+    assert set(column(table, "Reproduced")) == {"not tried"}
 
 
 def test_link_to_a_hidden_row_shows_it(open_page: Callable[..., Any]) -> None:
@@ -383,7 +434,7 @@ def test_policy_blocks_injected_scripts(html: str, tmp_path: Path, browser: Any)
 
 def test_page_is_readable_without_javascript(open_page: Callable[..., Any], published: Published) -> None:
     page = open_page(java_script_enabled=False)
-    assert page.locator("tr.main:visible").count() == 20 + len(published.results)
+    assert page.locator("tr.main:visible").count() == ROWS + len(published.results)
     assert not page.locator(".controls").is_visible()
     assert page.locator("tr.detail summary:visible").count() >= 20
     page.locator("tr.detail summary").first.click()

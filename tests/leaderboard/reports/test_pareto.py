@@ -6,7 +6,7 @@ from itertools import combinations
 
 import pytest
 
-from leaderboard.reports.pareto import BOTTOM, LEFT, RIGHT, TOP, Label, Point, pareto_front, plot
+from leaderboard.reports.pareto import NARROW, WIDE, Frame, Label, Point, pareto_front, plot
 
 
 def point(energy: float, quality: float, label: str = "a", **fields: bool) -> Point:
@@ -52,6 +52,7 @@ def test_nothing_is_drawn_without_two_points() -> None:
     assert plot([point(1, 3), point(0, 2), point(2, math.inf)], "FD", "mJ") is None
 
 
+@pytest.mark.parametrize("frame", [WIDE, NARROW], ids=["wide", "narrow"])
 @pytest.mark.parametrize(
     "points",
     [
@@ -61,21 +62,39 @@ def test_nothing_is_drawn_without_two_points() -> None:
     ],
     ids=["equal", "far apart", "crowded"],
 )
-def test_everything_is_inside_and_labels_do_not_overlap(points: list[Point]) -> None:
-    drawn = plot(points, "FD", "mJ")
+def test_everything_is_inside_and_labels_do_not_overlap(points: list[Point], frame: Frame) -> None:
+    drawn = plot(points, "FD", "mJ", frame)
     assert drawn is not None
     for mark in drawn.marks:
-        assert LEFT <= mark.x <= RIGHT
-        assert TOP <= mark.high <= mark.y <= mark.low <= BOTTOM
+        assert frame.left <= mark.x <= frame.right
+        assert frame.top <= mark.high <= mark.y <= mark.low <= frame.bottom
     assert drawn.x_ticks
     assert drawn.y_ticks
-    assert all(LEFT <= t.position <= RIGHT for t in drawn.x_ticks)
-    assert all(TOP <= t.position <= BOTTOM for t in drawn.y_ticks)
-    assert all(len(label.text) <= 28 for label in drawn.labels)
+    assert all(frame.left <= t.position <= frame.right for t in drawn.x_ticks)
+    assert all(frame.top <= t.position <= frame.bottom for t in drawn.y_ticks)
+    assert all(len(label.text) <= frame.longest for label in drawn.labels)
     boxes = [box(label) for label in drawn.labels]
     assert not [(a, b) for a, b in combinations(boxes, 2) if a[0] < b[1] and b[0] < a[1] and abs(a[2] - b[2]) < 12]
     marks = [(m.x - 4, m.x + 4, m.y + 4) for m in drawn.marks]
     assert not [(a, b) for a in boxes for b in marks if a[0] < b[1] and b[0] < a[1] and abs(a[2] - b[2]) < 7]
+
+
+def test_a_label_without_room_beside_its_mark_has_a_line_to_it() -> None:
+    names = [f"method {i}" for i in range(8)]
+    drawn = plot([point(1 + i / 50, 5 + i % 3 / 50, name) for i, name in enumerate(names)], "FD", "mJ")
+    assert drawn is not None
+    assert {label.text for label in drawn.labels} == set(names)
+    assert any(label.line for label in drawn.labels)
+    assert not all(label.line for label in drawn.labels)
+
+
+def test_a_long_interval_does_not_squeeze_the_others() -> None:
+    points = [point(1, 3, "a"), point(2, 4, "b"), replace(point(3, 6, "few seeds"), uncertainty=60.0)]
+    drawn = plot(points, "FD", "mJ")
+    assert drawn is not None
+    a, b, few = drawn.marks
+    assert a.y - b.y > (WIDE.bottom - WIDE.top) / 10
+    assert (few.high, few.low) == (WIDE.top, WIDE.bottom)  # cut off at the axes
 
 
 def test_methods_share_a_style_and_layout_does_not_depend_on_order() -> None:

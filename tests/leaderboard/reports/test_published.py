@@ -21,11 +21,19 @@ SMALL: dict[str, Any] = {
             "source": "paper",
             "table": "Table 1",
             "protocol": "theirs",
+            "reproduced": "not tried",
             "dataset": "mnist",
             "caveats": ["doubt"],
             "results": [
                 {"method": "A", "kind": "SNN", "metrics": {"fid": 3}, "num_steps": 4},
-                {"method": "B", "kind": "ANN", "metrics": {"fid": 4.5}, "table": "Table 2", "caveats": ["other"]},
+                {
+                    "method": "B",
+                    "kind": "ANN",
+                    "metrics": {"fid": 4.5},
+                    "table": "Table 2",
+                    "reproduced": True,
+                    "caveats": ["other"],
+                },
             ],
         }
     ],
@@ -68,6 +76,7 @@ def test_each_result_has_the_fields_of_its_group(tmp_path: Path) -> None:
     a, b = read_published(file).results
     assert (a.table, a.caveats, a.num_steps, a.metrics) == ("Table 1", ("doubt",), 4, {"fid": 3.0})
     assert (b.table, b.caveats, b.num_steps, b.dataset) == ("Table 2", ("doubt", "other"), None, "mnist")
+    assert (a.reproduced, b.reproduced) == ("not tried", "yes")  # a bare `yes` in YAML is a boolean
 
 
 def _set(data: Any, path: str, value: Any) -> None:
@@ -88,6 +97,12 @@ def _set(data: Any, path: str, value: Any) -> None:
         ("groups.0.results.0.metrics.fid", float("inf"), r"field results\.0\.metrics\.fid: expected a finite number"),
         ("groups.0.results.0.kind", "snn", r"field results\.0\.kind: expected 'SNN' or 'ANN' or 'mixed', found 'snn'"),
         ("groups.0.results.1.fid", 3, r"field results\.1\.fid: unknown field; expected one of: method, "),
+        ("groups.0.reproduced", ..., r"field results\.0\.reproduced: the field is missing"),
+        (
+            "groups.0.reproduced",
+            "perhaps",
+            r"field results\.0\.reproduced: expected 'yes' or 'no' or 'not tried', found",
+        ),
         ("groups.0.dataset", ..., r"field results\.0\.dataset: the field is missing"),
         ("groups.0.source", "papr", r"field results\.0 .*: 'papr' is not defined under sources"),
         ("groups.0.results.1.caveats", ["typo"], r"field results\.1 .*: 'typo' is not defined under caveats"),

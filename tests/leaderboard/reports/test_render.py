@@ -53,11 +53,19 @@ def test_csv_has_one_line_per_value(make_record: Make) -> None:
     assert len(lines) == 4 + sum(len(result.metrics) for result in published.results)
     first = lines[0]
     assert list(first) == list(COLUMNS)
-    wanted = {"source": "measured", "rank": "1", "metric": "fd_digits", "value": "1.5", "uncertainty": "0.0123"}
+    wanted = {
+        "source": "measured",
+        "rank_first": "1",
+        "rank_last": "1",
+        "metric": "fd_digits",
+        "value": "1.5",
+        "uncertainty": "0.0123",
+    }
     assert {key: first[key] for key in wanted} == wanted
-    assert [(line["source"], line["rank"]) for line in lines[2:4]] == [("draft", "")] * 2
+    assert [(line["source"], line["rank_first"]) for line in lines[2:4]] == [("draft", "")] * 2
     retrained = next(line for line in lines if line["value"] == "46.21")
-    assert (retrained["source"], retrained["rank"], retrained["uncertainty"]) == ("published", "", "")
+    assert (retrained["source"], retrained["rank_first"], retrained["uncertainty"]) == ("published", "", "")
+    assert retrained["reproduced"] == "not tried"
 
 
 @pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1"])
@@ -74,8 +82,10 @@ def test_json_contains_complete_records(make_record: Make, tmp_path: Path) -> No
     render([str(tmp_path)], str(tmp_path / "out"))
     data = json.loads((tmp_path / "out" / "leaderboard.json").read_text())
     (table,) = data["measured"]
-    (entry,) = table["entries"]
-    assert (table["dataset"], entry["rank"], entry["file"]) == ("digits", 1, path.name)
+    (method,) = table["methods"]
+    (entry,) = method["entries"]
+    assert (table["dataset"], method["rank"], entry["file"]) == ("digits", [1, 1], path.name)
+    assert method["metrics"]["fd_digits"] == {"mean": 1.5, "half_width_95": None, "seeds": 1}
     assert entry["record"] == json.loads(path.read_text())
     assert len(data["published"]["results"]) == len(read_published().results)
 

@@ -11,8 +11,9 @@ from leaderboard.protocols import OFFLINE_V1, STANDARD_V1
 from leaderboard.record.entries import Entry
 from leaderboard.record.records import Artefact, Dataset, MetricValue, Record, TrainingData, write_record
 from leaderboard.reports.boards import measured_boards
-from leaderboard.reports.seeds import seed_rows
-from leaderboard.reports.table import SHORT_ROWS, entry_name, leaderboard, markdown, short_rows, show_result
+from leaderboard.reports.methods import Method
+from leaderboard.reports.seeds import result_rows
+from leaderboard.reports.table import SHORT_ROWS, leaderboard, markdown, short_rows, show_result
 
 Make = Callable[..., Record]
 LONG = "a name of fifty letters, which no table can show whole"
@@ -36,7 +37,7 @@ def test_rows_are_ranked_and_drafts_come_last(make_record: Make) -> None:
         (Path("c.json"), make_record(method="NoMetric", metrics={})),
     ]
     header, *body = rows(markdown(records))
-    assert [row[:2] for row in body] == [["1", "First"], ["2", "Second"], ["-", "NoMetric"], ["draft", "Draft"]]
+    assert [row[:2] for row in body] == [["1-2", "First"], ["1-2", "Second"], ["-", "NoMetric"], ["draft", "Draft"]]
     assert header[-1] == "Record"
     assert [row[-1] for row in body] == ["a.json", "b.json", "c.json", "draft.json"]
 
@@ -69,7 +70,7 @@ def test_headline_metric_determines_the_rank(make_record: Make) -> None:
 def test_columns_and_number_formats(make_record: Make) -> None:
     header, row = rows(markdown([(Path("a.json"), make_record())]))
     cells = dict(zip(header, row, strict=True))
-    assert cells["fd\\_digits"] == "1.500 ±0.012"
+    assert cells["fd\\_digits"] == "1.500 (±0.024)"
     assert cells["T"] == "4"
     assert cells["Solver"] == "ddim"
     assert cells["NFE"] == "50"
@@ -95,11 +96,12 @@ def test_conditional_results_are_marked_in_every_table(make_record: Make, scale:
     text = markdown([(Path("a.json"), record), (Path("b.json"), make_record(method="sddpm"))])
     assert [row[1] for row in rows(text)[1:]] == [f"sdit {shown}\\*", "sddpm"]
     assert "generates images of given classes" in text
-    assert entry_name(record) == f"sdit {shown}"
+    method = Method((Entry(Path("a.json"), record),))
+    assert method.name == f"sdit {shown}"
     (board,) = measured_boards([(Path("a.json"), record)])
     assert board.rows[0].name == f"sdit {shown}"
     assert "generates images of given classes" in board.footnotes[0]
-    (row,) = seed_rows([Entry(Path("a.json"), record)])
+    (row,) = result_rows([method])
     assert str(row["Method"]) == f"sdit {shown}*"
 
 
@@ -120,7 +122,7 @@ def test_inception_metrics_have_their_usual_names(make_record: Make) -> None:
     text = markdown([(Path("a.json"), make_record(protocol=STANDARD_V1, metrics=metrics))])
     header, row = rows(text)
     assert header[3:6] == ["FID", "1000 KID", "IS"]
-    assert row[3:6] == ["19.74\\* ±0.21", "3.21 ±0.45", "8.12 ±0.11"]
+    assert row[3:6] == ["19.74\\* (±0.41)", "3.21 (±0.88)", "8.12 (±0.22)"]
     assert "\\* singular covariance" in text
 
 
@@ -160,15 +162,15 @@ def test_terminal_fits_100_columns_and_names_the_files(
     write_record(make_record(method="Short", solver="[red]"), tmp_path / "a" / "records")
     leaderboard([str(tmp_path)], wide=True, all=True)
     out = capsys.readouterr().out
-    tables = [line for line in out.splitlines() if not line.startswith(("Reference", "[1] "))]
+    tables = [line for line in out.splitlines() if not line.startswith(("One row", "Reference", "["))]
     assert max(map(len, tables)) <= 100
     for part in (
         "19.74",
-        "±0.21",
+        "(±0.41)",
         "FID",
         "Prec.",
         "0.6123",
-        "Recall",
+        "Seeds",
         "SpikingDiffusion",
         "Short",
         "[red]",
@@ -254,15 +256,16 @@ def test_short_table_has_one_line_per_row_and_marks_the_newest_run(
     run = new_run(tmp_path / "new", make_record(fd=2.0, variant="tdBN", created="2025-02-02T00:00:00+00:00"))
     title, header, *body = short(tmp_path)
     assert title == "digits, offline-v1: best fd_digits first, > is the newest run"
-    assert header.split() == ["#", "Method", "fd_digits", "T", "Rate", "NFE", "mJ", "Seed"]
+    assert header.split() == ["#", "Method", "fd_digits", "T", "Rate", "NFE", "mJ", "Seeds"]
     assert [line.split() for line in body[:3]] == [
-        ["1", "DDPM", "1.000", "±0.012", "4", "0.123", "50", "8.5", "-"],
-        [">", "2", "SDDPM,", "tdBN", "2.000", "±0.012", "4", "0.123", "50", "8.5", "-"],
-        ["3", "SDDPM", "3.000", "±0.012", "4", "0.123", "50", "8.5", "1"],
+        ["1-3", "DDPM", "1.000", "(±0.024)", "4", "0.123", "50", "8.5", "1"],
+        [">", "1-3", "SDDPM,", "tdBN", "2.000", "(±0.024)", "4", "0.123", "50", "8.5", "1"],
+        ["1-3", "SDDPM", "3.000", "(±0.024)", "4", "0.123", "50", "8.5", "1"],
     ]
-    assert body[3] == "--wide: every column"
-    assert body[4].startswith(f"samples: {run}/samples/")
-    assert body[5:] == [f"tensorboard --logdir {run}"]
+    assert body[3] == "(±): 95 %, of the evaluation; single seeds share all ranks"
+    assert body[4] == "--wide: every column"
+    assert body[5].startswith(f"samples: {run}/samples/")
+    assert body[6:] == [f"tensorboard --logdir {run}"]
 
 
 @pytest.mark.parametrize("options", [{}, {"all": True}])
@@ -276,7 +279,7 @@ def test_long_names_and_numbers_are_cropped(
     write_record(make_record(dataset=Dataset(LONG, "f" * 64, "hub"), metrics={LONG: MetricValue(1, 0.1, 9)}), tmp_path)
     write_record(make_record(dataset=Dataset(LONG[1:], "f" * 64, "hub"), metrics={}), tmp_path)
     lines = table_lines(short(tmp_path, **options))
-    assert len(lines) == (10 if options else 5)  # titles, headers and rows, or one table and its hint
+    assert len(lines) == (13 if options else 6)  # titles, headers, rows and the meaning of ±, or one table and its hint
     assert max(map(len, lines)) <= 80
     assert "…" in next(line for line in lines if line.startswith(">"))
 
@@ -301,10 +304,10 @@ def test_without_runs_the_table_of_most_rows_is_shown(
 ) -> None:
     write_record(make_record(created="2025-02-02T00:00:00+00:00"), tmp_path)
     for fd in (1.0, 2.0):
-        write_record(make_record(fd=fd, dataset=Dataset("mnist", "f" * 64, "hub")), tmp_path)
+        write_record(make_record(fd=fd, variant=f"{fd}", dataset=Dataset("mnist", "f" * 64, "hub")), tmp_path)
     title, _, *body = short(tmp_path)
     assert title == "mnist, offline-v1: best fd_digits first"
-    assert body[2:] == ["--wide: every column  --all: 1 more table (digits)"]
+    assert body[3:] == ["--wide: every column  --all: 1 more table (digits)"]
 
 
 def test_a_draft_is_last_with_the_reason_for_its_star(
@@ -318,10 +321,49 @@ def test_a_draft_is_last_with_the_reason_for_its_star(
     assert lines[4] == "* few images"
 
 
+def test_seeds_share_a_line_and_the_newest_run_is_marked_among_them(
+    make_record: Make, tmp_path: Path, short: Callable[..., list[str]]
+) -> None:
+    for seed, fd in ((1, 2.9), (2, 3.1)):
+        write_record(make_record(fd=fd, seeds={"training": seed}), tmp_path / "data" / "records")
+    run = make_record(fd=3.6, seeds={"training": 0}, created="2026-02-02T00:00:00+00:00")
+    write_record(make_record(fd=9.0, method="SDM"), tmp_path / "data" / "records")
+    new_run(tmp_path / "new", run)
+    _, _, *body = short(tmp_path)
+    assert [line.split() for line in body[:3]] == [
+        [">", "1-2", "SDDPM", "3.20", "±0.90", "4", "0.123", "50", "8.5", "3"],
+        [">", "seed", "0", "3.600", "(±0.024)", "4", "0.123", "50", "8.5"],
+        ["1-2", "SDM", "9.000", "(±0.024)", "4", "0.123", "50", "8.5", "1"],
+    ]
+    assert body[3] == "±: 95 % over seeds, in parentheses of one evaluation; equal ranks: cannot tell"
+    assert body[4] == "--wide: every column  --all: seeds"
+    assert [line.split()[:3] for line in short(tmp_path, all=True)[3:6]] == [
+        [">", "seed", "0"],
+        ["seed", "1", "2.900"],
+        ["seed", "2", "3.100"],
+    ]
+    wide = "\n".join(short(tmp_path, wide=True))
+    assert wide.count("seed ") == 3
+    assert wide.count(".json") == 4
+
+
+def test_seeds_that_can_be_told_apart_have_ranks_of_their_own(make_record: Make) -> None:
+    records = []
+    for method, mean in (("Best", 1.0), ("Second", 3.0), ("Twin", 3.0)):
+        for seed, noise in enumerate((-0.02, 0.01, 0.0, 0.02, -0.01)):
+            value = mean + (-noise if method == "Twin" else noise) * (2 if method == "Best" else 1)
+            records.append(make_record(fd=value, method=method, seeds={"training": seed}))
+    text = markdown((Path(f"{i}.json"), record) for i, record in enumerate(records))
+    _, *body = rows(text)
+    found = {row[1]: row[0] for row in body if row[0]}
+    assert found == {"Best": "1", "Second": "2-3", "Twin": "2-3"}
+    assert [row[1] for row in body if not row[0]] == [f"seed {i}" for i in range(5)] * 3
+    assert {row[-1] for row in body if row[0]} == {"5 records"}
+
+
 @pytest.mark.parametrize("place", [None, 0, 3, SHORT_ROWS - 2, SHORT_ROWS - 1, 15, 18, 19])
-def test_short_table_shows_the_first_rows_and_those_around_the_newest_run(place: int | None, make_record: Make) -> None:
-    group = [Entry(Path(f"{i}.json"), make_record(fd=i)) for i in range(20)]
-    rows = short_rows(group, None if place is None else group[place])
+def test_short_table_shows_the_first_rows_and_those_around_the_newest_run(place: int | None) -> None:
+    rows = short_rows(20, place)
     assert len(rows) == SHORT_ROWS
     shown = [row for row in rows if row is not None]
     assert shown == sorted(set(shown))
@@ -333,7 +375,7 @@ def test_short_table_shows_the_first_rows_and_those_around_the_newest_run(place:
         if row is not None:
             assert row == previous + 1 or previous == -2
         previous = -2 if row is None else row
-    assert short_rows(group[:SHORT_ROWS], None) == list(range(SHORT_ROWS))
+    assert short_rows(SHORT_ROWS, None) == list(range(SHORT_ROWS))
 
 
 def test_a_result_is_wrapped_between_values(make_record: Make, capsys: pytest.CaptureFixture[str]) -> None:
@@ -341,8 +383,8 @@ def test_a_result_is_wrapped_between_values(make_record: Make, capsys: pytest.Ca
     show_result(Entry(Path("runs/a/records/b.json"), make_record(draft=True, metrics=metrics)), Console(width=50))
     assert capsys.readouterr().out.splitlines() == [
         "digits, offline-v1 (draft, not ranked):",
-        "fd_digits 1.500* ±0.012, T 4, rate 0.123, 50 NFE,",
-        "8.5 mJ",
+        "fd_digits 1.500* (±0.024), T 4, rate 0.123,",
+        "50 NFE, 8.5 mJ",
         "* a note",
         "in runs/a:",
         "  records/b.json",
@@ -352,7 +394,7 @@ def test_a_result_is_wrapped_between_values(make_record: Make, capsys: pytest.Ca
 
 def test_an_incomplete_cost_is_marked(make_record: Make) -> None:
     record = make_record()
-    incomplete = replace(record, cost=replace(record.cost, incomplete={"mixer [_fft_r2c]": 3}))
+    incomplete = replace(record, variant="FFT", cost=replace(record.cost, incomplete={"mixer [_fft_r2c]": 3}))
     text = markdown([(Path("a.json"), incomplete), (Path("b.json"), record)])
     header, first, second = rows(text)
     column = header.index("45 nm arithmetic, mJ")
