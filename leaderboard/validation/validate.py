@@ -22,7 +22,7 @@ from leaderboard.evaluation.callback import code_version
 from leaderboard.evaluation.reference import build_parts, prepare_reference
 from leaderboard.files import refuse_existing, write_atomic
 from leaderboard.metrics.fad import FrechetAutoencoderDistance
-from leaderboard.metrics.generation import GenerationMetrics
+from leaderboard.metrics.generation import MINIMUM, GenerationMetrics
 from leaderboard.protocols import PROTOCOLS, ProtocolName
 from leaderboard.record.records import MetricValue
 from leaderboard.validation.anchors import Anchor, Anchors, describe, orders, summary
@@ -69,7 +69,8 @@ def validate_metrics(
 ) -> None:
     """Measures every metric of a protocol on known sets: real test images, and the same with increasing faults.
 
-    Prints a table for each extractor, the orders that each metric violates, and writes both values and a plot.
+    Prints a table for each extractor, the orders that each metric violates, and writes both values and a plot. Sets of
+    less than 20 images, such as those of few classes of a small test split, are left out.
 
     Args:
         data: Dataset name, e.g. fmnist (required).
@@ -107,7 +108,8 @@ def validate_metrics(
     test, labels = module.labelled("test")
     train, _ = module.labelled("train")
     found, seconds = [], 0.0
-    sets = list(known_sets(test[:images], labels[:images], train, seed))
+    made = known_sets(test[:images], labels[:images], train, seed)
+    sets = [known for known in made if len(known.images) >= MINIMUM]
     for known in track(sets, "known sets", transient=True, disable=not sys.stderr.isatty()):
         started = time.process_time()
         found.append(Anchor(known.kind, known.severity, len(known.images), _measure(parts, known.images, device)))

@@ -165,9 +165,9 @@ def test_the_same_images_are_at_distance_zero() -> None:
 def test_only_inception_returns_fid() -> None:
     assert set(evaluate(toy(INCEPTION))) == {"fid", "kid_mean", "is_mean", "precision", "recall"}
     assert set(evaluate(toy())) == {"fd_toy", "kd_toy", "precision_toy", "recall_toy"}
-    with pytest.raises(ValueError, match=r"metrics=\['fid'\] cannot be .* extractor 'toy'; choose from: fd, kd"):
+    with pytest.raises(ValueError, match=r"metrics=\['fid'\] cannot be .* extractor 'toy'; choose from: fd, fd_un"):
         GenerationMetrics(Projection(), {"fid": {}}, 100)
-    with pytest.raises(ValueError, match="choose from: fid, fid_newton_schulz, kid, is"):
+    with pytest.raises(ValueError, match="choose from: fid, fid_newton_schulz, fid_unbiased, kid, is"):
         GenerationMetrics(Projection(INCEPTION), {"fd": {}}, 100)
     with pytest.raises(ValueError, match="choose from: fid_svd, is"):
         GenerationMetrics(Projection("torchvision"), {"fid": {}}, 100)

@@ -54,19 +54,19 @@ def test_distance_at_infinity_is_the_intercept_of_a_straight_line() -> None:
 
 @pytest.mark.parametrize(("shift", "scale"), [(0.0, 1.0), (0.4, 1.2)])
 def test_corrections_remove_the_bias_and_errors_are_the_spread(shift: float, scale: float) -> None:
-    """Of 60 sets of 200 images each, against the distance of the distributions."""
+    """Of 30 sets of 200 images each, against the distance of the distributions."""
     real = gaussian(100_000, 0)
     covariance, mean = real.T.cov(), real.mean(0)
     roots = torch.linalg.eigvalsh(covariance).clamp(min=0).sqrt() * scale
     exact = float((mean - shift).square().sum() + covariance.trace() + WIDTH * scale**2 - 2 * roots.sum())
-    found = torch.stack([measured(real, gaussian(200, seed, shift, scale), at_infinity=True) for seed in range(1, 61)])
+    found = torch.stack([measured(real, gaussian(200, seed, shift, scale), at_infinity=True) for seed in range(1, 31)])
     plain, _, unbiased, infinity, _ = (found.mean(0) - exact).tolist()
-    standard = found.std(0) / 60**0.5
+    standard = found.std(0) / 30**0.5
     assert plain > 0.1
     assert abs(unbiased) < max(0.1 * plain, 3 * float(standard[2]))
     assert abs(infinity) < max(0.1 * plain, 3 * float(standard[3]))
     errors = found[:, [1, 1, 4]].square().mean(0).sqrt() / found[:, [0, 2, 3]].std(0)
-    assert ((errors > 0.7) & (errors < 1.5)).all(), errors
+    assert ((errors > 0.6) & (errors < 1.7)).all(), errors
 
 
 def test_few_and_many_images_compare_once_the_bias_is_removed() -> None:

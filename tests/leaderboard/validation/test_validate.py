@@ -28,6 +28,8 @@ def test_values_are_written_and_plotted(measured: tuple[Path, str]) -> None:
     assert (result.protocol_sha256, len(result.networks)) == (OFFLINE_V2.sha256, 2)
     assert anchors("digits", "offline-v2", folder) == result.sets
     assert result.sets[0].images == 120
+    assert min(anchor.images for anchor in result.sets) >= 20
+    assert "90% of classes missing" not in {anchor.title for anchor in result.sets}  # 12 images
     assert (folder / "digits-offline-v2.png").read_bytes().startswith(b"\x89PNG")
     keys = {f"fd_unbiased_digits{end}" for end in ("", "_ae")} | {"authenticity_digits_ae", "coverage_digits_ae"}
     assert all(keys <= anchor.metrics.keys() for anchor in result.sets)
