@@ -122,14 +122,14 @@ def tiny(config: Path) -> list[str]:
     return special.get(method, TINY_SPIKING_UNET)
 
 
-def image_folder(root: Path, size: int, channels: int) -> Path:
+def image_folder(root: Path, size: int, channels: int, classes: str = "01234567") -> Path:
     """Writes random images in the layout train/<class>/*.png, tall letters for the check of orientation."""
     rng = np.random.default_rng(0)
     for split in ("train", "test"):
         for k in range(8):
             pixels = rng.integers(0, 50, (size, size, channels), dtype=np.uint8)
             pixels[2:-2, size // 2 - 1 : size // 2 + 1] = 255
-            path = root / split / "ABCDEFGH"[k] / f"{k}.png"
+            path = root / split / classes[k] / f"{k}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels.squeeze(-1) if channels == 1 else pixels).save(path)
     return root
@@ -140,7 +140,8 @@ def data_options(config: Path, tmp_path: Path) -> list[str]:
     options = [f"--data.cache_dir={tmp_path / 'cache'}"]
     if data["class_path"] != "Digits":
         channels = 3 if data["class_path"] in ("CIFAR10", "CelebA") else 1
-        root = image_folder(tmp_path / "data", SIZES[data["class_path"]], channels)
+        classes = "ABCDEFGH" if data["class_path"] == "Letters" else "01234567"
+        root = image_folder(tmp_path / "data", SIZES[data["class_path"]], channels, classes)
         options += [f"--data.root={root}", "--data.val_size=2"]
     if data["class_path"] == "CelebA":
         options.append("--data.center_crop=null")

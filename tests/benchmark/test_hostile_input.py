@@ -193,7 +193,7 @@ CONFIGS: dict[str, tuple[str | bytes, int, str]] = {
     "class for a schedule": (with_value(PAYLOAD, *MODEL, "scheduler"), 2, "subprocess.Popen does not correspond"),
     "class for a callback": (with_value([PAYLOAD], "trainer", "callbacks"), 2, "subprocess.Popen does not correspond"),
     "function for a logger": (with_value({"class_path": "os.system"}, "trainer", "logger"), 2, "os.system does not"),
-    "no such device": (with_value(0, "trainer", "devices"), 1, "`Trainer(devices=0)` value is not a valid input"),
+    "no such device": (with_value(0, "trainer", "devices"), 1, "--trainer.devices=0 on the CPU; give a number of processes, 1 or more"),
 }
 
 
@@ -221,7 +221,7 @@ def test_aliases_that_unfold_to_billions(tmp_path: Path, error: Callable[..., st
         (["fit", "--config=../nowhere.yaml"], "2 error: .*File does not exist: '.*nowhere.yaml'"),
         (["fit", "--config=/"], "2 error: .*Path is not a file: '/'"),
         (["fit", "--ckpt_path=../nowhere.ckpt"], "1 error: --ckpt_path ../nowhere.ckpt is not a file"),
-        (["fit", "--ckpt_path=/"], "1 error: --ckpt_path / is not a file"),
+        (["fit", "--ckpt_path=/"], "1 error: run / has no 'last' checkpoint; it has: none"),
         (["test", "--trainer.default_root_dir=../nowhere"], "1 error: no run with a checkpoint under ../nowhere/"),
         (["fit", "--trainer.default_root_dir=a\0b", "--config=configs/quickstart.yaml"], "1 error: .*null byte"),
         (["fit", "--config=configs/sddpm_mnist.yaml", "--data.root=../../\x07"], "1 error: MNIST was not found: --da"),
