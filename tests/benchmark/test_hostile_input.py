@@ -193,7 +193,11 @@ CONFIGS: dict[str, tuple[str | bytes, int, str]] = {
     "class for a schedule": (with_value(PAYLOAD, *MODEL, "scheduler"), 2, "subprocess.Popen does not correspond"),
     "class for a callback": (with_value([PAYLOAD], "trainer", "callbacks"), 2, "subprocess.Popen does not correspond"),
     "function for a logger": (with_value({"class_path": "os.system"}, "trainer", "logger"), 2, "os.system does not"),
-    "no such device": (with_value(0, "trainer", "devices"), 1, "--trainer.devices=0 on the CPU; give a number of processes, 1 or more"),
+    "no such device": (
+        with_value(0, "trainer", "devices"),
+        1,
+        "--trainer.devices=0 on the CPU; give a number of processes, 1 or more",
+    ),
 }
 
 
