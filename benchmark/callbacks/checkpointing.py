@@ -276,7 +276,7 @@ class SaveFitConfig(SaveConfigCallback):
         config = yaml.safe_load(text)
         for logger in trainer.loggers:
             logger.log_hyperparams(config)
-            if isinstance(logger, TensorBoardLogger):  # which does not replace its own file
+            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:  # it does not replace its own file
                 save_hparams_to_yaml(Path(logger.log_dir) / logger.NAME_HPARAMS_FILE, logger.hparams)
         if not trainer.is_global_zero:
             return

@@ -115,9 +115,9 @@ def save_weights(system: DiffusionSystem, folder: Path, legs: list[dict[str, Any
 
 
 def _identity(system: DiffusionSystem) -> dict[str, Any]:
-    """Identifies the network: method, diffusion process, and a hash of the shapes of all tensors."""
+    """Identifies the network: method, options of the diffusion process, and a hash of the shapes of all tensors."""
     shapes = {name: list(tensor.shape) for name, tensor in system.state_dict().items()}
-    process = getattr(system, "process", {})
+    process = {name: value for name, value in system.process.items() if not isinstance(value, Tensor)}
     return {"method": system.method, "process": process, "network": canonical_sha256(shapes)[:16]}
 
 

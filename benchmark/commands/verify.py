@@ -239,16 +239,21 @@ def _repeat(settings: dict[str, Any], checkpoint: Path, folder: Path) -> Record:
     Raises:
         ValueError: If this version of the suite does not accept the config.
     """
-    from benchmark.stages import run_stage  # Lightning takes seconds to import
+    from benchmark.stages import BenchmarkCLI, run_stage  # Lightning takes seconds to import
     from leaderboard.evaluation.callback import Evaluation
 
-    logger = {"save_dir": str(folder.parent), "name": "", "version": folder.name}
-    settings["trainer"]["logger"] = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": logger}
-    settings["trainer"]["default_root_dir"] = str(folder)
+    class RepetitionCLI(BenchmarkCLI):
+        """Writes to `folder`, not to the run folder of the checkpoint."""
+
+        def before_instantiate_classes(self) -> None:
+            super().before_instantiate_classes()
+            self.run_folder = folder
+
+    settings["trainer"]["logger"] = False
     config = folder / "config.yaml"
     write_atomic(config, yaml.safe_dump(settings, sort_keys=False))
     try:
-        cli = run_stage(["test", "--config", str(config), "--ckpt_path", str(checkpoint)])
+        cli = run_stage(["test", "--config", str(config), "--ckpt_path", str(checkpoint)], RepetitionCLI)
     except SystemExit:
         raise ValueError(f"this version of the suite does not accept its config, {config}") from None
     callbacks: Iterable[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]

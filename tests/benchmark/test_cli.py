@@ -374,7 +374,7 @@ def test_draft_is_an_option_of_test_only() -> None:
 
 def test_unknown_protocol_lists_the_known(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        main(["fit", "--config=configs/quickstart.yaml", "--evaluation.protocol=standard-v2"])
+        main(["fit", "--config=configs/quickstart.yaml", "--evaluation.protocol=standard-v0"])
     assert stop.value.code == 2
     message = capsys.readouterr().err
     assert all(name in message for name in PROTOCOLS)

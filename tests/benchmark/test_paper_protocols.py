@@ -138,8 +138,9 @@ def test_other_weights_than_the_published_make_a_draft(trained: Path, random_wei
 
 
 def test_small_extractor_has_no_place_beside_inception(trained: Path) -> None:
+    given = ["--evaluation.protocol=standard-v1", "--evaluation.extractor=x"]
     with pytest.raises(ValueError, match=r"standard-v1 has its own extractor; leave out --evaluation\.extractor"):
-        main(["test", "--draft", f"--trainer.default_root_dir={trained / 'runs'}", "--evaluation.extractor=x"])
+        main(["test", "--draft", f"--trainer.default_root_dir={trained / 'runs'}", *given])
 
 
 def test_quantisation() -> None:

@@ -70,11 +70,11 @@ def test_finished_runs_are_skipped_and_missing_ones_made(folder: Path, capsys: p
 
 def test_other_options_are_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"made with other options .* or another --output"):
-        ablate(folder, "--seeds", "5", "--model.depth=1")
+        ablate(folder, "--seeds", "5", "--model.depth=2")
 
 
 def test_test_that_is_not_its_protocol_is_refused_before_training(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"takes 2,000 generated images, not 24\. .* add --draft"):
+    with pytest.raises(ValueError, match=r"takes 5,000 generated images, not 24\. .* add --draft"):
         main(["ablate-sdit", f"--output={tmp_path / 'new'}", *TINY])
     assert not (tmp_path / "new").exists()
 

@@ -158,7 +158,7 @@ def test_run_is_loaded_as_trained(folder: Path) -> None:
 
 
 def test_what_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"--ckpt_path .*none\.ckpt is not a file"):
+    with pytest.raises(FileNotFoundError, match=r"none\.ckpt is not a file; name a checkpoint"):
         main(["activity", f"--ckpt_path={tmp_path / 'none.ckpt'}"])
     (tmp_path / "other.ckpt").touch()
     with pytest.raises(ValueError, match="is not in a run folder"):

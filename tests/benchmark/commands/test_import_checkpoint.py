@@ -173,14 +173,14 @@ def test_imported_pair_is_tested(
     assert record.num_steps == 16
     (tmp_path / "diff_result" / "diff_model.pth").rename(tmp_path / "moved.pth")
     with pytest.raises(FileNotFoundError, match=r"diff_result/diff_model\.pth is not a file"):
-        main(["import", *given, str(output)])
-    main(["import", *given, str(output), f"--denoiser={tmp_path / 'moved.pth'}"])
+        main(["import", *given, str(tmp_path / "second.ckpt")])
+    main(["import", *given, str(tmp_path / "second.ckpt"), f"--denoiser={tmp_path / 'moved.pth'}"])
     with pytest.raises(
         ValueError, match=r"model\.pth is not a spiking_diffusion network: 'conv1\.0\.weight' not found"
     ):
-        main(["import", *given, str(output), f"--denoiser={given[1]}"])
+        main(["import", *given, str(tmp_path / "third.ckpt"), f"--denoiser={given[1]}"])
     with pytest.raises(ValueError, match="imported from one file"):
-        main(["import", "--method=sddpm", given[1], str(output), f"--denoiser={given[1]}"])
+        main(["import", "--method=sddpm", given[1], str(tmp_path / "third.ckpt"), f"--denoiser={given[1]}"])
 
 
 def test_unknown_and_missing_tensors_are_listed(tmp_path: Path) -> None:

@@ -204,8 +204,7 @@ def test_records_of_images_are_apart(
     assert "made by other code, so that \\`leaderboard verify\\` cannot repeat them" in text
     (board,) = measured_boards([(path, stated), (other, plain), (tmp_path / "worse.json", worse)])
     assert [row.source for row in board.rows] == ["measured", "images", "images"]
-    assert board.plot is not None
-    assert [mark.point.ranked for mark in sorted(board.plot.marks, key=lambda m: m.point.quality)] == [False, True]
+    assert [mark.point.ranked for mark in sorted(board.plots[0].marks, key=lambda m: m.point.quality)] == [False, True]
     assert "sha256" in board.rows[1].facts["Images"]
 
     other = write_record(plain, evaluated / "plain" / "records")
