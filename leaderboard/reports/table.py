@@ -55,7 +55,7 @@ LABELS = {"mJ": "45 nm arithmetic, mJ"}
 _TITLE = "# Leaderboard"
 HIDDEN = re.compile("recall.*")
 """Metrics that only records and exported files contain: recall rises steeply with a few outlying images."""
-SHORT_ROWS = 10
+SHORT_ROWS = 9
 """Maximum number of rows of the short table, so that it fits a terminal together with the surrounding output."""
 MEANING = (
     "One row per method with its training seeds. ± is half of the 95 % interval of the mean over the seeds; in "

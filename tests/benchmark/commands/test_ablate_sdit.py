@@ -70,7 +70,7 @@ def test_finished_runs_are_skipped_and_missing_ones_made(folder: Path, capsys: p
 
 def test_other_options_are_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"made with other options .* or another --output"):
-        ablate(folder, "--seeds", "5", "--model.depth=2")
+        ablate(folder, "--seeds", "5", "--model.threshold=0.5")
 
 
 def test_test_that_is_not_its_protocol_is_refused_before_training(tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def test_what_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none\.ckpt is not a file; name a checkpoint"):
         main(["activity", f"--ckpt_path={tmp_path / 'none.ckpt'}"])
     (tmp_path / "other.ckpt").touch()
-    with pytest.raises(ValueError, match="is not in a run folder"):
+    with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
         main(["activity", f"--ckpt_path={tmp_path / 'other.ckpt'}"])
     with pytest.raises(ValueError, match="num_images=0; give 1 or more"):
         main(["activity", "--num_images=0"])

@@ -205,7 +205,7 @@ def test_records_of_images_are_apart(
     (board,) = measured_boards([(path, stated), (other, plain), (tmp_path / "worse.json", worse)])
     assert [row.source for row in board.rows] == ["measured", "images", "images"]
     assert [mark.point.ranked for mark in sorted(board.plots[0].marks, key=lambda m: m.point.quality)] == [False, True]
-    assert "sha256" in board.rows[1].facts["Images"]
+    assert "sha256" in board.rows[1].details[0].facts["Images"]
 
     other = write_record(plain, evaluated / "plain" / "records")
     main(["leaderboard", f"--records=[{evaluated}]"])
