@@ -168,7 +168,7 @@ def _positive(kind: type) -> Callable[[str], Any]:
 
 
 def _distance(record: Record) -> str:
-    return str(evaluation_cell(*headline(record)))
+    return str(evaluation_cell(*headline(record))._replace(note=""))
 
 
 def _finish(table: Table, figure: Figure, path: Path) -> None:
