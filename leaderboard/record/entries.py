@@ -172,7 +172,7 @@ def _result(record: Record) -> str:
     for name in ("created", "wall_time_seconds"):
         del content[name]
     for name in ("images_per_second", "peak_memory_bytes"):
-        del content["cost"][name]
+        (content["cost"] or {}).pop(name, None)
     return canonical_sha256(content)
 
 
