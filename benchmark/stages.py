@@ -58,6 +58,7 @@ for message in (
     ".*your dataloader is not resumable.*",  # the sampler is: datamodules.loading.TrainingOrder
     ".*algorithm_type.* is deprecated.*",  # DPM-Solver with noise prediction, as in the papers
     ".*smaller than the logging interval.*",  # steps are counted across epochs
+    ".*callbacks used to create the checkpoint need to be provided.*",  # of training only
 ):
     warnings.filterwarnings("ignore", message)
 diffusers.utils.logging.set_verbosity_error()  # silences the lower orders at the end of a chain
