@@ -49,6 +49,81 @@ class MetricValue:
 
 
 @dataclass(frozen=True)
+class LayerCounts:
+    """Operations of one convolution, linear layer or other product, for one generated image over its whole chain.
+
+    A call of a layer processes all SNN time steps. *Strict* is the rule of `leaderboard.evaluation.cost`: inputs of
+    spikes cause accumulates where there is a spike, all others multiply-accumulates of every connection.
+
+    Args:
+        calls: Calls.
+        weights: Weights and biases; 0 for a product of two activations.
+        nonzero_weights: Those that are not 0.
+        input_bits: Bits that represent the values of the input: 1 for spikes, `b` for up to `2^b` levels, 32 for real
+            numbers.
+        inputs: Elements read.
+        outputs: Elements written.
+        dense: Multiply-accumulates of all connections, zeros included.
+        spike_dense: Those whose input is spikes.
+        sops: Synaptic operations: accumulates caused by spikes.
+        macs: Strict multiply-accumulates.
+        acs: Strict accumulates: `sops` and biases.
+        effective_macs: Multiply-accumulates with real-valued inputs, without zero inputs, zero weights and padding.
+        effective_acs: Accumulates with spike inputs, without zero inputs, zero weights and padding.
+        folded_macs: Strict multiply-accumulates if linear maps between spikes and the layer are folded into it.
+        folded_acs: Strict accumulates with the same folding.
+    """
+
+    calls: float
+    weights: int
+    nonzero_weights: int
+    input_bits: int
+    inputs: float
+    outputs: float
+    dense: float
+    spike_dense: float
+    sops: float
+    macs: float
+    acs: float
+    effective_macs: float
+    effective_acs: float
+    folded_macs: float
+    folded_acs: float
+
+
+@dataclass(frozen=True)
+class NeuronCounts:
+    """Work of one spiking layer for one generated image over its whole chain.
+
+    Args:
+        updates: Neuron updates (charge, leak, comparison, reset): neurons times SNN time steps times calls.
+        spikes: Spikes.
+    """
+
+    updates: float
+    spikes: float
+
+
+@dataclass(frozen=True)
+class OperationCounts:
+    """Operations of a network for one generated image over its whole chain, from which every model of energy starts.
+
+    Args:
+        layers: Counts of each layer or product, by name.
+        neurons: Counts of each spiking layer, by name.
+        additions: Element-wise operations that cannot be folded into weights, by kind, such as sums of residuals.
+        first_convolution: Name of the layer that SDDPM's formula charges as multiply-accumulates.
+        footprint_bytes: Memory of parameters and buffers.
+    """
+
+    layers: dict[str, LayerCounts]
+    neurons: dict[str, NeuronCounts]
+    additions: dict[str, float]
+    first_convolution: str | None
+    footprint_bytes: int
+
+
+@dataclass(frozen=True)
 class Cost:
     """Cost per generated image over the whole denoising chain (counting rules: `leaderboard.evaluation.cost`).
 
@@ -67,6 +142,7 @@ class Cost:
         images_per_second: Measured throughput on one device.
         peak_memory_bytes: Measured peak device memory during generation.
         incomplete: Calls of products of matrices that could not be counted, by name; `None` if all were counted.
+        counts: Operations by layer; `None` in records of versions that did not store them.
     """
 
     parameters: int
@@ -82,6 +158,7 @@ class Cost:
     images_per_second: float | None = None
     peak_memory_bytes: int | None = None
     incomplete: dict[str, int] | None = None
+    counts: OperationCounts | None = None
 
 
 @dataclass(frozen=True)
@@ -299,6 +376,7 @@ _ADDED = (
     ("dataset", "geometry"),
     ("code", "external"),
     ("cost", "incomplete"),
+    ("cost", "counts"),
 )
 """Paths of optional fields that earlier versions did not have; files omit them where they are `None`."""
 
