@@ -44,6 +44,7 @@ METHODS = {
     "sdm": "sddpm",
     "fsddim": None,
     "spiking_diffusion": None,
+    "sdit": None,
     "spiking_rwkv": None,
     "ddpm": None,
     "ann_snn": "ddpm",
