@@ -114,7 +114,8 @@ def _made(
     chosen = permutation(len(test))[: round(severity * len(test))]
     result = test.clone()
     if kind == "overlays":
-        result[chosen] = torch.maximum(test[chosen], test[permutation(len(test))[: len(chosen)]])
+        distance = torch.randint(1, max(2, len(test)), (len(chosen),), generator=generator)  # never 0: another image
+        result[chosen] = torch.maximum(test[chosen], test[(chosen + distance) % len(test)])
     else:
         result[chosen] = train[permutation(len(train)).repeat(-(-len(chosen) // len(train)))[: len(chosen)]]
     return result

@@ -76,7 +76,7 @@ def validate_metrics(
         data: Dataset name, e.g. fmnist (required).
         protocol: How images are compared.
         root: Folder of the dataset; read from the Hugging Face hub if not given.
-        images: Largest number of images of a set, the first ones of the test split.
+        images: Largest number of images of a set, evenly spread over the test split.
         output: Folder of the two new files, `<dataset>-<protocol>.json` and `.png`.
         fad_dir: Folder of the published autoencoders; adds the Fréchet autoencoder distance.
         inception_weights: Local file of the 2015 Inception weights, where they cannot be downloaded.
@@ -108,7 +108,8 @@ def validate_metrics(
     test, labels = module.labelled("test")
     train, _ = module.labelled("train")
     found, seconds = [], 0.0
-    made = known_sets(test[:images], labels[:images], train, seed)
+    spread = torch.arange(min(images, len(test))) * len(test) // min(images, len(test))
+    made = known_sets(test[spread], labels[spread], train, seed)
     sets = [known for known in made if len(known.images) >= MINIMUM]
     for known in track(sets, "known sets", transient=True, disable=not sys.stderr.isatty()):
         started = time.process_time()

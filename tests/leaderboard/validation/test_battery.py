@@ -41,7 +41,7 @@ def test_shares_of_overlays_copies_and_classes(
     test, labels, train = images
     for share in SEVERITIES["overlays"]:
         changed = (sets["overlays", share] != test).flatten(1).any(1)
-        assert int(changed.sum()) == pytest.approx(share * 200, abs=6)  # an image may meet itself
+        assert int(changed.sum()) == round(share * 200)  # each meets another image
         assert bool((sets["overlays", share] >= test).all())
     known = {image.numpy().tobytes() for image in train}
     for share in SEVERITIES["copied"]:
