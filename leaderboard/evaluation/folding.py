@@ -43,7 +43,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
 _COPIES = {
-    *("clone", "contiguous", "constant_pad_nd", "copy", "index", "_unsafe_index", "index_select", "repeat", "slice"),
+    *("clone", "contiguous", "constant_pad_nd", "copy", "index_select", "repeat", "slice"),
     *("pixel_shuffle", "pixel_unshuffle", "roll", "flip", "_reshape_alias", "view", "_unsafe_view", "expand", "_to_copy"),
     *("_reshape_copy", "repeat_interleave", "as_strided", "detach", "lift_fresh", "alias"),
 }
@@ -51,7 +51,8 @@ _JOINS = {"cat", "stack"}
 _CONSTANTS = {"zeros", "ones", "full", "arange", "scalar_tensor", "zeros_like", "ones_like", "full_like", "new_zeros"}
 _AFFINE = {"mul", "div", "add", "sub", "rsub", "neg"}
 _AVERAGES = {"mean", "sum"}
-_NEAREST = {"upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d"}
+_NEAREST = {"upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "index", "_unsafe_index"}
+"""Upsampling, which consists of indexing in some versions of torch."""
 _POOLS = {"avg_pool1d", "avg_pool2d", "avg_pool3d"}
 _CONVOLUTIONS = {"convolution", "convolution_overrideable"}
 _MATRICES = {"mm": (0, 1), "addmm": (1, 2), "bmm": (0, 1), "linear": (0, 1)}
@@ -138,6 +139,14 @@ class Origin:
         """Returns the origin after a linear map that changes each term; real-valued if it cannot."""
         terms = tuple(map(change, self.terms))
         return replace(self, terms=terms, bits=32) if terms and None not in terms else REAL
+
+    def enlarged(self, shape: Sequence[int], new_shape: Sequence[int]) -> Origin:
+        """Returns the origin of copies along the spatial axes of `(N, C, *spatial)`; unchanged if there are none."""
+        if len(shape) != len(new_shape) or len(shape) < 3 or tuple(shape[2:]) == tuple(new_shape[2:]):
+            return self
+        scales = [old / new for old, new in zip(shape[2:], new_shape[2:], strict=True)]
+        moved = self.through(lambda term: term.along([1.0] * len(scales), scales))
+        return replace(moved, bits=self.bits, current=self.current)
 
     def through_layer(self, weights: Weights) -> Origin:
         """Returns the origin of the output of a convolution or linear layer."""
@@ -271,6 +280,8 @@ class Origins:
             if self[factors[1]].constant or self[factors[0]].constant:
                 inner = float(factors[0].shape[-1])
                 return first.through_layer(Weights(inner, inner))
+        if name in _NEAREST:
+            return first.enlarged(active[0].shape, out.shape)
         if len(active) > 1:
             return REAL
         if name in _AFFINE:
@@ -280,10 +291,6 @@ class Origins:
         if name in _AVERAGES:
             times = active[0].numel() / max(out.numel(), 1)
             return first.through(lambda term: replace(term, times=times * term.times, folds=True))
-        if name in _NEAREST:
-            scales = [a / b for a, b in zip(active[0].shape[2:], out.shape[2:], strict=True)]
-            nearest = first.through(lambda term: term.along([1.0] * len(scales), scales))
-            return replace(nearest, bits=first.bits, current=first.current)
         if name in _POOLS:
             axes = active[0].dim() - 2
             kernel = _per_axis(args[1], axes)
