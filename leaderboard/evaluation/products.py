@@ -41,30 +41,55 @@ class Product(NamedTuple):
         macs: Multiply-accumulates if all operands are dense; None if it cannot be counted.
         operands: The factors of a plain product, either of which may be spikes; empty for others (attention).
         biases: Elements of the output that receive a bias.
+        outputs: Elements of the output.
+        settings: Further arguments of a convolution: stride, padding, dilation, whether it is transposed, output
+            padding, groups.
     """
 
     operator: str
     macs: int | None
     operands: tuple[Tensor, ...] = ()
     biases: int = 0
+    outputs: int = 0
+    settings: tuple[Any, ...] = ()
+
+    def effective(self) -> Tensor | None:
+        """Returns the multiplications without a zero factor or padding, as a scalar; None if the operands are unknown.
+
+        Of matrices they are the sum over the inner index `k` of the nonzero elements of column `k` of the first and of
+        row `k` of the second. A convolution is computed again, with 1 for each operand that is not 0.
+        """
+        if not self.operands:
+            return None
+        first, second = ((x != 0).double() for x in self.operands)
+        if self.settings:
+            ones: Tensor = _aten.convolution(first, second, None, *self.settings)
+            return ones.sum()
+        if "conv" in self.operator:
+            return None
+        columns = first.sum(-2) if first.dim() > 1 else first
+        rows = second.sum(-1) if second.dim() > 1 else second
+        return (columns * rows).sum()
 
 
 class ProductMode(TorchDispatchMode):
-    """Reports every product, and every tensor argument, of the operators inside its `with` block.
+    """Reports every product, and every operator, inside its `with` block.
 
     Args:
         on_product: Called after each product.
-        on_tensor: Called for each tensor argument of each operator, if given.
+        on_operator: Called after each of torch's operators with the operator, its arguments and its output, if given.
     """
 
     supports_higher_order_operators = True
 
     def __init__(
-        self, on_product: Callable[[Product], None], on_tensor: Callable[[Tensor], None] | None = None
+        self,
+        on_product: Callable[[Product], None],
+        on_operator: Callable[[Any, Sequence[Any], Mapping[str, Any], Any], None] | None = None,
     ) -> None:
         super().__init__()
         self._on_product = on_product
-        self._on_tensor = on_tensor
+        self._on_operator = on_operator
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -80,10 +105,8 @@ class ProductMode(TorchDispatchMode):
             with self:
                 return func.decompose(*args, **kwargs)
         out = func(*args, **kwargs)
-        if self._on_tensor is not None:
-            for tensor in tree_leaves((args, kwargs)):
-                if isinstance(tensor, Tensor):
-                    self._on_tensor(tensor)
+        if self._on_operator is not None:
+            self._on_operator(func, args, kwargs, out)
         if kind == "product":
             self._on_product(_product(func, args, kwargs, out))
         elif kind == "unknown":
@@ -114,8 +137,10 @@ def _product(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any
     packet = func._overloadpacket
     operands = tuple(args[i] for i in _OPERANDS.get(packet, ()) if i < len(args))
     has_bias = packet in _BIASED or (packet in _CONVOLUTIONS and len(args) > 2 and args[2] is not None)
-    biases = out.numel() if has_bias else 0
-    return Product(str(packet), _MACS[packet](*args, **kwargs, out_val=out), operands, biases)
+    outputs = next(x.numel() for x in tree_leaves(out) if isinstance(x, Tensor))
+    biases = outputs if has_bias else 0
+    settings = tuple(args[3:9]) if packet in _existing("convolution", "convolution_overrideable") else ()
+    return Product(str(packet), _MACS[packet](*args, **kwargs, out_val=out), operands, biases, outputs, settings)
 
 
 def _halved(flops: Callable[..., int]) -> Callable[..., int]:
