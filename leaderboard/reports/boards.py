@@ -20,15 +20,12 @@ from leaderboard.record.differences import training_data
 from leaderboard.record.entries import Entry, Status, headline, order_metrics
 from leaderboard.record.records import Record, record_json
 from leaderboard.reports import pareto
+from leaderboard.reports.cells import Cell, direction, label, metric_name
 from leaderboard.reports.known_sets import known_set_rows
 from leaderboard.reports.methods import Method, tables
 from leaderboard.reports.published import Published, PublishedResult
 from leaderboard.reports.statistics import OF_AN_EVALUATION, half_width
 from leaderboard.reports.table import (
-    Cell,
-    direction,
-    label,
-    metric_name,
     row_notes,
     seed_name,
     seed_rows,

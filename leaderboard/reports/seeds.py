@@ -16,19 +16,11 @@ from rich.text import Text
 
 from leaderboard.files import is_report, refuse_existing, write_atomic
 from leaderboard.record.entries import Entry, headline, read_records
+from leaderboard.reports.cells import Cell, label, metric_name
 from leaderboard.reports.known_sets import known_set_rows
 from leaderboard.reports.methods import Method, method_name, tables
 from leaderboard.reports.pareto import Point, pareto_front
-from leaderboard.reports.table import (
-    Cell,
-    escape,
-    label,
-    markdown_line,
-    metric_name,
-    table_provenance,
-    table_rows,
-    table_title,
-)
+from leaderboard.reports.table import escape, markdown_line, table_provenance, table_rows, table_title
 from leaderboard.reports.terminal import terminal
 
 COLOURS = ("ddpm", "sddpm", "sdm", "fsddim", "spiking-rwkv", "spiking-diffusion", "ann-snn", "sdit")
