@@ -25,8 +25,6 @@ _SHARES = {
     "coverage": "Cov.",
     "authenticity": "Auth.",
 }
-LABELS = {"mJ": "45 nm arithmetic, mJ"}
-"""Column headers in pages and files, for columns with a shorter header in the terminal."""
 _SCALE = {"kid_mean": 1000.0}
 """Factors by which metrics are multiplied for display."""
 
@@ -73,11 +71,6 @@ def direction(key: str) -> Literal["lower", "higher", ""]:
     return (
         "higher" if re.fullmatch(r"(is|precision|density|coverage|authenticity)(_.*)?|reconstruction_ssim", key) else ""
     )
-
-
-def label(column: str) -> str:
-    """Returns the header of a column in pages and files."""
-    return LABELS.get(column, column)
 
 
 def metric_cell(key: str, method: Method, scaled: bool = True) -> Cell:
