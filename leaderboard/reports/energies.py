@@ -29,6 +29,13 @@ def energy_label(model: EnergyModel) -> str:
     return f"45 nm {model.title}, mJ"
 
 
+def energy_meaning(model: EnergyModel) -> str:
+    """Returns one sentence on the column of a model."""
+    if model.name == ARITHMETIC:
+        return "mJ: MACs and accumulates per image at 45 nm, strict count, without memory access."
+    return f"mJ: per image by the model {model.name}."
+
+
 def energy_cells(method: Method, model: EnergyModel, has_band: bool) -> dict[str, Cell]:
     """Returns the cells of energy of a row.
 
