@@ -26,7 +26,7 @@ FOLDER = Path(__file__).parent
 LOCKED = {
     "arithmetic-45nm": "b34eeaf604edfc5300b7f0a18ed326fb8a77b410de5bcef4d985562ac918224a",
     "neurobench-45nm": "26e7ffaa6a4911bb20ff83eddb483dfd3ed1f5a193a13bbfb5c57466b4da446e",
-    "quantised-45nm": "880f6d0b38e63107b2f73bb4fa894ef556b6bb78e7c6a6c7ca77d71a0b8f370a",
+    "quantised-45nm": "3a337407b87981ac06cb00c901c3c9fbcde56cb66916c1ee614eb37a51f38b7a",
     "memory-45nm": "d4f14379601be36c45651f8ac878ae9f827e5fba0e23c0e3d8d1d9b0f690a5ec",
     "paper-sddpm": "d9d584de0f6334369814cd233b60c7da602afd50850b5484109e2ab8bbd45397",
 }
@@ -74,7 +74,7 @@ class Integer:
     Args:
         weight_bits: Width of weights and of the constant by which a membrane leaks.
         activation_bits: Width of real values; values of `2^b` levels have `b` bits if that is fewer.
-        accumulator_bits: Width of accumulators, membranes and sums.
+        accumulator_bits: Width of accumulators, membranes, sums and norms.
         add_pj: Energy of an addition in pJ of 8 and 32 bits.
         multiply_pj: Energy of a multiplication in pJ of 8 and 32 bits.
     """
@@ -95,7 +95,7 @@ class Integer:
 
     @property
     def ac(self) -> float:
-        """Energy of an accumulate, or of a sum of two elements, in pJ."""
+        """Energy of an accumulate, or of an element of a sum or norm, in pJ."""
         return _power_law(self.add_pj, self.accumulator_bits)
 
     @property
@@ -104,7 +104,7 @@ class Integer:
         return _power_law(self.multiply_pj, math.sqrt(self.weight_bits * self.accumulator_bits))
 
     def energy_pj(self, counts: OperationCounts) -> float:
-        """Returns the energy of effective operations, neuron updates and sums in pJ.
+        """Returns the energy of effective operations, neuron updates, sums and norms in pJ.
 
         An update is a leak and two additions (charge, comparison), and one more for each spike (reset).
         """

@@ -375,7 +375,7 @@ def _notes(group: list[Method], model: EnergyModel) -> list[str]:
 
 
 def _print_wide(console: Console, group: list[Method], model: EnergyModel) -> None:
-    """Prints the wide table: related cells are stacked (100 characters for a few metrics), files are listed below."""
+    """Prints the wide table: related cells are stacked (104 characters for a few metrics), files are listed below."""
     rows = table_rows(group, model)
     metrics = list(rows[0])[3 : list(rows[0]).index("T")]
     table = Table(

@@ -49,6 +49,7 @@ class QReLU(nn.Module):
 
     def __init__(self, bits: int) -> None:
         super().__init__()
+        self.bits = bits
         self.levels = 2**bits - 1
         self.act_alpha = nn.Parameter(torch.tensor(6.0))
 

@@ -80,7 +80,7 @@ def costing(counts: OperationCounts | None = COUNTS) -> Cost:
     [
         ("arithmetic-45nm", "b34eeaf604edfc5300b7f0a18ed326fb8a77b410de5bcef4d985562ac918224a"),
         ("neurobench-45nm", "26e7ffaa6a4911bb20ff83eddb483dfd3ed1f5a193a13bbfb5c57466b4da446e"),
-        ("quantised-45nm", "880f6d0b38e63107b2f73bb4fa894ef556b6bb78e7c6a6c7ca77d71a0b8f370a"),
+        ("quantised-45nm", "3a337407b87981ac06cb00c901c3c9fbcde56cb66916c1ee614eb37a51f38b7a"),
         ("memory-45nm", "d4f14379601be36c45651f8ac878ae9f827e5fba0e23c0e3d8d1d9b0f690a5ec"),
         ("paper-sddpm", "d9d584de0f6334369814cd233b60c7da602afd50850b5484109e2ab8bbd45397"),
     ],
