@@ -14,13 +14,16 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from leaderboard.energy import ARITHMETIC, read_models
 from leaderboard.files import canonical_sha256
 from leaderboard.pictures import grid, save_png
 from leaderboard.protocols import STANDARD_V1
 from leaderboard.record.entries import read_records
 from leaderboard.record.records import Artefact, Cost, Dataset, MetricValue, Record, write_record
+from leaderboard.reports.energies import band_cell
 from leaderboard.reports.page import render_page
 from leaderboard.reports.published import Published, PublishedResult, Source, read_published
+from tests._helpers.counts import COUNTS, costing
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the browser's driver is not installed")
 
@@ -382,6 +385,47 @@ def test_plot_is_above_its_table(open_page: Callable[..., Any]) -> None:
     assert rows is not None
     assert plot["y"] + plot["height"] < rows["y"]
     assert plot["width"] > 800
+
+
+@pytest.fixture
+def counted(make_record: Make, tmp_path: Path, published: Published) -> Path:
+    """A page of two methods with operations by layer, one without, and a table of another dataset without."""
+    cost = costing()
+    records = [
+        make_record(fd=1.0, variant="a", cost=cost),
+        make_record(fd=2.0, variant="b", cost=costing(replace(COUNTS, neurons={}))),
+        make_record(fd=3.0, variant="older"),
+        *(make_record(fd=i, variant=f"{i}", dataset=Dataset("mnist", "f" * 64, "hub")) for i in (4.0, 5.0)),
+    ]
+    path = tmp_path / "counted.html"
+    path.write_text(render_page([(Path(f"{i}.json"), record) for i, record in enumerate(records)], published))
+    return path
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_model_of_energy_changes_column_header_and_axis(browser: Any, counted: Path, width: int) -> None:
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    page.goto(counted.as_uri())
+    digits, mnist = (board(page, f"{name}, offline-v1") for name in ("digits", "mnist"))
+    assert page.locator("#energy").input_value() == "all models"
+    for name, header, points in (
+        ("all models", "45 nm arithmetic, mJ", 3),
+        ("memory-45nm", "45 nm memory, mJ", 2),
+        ("arithmetic-45nm", "45 nm arithmetic, mJ", 3),
+        ("neurobench-45nm", "45 nm effective, mJ", 2),
+    ):
+        page.select_option("#energy", name)
+        assert digits.locator("svg:visible >> a.mark").count() == points
+        assert digits.locator("svg:visible text.title").first.text_content().count(name.split("-")[0]) == 1
+        cells = column(digits, header)
+        model = read_models()[ARITHMETIC if name == "all models" else name]
+        band = band_cell(model.energy(costing()))
+        assert cells[0] == str(band)
+        assert float(digits.locator("td.energy").first.get_attribute("data-value")) == pytest.approx(band.value)
+        assert (cells[2] == "-") == (points == 2)
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+    assert "No plot" in mnist.locator("p.missing:visible").inner_text()
+    page.close()
 
 
 def test_published_figures_say_whether_they_are_reproduced(open_page: Callable[..., Any]) -> None:
