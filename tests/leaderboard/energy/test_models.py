@@ -5,12 +5,12 @@ from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
 import pytest
+from counts_by_hand import COUNTS, PICOJOULE, QUANTISED, SPIKING, STEM, costing
 
 from leaderboard.energy import ARITHMETIC, FOLDER, LOCKED, Band, EnergyModel, _read, read_model, read_models
 from leaderboard.locked import read_locked
 from leaderboard.record.entries import PACKAGED, read_records
 from leaderboard.record.records import NeuronCounts
-from tests._helpers.counts import COUNTS, PICOJOULE, QUANTISED, SPIKING, STEM, costing
 
 
 @pytest.mark.parametrize(

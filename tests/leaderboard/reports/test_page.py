@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from counts_by_hand import COUNTS, costing
 
 from leaderboard.energy import ARITHMETIC, read_models
 from leaderboard.files import canonical_sha256
@@ -23,7 +24,6 @@ from leaderboard.record.records import Artefact, Cost, Dataset, MetricValue, Rec
 from leaderboard.reports.energies import band_cell
 from leaderboard.reports.page import render_page
 from leaderboard.reports.published import Published, PublishedResult, Source, read_published
-from tests._helpers.counts import COUNTS, costing
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the browser's driver is not installed")
 
