@@ -19,7 +19,7 @@ from leaderboard.reports.terminal import terminal
 
 _TITLE = "# Energy"
 _BELOW = (
-    "Millijoules per generated image, over its whole chain. Low energy alone is no merit: see the distance beside it."
+    "Millijoules per generated image, over its whole chain. Read it with the distance: images of noise are cheap."
 )
 
 

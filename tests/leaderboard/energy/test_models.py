@@ -71,6 +71,19 @@ def test_model_without_numbers_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_p
         _read(path)
 
 
+def test_new_model_needs_a_file_and_its_hash(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "half-7nm.yaml"
+    text = (FOLDER / "arithmetic-45nm.yaml").read_text().replace(ARITHMETIC, path.stem)
+    path.write_text(text.replace("mac_pj: 4.6", "mac_pj: 2.3").replace("ac_pj: 0.9", "ac_pj: 0.45"))
+    monkeypatch.setitem(LOCKED, path.stem, "not yet")
+    with pytest.raises(ValueError, match="expected not yet") as error:
+        _read(path)
+    monkeypatch.setitem(LOCKED, path.stem, str(error.value).split("has the hash ")[1][:64])
+    old, new = read_model(ARITHMETIC).energy(costing()), _read(path).energy(costing())
+    assert old is not None
+    assert new == pytest.approx([old.low / 2] * 2)
+
+
 def test_arithmetic_by_hand() -> None:
     expected = (4.6 * 1500 + 0.9 * 1100) * PICOJOULE
     assert read_model(ARITHMETIC).energy(costing()) == Band(pytest.approx(expected), pytest.approx(expected))
