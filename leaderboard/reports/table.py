@@ -443,6 +443,14 @@ def _short_label(column: str, model: EnergyModel) -> str:
     return f"{model.title} mJ" if column == ENERGY else column
 
 
+def _wrapped(metric: str, width: int = 12) -> str:
+    """Breaks the name of a metric before underscores into lines of at most `width` characters, if possible."""
+    lines = [""]
+    for part in re.findall("_?[^_]+", metric):
+        lines = [*lines[:-1], lines[-1] + part] if len(lines[-1] + part) <= width else [*lines, part]
+    return "\n".join(filter(None, lines))
+
+
 def _print_short(
     console: Console, group: list[Method], newest: Entry | None, model: EnergyModel, has_band: bool, every_row: bool
 ) -> None:
@@ -468,7 +476,8 @@ def _print_short(
     table.add_column("Method")
     for name in numbers:
         band = "\n(all models)" if name == ENERGY and has_band else ""
-        table.add_column(Text(_short_label(name, model) + band), justify="right", no_wrap=True)
+        header = _wrapped(name) if name in metrics else _short_label(name, model) + band
+        table.add_column(Text(header), justify="right", no_wrap=True)
     notes: list[str] = []
 
     def add(rank: str, name: str, row: dict[str, Cell], style: str | None) -> None:

@@ -11,8 +11,9 @@ import pytest
 from counts_by_hand import COUNTS, STEM, costing
 
 from leaderboard.energy import Band, read_model, read_models
+from leaderboard.protocols import OFFLINE_V2
 from leaderboard.record.entries import Entry
-from leaderboard.record.records import Record, write_record
+from leaderboard.record.records import MetricValue, Record, write_record
 from leaderboard.reports.boards import measured_boards
 from leaderboard.reports.energies import ALL_MODELS, ENERGY, all_models, band_cell, energy
 from leaderboard.reports.energy import cheapest, energy_rows, energy_table
@@ -131,6 +132,20 @@ def test_terminal_shows_the_band_and_the_chosen_model_in_80_columns(
     assert "effective mJ" in capsys.readouterr().out
     with pytest.raises(ValueError, match="'horowitz' is not an energy model; expected one of: arithmetic-45nm"):
         leaderboard(folder, energy="horowitz")
+
+
+def test_long_names_of_metrics_leave_room_for_methods(
+    make_record: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    metrics = {"fd_unbiased_digits_ae": MetricValue(18.53, 1.2, 5000)}
+    record = make_record(protocol=OFFLINE_V2, metrics=metrics, method="spiking-rwkv", cost=costing())
+    leaderboard(write(tmp_path, [(Path("a.json"), record)]))
+    title, first, second, row, *_ = capsys.readouterr().out.splitlines()
+    assert "best fd_unbiased_digits_ae first" in title
+    assert "fd_unbiased " in first
+    assert " _digits_ae " in second
+    assert "spiking-rwkv " in row
 
 
 def test_methods_by_models_name_who_costs_least_under_each(records: list[tuple[Path, Record]]) -> None:
