@@ -167,17 +167,18 @@ def _plot(group: Sequence[Method], rows: Sequence[dict[str, Cell]], quality: str
         colour = f"C{COLOURS.index(point.method) if point.method in COLOURS else len(COLOURS)}"
         marker = MARKERS[shown[point.method] % len(MARKERS)]
         shown[point.method] += 1
+        if point.band:
+            axes.hlines(point.quality, *point.band, color=colour, alpha=0.4, lw=1)
         axes.errorbar(
             point.energy,
             point.quality,
             yerr=point.uncertainty,
-            xerr=point.band and [[point.energy - point.band[0]], [point.band[1] - point.energy]],
             fmt=marker,
             color=colour,
             capsize=3,
             label=point.label,
         )
-    bands = "; bars: lowest to highest model of energy" if any(point.band for point in points) else ""
+    bands = "\nlevel lines: lowest to highest model of energy" if any(point.band for point in points) else ""
     axes.set(
         xlabel=f"45 nm arithmetic per image, strict (mJ){bands}", ylabel=f"{quality} (lower is better)", xscale="log"
     )
