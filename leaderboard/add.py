@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from leaderboard.evaluation.cost import strict_energy_mj
+from leaderboard.energy import strict_energy_mj
 from leaderboard.files import canonical_sha256, write_atomic
 from leaderboard.metrics.generation import metric_keys
 from leaderboard.protocols import PROTOCOLS

@@ -76,13 +76,14 @@ class Point:
     """One result in the plot.
 
     Args:
-        energy: Energy in mJ, above 0.
+        energy: Energy in mJ, above 0; its mark.
         quality: Distance, lower is better.
         uncertainty: Half of the 95 % interval of `quality`; 0 if unknown.
         method: Method; determines shape and colour of the mark.
         label: Name of the point.
         anchor: HTML id of its row in the page.
         ranked: Whether it may be on the Pareto front; False for what its table does not rank.
+        band: Lower and upper bound of the energy; None if it has one value.
     """
 
     energy: float
@@ -92,16 +93,24 @@ class Point:
     label: str
     anchor: str
     ranked: bool = True
+    band: tuple[float, float] | None = None
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Ends of its horizontal bar, which are equal if it has none."""
+        return self.band or (self.energy, self.energy)
 
 
 class Mark(NamedTuple):
-    """A point with its position, the ends of its error bar and its style."""
+    """A point with its position, the ends of its bars and its style."""
 
     point: Point
     x: float
     y: float
     low: float
     high: float
+    left: float
+    right: float
     style: int
     on_front: bool
 
@@ -187,6 +196,8 @@ def plot(points: Sequence[Point], quality_name: str, energy_name: str, frame: Fr
             y(p.quality),
             y(max(p.quality - p.uncertainty, y.low)),
             y(min(p.quality + p.uncertainty, y.high)),
+            x(p.bounds[0]),
+            x(p.bounds[1]),
             methods.index(p.method),
             p in front,
         )
@@ -200,7 +211,7 @@ def plot(points: Sequence[Point], quality_name: str, energy_name: str, frame: Fr
 
 
 def _energy_axis(points: Sequence[Point], frame: Frame) -> _Axis:
-    low, high = min(p.energy for p in points), max(p.energy for p in points)
+    low, high = min(p.bounds[0] for p in points), max(p.bounds[1] for p in points)
     pad = max(0.08 * math.log10(high / low), 0.15)
     return _Axis(low / 10**pad, high * 10**pad, frame.left, frame.right, log=True)
 
@@ -234,8 +245,11 @@ def _staircase(front: Sequence[tuple[float, float]], frame: Frame) -> list[tuple
 def _labels(marks: Sequence[Mark], corners: Sequence[tuple[float, float]], frame: Frame) -> list[Label]:
     """Places labels near their marks, the front first; labels without room are omitted (the tooltip shows them)."""
     taken = [(m.x - 1, m.high, m.x + 1, m.low) for m in marks]
+    taken += [(m.left, m.y - 1, m.right, m.y + 1) for m in marks if m.point.band]
     taken += [(min(a, c), min(b, d), max(a, c), max(b, d)) for (a, b), (c, d) in pairwise(corners)]
-    labels = []
+    labels: list[Label] = []
+    texts: list[tuple[float, float, float, float]] = []
+    lines: list[tuple[float, float]] = []  # points of the lines that lead to labels
     for mark in sorted(marks, key=lambda m: (not m.on_front, not m.point.ranked)):
         name = mark.point.label
         text = name if len(name) <= frame.longest else name[: frame.longest - 1] + "…"
@@ -248,9 +262,13 @@ def _labels(marks: Sequence[Mark], corners: Sequence[tuple[float, float]], frame
                 box[0] >= frame.left + 2 and box[2] <= frame.right and box[1] >= frame.top and box[3] <= frame.bottom
             )
             others = [(m.x - 11, m.y - 11, m.x + 11, m.y + 11) for m in marks if m is not mark]  # keep off other marks
-            if inside and not any(_overlap(box, other) for other in taken + others):
+            points = [] if (dx, dy, anchor) in _OFFSETS else _leader(mark, box)
+            crosses = any(_contains(text, p) for text in texts for p in points) or any(_contains(box, p) for p in lines)
+            if inside and not crosses and not any(_overlap(box, other) for other in taken + others):
                 taken.append(box)
-                line = _leader(mark, box) if (dx, dy, anchor) not in _OFFSETS else ""
+                texts.append(box)
+                lines += points
+                line = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in (points[0], points[-1])) if points else ""
                 labels.append(Label(text, round(x, 2), round(y, 2), anchor, line))
                 break
     return labels
@@ -264,12 +282,16 @@ def _ring_offsets() -> Iterator[tuple[float, float, str]]:
             yield dx, dy + 4, "middle" if abs(dx) < radius / 2 else "start" if dx > 0 else "end"
 
 
-def _leader(mark: Mark, box: tuple[float, float, float, float]) -> str:
-    """Returns the path of a line from the edge of a mark to the nearest point of its label."""
+def _leader(mark: Mark, box: tuple[float, float, float, float]) -> list[tuple[float, float]]:
+    """Returns points of a line from the edge of a mark to the nearest point of its label."""
     x, y = min(max(mark.x, box[0]), box[2]), min(max(mark.y, box[1] + 2), box[3])
     length = math.hypot(x - mark.x, y - mark.y)
-    start = (mark.x + 7 * (x - mark.x) / length, mark.y + 7 * (y - mark.y) / length)
-    return f"M{start[0]:.1f} {start[1]:.1f}L{x:.1f} {y:.1f}"
+    steps = [7 / length + (1 - 7 / length) * i / 8 for i in range(9)]
+    return [(mark.x + step * (x - mark.x), mark.y + step * (y - mark.y)) for step in steps]
+
+
+def _contains(box: tuple[float, float, float, float], point: tuple[float, float]) -> bool:
+    return box[0] < point[0] < box[2] and box[1] < point[1] < box[3]
 
 
 def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:

@@ -11,7 +11,7 @@ import pytest
 
 from benchmark.cli import main
 from leaderboard.add import add, find_problems
-from leaderboard.evaluation.cost import strict_energy_mj
+from leaderboard.energy import strict_energy_mj
 from leaderboard.files import canonical_sha256, write_atomic
 from leaderboard.protocols import OFFLINE_V1, STANDARD_V1
 from leaderboard.record.entries import Entry
