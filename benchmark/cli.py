@@ -53,6 +53,7 @@ COMMANDS = {
     ),
     "leaderboard": ("leaderboard.reports.table:leaderboard", "show the table of the newest run (more: --wide, --all)"),
     "leaderboard render": ("leaderboard.reports.render:render", "write the leaderboard as a web page and files"),
+    "leaderboard energy": ("leaderboard.reports.energy:energy_table", "show methods by models of energy"),
     "leaderboard seeds": ("leaderboard.reports.seeds:seeds", "show and write methods over training seeds"),
     "leaderboard compare": ("leaderboard.reports.compare:compare", "compare two groups of records, or two records"),
     "leaderboard verify": ("benchmark.commands.verify:verify", "repeat the evaluation of a record and compare"),
