@@ -157,9 +157,7 @@ class Counts:
     def _layer(self, name: str, num_images: int) -> LayerCounts:
         """Returns the counts of one layer or product for one image."""
         facts = self.facts[name]
-        counts = {
-            column: number / num_images for column, number in zip(COLUMNS, self.connections[name], strict=True)
-        }
+        counts = {column: number / num_images for column, number in zip(COLUMNS, self.connections[name], strict=True)}
         spikes_only = counts["spike_dense"] == counts["dense"]
         return LayerCounts(
             **counts,
