@@ -25,9 +25,9 @@ from systems.ops.quantise import PLAIN_BITS, bits_of_steps
 _COLUMNS = 3
 _SPIKING, _TWIN = "tab:blue", "tab:orange"
 _BELOW = (
-    "Energy in mJ per image. Break-even is the mean firing rate below which the spiking network costs less, if the rates "
-    "of all layers change by the same factor; two values are of the lower and the upper bounds of energy. Less energy "
-    "at another quality is no gain by itself: compare the metric above."
+    "Energy in mJ per image. Break-even is the mean firing rate below which the spiking network costs less, if the "
+    "rates of all layers change by the same factor; two values are of the lower and the upper bounds of energy. Less "
+    "energy at another quality is no gain by itself: compare the metric above."
 )
 
 
@@ -60,8 +60,7 @@ def break_even_report(spiking: str, twin: str, output: str | None = None) -> Non
         console.print(Text(line), soft_wrap=True)
     console.print(Text(_BELOW, style="dim"), soft_wrap=True)
     content = BytesIO()
-    names = [_name(entry) for entry in entries]
-    draw(found, *names, entries[0].record).savefig(content, format="png", dpi=130, metadata={"Software": None})
+    draw(found, *entries).savefig(content, format="png", dpi=130, metadata={"Software": None})
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, content.getvalue())
     console.print(f"wrote {path}", markup=False, soft_wrap=True)
@@ -210,16 +209,15 @@ def sentences(found: list[BreakEven]) -> list[str]:
     return [f"At the measured rate {verdict} by {', '.join(models)}." for verdict, models in verdicts.items()]
 
 
-def draw(found: list[BreakEven], spiking: str, twin: str, record: Record) -> Figure:
+def draw(found: list[BreakEven], spiking: Entry, twin: Entry) -> Figure:
     """Plots energy against the firing rate, one panel for each model.
 
     Args:
         found: The comparisons.
-        spiking: Name of the spiking network.
-        twin: Name of the other one.
-        record: Record of the spiking network.
+        spiking: Record of the spiking network.
+        twin: Record of the other one.
     """
-    rows = -(-len(found) // _COLUMNS)
+    record, rows = spiking.record, -(-len(found) // _COLUMNS)
     figure = Figure(figsize=(3.6 * _COLUMNS, 0.9 + 3.0 * rows), layout="constrained")
     panels = figure.subplots(rows, _COLUMNS, squeeze=False).flatten()
     finite = [rate for row in found for rate in row.rates if 0 < rate < 1]
@@ -231,7 +229,7 @@ def draw(found: list[BreakEven], spiking: str, twin: str, record: Record) -> Fig
     for panel in panels[max(0, len(found) - _COLUMNS) : len(found)]:
         panel.set_xlabel("mean firing rate")
     handles, labels = panels[0].get_legend_handles_labels()
-    names = {"spiking": f"spiking: {spiking}, T = {record.num_steps}", "twin": f"twin: {twin}"}
+    names = {"spiking": f"spiking: {_name(spiking)}, T = {record.num_steps}", "twin": f"twin: {_name(twin)}"}
     title = f"Energy per image against firing rate: {record.dataset.name}, {record.nfe} NFE"
     figure.suptitle(title, fontsize=11)
     figure.legend(handles, [names.get(name, name) for name in labels], loc="outside lower center", ncols=2, fontsize=8)
