@@ -31,7 +31,7 @@ _BELOW = (
 )
 
 
-def break_even_report(spiking: str, twin: str, output: str | None = None) -> None:
+def break_even_report(spiking: str = "", twin: str = "", output: str | None = None) -> None:
     """Shows by every model of energy the firing rate below which a spiking network costs less than its twin.
 
     The records contain all counts, so that nothing is run. The twin is any network without neurons on the same dataset
@@ -47,6 +47,8 @@ def break_even_report(spiking: str, twin: str, output: str | None = None) -> Non
         FileExistsError: If the output exists.
         ValueError: If a record lacks what is needed, or the records do not belong together.
     """
+    if not (spiking and twin):
+        raise ValueError("break-even compares two trained networks: give --spiking RECORD and --twin RECORD")
     entries = [_newest(spiking, "--spiking"), _newest(twin, "--twin")]
     found, missing = compared(*entries)
     if output is not None:
