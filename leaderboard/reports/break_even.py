@@ -27,7 +27,7 @@ _SPIKING, _TWIN = "tab:blue", "tab:orange"
 _BELOW = (
     "Energy in mJ per image. Break-even is the mean firing rate below which the spiking network costs less, if the "
     "rates of all layers change by the same factor; two values are of the lower and the upper bounds of energy. Less "
-    "energy at another quality is no gain by itself: compare the metric above."
+    "energy does not make up for worse images: compare the metric above."
 )
 
 

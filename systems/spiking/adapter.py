@@ -228,7 +228,7 @@ def apply_options(network: nn.Module, method: type, threshold: float, **publishe
         ValueError: If one of those options is not at its default, or the network is a ReLU twin.
     """
     if any(isinstance(module, ReLULayer) for module in network.modules()):
-        raise ValueError("ReLULayer is no neuron; a ReLU twin is made by --model.neuron relu")
+        raise ValueError("ReLULayer is not a neuron; give --model.neuron relu, which makes a ReLU twin")
     check_unused(
         method,
         "an option of the published neuron, which is replaced by --model.neuron; leave it at its default and set "
