@@ -163,8 +163,8 @@ def test_weights_of_another_kind_are_refused(trained: dict, configured: dict, me
         (SDDPM, {"activation_bits": 9}, "activation_bits=9; give 1 to 8, or 32"),
         (SDDPM, {"neuron": "if", "activation_bits": 3}, "activation_bits=3: an option of ReLU twins"),
         (FSDDIM, {"neuron": None, "activation_bits": 3}, "activation_bits=3: an option of ReLU twins"),
-        (SDDPM, {"neuron": ReLULayer}, "made by --model.neuron relu"),
-        (FSDDIM, {"neuron": ReLULayer}, "made by --model.neuron relu"),
+        (SDDPM, {"neuron": ReLULayer}, "give --model.neuron relu, which makes"),
+        (FSDDIM, {"neuron": ReLULayer}, "give --model.neuron relu, which makes"),
     ],
 )
 def test_options_without_effect_are_refused(method: type[DiffusionSystem], options: dict, message: str) -> None:
