@@ -45,12 +45,14 @@ class Measurement:
         steps: Training steps of the checkpoints.
         seeds: Seeds of the trainings that are measured.
         draft: Whether the test deviates from its protocol, as with fewer images; never ranked.
+        half: Whether the weights are rounded to 16 bits before, as they are in the zoo.
         options: Options of `test`.
     """
 
     steps: tuple[int, ...]
     seeds: tuple[int, ...]
     draft: bool = False
+    half: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -85,6 +87,8 @@ class Study:
         search: Search of the learning rate.
         measurements: Measurements by name, in the order in which they are made.
         datasets: Seeds of training, by dataset.
+        zoo: Datasets whose models go into the zoo: those of the search's seed, with the weights of the first
+            measurement that rounds them.
         methods: Methods by name, those with the longest trainings first.
     """
 
@@ -95,6 +99,7 @@ class Study:
     search: Search
     measurements: dict[str, Measurement]
     datasets: dict[str, tuple[int, ...]]
+    zoo: tuple[str, ...]
     methods: dict[str, Member]
 
 
@@ -127,6 +132,11 @@ class Place:
     def curves(self) -> Path:
         """Folder of what is found, except for ranked records."""
         return self.results / CURVES / self.study.name
+
+    @property
+    def zoo(self) -> Path:
+        """Folder of the zoo that belongs to the results."""
+        return self.results.parent / "zoo"
 
 
 def read_study(path: Path) -> Study:

@@ -12,12 +12,14 @@ from typing import Any, Literal
 
 from filelock import FileLock
 
+from benchmark.commands.export import CARD, export
 from benchmark.commands.matrix import Cell, last_error, run_command
-from benchmark.runs import find_checkpoint, newest_run
+from benchmark.commands.zoo import add_to_zoo
+from benchmark.runs import WEIGHTS, find_checkpoint, newest_run
 from benchmark.studies import Place, read_json, write_json
 from leaderboard.add import add
 from leaderboard.files import file_sha256, write_atomic
-from leaderboard.record.entries import RECORDS
+from leaderboard.record.entries import RECORDS, Entry
 from leaderboard.record.records import find_records, read_record, record_name, redact_paths, write_record
 from systems.checkpoints import read_suite, save_checkpoint
 
@@ -265,8 +267,9 @@ class MeasureJob:
         typed = [f"--{key}={value}" for key, value in options.items()]
         run = checkpoint.parent.parent
         before = set(find_records([run]))
+        tested = _half(checkpoint) if measurement.half else checkpoint
         draft = ["--draft"] * measurement.draft
-        if code := _run(["test", f"--ckpt_path={checkpoint}", *draft, *typed], self.log):
+        if code := _run(["test", f"--ckpt_path={tested}", *draft, *typed], self.log):
             return code
         (path,) = set(find_records([run])) - before
         record = redact_paths(read_record(path))
@@ -274,10 +277,19 @@ class MeasureJob:
             write_record(record, self.place.curves / "records")
         else:
             add(str(path), str(self.place.results / Path(RECORDS).name))
+        if self._goes_into_zoo:
+            folder = self.place.zoo / f"{self.training.method}_{self.training.dataset}"
+            add_to_zoo(tested.parent, checkpoint, Entry(path, record), folder)
         content = read_json(self.training.result)
         content["records"][self.key] = record_name(record)
         write_json(self.training.result, content)
         return 0
+
+    @property
+    def _goes_into_zoo(self) -> bool:
+        study, training = self.place.study, self.training
+        first = next((name for name, measurement in study.measurements.items() if measurement.half), None)
+        return self.measurement == first and training.dataset in study.zoo and training.seed == study.search.seed
 
 
 Job = SearchJob | TrainJob | MeasureJob
@@ -313,6 +325,14 @@ def _run(command: Sequence[str], log: Path) -> int:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as file:
         return run_command(command, file)
+
+
+def _half(checkpoint: Path) -> Path:
+    """Returns the weights of a checkpoint, rounded to 16 bits, in a folder made by `export` within its run."""
+    folder = checkpoint.parent.parent / f"half-{checkpoint.stem}"
+    if not (folder / CARD).is_file():  # which `export` writes last
+        export(str(checkpoint), str(folder), half=True)
+    return folder / WEIGHTS
 
 
 def _cpu_seconds(cell: Cell) -> float:

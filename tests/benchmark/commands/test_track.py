@@ -17,6 +17,7 @@ from filelock import FileLock
 from benchmark.cli import main
 from benchmark.commands import matrix
 from benchmark.studies import read_study
+from leaderboard.files import file_sha256
 from leaderboard.record.records import find_records, read_record
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*fork.*")]
@@ -34,10 +35,11 @@ DESIGN: dict[str, Any] = {
         "options": {"trainer.max_steps": 4, "model.lr_scheduler.init_args.total_steps": 4},
     },
     "measurements": {
-        "final": {"steps": [8], "seeds": [0, 1], "draft": True},
+        "final": {"steps": [8], "seeds": [0, 1], "draft": True, "half": True},
         "curve": {"steps": [4], "seeds": [0], "draft": True, "options": {"data.num_samples": 16}},
     },
     "datasets": {"digits": [0]},
+    "zoo": ["digits"],
     "methods": {
         "good": {},
         "good_t1": {
@@ -57,6 +59,7 @@ def study(tmp_path: Path) -> Path:
         "max_steps": 8,
         "limit_train_batches": 4,
         "log_every_n_steps": 2,
+        "check_val_every_n_epoch": 1,
         "precision": "32-true",
         "accelerator": "cpu",
         "num_sanity_val_steps": 0,
@@ -123,14 +126,17 @@ def test_a_study_is_run_in_stages_and_nothing_twice(
     assert run(study, "--stage", "measure") == 0
     training = read(study, "trainings/good_digits-seed0.json")
     assert sorted(training["records"]) == ["curve-4", "final-8"]
-    for key, step in (("curve-4", "4"), ("final-8", "8")):
-        record = read_record(study.parents[1] / "results/curves/tiny-v1/records" / training["records"][key])
+    results = study.parents[1] / "results/curves/tiny-v1/records"
+    weights = study.parents[1] / "zoo" / "good_digits" / "model.safetensors"  # the final ones were rounded before
+    for key, sha256 in (("curve-4", training["checkpoints"]["4"]), ("final-8", file_sha256(weights))):
+        record = read_record(results / training["records"][key])
         assert record.checkpoint is not None
-        assert record.checkpoint.sha256 == training["checkpoints"][step]
+        assert record.checkpoint.sha256 == sha256
         assert record.design is not None
         assert {"name": record.design.name, "sha256": record.design.sha256} == training["design"]
+    assert "zoo:good_digits" in (weights.parent / "README.md").read_text()
     variant = read(study, "trainings/good_t1_digits-seed0.json")
-    record = read_record(study.parents[1] / "results/curves/tiny-v1/records" / variant["records"]["final-8"])
+    record = read_record(results / variant["records"]["final-8"])
     assert (record.num_steps, record.variant) == (1, "T = 1")
     assert list(variant["records"]) == ["final-8"]
 
@@ -206,8 +212,8 @@ def test_errors_of_a_design_name_the_field(study: Path) -> None:
     def rewrite(**changes: Any) -> None:
         study.write_text(yaml.safe_dump(DESIGN | changes))
 
-    with pytest.raises(FileNotFoundError, match=r"--design nowhere\.yaml is not a file"):
-        run(Path("nowhere.yaml"))
+    with pytest.raises(FileNotFoundError, match=r"--design .*nowhere\.yaml is not a file"):
+        run(study.with_name("nowhere.yaml"))
     rewrite(steps="many")
     with pytest.raises(ValueError, match="steps: expected an integer, found 'many'"):
         run(study)
