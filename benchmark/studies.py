@@ -168,11 +168,12 @@ def check_unchanged(place: Place) -> None:
     Raises:
         ValueError: If there is one.
     """
-    for path in sorted(place.curves.glob("[st]*/*.json")):
-        found = read_json(path)["design"]
-        if found != place.design:
+    found = [*place.curves.glob("search/*.json"), *place.curves.glob("trainings/*.json")]
+    for path in sorted(found):
+        design = read_json(path)["design"]
+        if design != place.design:
             raise ValueError(
-                f"{path} was made with other files of {place.path.parent}/ ({found['sha256'][:8]}, not "
+                f"{path} was made with other files of {place.path.parent}/ ({design['sha256'][:8]}, not "
                 f"{place.design['sha256'][:8]}); restore them, or give the changed design another name in {place.path}"
             )
 
