@@ -53,6 +53,11 @@ COMMANDS = {
     ),
     "leaderboard": ("leaderboard.reports.table:leaderboard", "show the table of the newest run (more: --wide, --all)"),
     "leaderboard render": ("leaderboard.reports.render:render", "write the leaderboard as a web page and files"),
+    "leaderboard energy": ("leaderboard.reports.energy:energy_table", "show methods by models of energy"),
+    "break-even": (
+        "leaderboard.reports.break_even:break_even_report",
+        "show the firing rate below which a spiking network costs less than its twin",
+    ),
     "leaderboard seeds": ("leaderboard.reports.seeds:seeds", "show and write methods over training seeds"),
     "leaderboard compare": ("leaderboard.reports.compare:compare", "compare two groups of records, or two records"),
     "leaderboard verify": ("benchmark.commands.verify:verify", "repeat the evaluation of a record and compare"),
@@ -82,7 +87,7 @@ GROUPS = {
         "evaluate",
         "validate-metrics",
     ),
-    "leaderboard": tuple(name for name in COMMANDS if name.startswith("leaderboard")),
+    "leaderboard": (*(name for name in COMMANDS if name.startswith("leaderboard")), "break-even"),
     "tools": (
         "zoo",
         "export",

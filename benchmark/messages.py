@@ -33,6 +33,9 @@ EXAMPLES = {
 }
 """Base classes of options, and a class that can be given."""
 
+HINTS = {("neuron", "relu"): "ReLU twins exist of SDDPM, SDM and FSDDIM"}
+"""What to do about values that some classes accept, by option and value."""
+
 
 def explain_nested(message: str) -> str | None:
     """Returns what is wrong with an option of a class, such as `--model.optimizer.lr 0.01` without the class.
@@ -58,4 +61,5 @@ def explain_nested(message: str) -> str | None:
     if "is not accepted" in message:
         return f"{option}: {found} has no option {key.rpartition('.')[2]!r}"
     expected = re.findall(r"Expected an? <class '([^']+)'>", message)
-    return f"{option}={value}: not a value that {found} accepts{f'; expected {expected[-1]}' if expected else ''}"
+    remedy = HINTS.get((key, value), f"expected {expected[-1]}" if expected else "")
+    return f"{option}={value}: not a value that {found} accepts{'; ' * bool(remedy)}{remedy}"

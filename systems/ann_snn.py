@@ -29,8 +29,9 @@ from systems import ddpm
 from systems.base import OptimizerFactory
 from systems.checkpoints import check_state, network_state, read_trained, rename, training_data_of
 from systems.ddpm import DDPM, QuantisedDiffusion, check_bits
-from systems.networks.ann_unet import ANNUNet, BlockCall, quantised_relu
+from systems.networks.ann_unet import ANNUNet, BlockCall
 from systems.networks.checks import check_range
+from systems.ops.quantise import quantised_relu
 from systems.spiking.neurons import ConvertedNeuron
 
 STEM = ("time_embedding", "head")

@@ -24,8 +24,9 @@ from torch.optim import Adam
 from systems.base import LRSchedulerFactory, OptimizerFactory
 from systems.checkpoints import CheckpointMismatchError, check_state, rename
 from systems.diffusion.gaussian import GaussianDiffusion
-from systems.networks.ann_unet import PLAIN_BITS, ANNUNet, quantised_relu
+from systems.networks.ann_unet import ANNUNet
 from systems.networks.unet import read_size
+from systems.ops.quantise import PLAIN_BITS, quantised_relu
 
 
 class QuantisedDiffusion(GaussianDiffusion):

@@ -34,10 +34,13 @@ from systems.networks.checks import check_range
 from systems.networks.fsddim_fused import FusedRecurrence
 from systems.networks.fsddim_unet import LIF, FSDDIMUNet
 from systems.ops.cuda_graphs import Replay
+from systems.ops.quantise import PLAIN_BITS
 from systems.spiking.adapter import apply_options
 from systems.spiking.neurons import NeuronFactory
+from systems.spiking.relu import ReLULayer
 from systems.spiking.steps import fold, to_channels_last_on_gpu, unfold
 from systems.spiking.surrogates import get_surrogate
+from systems.twins import check_not_quantised, check_twin, twin_name
 
 
 def cosine_schedule(num_train_timesteps: int) -> Tensor:
@@ -86,7 +89,10 @@ class FSDDIM(DiffusionSystem):
         reset_mechanism: `zero` (published), or `subtract`, before the decay.
         spike_grad: Surrogate gradient: a name of snntorch.surrogate, triangle or rectangle.
         neuron: Class of other neurons in place of the published one, with its options: of snnTorch, such as
-            snntorch.Leaky, or systems.spiking.neurons.SpikingNeuron; `threshold` then scales their thresholds.
+            snntorch.Leaky, or systems.spiking.neurons.SpikingNeuron; `threshold` then scales their thresholds. `relu`
+            makes the ReLU twin (`systems.twins`) and needs `num_steps` 1; synaptic current learning has no effect then.
+        activation_bits: Bits of the activations of a ReLU twin, 1 to 8; 32 is a plain ReLU. `ceil(log2(T + 1))` bits, 3
+            for T = 4, have as many levels as neurons have spike counts in `T` steps.
         num_train_timesteps: Diffusion steps of training.
         max_time: Rows of the time embedding's table, one for each diffusion step, or more.
         num_inference_steps: Diffusion steps of the sampler (published: all).
@@ -114,7 +120,8 @@ class FSDDIM(DiffusionSystem):
         threshold: float = 1.0,
         reset_mechanism: Literal["zero", "subtract"] = "zero",
         spike_grad: str = "triangle",
-        neuron: NeuronFactory | None = None,
+        neuron: Literal["relu"] | NeuronFactory | None = None,
+        activation_bits: int = PLAIN_BITS,
         num_train_timesteps: int = 1000,
         max_time: int = 1000,
         num_inference_steps: int = 1000,
@@ -142,21 +149,24 @@ class FSDDIM(DiffusionSystem):
         if min(self.loss_weights.values()) < 0 or max(self.loss_weights.values()) == 0:
             given = ", ".join(f"{name}_weight={weight}" for name, weight in self.loss_weights.items())
             raise ValueError(f"{given}; give weights of 0 or more, one of them above 0")
-        self.network = FSDDIMUNet(
-            max_time=max_time,
-            neuron=neuron
-            or partial(
-                LIF,
-                beta=beta,
-                threshold=threshold,
-                reset_mechanism=reset_mechanism,
-                spike_grad=get_surrogate(spike_grad),
-            ),
-            **kwargs,
-        )
-        if neuron is not None:
-            published = {"beta": beta, "reset_mechanism": reset_mechanism, "spike_grad": spike_grad}
+        published = {"beta": beta, "reset_mechanism": reset_mechanism, "spike_grad": spike_grad}
+        make: NeuronFactory
+        if neuron == "relu":
+            check_twin(FSDDIM, num_steps, threshold=threshold, **published)
+            if fused:
+                raise ValueError(
+                    "fused=true merges layers so that the sampling chain runs on spikes, which a ReLU twin does not "
+                    "have; give --model.fused false"
+                )
+            make = partial(ReLULayer, activation_bits)
+        else:
+            check_not_quantised(FSDDIM, activation_bits)
+            options = {"beta": beta, "threshold": threshold, "reset_mechanism": reset_mechanism}
+            make = neuron or partial(LIF, **options, spike_grad=get_surrogate(spike_grad))
+        self.network = FSDDIMUNet(max_time=max_time, neuron=make, **kwargs)
+        if callable(neuron):
             apply_options(self.network, FSDDIM, threshold, **published)
+        self.method = twin_name(self.method, activation_bits if neuron == "relu" else None)
         self.recurrence = FusedRecurrence(self.network) if fused else None
         if self.recurrence is not None:
             self.network.add_module("recurrence", self.recurrence)  # so that the cost meter of the network sees it

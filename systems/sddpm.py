@@ -30,9 +30,12 @@ from systems.checkpoints import check_state, rename
 from systems.diffusion.gaussian import GaussianDiffusion
 from systems.networks.spiking_unet import SpikingUNet
 from systems.networks.unet import read_size
+from systems.ops.quantise import PLAIN_BITS
 from systems.spiking.adapter import apply_options
 from systems.spiking.neurons import NeuronFactory, integrate_and_fire, leaky_integrate_and_fire
+from systems.spiking.relu import ReLULayer
 from systems.spiking.surrogates import get_surrogate
+from systems.twins import check_not_quantised, check_twin, twin_name
 
 
 class SDDPM(GaussianDiffusion):
@@ -41,9 +44,11 @@ class SDDPM(GaussianDiffusion):
     Args:
         neuron: Integrate-and-fire (`if`, published), leaky with tau = 2 (`lif`), or a class of other neurons with its
             options: of snnTorch, such as snntorch.Leaky, or systems.spiking.neurons.SpikingNeuron; `threshold` then
-            scales their thresholds.
+            scales their thresholds. `relu` makes the ReLU twin (`systems.twins`) and needs `num_steps` 1.
         threshold: Firing threshold of every neuron; values near 1 at test time are threshold guidance.
         spike_grad: Surrogate gradient: a name of snntorch.surrogate, triangle or rectangle.
+        activation_bits: Bits of the activations of a ReLU twin, 1 to 8; 32 is a plain ReLU. `ceil(log2(T + 1))` bits, 3
+            for T = 4, have as many levels as neurons have spike counts in `T` steps.
         scheduler: Noise schedule and sampler, a scheduler of diffusers.
         num_inference_steps: Diffusion steps of the sampler.
         eta: Noise of DDIM, from 0 to 1.
@@ -58,9 +63,10 @@ class SDDPM(GaussianDiffusion):
 
     def __init__(
         self,
-        neuron: Literal["if", "lif"] | NeuronFactory = "if",
+        neuron: Literal["if", "lif", "relu"] | NeuronFactory = "if",
         threshold: float = 1.0,
         spike_grad: str = "atan",
+        activation_bits: int = PLAIN_BITS,
         scheduler: SchedulerMixin | None = None,
         num_inference_steps: int = 1000,
         eta: float = 0.0,
@@ -71,7 +77,9 @@ class SDDPM(GaussianDiffusion):
     ) -> None:
         scheduler = scheduler or DDPMScheduler(variance_type="fixed_large")
         make: NeuronFactory
-        if isinstance(neuron, str):
+        if neuron == "relu":
+            make = partial(ReLULayer, activation_bits)
+        elif isinstance(neuron, str):
             published = integrate_and_fire if neuron == "if" else leaky_integrate_and_fire
             make = partial(published, threshold=threshold, spike_grad=get_surrogate(spike_grad))
         else:
@@ -82,12 +90,19 @@ class SDDPM(GaussianDiffusion):
             temporal_scaling=self.temporal_scaling,
             **kwargs,
         )
+        is_twin = neuron == "relu"
+        if is_twin:
+            check_twin(SDDPM, network.num_steps, threshold=threshold, spike_grad=spike_grad)
+        else:
+            check_not_quantised(SDDPM, activation_bits)
         if not isinstance(neuron, str):
             apply_options(network, SDDPM, threshold, spike_grad=spike_grad)
         optimizer = optimizer or partial(Adam, lr=2e-4, fused=True)
         super().__init__(network, scheduler, num_inference_steps, eta, optimizer, lr_scheduler, final_clip)
         self.num_steps = network.num_steps
-        self.threshold = threshold
+        self.threshold = None if is_twin else threshold
+        self.twin_bits = activation_bits if is_twin else None
+        self.method = twin_name(self.method, self.twin_bits)
 
 
 def read_official(state: Mapping[str, Tensor], suffix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:

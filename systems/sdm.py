@@ -23,6 +23,7 @@ from systems.checkpoints import check_state, network_state, read_trained, traini
 from systems.figures import Figure, plot_factors
 from systems.networks.spiking_unet import SpikingUNet, TemporalConv2d
 from systems.sddpm import SDDPM
+from systems.twins import twin_name
 
 
 class SDM(SDDPM):
@@ -61,7 +62,7 @@ class SDM(SDDPM):
                 stacklevel=2,
             )
             return
-        checkpoint = read_trained(self.init_from, SDDPM.method)
+        checkpoint = read_trained(self.init_from, twin_name(SDDPM.method, self.twin_bits))
         self.check_process(checkpoint, self.init_from)
         self.network.load_state_dict(from_sddpm(network_state(checkpoint), self.network, self.init_from))
         self.training_data = training_data_of(checkpoint)

@@ -19,9 +19,9 @@ from benchmark.stages import DryRun, run_stage
 from leaderboard.files import free_path, write_atomic
 from leaderboard.record.entries import headline
 from leaderboard.record.records import Record, find_records, read_record
+from leaderboard.reports.cells import plus_minus
 from leaderboard.reports.methods import method_name
 from leaderboard.reports.statistics import half_width
-from leaderboard.reports.table import plus_minus
 from leaderboard.reports.terminal import terminal
 
 VARIANTS = {

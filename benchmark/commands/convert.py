@@ -15,7 +15,8 @@ from leaderboard.files import write_atomic
 from systems.ann_snn import ANNSNN
 from systems.checkpoints import check_state, network_state, read_trained, save_checkpoint
 from systems.ddpm import DDPM, check_bits
-from systems.networks.ann_unet import ANNUNet, QReLU
+from systems.networks.ann_unet import ANNUNet
+from systems.ops.quantise import QReLU
 
 KEPT = (
     "in_channels",

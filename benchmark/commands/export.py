@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader
 from benchmark.runs import WEIGHTS, checkpoint_in, configuration_of
 from leaderboard.files import file_sha256, write_atomic
 from leaderboard.record.entries import Entry, read_records
-from leaderboard.reports.table import evaluation_cell, metric_name
+from leaderboard.reports.cells import evaluation_cell, metric_name
 from systems.checkpoints import read_suite, save_safetensors
 
 CARD = "README.md"

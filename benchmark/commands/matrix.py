@@ -23,7 +23,7 @@ from benchmark.runs import RUNS, find_checkpoint, newest_run
 from leaderboard.files import canonical_sha256
 from leaderboard.record.entries import Entry, headline
 from leaderboard.record.records import find_records, read_record
-from leaderboard.reports.table import evaluation_cell
+from leaderboard.reports.cells import evaluation_cell
 from leaderboard.reports.terminal import terminal
 
 BENCHMARK = (sys.executable, "-m", "benchmark")

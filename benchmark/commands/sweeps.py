@@ -18,8 +18,8 @@ from leaderboard.evaluation.callback import Evaluation
 from leaderboard.files import free_path, refuse_existing
 from leaderboard.record.entries import headline
 from leaderboard.record.records import Record
+from leaderboard.reports.cells import evaluation_cell
 from leaderboard.reports.statistics import OF_AN_EVALUATION
-from leaderboard.reports.table import evaluation_cell
 from leaderboard.reports.terminal import terminal
 from systems.checkpoints import load_checkpoint
 

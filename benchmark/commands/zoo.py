@@ -12,8 +12,8 @@ from benchmark.runs import WEIGHTS
 from benchmark.zoo import PREFIX, zoo_folders
 from leaderboard.files import file_sha256, write_atomic
 from leaderboard.record.entries import Entry, headline, read_records
+from leaderboard.reports.cells import evaluation_cell
 from leaderboard.reports.methods import Method
-from leaderboard.reports.table import evaluation_cell
 from leaderboard.reports.terminal import terminal
 from systems.checkpoints import read_suite
 

@@ -282,7 +282,7 @@ class Evaluation(Callback):
         device, outputs = outputs.device, outputs.cpu()
         seconds = time.perf_counter() - self._batch_started
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-        stats = GenerationStats(len(outputs), seconds, peak, self.meter.take())
+        stats = GenerationStats(len(outputs), seconds, peak, self.meter.take(len(outputs)))
         images = to_bytes(outputs)
         pixels = images if self.protocol.quantisation == "round" else quantise(outputs, self.protocol.quantisation)
         if self._chunks is not None:

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -40,12 +40,12 @@ from typing import Any, Self
 import snntorch as snn
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from leaderboard.evaluation.products import Product, ProductMode
-from leaderboard.record.records import Cost
-from systems.ops.compiled import compiled, dense, memory
+from leaderboard.evaluation.tally import COLUMNS, CONVOLUTIONS, LAYERS, ActivationTally, Facts, LayerTally
+from leaderboard.evaluation.tally import dense_connections as _dense
+from leaderboard.record.records import ActivationCounts, Cost, LayerCounts, NeuronCounts, OperationCounts
 from systems.ops.cuda_graphs import REPLAYABLE
 from systems.ops.uncounted import is_uncounted
 from systems.spiking.adapter import amplitude, spikes_of, spiking_layers
@@ -54,121 +54,8 @@ from systems.spiking.neurons import SpikingLayer
 PICOJOULES_PER_MAC = 4.6
 PICOJOULES_PER_AC = 0.9
 
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 _HALF = (torch.bfloat16, torch.float16)
 _MILLIJOULES = 1e-9  # of a picojoule
-
-
-def _as_rows(x: Tensor) -> Tensor:
-    """Reshapes `x` to rows that are short enough for spikes to be counted exactly in float32."""
-    x = dense(x)
-    return memory(x, math.prod(x.shape[: x.dim() // 2]), -1)
-
-
-@compiled
-def _abs_row_sums(x: Tensor) -> Tensor:
-    """Returns the sum of absolute values of each row."""
-    return x.abs().sum((1, 2), dtype=torch.promote_types(x.dtype, torch.float32))
-
-
-@compiled
-def _abs_stats(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the amplitude `a = max |x|`, a number that is 0 only if `|x|` is 0 or `a` everywhere, and the row sums.
-
-    The number is the maximum of `(a - s) s` with `s = |x|`:
-
-    s = |x|      0  .7   .7  0   a = .7        0  .7   1.4  0   a = 1.4
-    (a - s) s    0   0    0  0   maximum 0     0  .49   0   0   maximum .49, not binary
-    """
-    size = x.abs().to(torch.promote_types(x.dtype, torch.float32))
-    amplitude = size.amax()
-    not_binary = ((amplitude - size) * size).amax()
-    return amplitude, not_binary, size.sum((1, 2))
-
-
-def _count_spikes(row_sums: Tensor, amplitude: Tensor | float) -> Tensor:
-    """Returns the exact number of nonzero elements, in float64, from the row sums of `|x|` in {0, `amplitude`}.
-
-    On a CPU, sums are ten times as fast as comparisons in bfloat16.
-    """
-    return (row_sums / amplitude).round().sum(dtype=torch.float64)
-
-
-def _taps_per_weight(layer: nn.Module) -> int:
-    """Returns how many connections each weight of a layer stands for: its `taps_per_weight` if it has one, else 1."""
-    taps: int = getattr(layer, "taps_per_weight", 1)
-    return taps
-
-
-def _dense(layer: nn.Module, inputs: Sequence[Tensor], out: Tensor) -> int:
-    """Returns the dense connections of a call of a layer."""
-    assert isinstance(layer.weight, Tensor)
-    # weight[0] contains the weights of one output element, or of one input element in a transposed convolution
-    fan = _taps_per_weight(layer) * math.prod(layer.weight.shape[1:])
-    return fan * (sum(x.numel() for x in inputs) if isinstance(layer, _TRANSPOSED) else out.numel())
-
-
-def _spikes_in(x: Tensor, amplitudes: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns whether a tensor contains only spikes, and its share of nonzero elements if so, as scalars."""
-    size, not_binary, row_sums = _abs_stats(_as_rows(x))
-    is_spikes = (not_binary == 0) & torch.isin(size, amplitudes.to(size))
-    return is_spikes, _count_spikes(row_sums, size + (size == 0)) / max(x.numel(), 1)
-
-
-def _operations(is_spikes: Tensor, rate: Tensor, dense: float) -> Tensor:
-    """Returns `(dense if spikes, SOPs, MACs, ACs)` of connections whose input has a rate of nonzero elements."""
-    sops = dense * rate
-    zero, all_dense = torch.zeros_like(sops), torch.full_like(sops, dense)
-    spiking = torch.stack([all_dense, sops, zero, sops])
-    return torch.where(is_spikes, spiking, torch.stack([zero, zero, all_dense, zero]))
-
-
-@dataclass
-class _Connections:
-    """Running counts of one layer or product, `(dense if spikes, SOPs, MACs, ACs, dense)` in float64."""
-
-    counts: Tensor | None = None
-
-    def add(self, layer: nn.Module, inputs: Sequence[Tensor], out: Tensor, amplitudes: Tensor) -> None:
-        dense, elements = _dense(layer, inputs, out), sum(x.numel() for x in inputs)
-        counts = torch.zeros(4, dtype=torch.float64, device=out.device)
-        for x in inputs:
-            counts += _operations(*_spikes_in(x, amplitudes), dense * x.numel() / max(elements, 1))
-        self._add(counts, dense, 0 if layer.bias is None else out.numel())
-
-    def add_product(self, macs: int, operands: Sequence[Tensor], biases: int, amplitudes: Tensor) -> None:
-        is_spikes = torch.zeros((), dtype=torch.bool, device=amplitudes.device)
-        rate = torch.ones((), dtype=torch.float64, device=amplitudes.device)
-        for x in operands:
-            spiking, share = _spikes_in(x, amplitudes)
-            rate = torch.where(spiking, torch.minimum(rate, share.to(rate)), rate)
-            is_spikes = is_spikes | spiking
-        self._add(_operations(is_spikes, rate, macs), macs, biases)
-
-    def _add(self, counts: Tensor, dense: int, biases: int) -> None:
-        counts[3] += biases * (counts[0] > 0)
-        self.counts = _added(self.counts, F.pad(counts, (0, 1), value=dense))
-
-
-@dataclass
-class _Neurons:
-    """Running counts of one neuron layer, `(spikes, elements, steps)` in float64."""
-
-    counts: Tensor | None = None
-
-    def add(self, spikes: Tensor, steps: int, amplitude: Tensor | float | None) -> None:
-        if amplitude is None:  # several amplitudes
-            total = (spikes != 0).sum(dtype=torch.float64).view(1)
-        else:
-            total = _count_spikes(_abs_row_sums(_as_rows(spikes)), amplitude).view(1)
-        counts = F.pad(F.pad(total, (0, 1), value=spikes.numel()), (0, 1), value=steps)
-        self.counts = _added(self.counts, counts)
-
-
-def _added(total: Tensor | None, counts: Tensor) -> Tensor:
-    """Adds in place on the device, so that every replay of a CUDA graph counts."""
-    return counts if total is None else total.add_(counts)
 
 
 @dataclass(frozen=True)
@@ -176,17 +63,25 @@ class Counts:
     """Counts of a `CostMeter` as plain numbers, which are written to files and add up over batches and processes.
 
     Args:
-        connections: `[dense if spikes, SOPs, MACs, ACs, dense]` of each convolution or linear layer, and of each
-            product outside of them.
+        connections: The counts named in `tally.COLUMNS` of each convolution or linear layer, and of each product
+            outside of them.
         neurons: `[spikes, elements, steps]` of each spiking layer.
         first_convolution: Name of the convolution that ran first.
         incomplete: Calls of products that could not be counted, by name.
+        activations: `[nonzero, elements, steps]` of each ReLU, sigmoid and quantised activation.
+        additions: Element-wise operations that cannot be folded into weights, by kind.
+        facts: What is known of each layer or product beside its counts.
+        footprint_bytes: Memory of parameters and buffers.
     """
 
     connections: dict[str, list[float]] = field(default_factory=dict)
     neurons: dict[str, list[float]] = field(default_factory=dict)
     first_convolution: str | None = None
     incomplete: dict[str, int] = field(default_factory=dict)
+    activations: dict[str, list[float]] = field(default_factory=dict)
+    additions: dict[str, float] = field(default_factory=dict)
+    facts: dict[str, Facts] = field(default_factory=dict)
+    footprint_bytes: int = 0
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(
@@ -194,6 +89,10 @@ class Counts:
             _add_by_name(self.neurons, other.neurons),
             self.first_convolution or other.first_convolution,
             {n: self.incomplete.get(n, 0) + other.incomplete.get(n, 0) for n in self.incomplete | other.incomplete},
+            _add_by_name(self.activations, other.activations),
+            {n: self.additions.get(n, 0) + other.additions.get(n, 0) for n in self.additions | other.additions},
+            self.facts | other.facts,
+            max(self.footprint_bytes, other.footprint_bytes),
         )
 
     def cost(
@@ -220,7 +119,9 @@ class Counts:
             raise ValueError(f"num_images={num_images}; give the number of images generated while the meter was open")
         if not self.connections:
             raise ValueError("no convolution or linear layer ran while the meter was open; sample inside its `with`")
-        spike_fed, sops, macs, acs, _ = (sum(column) for column in zip(*self.connections.values(), strict=True))
+        columns = zip(*self.connections.values(), strict=True)
+        total = dict(zip(COLUMNS, map(sum, columns), strict=True))
+        sops, macs, acs = total["sops"], total["macs"], total["acs"]
         rates, mean_rate = self._firing_rates()
         parameters = list(network.parameters() if isinstance(network, nn.Module) else network)
         return Cost(
@@ -233,10 +134,42 @@ class Counts:
             macs=macs / num_images,
             acs=acs / num_images,
             energy_strict_mj=strict_energy_mj(macs, acs) / num_images,
-            energy_paper_mj=self._paper_energy(spike_fed, sops, macs, num_images),
+            energy_paper_mj=self._paper_energy(total["spike_dense"], sops, macs, num_images),
             images_per_second=images_per_second,
             peak_memory_bytes=peak_memory_bytes,
             incomplete=self.incomplete or None,
+            counts=OperationCounts(
+                layers={name: self._layer(name, num_images) for name in self.connections},
+                neurons={
+                    name: NeuronCounts(updates=elements / num_images, spikes=spikes / num_images)
+                    for name, (spikes, elements, _) in self.neurons.items()
+                },
+                additions={kind: number / num_images for kind, number in self.additions.items()},
+                first_convolution=self.first_convolution,
+                footprint_bytes=self.footprint_bytes,
+                activations={
+                    name: ActivationCounts(elements=elements / num_images, nonzero=nonzero / num_images)
+                    for name, (nonzero, elements, _) in self.activations.items()
+                },
+            ),
+        )
+
+    def _layer(self, name: str, num_images: int) -> LayerCounts:
+        """Returns the counts of one layer or product for one image."""
+        facts = self.facts[name]
+        counts = {column: number / num_images for column, number in zip(COLUMNS, self.connections[name], strict=True)}
+        spikes_only = counts["spike_dense"] == counts["dense"]
+        return LayerCounts(
+            **counts,
+            weights=facts["weights"],
+            nonzero_weights=facts["nonzero_weights"],
+            biases=facts["biases"],
+            nonzero_biases=facts["nonzero_biases"],
+            input_bits=1 if spikes_only else facts["bits"],
+            folded_macs=counts["macs"],
+            folded_acs=counts["acs"],
+            unfolded_macs=counts["macs"],
+            unfolded_acs=counts["acs"],
         )
 
     def _firing_rates(self) -> tuple[dict[str, float], float | None]:
@@ -258,7 +191,7 @@ class Counts:
             return None if self.neurons else PICOJOULES_PER_MAC * macs * _MILLIJOULES / num_images
         rate = sops / spike_fed
         energy = 0.0
-        for name, (_, layer_sops, layer_macs, _, all_dense) in self.connections.items():
+        for name, (_, layer_sops, layer_macs, _, all_dense, *_) in self.connections.items():
             if name == self.first_convolution:
                 energy += PICOJOULES_PER_MAC * all_dense
             else:
@@ -294,15 +227,16 @@ class CostMeter:
     Example:
         >>> with CostMeter(network) as meter:
         ...     images = sample(network, num_images=64)
-        >>> meter.take().cost(network, num_images=64, nfe=50).energy_strict_mj
+        >>> meter.take(64).cost(network, num_images=64, nfe=50).energy_strict_mj
     """
 
     def __init__(self, module: nn.Module, home: str = "", watch: bool = True) -> None:
         self.module = module
         self.home = home
         self.watch = watch
-        self._connections: dict[str, _Connections] = {}
-        self._neurons: dict[str, _Neurons] = {}
+        self._connections: dict[str, LayerTally] = {}
+        self._neurons: dict[str, ActivationTally] = {}
+        self._activations: dict[str, ActivationTally] = {}
         self._incomplete: dict[str, int] = {}
         self._first_convolution: str | None = None
         self._hooks: list[RemovableHandle] = []
@@ -322,6 +256,16 @@ class CostMeter:
         at_home = set(self.module.get_submodule(self.home).parameters())
         return [p for p in self.module.parameters() if p in at_home | self._used]
 
+    @property
+    def footprint_bytes(self) -> int:
+        """Memory of these parameters, and of the buffers of the same modules."""
+        buffers = self.module.buffers() if not self.home else self._used_buffers()
+        return sum(x.numel() * x.element_size() for x in (*self.parameters, *buffers))
+
+    def _used_buffers(self) -> list[Tensor]:
+        at_home = {id(b) for b in self.module.get_submodule(self.home).buffers()}
+        return [b for b in self.module.buffers() if id(b) in at_home or b in self._used]
+
     def __enter__(self) -> Self:
         layers = list(spiking_layers(self.module))
         zero = [0.0] if layers else []  # in an ANN, an input of only zeros does not count as spikes
@@ -330,9 +274,11 @@ class CostMeter:
         device = next((p.device for p in self.module.parameters()), None)
         self._amplitudes = torch.tensor([1.0, *zero, *map(float, sizes)], dtype=torch.float64, device=device)
         for name, module in self.module.named_modules():
-            if isinstance(module, (*_CONVOLUTIONS, nn.Linear)):
+            if isinstance(module, LAYERS):
                 hook = self._connection_hook(self._short(name))
                 self._hooks.append(module.register_forward_hook(hook, with_kwargs=True))
+            elif isinstance(module, (nn.ReLU, nn.Sigmoid)) or hasattr(module, "bits"):
+                self._hooks.append(module.register_forward_hook(self._activation_hook(self._short(name))))
         for name, module in layers:
             self._hooks.append(module.register_forward_hook(self._neuron_hook(self._short(name))))
         if self.watch:
@@ -389,7 +335,7 @@ class CostMeter:
         self._weights = {p.untyped_storage().data_ptr() for p in self.module.parameters()}
         hooks: list[RemovableHandle] = []
         for name, module in self.module.named_modules():
-            counted = isinstance(module, (*_CONVOLUTIONS, nn.Linear))
+            counted = isinstance(module, LAYERS)
             enter, leave = self._naming_hooks(self._short(name) or type(module).__name__, counted)
             hooks.append(module.register_forward_pre_hook(enter, prepend=True))
             hooks.append(module.register_forward_hook(leave, with_kwargs=True, always_call=True))
@@ -442,46 +388,67 @@ class CostMeter:
 
     def _count(self, name: str, product: Product) -> None:
         assert product.macs is not None
-        factors = [x for x in product.operands if x.untyped_storage().data_ptr() not in self._weights]
-        connections = self._connections.setdefault(name, _Connections())
-        connections.add_product(product.macs, factors, product.biases, self._amplitudes)
+        weights = [x for x in product.operands if x.untyped_storage().data_ptr() in self._weights]
+        factors = [x for x in product.operands if not any(x is w for w in weights)]
+        tally = self._connections.setdefault(name, LayerTally())
+        tally.weights = weights
+        tally.add_product(product, factors, self._amplitudes)
 
     def _short(self, name: str) -> str:
         return name.removeprefix(f"{self.home}.") if self.home else name
 
     def _connection_hook(self, name: str) -> Any:
-        @torch.no_grad()
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
             if self._audits:
                 return
-            if self._first_convolution is None and isinstance(module, _CONVOLUTIONS):
+            if self._first_convolution is None and isinstance(module, CONVOLUTIONS):
                 self._first_convolution = name
-            inputs = args or (kwargs["input"],)
-            self._connections.setdefault(name, _Connections()).add(module, inputs, out, self._amplitudes)
+            tally = self._connections.setdefault(name, LayerTally(module))
+            tally.add(args or (kwargs["input"],), out, self._amplitudes)
 
         setattr(hook, REPLAYABLE, True)
         return hook
 
     def _neuron_hook(self, name: str) -> Any:
-        @torch.no_grad()
         def hook(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
             if self._audits:
                 return
             spikes = spikes_of(out)
             axes = 2 if isinstance(module, SpikingLayer | snn.LeakyParallel) else 1  # (T, B, ...) or (B, ...)
-            steps = math.prod(spikes.shape[:axes])
-            self._neurons.setdefault(name, _Neurons()).add(spikes, steps, amplitude(module))
+            self._neurons.setdefault(name, ActivationTally()).add(spikes, math.prod(spikes.shape[:axes]))
 
         setattr(hook, REPLAYABLE, True)
         return hook
 
-    def take(self) -> Counts:
-        """Returns the counts since the meter was opened or last read, and resets them to zero."""
+    def _activation_hook(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+            if not self._audits:
+                self._activations.setdefault(name, ActivationTally()).add(out, len(out))
+
+        setattr(hook, REPLAYABLE, True)
+        return hook
+
+    def take(self, images: int = 1) -> Counts:
+        """Returns the counts since the meter was opened or last read, and resets them to zero.
+
+        Args:
+            images: Images that were generated together; each call counts once for each of them.
+        """
+        connections = {}
+        for name, tally in self._connections.items():
+            if tally.counts is not None:
+                connections[name] = [*tally.counts[:-1].tolist(), images * float(tally.counts[-1])]
         counts = Counts(
-            {name: layer.counts.tolist() for name, layer in self._connections.items() if layer.counts is not None},
-            {name: layer.counts.tolist() for name, layer in self._neurons.items() if layer.counts is not None},
+            connections,
+            {name: tally.counts.tolist() for name, tally in self._neurons.items() if tally.counts is not None},
             self._first_convolution,
             self._incomplete,
+            {name: tally.counts.tolist() for name, tally in self._activations.items() if tally.counts is not None},
+            {},
+            {name: self._connections[name].facts() for name in connections},
+            self.footprint_bytes,
         )
-        self._connections, self._neurons, self._incomplete = {}, {}, {}
+        for tally in (*self._connections.values(), *self._neurons.values(), *self._activations.values()):
+            tally.counts = None
+        self._incomplete = {}
         return counts

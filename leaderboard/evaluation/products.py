@@ -41,12 +41,35 @@ class Product(NamedTuple):
         macs: Multiply-accumulates if all operands are dense; None if it cannot be counted.
         operands: The factors of a plain product, either of which may be spikes; empty for others (attention).
         biases: Elements of the output that receive a bias.
+        outputs: Elements of the output.
+        settings: Further arguments of a convolution: stride, padding, dilation, whether it is transposed, output
+            padding, groups.
     """
 
     operator: str
     macs: int | None
     operands: tuple[Tensor, ...] = ()
     biases: int = 0
+    outputs: int = 0
+    settings: tuple[Any, ...] = ()
+
+    def effective(self) -> Tensor | None:
+        """Returns the multiplications without a zero factor or padding, as a scalar; None if the operands are unknown.
+
+        Of matrices they are the sum over the inner index `k` of the nonzero elements of column `k` of the first and of
+        row `k` of the second. A convolution is computed again, with 1 for each operand that is not 0.
+        """
+        if not self.operands:
+            return None
+        first, second = ((x != 0).double() for x in self.operands)
+        if self.settings:
+            ones: Tensor = _aten.convolution(first, second, None, *self.settings)
+            return ones.sum()
+        if "conv" in self.operator:
+            return None
+        columns = first.sum(-2) if first.dim() > 1 else first
+        rows = second.sum(-1) if second.dim() > 1 else second
+        return (columns * rows).sum()
 
 
 class ProductMode(TorchDispatchMode):
@@ -114,8 +137,10 @@ def _product(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any
     packet = func._overloadpacket
     operands = tuple(args[i] for i in _OPERANDS.get(packet, ()) if i < len(args))
     has_bias = packet in _BIASED or (packet in _CONVOLUTIONS and len(args) > 2 and args[2] is not None)
-    biases = out.numel() if has_bias else 0
-    return Product(str(packet), _MACS[packet](*args, **kwargs, out_val=out), operands, biases)
+    outputs = next(x.numel() for x in tree_leaves(out) if isinstance(x, Tensor))
+    biases = outputs if has_bias else 0
+    settings = tuple(args[3:9]) if packet in _existing("convolution", "convolution_overrideable") else ()
+    return Product(str(packet), _MACS[packet](*args, **kwargs, out_val=out), operands, biases, outputs, settings)
 
 
 def _halved(flops: Callable[..., int]) -> Callable[..., int]:

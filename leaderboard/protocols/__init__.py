@@ -6,15 +6,11 @@ Every result has a protocol, and results under different protocols never share a
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from leaderboard.files import canonical_sha256
-from leaderboard.schema import SchemaError, from_json
+from leaderboard.locked import Locked, read_locked
 
 INCEPTION = "inception-v3-compat"
 """Name of torch-fidelity's port of the 2015 Inception network; only its Fréchet distance is called FID."""
@@ -116,7 +112,7 @@ class View:
 
 
 @dataclass(frozen=True)
-class Protocol:
+class Protocol(Locked):
     """How images are compared, whatever the method.
 
     Args:
@@ -139,7 +135,6 @@ class Protocol:
         notes: Caveats for the reader, such as mistakes of a release and details it does not specify.
     """
 
-    name: str
     title: str
     num_samples: int
     max_samples: int
@@ -153,15 +148,6 @@ class Protocol:
     reconstruction: tuple[str, ...]
     jackknife_groups: int
     notes: tuple[str, ...]
-
-    def description(self) -> dict[str, Any]:
-        """Returns the whole protocol as a JSON object, as stored in records."""
-        return json.loads(json.dumps(asdict(self)))
-
-    @property
-    def sha256(self) -> str:
-        """Hash of the description."""
-        return canonical_sha256(self.description())
 
     @property
     def superseded_by(self) -> str | None:
@@ -214,16 +200,7 @@ def read_protocol(path: Path) -> Protocol:
     Raises:
         ValueError: If the file is not a protocol, or was changed.
     """
-    try:
-        protocol = from_json(Protocol, yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError, SchemaError) as error:
-        raise ValueError(f"{path} is not a protocol ({error}); restore the file") from error
-    if protocol.sha256 != LOCKED.get(path.stem) or protocol.name != path.stem:
-        raise ValueError(
-            f"{path} was changed: its description has the hash {protocol.sha256}, expected {LOCKED.get(path.stem)}. "
-            "Protocols are immutable: restore the file and publish changes as a new protocol under a new name"
-        )
-    return protocol
+    return read_locked(Protocol, path, LOCKED, "a protocol")
 
 
 PROTOCOLS = {name: read_protocol(FOLDER / f"{name}.yaml") for name in LOCKED}

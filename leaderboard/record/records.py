@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import reduce
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
 from leaderboard.files import canonical_sha256, write_atomic
 from leaderboard.protocols import LOCKED
@@ -72,6 +72,11 @@ class LayerCounts:
         effective_acs: Accumulates with spike inputs, without zero inputs, zero weights and padding.
         folded_macs: Strict multiply-accumulates if linear maps between spikes and the layer are folded into it.
         folded_acs: Strict accumulates with the same folding.
+        unfolded_macs: Strict multiply-accumulates if nothing is folded, a token shift neither.
+        unfolded_acs: Strict accumulates without folding.
+        dense_unpadded: `dense` without the connections of zero padding (NeuroBench's *Dense*).
+        biases: Those of `weights` that are biases.
+        nonzero_biases: Those of `nonzero_weights` that are biases.
     """
 
     calls: float
@@ -89,6 +94,24 @@ class LayerCounts:
     effective_acs: float
     folded_macs: float
     folded_acs: float
+    unfolded_macs: float = 0.0
+    unfolded_acs: float = 0.0
+    dense_unpadded: float = 0.0
+    biases: int = 0
+    nonzero_biases: int = 0
+
+
+@dataclass(frozen=True)
+class ActivationCounts:
+    """Output of one activation layer of an ANN for one generated image over its whole chain.
+
+    Args:
+        elements: Activations.
+        nonzero: Those that are not 0.
+    """
+
+    elements: float
+    nonzero: float
 
 
 @dataclass(frozen=True)
@@ -114,6 +137,7 @@ class OperationCounts:
         additions: Element-wise operations that cannot be folded into weights, by kind, such as sums of residuals.
         first_convolution: Name of the layer that SDDPM's formula charges as multiply-accumulates.
         footprint_bytes: Memory of parameters and buffers.
+        activations: Output of each ReLU, sigmoid and quantised activation, by name.
     """
 
     layers: dict[str, LayerCounts]
@@ -121,6 +145,50 @@ class OperationCounts:
     additions: dict[str, float]
     first_convolution: str | None
     footprint_bytes: int
+    activations: dict[str, ActivationCounts] | None = None
+
+    def total(self, name: str) -> float:
+        """Returns the sum over all layers of a field of `LayerCounts`, such as `"effective_macs"`."""
+        return float(sum(getattr(layer, name) for layer in self.layers.values()))
+
+    @property
+    def neuron_updates(self) -> float:
+        """Updates of all neurons."""
+        return sum(neurons.updates for neurons in self.neurons.values())
+
+    @property
+    def activation_sparsity(self) -> float | None:
+        """Share of zeros in the output of all neurons and activations (NeuroBench); `None` without any."""
+        activations = (self.activations or {}).values()
+        elements = self.neuron_updates + sum(a.elements for a in activations)
+        nonzero = sum(n.spikes for n in self.neurons.values()) + sum(a.nonzero for a in activations)
+        return 1 - nonzero / elements if elements else None
+
+    @property
+    def connection_sparsity(self) -> float | None:
+        """Share of zeros among the weights, biases excluded (NeuroBench); `None` without weights."""
+        weights = self.total("weights") - self.total("biases")
+        nonzero = self.total("nonzero_weights") - self.total("nonzero_biases")
+        return 1 - nonzero / weights if weights else None
+
+    def per_evaluation(self, nfe: int) -> OperationCounts:
+        """Returns the counts of one network evaluation, the mean over `nfe` of them; memory is the same."""
+        return replace(
+            self,
+            layers={name: _divided(layer, nfe) for name, layer in self.layers.items()},
+            neurons={name: _divided(neurons, nfe) for name, neurons in self.neurons.items()},
+            additions={kind: number / nfe for kind, number in self.additions.items()},
+            activations={name: _divided(a, nfe) for name, a in (self.activations or {}).items()},
+        )
+
+
+_Countable = TypeVar("_Countable", LayerCounts, NeuronCounts, ActivationCounts)
+
+
+def _divided(counts: _Countable, by: int) -> _Countable:
+    """Divides what is counted per image; whole numbers describe the layer and remain."""
+    numbers = asdict(counts).items()
+    return replace(counts, **{name: value / by for name, value in numbers if isinstance(value, float)})
 
 
 @dataclass(frozen=True)

@@ -15,20 +15,25 @@ from typing import Any, Literal
 import yaml
 from PIL import Image
 
+from leaderboard.energy import read_models
 from leaderboard.files import canonical_sha256
 from leaderboard.record.differences import training_data
-from leaderboard.record.entries import Entry, Status, headline, order_metrics
+from leaderboard.record.entries import Entry, Status, order_metrics
 from leaderboard.record.records import Record, record_json
 from leaderboard.reports import pareto
+from leaderboard.reports.cells import Cell, direction, metric_name
+from leaderboard.reports.energies import (
+    ALL_MODELS,
+    band_cell,
+    energy_label,
+    model_cell,
+)
+from leaderboard.reports.energy_plots import AS_PUBLISHED, energy_plots, plots_of
 from leaderboard.reports.known_sets import known_set_rows
 from leaderboard.reports.methods import Method, tables
 from leaderboard.reports.published import Published, PublishedResult
-from leaderboard.reports.statistics import OF_AN_EVALUATION, half_width
 from leaderboard.reports.table import (
-    Cell,
-    direction,
-    label,
-    metric_name,
+    column_label,
     row_notes,
     seed_name,
     seed_rows,
@@ -53,8 +58,8 @@ MEANINGS = {
     "NFE": "network evaluations per image",
     "Steps": "diffusion steps of the chain",
     "G SOPs": "10^9 synaptic operations per image: accumulates caused by spikes",
-    "45 nm arithmetic, mJ": "energy in millijoules of the arithmetic per image at 45 nm, strict count: 4.6 pJ per MAC, "
-    "0.9 pJ per accumulate; without memory access and neuron updates",
+    **{energy_label(model): f"energy in millijoules per image. {model.about}" for model in read_models().values()},
+    ALL_MODELS: "energy in millijoules per image, from the lowest to the highest of all models",
     "mJ, published": "energy in millijoules as counted by the paper; see the footnotes",
     "M params": "parameters in millions",
     "Images/s": "measured throughput",
@@ -89,7 +94,7 @@ class Column:
     @property
     def label(self) -> str:
         """The header as shown."""
-        return label(self.name)
+        return column_label(self.name)
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,7 @@ class Detail:
 
 @dataclass(frozen=True)
 class Row:
-    """One method with the details of its trainings, or one published result."""
+    """One method with the details of its trainings, or one published result; `energies` are cells by model."""
 
     anchor: str
     source: Status | Literal["published", "known"]
@@ -126,6 +131,7 @@ class Row:
     details: list[Detail]
     link: tuple[str, str] | None = None
     caveats: list[str] = field(default_factory=list)
+    energies: dict[str, Cell] = field(default_factory=dict)
 
     @property
     def pictures(self) -> list[Detail]:
@@ -147,7 +153,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Board:
-    """One table with its plot."""
+    """One table with its plots by model of energy, each for screens and for phones."""
 
     dataset: str
     title: str
@@ -157,7 +163,7 @@ class Board:
     columns: list[Column]
     rows: list[Row]
     footnotes: list[str]
-    plots: list[pareto.Plot]
+    plots: dict[str, list[pareto.Plot]]
 
     @property
     def anchor(self) -> str:
@@ -193,18 +199,6 @@ def _measured(group: list[Method]) -> Board:
     record = group[0].record
     known = [_known_row(record, found) for found in known_set_rows(record, rows[0].cells)]
     cells = [cell for row in rows + known for name, cell in row.cells.items() if name != "Method"]
-    points = [
-        pareto.Point(
-            method.mean_cost("energy_strict_mj") or 0.0,  # no mark
-            method.frechet,
-            _interval(method),
-            row.method,
-            row.name,
-            row.anchor,
-            method.is_ranked,
-        )
-        for method, row in zip(group, rows, strict=True)
-    ]
     return Board(
         dataset=record.dataset.name,
         title=table_title(record),
@@ -214,22 +208,8 @@ def _measured(group: list[Method]) -> Board:
         columns=_columns(rows, shown_metrics(group)),
         rows=rows + known,
         footnotes=sorted({cell.note for cell in cells if cell.note} | {note for row in rows for note in row.caveats}),
-        plots=_plots(points, "Fréchet distance", "45 nm arithmetic per image, strict count (mJ)"),
+        plots=energy_plots([(method, row.name, row.anchor) for method, row in zip(group, rows, strict=True)]),
     )
-
-
-def _plots(points: Sequence[pareto.Point], quality: str, energy: str) -> list[pareto.Plot]:
-    """Returns the plot for screens and for phones; none if there are fewer than two points."""
-    plots = [pareto.plot(points, quality, energy, frame) for frame in (pareto.WIDE, pareto.NARROW)]
-    return [plot for plot in plots if plot is not None]
-
-
-def _interval(method: Method) -> float:
-    """Returns half of the 95 % interval of the Fréchet distance; 0 if it was not measured."""
-    if not math.isfinite(method.frechet):
-        return 0.0
-    key, metric = headline(method.record)
-    return half_width(list(method.values(key).values())) or OF_AN_EVALUATION * metric.uncertainty
 
 
 def _measured_row(method: Method, cells: dict[str, Cell]) -> Row:
@@ -243,6 +223,7 @@ def _measured_row(method: Method, cells: dict[str, Cell]) -> Row:
         cells={name: cell for name, cell in cells.items() if name != "Record"},
         details=details,
         caveats=row_notes(method),
+        energies={name: model_cell(method, model) for name, model in read_models().items()},
     )
 
 
@@ -298,10 +279,11 @@ def _facts(record: Record) -> dict[str, str]:
         facts["Images"] = f"{made.count:,} from {made.source}, {copies}, sha256 {made.fingerprint}"
         facts |= {"Address": made.url} if made.url else {}
     if cost is not None:
-        paper = "not defined" if cost.energy_paper_mj is None else f"{cost.energy_paper_mj:.4g} mJ"
+        found = {name: model.energy(cost) for name, model in read_models().items()}
+        energies = {name: band_cell(band).text for name, band in found.items() if band is not None}
         facts |= {
             "Per image": f"{cost.sops:.4g} SOPs, {cost.macs:.4g} MACs, {cost.acs:.4g} ACs",
-            "Energy": f"{cost.energy_strict_mj:.4g} mJ (45 nm arithmetic, strict count), {paper} by SDDPM's formula",
+            "Energy": ", ".join(f"{text} mJ by {name}" for name, text in energies.items()),
             "Parameters": f"{cost.parameters:,}, of which {cost.trainable_parameters:,} trainable",
         }
         if cost.peak_memory_bytes is not None:
@@ -339,6 +321,7 @@ def _published(dataset: str, protocol: str, group: Sequence[PublishedResult], pu
         for result, row in zip(group, rows, strict=True)
         if result.energy_mj is not None and "fid" in result.metrics
     ]
+    plots = plots_of(points, "FID", "energy as published (mJ)")
     return Board(
         dataset=dataset,
         title=f"{dataset}, {protocol}",
@@ -348,7 +331,7 @@ def _published(dataset: str, protocol: str, group: Sequence[PublishedResult], pu
         columns=_columns(rows, keys),
         rows=rows,
         footnotes=list(dict.fromkeys(caveat for row in rows for caveat in row.caveats)),
-        plots=_plots(points, "FID", "energy as published (mJ)"),
+        plots={AS_PUBLISHED: plots} if plots else {},
     )
 
 
@@ -420,7 +403,7 @@ def _columns(rows: Sequence[Row], keys: Sequence[str]) -> list[Column]:
         Column(
             name,
             name == "#" or any(row.cells[name].value is not None for row in rows),
-            MEANINGS.get(label(name), ""),
+            MEANINGS.get(column_label(name), ""),
             directions.get(name, ""),
             name in directions,
         )

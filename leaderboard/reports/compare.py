@@ -18,9 +18,10 @@ from rich.text import Text
 from leaderboard.record.differences import Row, differences, provenance
 from leaderboard.record.entries import Entry, read_records
 from leaderboard.record.records import Record, find_records, read_record
+from leaderboard.reports.cells import direction, metric_cell
 from leaderboard.reports.methods import Method, fold, row_key, tables
 from leaderboard.reports.statistics import LEVEL, OF_AN_EVALUATION, difference, holm
-from leaderboard.reports.table import direction, metric_cell, table_title
+from leaderboard.reports.table import table_title
 from leaderboard.reports.terminal import terminal
 
 _SHARED = ("dataset", "protocol", "protocol sha256", "data fingerprint", "extractor sha256")

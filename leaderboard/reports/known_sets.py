@@ -5,7 +5,7 @@ from __future__ import annotations
 from leaderboard.files import canonical_sha256
 from leaderboard.record.entries import PACKAGED
 from leaderboard.record.records import Record
-from leaderboard.reports.table import Cell, evaluation_cell, metric_name
+from leaderboard.reports.cells import Cell, evaluation_cell, metric_name
 
 FOLDER = PACKAGED.with_name("anchors")
 """Folder of the files that `validate-metrics` writes (`leaderboard.validation.anchors`)."""

@@ -116,18 +116,32 @@
       shown ? `${shown} of ${entries.length} results` : "No result matches; clear the search or show all.";
   }
 
-  form.addEventListener("input", filter);
+  // Energy: the chosen model determines the column, its header and the axis of the plots.
+  function choose() {
+    const chosen = form.querySelector("#energy")?.value;
+    if (!chosen) return;
+    for (const part of all("[data-energy]")) part.hidden = !part.dataset.energy.split("|").includes(chosen);
+    for (const cell of all("td.energy")) {
+      const shown = cell.querySelector("[data-energy]:not([hidden])");
+      if (shown && "value" in shown.dataset) cell.dataset.value = shown.dataset.value;
+      else delete cell.dataset.value;
+    }
+    for (const header of all("th.energy:not([aria-sort=none])")) sort(header, header.getAttribute("aria-sort"));
+  }
+
+  form.addEventListener("input", (event) => event.target.id === "energy" ? choose() : filter());
   form.addEventListener("submit", (event) => event.preventDefault());
   form.hidden = false;
   form.reset();
   filter();
+  choose();
 
   // Following a link to a row, from the plot or another page, expands it.
   function follow() {
     const entry = location.hash && document.getElementById(decodeURIComponent(location.hash.slice(1)));
     const row = entry && entry.closest("tbody.entry");
     if (!row) return;
-    if (row.hidden) { form.reset(); filter(); }
+    if (row.hidden) { form.reset(); filter(); choose(); }
     open(row, true);
     if (entry !== row) entry.open = true;
     entry.scrollIntoView({ block: "nearest" });

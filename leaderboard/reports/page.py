@@ -10,10 +10,13 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
+from leaderboard.energy import ARITHMETIC, read_models
 from leaderboard.record.entries import STATUSES
 from leaderboard.record.records import Record
 from leaderboard.reports import pareto
 from leaderboard.reports.boards import MEANINGS, UNKNOWN, Board, measured_boards, published_boards
+from leaderboard.reports.energies import ALL_MODELS, ENERGY, energy_label
+from leaderboard.reports.energy_plots import ALL
 from leaderboard.reports.published import Published
 
 
@@ -39,12 +42,29 @@ def render_page(records: Iterable[tuple[Path, Record]], published: Published) ->
         meanings=MEANINGS,
         unknown=UNKNOWN,
         unranked=[status for status in STATUSES if status != "measured"],
+        energies=_energies(boards),
+        energy_column=ENERGY,
+        energy_labels={name: energy_label(model) for name, model in read_models().items()},
+        all_models=ALL,
+        arithmetic=ARITHMETIC,
         pareto=pareto,
         style=Markup(style),
         script=Markup(script),
         policy=f"default-src 'none'; img-src data:; style-src {_csp_hash(style)}; script-src {_csp_hash(script)}; "
         "base-uri 'none'; form-action 'none'",
     )
+
+
+def _energies(boards: Iterable[Board]) -> list[str]:
+    """Returns what the selector of energy offers, the default first: all models, and each model of any result."""
+    measured = [board for board in boards if board.source == "measured"]
+    bands = (
+        [ALL] if any(ALL in board.plots or ALL_MODELS in row.cells for board in measured for row in board.rows) else []
+    )
+    found = {
+        name for board in measured for row in board.rows for name, c in row.energies.items() if c.value is not None
+    }
+    return bands + [name for name in read_models() if name in found or name == ARITHMETIC]
 
 
 def _is_measured(dataset: str, boards: Iterable[Board]) -> bool:

@@ -76,13 +76,14 @@ class Point:
     """One result in the plot.
 
     Args:
-        energy: Energy in mJ, above 0.
+        energy: Energy in mJ, above 0; its mark.
         quality: Distance, lower is better.
         uncertainty: Half of the 95 % interval of `quality`; 0 if unknown.
         method: Method; determines shape and colour of the mark.
         label: Name of the point.
         anchor: HTML id of its row in the page.
         ranked: Whether it may be on the Pareto front; False for what its table does not rank.
+        band: Lower and upper bound of the energy; None if it has one value.
     """
 
     energy: float
@@ -92,16 +93,24 @@ class Point:
     label: str
     anchor: str
     ranked: bool = True
+    band: tuple[float, float] | None = None
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Ends of its horizontal bar, which are equal if it has none."""
+        return self.band or (self.energy, self.energy)
 
 
 class Mark(NamedTuple):
-    """A point with its position, the ends of its error bar and its style."""
+    """A point with its position, the ends of its bars and its style."""
 
     point: Point
     x: float
     y: float
     low: float
     high: float
+    left: float
+    right: float
     style: int
     on_front: bool
 
@@ -187,6 +196,8 @@ def plot(points: Sequence[Point], quality_name: str, energy_name: str, frame: Fr
             y(p.quality),
             y(max(p.quality - p.uncertainty, y.low)),
             y(min(p.quality + p.uncertainty, y.high)),
+            x(p.bounds[0]),
+            x(p.bounds[1]),
             methods.index(p.method),
             p in front,
         )
@@ -200,7 +211,7 @@ def plot(points: Sequence[Point], quality_name: str, energy_name: str, frame: Fr
 
 
 def _energy_axis(points: Sequence[Point], frame: Frame) -> _Axis:
-    low, high = min(p.energy for p in points), max(p.energy for p in points)
+    low, high = min(p.bounds[0] for p in points), max(p.bounds[1] for p in points)
     pad = max(0.08 * math.log10(high / low), 0.15)
     return _Axis(low / 10**pad, high * 10**pad, frame.left, frame.right, log=True)
 
@@ -234,6 +245,7 @@ def _staircase(front: Sequence[tuple[float, float]], frame: Frame) -> list[tuple
 def _labels(marks: Sequence[Mark], corners: Sequence[tuple[float, float]], frame: Frame) -> list[Label]:
     """Places labels near their marks, the front first; labels without room are omitted (the tooltip shows them)."""
     taken = [(m.x - 1, m.high, m.x + 1, m.low) for m in marks]
+    taken += [(m.left, m.y - 1, m.right, m.y + 1) for m in marks if m.point.band]
     taken += [(min(a, c), min(b, d), max(a, c), max(b, d)) for (a, b), (c, d) in pairwise(corners)]
     labels = []
     for mark in sorted(marks, key=lambda m: (not m.on_front, not m.point.ranked)):

@@ -13,16 +13,26 @@ from typing import Any
 
 from rich.text import Text
 
+from leaderboard.energy import ARITHMETIC, read_model, read_models
 from leaderboard.files import is_report, refuse_existing, write_atomic
 from leaderboard.record.entries import Entry, read_records
 from leaderboard.record.records import Record, record_json
 from leaderboard.reports.boards import UNKNOWN, Row, published_boards
+from leaderboard.reports.energies import energy
 from leaderboard.reports.methods import Method, ranks, tables
 from leaderboard.reports.page import render_page
 from leaderboard.reports.published import Published, PublishedResult, read_published
 from leaderboard.reports.statistics import half_width
 from leaderboard.reports.table import escape, markdown, markdown_line
 from leaderboard.reports.terminal import terminal
+
+_BOUNDS = {
+    f"energy_{name}_{bound}_mj": (name, bound)
+    for name in read_models()
+    if name != ARITHMETIC
+    for bound in ("low", "high")
+}
+"""Columns of energy by model; the arithmetic is `energy_strict_mj`."""
 
 COLUMNS = [
     "source",
@@ -49,6 +59,7 @@ COLUMNS = [
     "acs",
     "energy_strict_mj",
     "energy_paper_mj",
+    *_BOUNDS,
     "energy_published_mj",
     "parameters",
     "parameters_m_published",
@@ -180,6 +191,7 @@ def _measured_columns(entry: Entry, rank: tuple[int, int] | None) -> dict[str, A
         "verified_by": "; ".join(entry.verified),
         "url": record.images.url if record.images else None,
         **{name: getattr(cost, name, None) for name in same},
+        **{column: getattr(read_model(name).energy(cost), bound, None) for column, (name, bound) in _BOUNDS.items()},
     }
 
 
@@ -242,6 +254,7 @@ def _json(method: Method, rank: tuple[int, int] | None) -> dict[str, Any]:
         "name": method.name,
         "rank": rank,
         "seeds": len(method.entries),
+        "energy_mj": {name: energy(method, model) for name, model in read_models().items()},
         "metrics": {
             key: {"mean": statistics.fmean(found), "half_width_95": half_width(found), "seeds": len(found)}
             for key, found in values.items()

@@ -16,19 +16,12 @@ from rich.text import Text
 
 from leaderboard.files import is_report, refuse_existing, write_atomic
 from leaderboard.record.entries import Entry, headline, read_records
+from leaderboard.reports.cells import Cell, metric_name
+from leaderboard.reports.energies import ENERGY, all_models
 from leaderboard.reports.known_sets import known_set_rows
 from leaderboard.reports.methods import Method, method_name, tables
 from leaderboard.reports.pareto import Point, pareto_front
-from leaderboard.reports.table import (
-    Cell,
-    escape,
-    label,
-    markdown_line,
-    metric_name,
-    table_provenance,
-    table_rows,
-    table_title,
-)
+from leaderboard.reports.table import column_label, escape, markdown_line, table_provenance, table_rows, table_title
 from leaderboard.reports.terminal import terminal
 
 COLOURS = ("ddpm", "sddpm", "sdm", "fsddim", "spiking-rwkv", "spiking-diffusion", "ann-snn", "sdit")
@@ -89,7 +82,7 @@ def seeds(records: list[str] | None = None, output: str | None = None) -> None:
         for note in notes:
             console.print(note, markup=False, soft_wrap=True)
         lines += ["", f"## {escape(table_title(group[0].record))}", "", escape(table_provenance(group[0].record)), ""]
-        lines += [markdown_line(map(label, rows[0])), markdown_line("---" for _ in rows[0])]
+        lines += [markdown_line(map(column_label, rows[0])), markdown_line("---" for _ in rows[0])]
         lines += [markdown_line(map(str, row.values())) for row in shown]
         lines += [part for note in notes for part in ("", escape(note))]
         if output is not None:
@@ -136,7 +129,7 @@ def result_rows(group: list[Method]) -> list[dict[str, Cell]]:
 
 def _figures(group: Sequence[Method], rows: Sequence[dict[str, Cell]]) -> dict[str, Figure]:
     """Returns the figures of a table by name; the strip of samples only if sample grids exist."""
-    figures = {"quality-energy": _plot(rows, metric_name(headline(group[0].record)[0]))}
+    figures = {"quality-energy": _plot(group, rows, metric_name(headline(group[0].record)[0]))}
     entries = sorted((entry for method in group for entry in method.entries), key=lambda e: (-e.frechet, e.path.name))
     best = {e.record.method: e for e in entries if e.record.variant == "default" and e.samples.is_file()}
     if best:
@@ -156,11 +149,11 @@ def _strip(entries: Sequence[Entry]) -> Figure:
     return figure
 
 
-def _plot(rows: Sequence[dict[str, Cell]], quality: str) -> Figure:
-    """Plots quality against energy, with 95 % intervals and the Pareto front."""
+def _plot(group: Sequence[Method], rows: Sequence[dict[str, Cell]], quality: str) -> Figure:
+    """Plots quality against energy, with 95 % intervals, the bands of all models of energy and the Pareto front."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    points = [_point(row, quality) for row in rows]
+    points = [_point(method, row, quality) for method, row in zip(group, rows, strict=True)]
     front = [(point.energy, point.quality) for point in pareto_front(points)]
     axes.step(*zip(*front, strict=True), where="post", color="0.6", lw=1, label="Pareto front")
     shown: Counter[str] = Counter()
@@ -172,12 +165,16 @@ def _plot(rows: Sequence[dict[str, Cell]], quality: str) -> Figure:
             point.energy,
             point.quality,
             yerr=point.uncertainty,
+            xerr=point.band and [[point.energy - point.band[0]], [point.band[1] - point.energy]],
             fmt=marker,
             color=colour,
             capsize=3,
             label=point.label,
         )
-    axes.set(xlabel="45 nm arithmetic per image, strict (mJ)", ylabel=f"{quality} (lower is better)", xscale="log")
+    bands = "; bars: lowest to highest model of energy" if any(point.band for point in points) else ""
+    axes.set(
+        xlabel=f"45 nm arithmetic per image, strict (mJ){bands}", ylabel=f"{quality} (lower is better)", xscale="log"
+    )
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
@@ -187,12 +184,13 @@ def _plot(rows: Sequence[dict[str, Cell]], quality: str) -> Figure:
     return figure
 
 
-def _point(row: dict[str, Cell], quality: str) -> Point:
+def _point(method: Method, row: dict[str, Cell], quality: str) -> Point:
     return Point(
-        energy=row["mJ"].value or 0.0,
+        energy=row[ENERGY].value or 0.0,
         quality=row[quality].value or 0.0,
         uncertainty=float(row[quality].uncertainty or 0),
         method=row["Method"].text.partition(",")[0].partition(" (")[0],
         label=f"{row['Method'].text}, {row['Solver']}",
         anchor="",
+        band=all_models(method),
     )

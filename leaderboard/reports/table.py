@@ -7,39 +7,35 @@ from __future__ import annotations
 
 import math
 import re
-import statistics
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from leaderboard.energy import ARITHMETIC, EnergyModel
 from leaderboard.files import is_report, refuse_existing, write_atomic
 from leaderboard.protocols import SUPERSEDED_BY
 from leaderboard.record.entries import Entry, default_folders, read_records, table_metrics
-from leaderboard.record.records import Cost, MetricValue, Record
+from leaderboard.record.records import Record
+from leaderboard.reports.cells import Cell, metric_cell, metric_name, number_cell
+from leaderboard.reports.energies import (
+    ALL_MODELS,
+    ENERGY,
+    chosen_model,
+    energy_cells,
+    energy_label,
+    has_counts,
+    incomplete_cost,
+    missing_energy,
+)
 from leaderboard.reports.methods import Method, method_name, ranks, tables
-from leaderboard.reports.statistics import OF_AN_EVALUATION, half_width
 from leaderboard.reports.terminal import SHORT, WIDTH, terminal
 
-_HEADERS = {
-    "fid": "FID",
-    "kid_mean": "1000 KID",
-    "is_mean": "IS",
-    "reconstruction_mse": "Rec. MSE",
-    "reconstruction_ssim": "Rec. SSIM",
-}
-_SHARES = {
-    "precision": "Prec.",
-    "recall": "Recall",
-    "density": "Dens.",
-    "coverage": "Cov.",
-    "authenticity": "Auth.",
-}
 METHOD_NOTES = {
     "spiking-rwkv": "SpikingRWKV: the suite's own, fully spiking design after SDiT's paper, not SDiT as released; "
     "called sdit in its first records.",
@@ -50,8 +46,6 @@ CONDITIONAL_NOTE = (
     "than the unconditional methods beside it."
 )
 """Footnote of records of class-conditional models."""
-LABELS = {"mJ": "45 nm arithmetic, mJ"}
-"""Column headers in pages and files, for columns with a shorter header in the terminal."""
 _TITLE = "# Leaderboard"
 HIDDEN = re.compile("recall.*")
 """Metrics that only records and exported files contain: recall rises steeply with a few outlying images."""
@@ -64,42 +58,13 @@ MEANING = (
 )
 """Explanation of the rows, printed with full tables."""
 NO_BREAK = "\N{NO-BREAK SPACE}"
-_SCALE = {"kid_mean": 1000.0}
-"""Factors by which metrics are multiplied for display."""
 _STACKS = (
     ("T", "Rate", "NFE"),
     ("Solver", "Repeated", "Verified"),
-    ("G SOPs", "mJ", "M params"),
+    ("G SOPs", ENERGY, ALL_MODELS, "M params"),
     ("Samples", "Images/s", "File"),
 )
 """Columns that the wide terminal table prints above each other."""
-
-
-class Cell(NamedTuple):
-    """Cell of a table.
-
-    Args:
-        text: The value as text.
-        value: The value as a number; None for text and missing values.
-        uncertainty: Half of the 95 % interval as text; may be empty.
-        note: Footnote; may be empty.
-        single: Whether the interval is of the evaluation of a single training.
-    """
-
-    text: str
-    value: float | None = None
-    uncertainty: str = ""
-    note: str = ""
-    single: bool = False
-
-    @property
-    def spread(self) -> str:
-        """The uncertainty with its sign; in parentheses if it is of a single training."""
-        text = f"±{self.uncertainty}" if self.uncertainty else ""
-        return f"({text})" if text and self.single else text
-
-    def __str__(self) -> str:
-        return f"{self.text}{'*' if self.note else ''}{f' {self.spread}' if self.spread else ''}"
 
 
 def leaderboard(
@@ -107,6 +72,7 @@ def leaderboard(
     output: str | None = None,
     wide: bool = False,
     all: bool = False,
+    energy: str | None = None,
 ) -> None:
     """Shows records as tables, one per dataset and protocol: best Fréchet distance first, then what is not ranked.
 
@@ -120,11 +86,15 @@ def leaderboard(
         output: Markdown file to write all tables to, with every column and row.
         wide: Show every column, row and seed, the source of the reference images and the files of the records.
         all: Show the tables of all datasets and protocols, with every row and seed.
+        energy: Model of energy, such as memory-45nm; null shows the arithmetic, and in parentheses the band from the
+            lowest to the highest model where a record has operations by layer.
 
     Raises:
         SystemExit: If a record is broken; the others are still shown.
         FileExistsError: If the output is a file of another kind.
+        ValueError: If there is no such model of energy.
     """
+    model = chosen_model(energy)
     console = terminal(WIDTH if wide else SHORT)
     entries, broken = read_records(records)
     for message in broken:
@@ -143,9 +113,9 @@ def leaderboard(
         chosen = next((group for group in groups if _row_of(newest, group) is not None), max(groups, key=len))
         for group in groups if all else [chosen]:
             if wide:
-                _print_wide(console, group)
+                _print_wide(console, group, model)
             else:
-                _print_short(console, group, newest, every_row=all)
+                _print_short(console, group, newest, model, has_band=energy is None, every_row=all)
         if not all:
             _show_hidden(console, chosen, groups, newest, wide)
         if newest is not None:
@@ -153,7 +123,7 @@ def leaderboard(
         if output is not None:
             if not is_report(Path(output), f"{_TITLE}\n"):
                 refuse_existing(Path(output), option="--output")
-            write_atomic(Path(output), markdown(entries))
+            write_atomic(Path(output), markdown(entries, model))
             console.print(f"wrote {output}", markup=False, soft_wrap=True)
     if broken:
         raise SystemExit(1)
@@ -201,13 +171,15 @@ def show_result(entry: Entry, console: Console) -> None:
     names = list(row)[3 : list(row).index("T")]
     values = [f"{name} {row[name]}" for name in names]
     if record.cost is not None:
-        values += [f"{row['NFE']} NFE", f"{row['mJ']} mJ"]
+        values += [f"{row['NFE']} NFE", f"{row[ENERGY]} mJ (arithmetic)"]
+    if ALL_MODELS in row:
+        values.append(f"{row[ALL_MODELS]} mJ by all models")
     if record.cost is not None and record.cost.firing_rate is not None:
         values.insert(len(names), f"T {row['T']}, rate {row['Rate']}")
     title = f"{table_title(record)}{'' if entry.is_ranked else f' ({entry.status}, not ranked)'}"
     sentence = f"{title}: {', '.join(value.replace(' ', NO_BREAK) for value in values)}"
     print_line(console, textwrap.fill(sentence, console.width).replace(NO_BREAK, " "))
-    for note in _notes([method]):
+    for note in _notes([method], chosen_model(None)):
         console.print(Text(note, style="dim"))
     run = entry.path.parent.parent
     for line in (f"in {run}:", f"  {entry.path.relative_to(run)}", f"  {entry.samples.relative_to(run)}"):
@@ -217,41 +189,59 @@ def show_result(entry: Entry, console: Console) -> None:
 def show_records(records: Iterable[tuple[Path, Record]], console: Console) -> None:
     """Prints all tables of the records, which are passed as `(file, record)` pairs."""
     for group in tables(records):
-        _print_wide(console, group)
+        _print_wide(console, group, chosen_model(None))
 
 
-def markdown(records: Iterable[tuple[Path, Record]]) -> str:
-    """Returns all tables of the records, passed as `(file, record)` pairs, as deterministic Markdown."""
+def markdown(records: Iterable[tuple[Path, Record]], model: EnergyModel | None = None) -> str:
+    """Returns all tables of the records as deterministic Markdown.
+
+    Args:
+        records: Records as `(file, record)` pairs.
+        model: Model of energy; None is the arithmetic.
+    """
+    model = model or chosen_model(None)
     lines = [_TITLE, "", "Measured results, rendered from records. Drafts have too few samples to rank.", "", MEANING]
     for group in tables(records):
         record = group[0].record
-        lines += ["", f"## {escape(table_title(record))}", "", escape(table_provenance(record)), ""]
-        rows = table_rows(group)
-        lines += [markdown_line(map(label, rows[0])), markdown_line("---" for _ in rows[0])]
+        lines += ["", f"## {escape(table_title(record))}", "", escape(table_provenance(record, model)), ""]
+        rows = table_rows(group, model)
+        lines += [markdown_line(column_label(name, model) for name in rows[0]), markdown_line("---" for _ in rows[0])]
         for method, row in zip(group, rows, strict=True):
-            lines += [markdown_line(map(str, part.values())) for part in (row, *seed_rows(method, row))]
-        lines += [part for note in _notes(group) for part in ("", escape(note))]
+            lines += [markdown_line(map(str, part.values())) for part in (row, *seed_rows(method, row, model))]
+        lines += [part for note in _notes(group, model) for part in ("", escape(note))]
     return "\n".join(lines) + "\n"
 
 
-def table_rows(group: list[Method]) -> list[dict[str, Cell]]:
-    """Returns one row per method, as cells by column; all rows have the same columns."""
-    keys = shown_metrics(group)
+def table_rows(group: list[Method], model: EnergyModel | None = None) -> list[dict[str, Cell]]:
+    """Returns one row per method, as cells by column; all rows have the same columns.
+
+    Args:
+        group: Methods of the table.
+        model: Model of energy; None is the arithmetic.
+    """
+    keys, model = shown_metrics(group), model or chosen_model(None)
+    has_band = any(map(has_counts, group))
     return [
-        {"#": _rank(position, method, rank), **_cells(method, keys), "Record": _file_cell(method)}
+        {
+            "#": _rank(position, method, rank),
+            **_cells(method, keys, energy_cells(method, model, has_band)),
+            "Record": _file_cell(method),
+        }
         for position, (method, rank) in enumerate(zip(group, ranks(group), strict=True), 1)
     ]
 
 
-def seed_rows(method: Method, row: dict[str, Cell]) -> list[dict[str, Cell]]:
+def seed_rows(method: Method, row: dict[str, Cell], model: EnergyModel | None = None) -> list[dict[str, Cell]]:
     """Returns one row per training seed with the columns of the method's row; none if there is only one seed."""
     if len(method.entries) < 2:
         return []
     keys = {metric_name(key): key for entry in method.entries for key in entry.record.metrics}
+    model = model or chosen_model(None)
     rows = []
     for entry in method.entries:
         part = Method((entry,))
-        cells = {"#": Cell(""), **_cells(part, [keys[name] for name in row if name in keys])}
+        energies = energy_cells(part, model, ALL_MODELS in row)
+        cells = {"#": Cell(""), **_cells(part, [keys[name] for name in row if name in keys], energies)}
         variant = "" if entry.record.variant == method.variant else entry.record.variant
         named = {"Method": Cell(seed_name(entry.record)), "Variant": Cell(variant), "Seeds": Cell("")}
         cells |= named | {"Record": _file_cell(part)}
@@ -271,26 +261,9 @@ def shown_metrics(group: list[Method]) -> list[str]:
     return table_metrics(key for key in found if not HIDDEN.fullmatch(key))
 
 
-def metric_name(key: str) -> str:
-    """Returns the column header of a metric; for shares of images without the extractor, shared by the table."""
-    for start, name in _SHARES.items():
-        if key.startswith(start):
-            return name
-    return _HEADERS.get(key, key)
-
-
-def direction(key: str) -> Literal["lower", "higher", ""]:
-    """Returns the better direction of a metric; empty if it has none, as recall, which a few outliers raise."""
-    if re.fullmatch(r"(fid|fd|kid|kd|fad)(_.*)?|reconstruction_mse", key):
-        return "lower"
-    return (
-        "higher" if re.fullmatch(r"(is|precision|density|coverage|authenticity)(_.*)?|reconstruction_ssim", key) else ""
-    )
-
-
-def label(column: str) -> str:
-    """Returns the header of a column in pages and files."""
-    return LABELS.get(column, column)
+def column_label(column: str, model: EnergyModel | None = None) -> str:
+    """Returns the header of a column in pages and files, where the table shows a model of energy."""
+    return energy_label(model or chosen_model(None)) if column == ENERGY else column
 
 
 def _rank(position: int, method: Method, rank: tuple[int, int] | None) -> Cell:
@@ -306,7 +279,7 @@ def _file_cell(method: Method) -> Cell:
     return Cell(method.entries[0].path.name if count == 1 else f"{count} records")
 
 
-def _cells(method: Method, keys: list[str]) -> dict[str, Cell]:
+def _cells(method: Method, keys: list[str], energies: dict[str, Cell]) -> dict[str, Cell]:
     record, cost = method.record, method.record.cost
     spiking = record.images is not None or (cost is not None and cost.firing_rate is not None)
     samples = max((v.num_samples for v in record.metrics.values()), default=0)
@@ -327,7 +300,7 @@ def _cells(method: Method, keys: list[str]) -> dict[str, Cell]:
         "Solver": Cell(record.solver or "-"),
         "NFE": Cell("-") if record.nfe is None else Cell(str(record.nfe), record.nfe),
         "G SOPs": mean("sops", 1e9),
-        "mJ": mean("energy_strict_mj")._replace(note=incomplete_cost(cost)),
+        **energies,
         "M params": mean("parameters", 1e6),
         "Images/s": mean("images_per_second"),
         "Samples": Cell(f"{samples:,}", samples),
@@ -337,12 +310,6 @@ def _cells(method: Method, keys: list[str]) -> dict[str, Cell]:
     }
 
 
-def incomplete_cost(cost: Cost | None) -> str:
-    """Returns a note on products that the cost lacks; empty if it is complete."""
-    names = ", ".join((cost and cost.incomplete) or ())
-    return f"the cost is a lower bound: it lacks the products of {names}, which cannot be counted" if names else ""
-
-
 def _dates(days: list[str], count: int) -> Cell:
     """Shows how many records of a row were repeated; the date if the row has one record."""
     if not days:
@@ -350,63 +317,21 @@ def _dates(days: list[str], count: int) -> Cell:
     return Cell(days[0] if count == 1 else f"{len(days)} of {count}")
 
 
-def metric_cell(key: str, method: Method, scaled: bool = True) -> Cell:
-    """Formats the mean of a metric and its 95 % interval: over seeds, or of the evaluation of a single training.
-
-    Args:
-        key: Key of the metric.
-        method: Row of the table.
-        scaled: Whether to multiply by the factor in the column's header.
-    """
-    scale = _SCALE.get(key, 1) if scaled else 1
-    values = [value * scale for value in method.values(key).values()]
-    found = [entry.record.metrics[key] for entry in method.entries if key in entry.record.metrics]
-    if not found:
-        return Cell("-")
-    note = "; ".join(sorted({metric.note for metric in found} - {""}))
-    if (interval := half_width(values)) is None:
-        return evaluation_cell(key, found[0], scaled)
-    return uncertain_cell(statistics.fmean(values), interval, note)
-
-
-def evaluation_cell(key: str, metric: MetricValue, scaled: bool = True) -> Cell:
-    """Formats a metric of one record with the 95 % interval of its evaluation."""
-    scale = _SCALE.get(key, 1) if scaled else 1
-    cell = uncertain_cell(metric.value * scale, OF_AN_EVALUATION * metric.uncertainty * scale, metric.note)
-    return cell._replace(single=True)
-
-
-def uncertain_cell(value: float, uncertainty: float, note: str = "") -> Cell:
-    """Formats a number with as many decimals as show two significant digits of its uncertainty."""
-    decimals = min(6, max(0, 1 - math.floor(math.log10(uncertainty)))) if uncertainty > 0 else 3
-    return Cell(f"{value:.{decimals}f}", value, f"{uncertainty:.{decimals}f}", note)
-
-
-def plus_minus(value: float, interval: float | None = None) -> str:
-    """Formats a distance and half of its 95 % interval, if there is one, with two decimals each."""
-    return f"{value:.2f}" if interval is None else f"{value:.2f} ±{interval:.2f}"
-
-
-def number_cell(value: float | None) -> Cell:
-    """Formats a number with three significant digits, or as an integer from 100 on."""
-    if value is None:
-        return Cell("-")
-    return Cell(f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}", value)
-
-
 def table_title(record: Record) -> str:
     """Returns the title of the table of a record: dataset and protocol."""
     return f"{record.dataset.name}, {record.protocol.name}"
 
 
-def table_provenance(r: Record) -> str:
-    """Returns one line on the reference data, extractor and protocol of the table of a record."""
+def table_provenance(r: Record, model: EnergyModel | None = None) -> str:
+    """Returns one line on the reference data, extractor, protocol and model of energy of the table of a record."""
     successor = SUPERSEDED_BY.get(r.protocol.name)
     superseded = f", superseded by {successor}" if successor else ""
+    energy = "MACs and accumulates per image at 45 nm, strict count, without memory access"
+    if model is not None and model.name != ARITHMETIC:
+        energy = f"per image by the model {model.name}"
     return (
         f"Reference: {r.dataset.fingerprint[:12]} from {r.dataset.source}. Extractor: {r.extractor.name} "
-        f"({r.extractor.sha256[:8]}). Protocol: {r.protocol.sha256[:8]}{superseded}. mJ: MACs and "
-        "accumulates per image at 45 nm, strict count, without memory access."
+        f"({r.extractor.sha256[:8]}). Protocol: {r.protocol.sha256[:8]}{superseded}. mJ: {energy}."
     )
 
 
@@ -436,17 +361,18 @@ def status_notes(method: Method) -> list[str]:
     return notes
 
 
-def _notes(group: list[Method]) -> list[str]:
+def _notes(group: list[Method], model: EnergyModel) -> list[str]:
     entries = [entry for method in group for entry in method.entries]
     notes = {value.note for e in entries for key, value in e.record.metrics.items() if not HIDDEN.fullmatch(key)}
     notes |= {note for method in group for note in row_notes(method)}
     notes |= {incomplete_cost(entry.record.cost) for entry in entries}
-    return [f"* {note}" for note in sorted(notes - {""})]
+    missing = missing_energy(group, model) if any(entry.record.cost for entry in entries) else ""
+    return [f"* {note}" for note in sorted(notes - {""})] + [missing] * bool(missing)
 
 
-def _print_wide(console: Console, group: list[Method]) -> None:
+def _print_wide(console: Console, group: list[Method], model: EnergyModel) -> None:
     """Prints the wide table: related cells are stacked (100 characters for a few metrics), files are listed below."""
-    rows = table_rows(group)
+    rows = table_rows(group, model)
     metrics = list(rows[0])[3 : list(rows[0]).index("T")]
     table = Table(
         title=Text(table_title(group[0].record)),
@@ -456,15 +382,21 @@ def _print_wide(console: Console, group: list[Method]) -> None:
         show_edge=False,
         collapse_padding=True,
     )
+    shown = {*rows[0], "File"}
     stacks = [("#", "Seeds"), ("Method", "Variant"), *((m,) for m in metrics), *_STACKS]
+    stacks = [tuple(name for name in stack if name in shown) for stack in stacks]
     for stack in stacks:
-        header = re.sub("_(?=[^_]+$)", "\n_", stack[0]) if len(stack) == 1 else "\n".join(stack)
+        header = (
+            re.sub("_(?=[^_]+$)", "\n_", stack[0])
+            if len(stack) == 1
+            else "\n".join(_short_label(n, model) for n in stack)
+        )
         min_width = max(len(str(row["Method"])) for row in rows) if stack[0] == "Method" else None
         justify: Literal["left", "right"] = "left" if stack[0] in ("#", "Method") else "right"
         table.add_column(header, justify=justify, overflow="fold", min_width=min_width)
     files: list[Path] = []
     for number, (method, row) in enumerate(zip(group, rows, strict=True), 1):
-        seeds = seed_rows(method, row)
+        seeds = seed_rows(method, row, model)
         for entry, part in zip([None, *method.entries] if seeds else method.entries, [row, *seeds], strict=True):
             files += [entry.path] if entry else []
             cells = part | {"File": Cell(f"[{len(files)}]" if entry else "")}
@@ -477,7 +409,7 @@ def _print_wide(console: Console, group: list[Method]) -> None:
             )
     console.print(table)
     listed = [f"[{n}] {path}" for n, path in enumerate(files, 1)]
-    for line in (MEANING, table_provenance(group[0].record), *_notes(group), *listed):
+    for line in (MEANING, table_provenance(group[0].record, model), *_notes(group, model), *listed):
         console.print(Text(line, style="dim"), soft_wrap=True)
     console.print()
 
@@ -501,11 +433,28 @@ def short_rows(count: int, newest: int | None) -> list[int | None]:
     return [*range(top), None, *range(first, last + 1), *[None] * (last < count - 1)]
 
 
-def _print_short(console: Console, group: list[Method], newest: Entry | None, every_row: bool) -> None:
-    """Prints the short table, one line per row; marks the newest run and crops names that do not fit."""
-    rows, marked = table_rows(group), _row_of(newest, group)
+def _short_label(column: str, model: EnergyModel) -> str:
+    """Returns the header of a column in the terminal."""
+    return f"{model.title} mJ" if column == ENERGY else column
+
+
+def _print_short(
+    console: Console, group: list[Method], newest: Entry | None, model: EnergyModel, has_band: bool, every_row: bool
+) -> None:
+    """Prints the short table, one line per row; marks the newest run and crops names that do not fit.
+
+    Args:
+        console: Where to print.
+        group: Methods of the table.
+        newest: Newest run.
+        model: Model of energy.
+        has_band: Whether to print the band of all models behind the energy.
+        every_row: Whether to print all rows and seeds.
+    """
+    rows, marked = table_rows(group, model), _row_of(newest, group)
+    has_band = has_band and ALL_MODELS in rows[0]
     metrics = list(rows[0])[3 : list(rows[0]).index("T")][:1]
-    numbers = [*metrics, "T", "Rate", "NFE", "mJ", "Seeds"]
+    numbers = [*metrics, "T", "Rate", "NFE", ENERGY, "Seeds"]
     title = table_title(group[0].record) + (f": best {metrics[0]} first" if math.isfinite(group[0].frechet) else "")
     title += ", > is the newest run" if marked is not None else ""
     console.print(Text(title, style="italic"), no_wrap=True, overflow="ellipsis")
@@ -513,11 +462,13 @@ def _print_short(console: Console, group: list[Method], newest: Entry | None, ev
     table.add_column("#", justify="right", no_wrap=True)
     table.add_column("Method")
     for name in numbers:
-        table.add_column(Text(name), justify="right", no_wrap=True)
+        band = "\n(all models)" if name == ENERGY and has_band else ""
+        table.add_column(Text(_short_label(name, model) + band), justify="right", no_wrap=True)
     notes: list[str] = []
 
     def add(rank: str, name: str, row: dict[str, Cell], style: str | None) -> None:
-        cells = [rank, name, *(str(row[n]) for n in numbers)]
+        band = f" ({row[ALL_MODELS]})" if has_band and row[ALL_MODELS].value is not None else ""
+        cells = [rank, name, *(f"{row[n]}{band if n == ENERGY else ''}" for n in numbers)]
         table.add_row(*(Text(c, no_wrap=True, overflow="ellipsis") for c in cells), style=style)
 
     for index in range(len(group)) if every_row else short_rows(len(group), marked):
@@ -529,13 +480,15 @@ def _print_short(console: Console, group: list[Method], newest: Entry | None, ev
         found = [*(row[name].note for name in metrics), *status_notes(method)]
         notes += [note for note in found if note not in ("", *notes)]
         if every_row or index == marked:
-            for entry, part in zip(method.entries, seed_rows(method, row), strict=False):
+            for entry, part in zip(method.entries, seed_rows(method, row, model), strict=False):
                 if every_row or entry == newest:
                     is_newest = entry == newest
                     add("> " * is_newest, f"  {part['Method']}", part, "bold" if is_newest else "dim")
     console.print(table)
     for note in notes:
         console.print(Text(f"* {note}", style="dim"))
+    if missing := missing_energy(group, model):
+        console.print(Text(missing, style="dim"))
     console.print(Text(_meaning(group), style="dim"))
 
 

@@ -20,54 +20,13 @@ from torch import Tensor, nn
 
 from systems.networks.checks import check_images, check_unet_size
 from systems.networks.unet import TimeEmbedding, assemble, double_size
-from systems.ops.quantise import Quantise
 from systems.spiking.neurons import SpikingLayer
 from systems.spiking.steps import fold, to_channels_last_on_gpu, unfold
 
 GROUPS = 32
 """Groups of all group norms."""
 
-PLAIN_BITS = 32
-"""Value of `activation_bits` that means a plain ReLU."""
-
 ActivationFactory = Callable[[], nn.Module]
-
-
-class QReLU(nn.Module):
-    """ReLU clipped at a learned value and rounded to `2^bits` levels.
-
-    With `n = 2^bits - 1` and the clip value `s` (`act_alpha`, 6.0 before training) it is
-    `(s/n) round(n clamp(relu(x)/s, 0, 1))`, half rounded to even. Gradients are straight-through: `dy/dx = 1` for
-    `0 < x < s`, else 0; `dy/ds` is the rounding error over `s` inside, 1 above and 0 below.
-
-    Args:
-        bits: Bits of the activation.
-
-    Shapes:
-        Any shape in and out.
-    """
-
-    def __init__(self, bits: int) -> None:
-        super().__init__()
-        self.levels = 2**bits - 1
-        self.act_alpha = nn.Parameter(torch.tensor(6.0))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns `x` clipped and rounded."""
-        return Quantise.apply(x, self.act_alpha, self.levels)
-
-
-def quantised_relu(bits: int) -> nn.Module:
-    """Returns a `QReLU`, or a plain ReLU for 32 bits.
-
-    Raises:
-        ValueError: If `bits` is neither 1 to 8 nor 32.
-    """
-    if bits == PLAIN_BITS:
-        return nn.ReLU()
-    if not 1 <= bits <= 8:
-        raise ValueError(f"activation_bits={bits}; give 1 to 8, or {PLAIN_BITS} for a plain ReLU")
-    return QReLU(bits)
 
 
 class Chain(nn.Sequential):

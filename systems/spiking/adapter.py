@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from systems.spiking.multistep import spike_dtype
 from systems.spiking.neurons import NeuronFactory, SpikingLayer, check_currents, norm_and_embed, scale_thresholds
+from systems.spiking.relu import ReLULayer
 from systems.spiking.surrogates import get_surrogate
 
 CHANNELS = "channels"
@@ -165,8 +166,8 @@ def multistep(neuron: nn.Module) -> SpikingLayer:
     return neuron if isinstance(neuron, SpikingLayer) else SteppedNeuron(neuron)
 
 
-def spiking_layer(neuron: NeuronFactory, channels: int) -> SpikingLayer:
-    """Creates one spiking layer of a network; each call creates a new one.
+def spiking_layer(neuron: NeuronFactory, channels: int) -> SpikingLayer | ReLULayer:
+    """Creates one spiking layer of a network, or what replaces it in a ReLU twin; each call creates a new one.
 
     Args:
         neuron: Creates the neurons, of the suite or of snnTorch. Arguments set to `CHANNELS` in a `functools.partial`,
@@ -182,6 +183,11 @@ def spiking_layer(neuron: NeuronFactory, channels: int) -> SpikingLayer:
             f"neuron={type(neuron).__name__}(...) is one layer, but every layer needs its own; give a class or a "
             f"function that creates it, such as functools.partial({type(neuron).__name__}, ...)"
         )
+    if not callable(neuron):
+        raise TypeError(
+            f"neuron={neuron!r} is not a neuron of this method; give a class or a function that creates one, such as "
+            "snntorch.Leaky; the name relu makes ReLU twins of SDDPM, SDM and FSDDIM"
+        )
     given = neuron.keywords if isinstance(neuron, partial) else {}
     sizes = {name: channels for name, value in given.items() if isinstance(value, str) and value == CHANNELS}
     parameter = signature(neuron).parameters.get(CHANNELS)
@@ -189,7 +195,8 @@ def spiking_layer(neuron: NeuronFactory, channels: int) -> SpikingLayer:
         sizes[CHANNELS] = channels
     create: Callable[..., nn.Module] = neuron
     _check_required(given | sizes, *getattr(neuron, "args", ()))
-    return multistep(create(**sizes))
+    layer = create(**sizes)
+    return layer if isinstance(layer, ReLULayer) else multistep(layer)
 
 
 def _check_required(given: Mapping[str, Any], *args: Any) -> None:
@@ -218,16 +225,35 @@ def apply_options(network: nn.Module, method: type, threshold: float, **publishe
         **published: Further options of the method's published neuron, which have no effect on others.
 
     Raises:
-        ValueError: If one of those options is not at its default.
+        ValueError: If one of those options is not at its default, or the network is a ReLU twin.
+    """
+    if any(isinstance(module, ReLULayer) for module in network.modules()):
+        raise ValueError("ReLULayer is no neuron; a ReLU twin is made by --model.neuron relu")
+    check_unused(
+        method,
+        "an option of the published neuron, which is replaced by --model.neuron; leave it at its default and set "
+        "--model.neuron.init_args.{name}",
+        **published,
+    )
+    scale_thresholds(network, threshold)
+
+
+def check_unused(method: type, reason: str, **options: Any) -> None:
+    """Checks that options that have no effect are at their defaults.
+
+    Args:
+        method: The method; its defaults are read.
+        reason: Why they have no effect and what to do; `{name}` is replaced by the first such option.
+        **options: Their values.
+
+    Raises:
+        ValueError: If one is not at its default.
     """
     parameters = signature(method).parameters
-    unused = [name for name, value in published.items() if value != parameters[name].default]
-    if unused:
-        raise ValueError(
-            f"{', '.join(f'{name}={published[name]}' for name in unused)}: an option of the published neuron, which is "
-            f"replaced by --model.neuron; leave it at its default and set --model.neuron.init_args.{unused[0]}"
-        )
-    scale_thresholds(network, threshold)
+    changed = [name for name, value in options.items() if value != parameters[name].default]
+    if changed:
+        given = ", ".join(f"{name}={options[name]}" for name in changed)
+        raise ValueError(f"{given}: {reason.format(name=changed[0])}")
 
 
 def spiking_layers(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:

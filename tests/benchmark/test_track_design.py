@@ -133,9 +133,8 @@ def test_a_changed_file_changes_the_hash(tmp_path: Path) -> None:
 
 def test_committed_results_were_made_with_the_present_design() -> None:
     """Otherwise `configs/track` was edited after its first result: restore it, and put the change under a new name."""
-    designs = {
-        found["name"]: found["sha256"] for path in Path("configs").rglob("design.yaml") if (found := design_of(path))
-    }
+    files = sorted(Path("configs").rglob("design.yaml"))
+    designs = {found["name"]: found["sha256"] for path in files if (found := design_of(path)) is not None}
     records: list[Record] = [read_record(path) for path in find_records([RECORDS, Path(RECORDS).parent / "curves"])]
     for design in (record.design for record in records if record.design is not None):
         assert design.sha256 == designs[design.name]

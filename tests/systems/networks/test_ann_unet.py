@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from systems.networks.ann_unet import ANNUNet, QReLU, quantised_relu
+from systems.networks.ann_unet import ANNUNet
+from systems.ops.quantise import QReLU, quantised_relu
 from systems.spiking.neurons import ConvertedNeuron
 
 Reference = Callable[[str], dict[str, Tensor]]
