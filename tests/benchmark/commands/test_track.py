@@ -36,7 +36,7 @@ DESIGN: dict[str, Any] = {
     },
     "measurements": {
         "final": {"steps": [8], "seeds": [0, 1], "draft": True, "half": True},
-        "curve": {"steps": [4], "seeds": [0], "draft": True, "options": {"data.num_samples": 16}},
+        "curve": {"steps": [4], "seeds": [0], "draft": True, "options": {"data.num_samples": 24}},
     },
     "datasets": {"digits": [0]},
     "zoo": ["digits"],
@@ -215,7 +215,7 @@ def test_errors_of_a_design_name_the_field(study: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"--design .*nowhere\.yaml is not a file"):
         run(study.with_name("nowhere.yaml"))
     rewrite(steps="many")
-    with pytest.raises(ValueError, match="steps: expected an integer, found 'many'"):
+    with pytest.raises(ValueError, match="steps: expected int, found 'many'"):
         run(study)
     rewrite(methods={"good": {"without": ["last"]}})
     with pytest.raises(ValueError, match=r"methods\.good names last; known: curve, final, search"):
