@@ -33,7 +33,8 @@ def load(path: str | Path, which: str = "last") -> tuple[DiffusionSystem, ImageD
     """Loads a trained model, in evaluation mode on the CPU, and its data module.
 
     Args:
-        path: Run folder, folder made by `export`, or a checkpoint in one or with its configuration inside.
+        path: Run folder, folder made by `export`, a checkpoint in one or with its configuration inside, or `zoo:NAME`
+            for a trained model that comes with the suite (`python -m benchmark zoo` lists them).
         which: Checkpoint of a run folder: `last`, or `best` by validation loss.
 
     Raises:

@@ -62,6 +62,7 @@ COMMANDS = {
     "leaderboard compare": ("leaderboard.reports.compare:compare", "compare two groups of records, or two records"),
     "leaderboard verify": ("benchmark.commands.verify:verify", "repeat the evaluation of a record and compare"),
     "leaderboard add": ("leaderboard.add:add", "check a record and add it to the leaderboard"),
+    "zoo": ("benchmark.commands.zoo:zoo", "list the trained models that come with the suite"),
     "export": ("benchmark.commands.export:export", "write a trained model as a folder to share"),
     "import": ("benchmark.commands.import_checkpoint:import_checkpoint", "convert a checkpoint released by authors"),
     "convert": ("benchmark.commands.convert:convert", "convert a quantised DDPM into a spiking network"),
@@ -87,7 +88,17 @@ GROUPS = {
         "validate-metrics",
     ),
     "leaderboard": (*(name for name in COMMANDS if name.startswith("leaderboard")), "break-even"),
-    "tools": ("export", "import", "convert", "train-extractor", "regress", "speed", "loader-speed", "attention-speed"),
+    "tools": (
+        "zoo",
+        "export",
+        "import",
+        "convert",
+        "train-extractor",
+        "regress",
+        "speed",
+        "loader-speed",
+        "attention-speed",
+    ),
 }
 """The commands as the help shows them."""
 

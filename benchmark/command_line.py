@@ -115,7 +115,7 @@ def fill_in_newest_run(args: list[str]) -> list[str]:
         if not path.is_file():
             raise FileNotFoundError(
                 f"--ckpt_path {path} is not a file; name a checkpoint (*.ckpt, *.safetensors), a folder of "
-                "`export`, best or last"
+                "`export`, zoo:NAME, best or last"
             )
     print(f"{stage} of {path}")
     if not configs:

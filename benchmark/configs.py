@@ -6,8 +6,14 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
+import yaml
+
+from leaderboard.files import canonical_sha256, file_sha256
+
 CONFIGS = Path(__file__).parents[1] / "configs"
 """Folder of the configurations, in a checkout as in an installed package."""
+DESIGN = "design.yaml"
+"""File that makes the configurations of its folder those of a study."""
 _OPTIONS = ("--config", "-c")
 
 
@@ -38,6 +44,29 @@ def find_configs(folder: str | Path) -> Path:
     if path.is_absolute() or path.is_dir() or path.parts[:1] != ("configs",) or ".." in path.parts:
         return path
     return found if (found := CONFIGS.joinpath(*path.parts[1:])).is_dir() else path
+
+
+def design_of(config: Path) -> dict[str, str] | None:
+    """Returns name and hash of the design that a configuration belongs to; None if its folder has no design.
+
+    The hash covers names and contents of all `*.yaml` files of the folder, so that no setting can change unnoticed.
+    Options that are typed in addition are not part of it; a record has them in its configuration.
+
+    Args:
+        config: File of a configuration.
+
+    Raises:
+        ValueError: If the design has no name.
+    """
+    path = config.parent / DESIGN
+    if not path.is_file():
+        return None
+    design = yaml.safe_load(path.read_text(encoding="utf-8"))
+    name = design.get("name") if isinstance(design, dict) else None
+    if not isinstance(name, str):
+        raise ValueError(f"{path} has no name; give the study one, such as `name: track-v1`")
+    files = {file.name: file_sha256(file) for file in config.parent.glob("*.yaml")}
+    return {"name": name, "sha256": canonical_sha256(files)}
 
 
 def locate_configs(args: Sequence[str]) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
+from benchmark.zoo import find_in_zoo
 from datamodules import ImageDataModule
 from leaderboard.files import file_sha256, free_path
 from leaderboard.record.renamed import FORMER, PRESENT, is_former
@@ -182,7 +183,16 @@ def _by_score(paths: list[Path]) -> list[Path]:
 
 
 def checkpoint_in(path: Path, which: str = "last") -> Path:
-    """Returns the weights in an exported folder, the checkpoint `which` of a run folder, or the file itself."""
+    """Returns the weights in an exported folder, the checkpoint `which` of a run folder, or the file itself.
+
+    Args:
+        path: Folder, file, or `zoo:NAME` for a trained model that comes with the suite.
+        which: Checkpoint of a run folder.
+
+    Raises:
+        FileNotFoundError: If the zoo has no such model, or a run folder no such checkpoint.
+    """
+    path = find_in_zoo(path)
     if not path.is_dir():
         return path
     return path / WEIGHTS if (path / WEIGHTS).is_file() else find_checkpoint(path, which)

@@ -40,7 +40,7 @@ from benchmark.callbacks.monitor import ImageProgressBar, ProgressLines, Trainin
 from benchmark.callbacks.png import PNGWriter
 from benchmark.callbacks.resume import Resume
 from benchmark.command_line import Parser, complete_loggers, fill_in_newest_run
-from benchmark.configs import locate_configs
+from benchmark.configs import design_of, locate_configs
 from benchmark.runs import RUNS, new_run, run_of, training_seed
 from benchmark.trainer import BenchmarkTrainer
 from datamodules import ImageDataModule
@@ -176,6 +176,9 @@ class BenchmarkCLI(LightningCLI):
         )
         if self.subcommand == "predict":
             config.return_predictions = False  # PNGWriter writes them to disk batch by batch
+        if self.subcommand == "fit" and config.evaluation.design is None:
+            files = [Path(str(file)) for file in config.get("config") or [] if file is not None]
+            config.evaluation.design = next(filter(None, map(design_of, files)), None)
         dump = self.parser.dump(self.config, skip_link_targets=False, skip_unset=False, format="json")
         self.resolved = json.loads(dump, parse_constant=str)[
             self.subcommand

@@ -40,7 +40,11 @@ def from_json(kind: type[Data], value: Any, field: str = "") -> Data:
     if not isinstance(value, dict):
         raise SchemaError(f"{field or 'the top level'}: expected an object, found {_shown(value)}")
     hints = get_type_hints(kind)
-    required = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}  # type: ignore[arg-type]
+    required = {
+        f.name
+        for f in dataclasses.fields(kind)  # type: ignore[arg-type]
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
     if missing := sorted(required - value.keys()):
         raise SchemaError(f"{_join(field, missing[0])}: the field is missing")
     if unknown := sorted(value.keys() - hints.keys()):

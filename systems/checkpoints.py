@@ -77,11 +77,32 @@ EXPORTED = ("method", "process", "training_data", "configuration", "activation_b
 """Entries of a checkpoint that its safetensors file keeps besides the weights, as JSON in its metadata."""
 
 
-def save_safetensors(content: Mapping[str, Any], path: Path) -> None:
-    """Writes the weights of a checkpoint and its `EXPORTED` entries to a safetensors file for `load_checkpoint`."""
+_HALF = "float16"
+"""Entry `precision` in the metadata of a safetensors file whose weights were rounded."""
+
+
+def save_safetensors(content: Mapping[str, Any], path: Path, half: bool = False) -> None:
+    """Writes the weights of a checkpoint and its `EXPORTED` entries to a safetensors file for `load_checkpoint`.
+
+    Args:
+        content: Checkpoint.
+        path: File to write.
+        half: Whether numbers of 32 bits are rounded to 16; `load_checkpoint` returns them with 32 bits.
+
+    Raises:
+        ValueError: If a number is too large for 16 bits; nothing is written.
+    """
     kept = {name: content[name] for name in EXPORTED if name in content}
     metadata = {"format": "pt", "checkpoint": json.dumps(kept, default=_tensor_to_json)}
     state = {name: tensor.contiguous() for name, tensor in content["state_dict"].items()}
+    if half:
+        metadata["precision"] = _HALF
+        state = {name: tensor.half() if tensor.dtype == torch.float32 else tensor for name, tensor in state.items()}
+        if large := [name for name, t in state.items() if t.dtype == torch.float16 and not t.isfinite().all()]:
+            raise ValueError(
+                f"{', '.join(large[:5])} has numbers beyond {torch.finfo(torch.float16).max:g}, the largest one of 16 "
+                "bits; export in full precision"
+            )
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     try:
@@ -95,7 +116,10 @@ def _load_safetensors(path: Path) -> dict[str, Any]:
     """Reads a safetensors file: a whole checkpoint if `save_safetensors` wrote it, else a plain state dict."""
     with safe_open(path, "pt") as file:
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        text = (file.metadata() or {}).get("checkpoint")
+        metadata = file.metadata() or {}
+    text = metadata.get("checkpoint")
+    if metadata.get("precision") == _HALF:
+        state = {name: tensor.float() if tensor.dtype == torch.float16 else tensor for name, tensor in state.items()}
     return state if text is None else json.loads(text, object_hook=_tensor_from_json) | weights_only(state)
 
 

@@ -33,7 +33,7 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from systems.base import DiffusionSystem, OptimizerFactory
+from systems.base import DiffusionSystem, LRSchedulerFactory, OptimizerFactory
 from systems.checkpoints import check_state, read_trained, training_data_of
 from systems.diffusion.absorbing import Objective, denoising_loss, unmask
 from systems.figures import Figure, perplexity, plot_reconstructions, plot_usage
@@ -89,6 +89,9 @@ class SpikingDiffusion(DiffusionSystem):
             default.
         autoencoder_optimizer: Optimiser of stage one; by default the released AdamW (lr and weight decay 1e-3).
         denoiser_optimizer: Optimiser of stage two, likewise.
+        lr_scheduler: Learning-rate schedule of each stage, which counts the steps of that stage; the release has none.
+        gradient_clip_val: Largest norm of the gradient of a step, in place of the trainer's option of this name, which
+            Lightning does not apply to methods with several optimisers; None does not clip.
 
     Raises:
         ValueError: If an argument is out of range; the message names it.
@@ -121,9 +124,13 @@ class SpikingDiffusion(DiffusionSystem):
         data_variance: float | None = None,
         autoencoder_optimizer: OptimizerFactory | None = None,
         denoiser_optimizer: OptimizerFactory | None = None,
+        lr_scheduler: LRSchedulerFactory | None = None,
+        gradient_clip_val: float | None = None,
     ) -> None:
         released = partial(AdamW, lr=1e-3, weight_decay=1e-3, fused=True)
-        super().__init__(autoencoder_optimizer or released)
+        super().__init__(autoencoder_optimizer or released, lr_scheduler)
+        if gradient_clip_val is not None and not gradient_clip_val > 0:
+            raise ValueError(f"gradient_clip_val={gradient_clip_val} is not a norm; give a number above 0, or null")
         if mask_id is not None and not 0 <= mask_id <= num_codes:
             raise ValueError(
                 f"mask_id={mask_id} is outside the codebook of {num_codes} codes; give 0 to {num_codes - 1} for a code "
@@ -161,6 +168,7 @@ class SpikingDiffusion(DiffusionSystem):
         self.denoiser_epochs = denoiser_epochs
         self.init_from = init_from
         self.data_variance = data_variance
+        self.gradient_clip_val = gradient_clip_val
         self._denoiser_optimizer = denoiser_optimizer or released
         self._in_stage_two = self.autoencoder_epochs == 0
         self._codes: Tensor | None = None  # of all training images, (N, h, w)
@@ -197,8 +205,14 @@ class SpikingDiffusion(DiffusionSystem):
     # Training
 
     def configure_optimizers(self) -> Any:
-        """Returns the optimisers of both stages."""
-        return [self._optimizer(self.autoencoder.parameters()), self._denoiser_optimizer(self.denoiser.parameters())]
+        """Returns the optimisers of both stages, and their learning-rate schedules if set."""
+        optimizers = [
+            self._optimizer(self.autoencoder.parameters()),
+            self._denoiser_optimizer(self.denoiser.parameters()),
+        ]
+        if self._lr_scheduler is None:
+            return optimizers
+        return optimizers, [self._lr_scheduler(optimizer) for optimizer in optimizers]
 
     def setup(self, stage: str) -> None:
         """Measures the data variance, loads stage one from `init_from` if given, and sets the number of epochs.
@@ -276,7 +290,13 @@ class SpikingDiffusion(DiffusionSystem):
             loss = self._autoencoder_loss(reconstruction, batch)
             self._usage += reconstruction.indices.flatten().bincount(minlength=self.num_codes)
         self.manual_backward(loss)
-        cast(list[Any], self.optimizers())[int(self._in_stage_two)].step()
+        part = int(self._in_stage_two)
+        optimizer = cast(list[Any], self.optimizers())[part]
+        if self.gradient_clip_val is not None:
+            self.clip_gradients(optimizer.optimizer, self.gradient_clip_val, "norm")
+        optimizer.step()
+        if self._lr_scheduler is not None:
+            cast(list[Any], self.lr_schedulers())[part].step()
         stage = 2.0 if self._in_stage_two else 1.0
         self.log_dict({"train/loss": loss, "train/stage": stage}, prog_bar=True, sync_dist=True, batch_size=len(batch))
         return loss

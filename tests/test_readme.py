@@ -14,7 +14,9 @@ import jsonargparse
 import pytest
 
 from benchmark.cli import COMMANDS, PASS_THROUGH, STAGES, main
+from benchmark.configs import find_config
 from benchmark.stages import BenchmarkCLI, run_stage
+from benchmark.studies import read_study
 
 FOLDERS = (".github", "benchmark", "configs", "datamodules", "leaderboard", "systems", "tests")
 PAGES = sorted([*Path().glob("*.md"), *(page for folder in FOLDERS for page in Path(folder).rglob("*.md"))])
@@ -90,6 +92,9 @@ def check(args: list[str], run: str) -> str:
     ((options, rest),) = parsed(args, argparse.ArgumentParser, "parse_known_args")
     if name == "matrix":
         assert not rest, rest
+        if "design" in options:
+            assert read_study(find_config(options.design)).methods
+            return run
         config = options.configs / f"{options.methods[0]}_{options.datasets[0]}.yaml"
         return check_stage("fit", [f"--{item}" for item in options.set], str(config))
     config = {"regress": "configs/regress/sddpm.yaml", "ablate-sdit": str(getattr(options, "config", ""))}
@@ -190,6 +195,7 @@ def rows(text: str) -> list[dict[str, str]]:
         "leaderboard render --outptu FOLDER",
         "regress --method sddpm",
         "matrix --methods sddpm --datasets mnist --sed 1",
+        "matrix --design configs/track/design.yaml --stages train",
         "matrix --methods sddpm --datasets mnist --set trainer.maxsteps=1",
         "sweep-solvers --nfe ten",
         "ablate-sdit --model.recnstruction false",

@@ -183,6 +183,8 @@ def _as_lists(configured: Any) -> tuple[list[Optimizer], list[LRScheduler]]:
     """Returns optimisers and schedules from the forms in which Lightning accepts them."""
     if isinstance(configured, dict):
         return [configured["optimizer"]], [configured["lr_scheduler"]["scheduler"]]
+    if isinstance(configured, tuple):
+        return configured
     return (configured if isinstance(configured, list) else [configured]), []
 
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
-from benchmark.runs import RUNS, find_checkpoint, load_run, newest_run
+from benchmark.runs import RUNS, checkpoint_in, find_checkpoint, load_run, newest_run, run_of
 from datamodules import ImageDataModule
 from leaderboard.files import free_path, refuse_existing
 from systems import FSDDIM
@@ -34,7 +34,8 @@ def activity(
     the decoded image, and their standard deviation; for any other method it shows a few images.
 
     Args:
-        ckpt_path: Checkpoint in a run folder; null uses the last checkpoint of the newest run under runs/.
+        ckpt_path: Checkpoint in a run folder, folder made by `export`, or zoo:NAME; null uses the last checkpoint of
+            the newest run under runs/.
         num_images: Number of images to average the spikes over.
         num_inference_steps: Diffusion steps of the sampler, at most those of the run.
         seed: Seed of the first image, which the strip of currents shows.
@@ -48,8 +49,9 @@ def activity(
     for name, number in (("num_images", num_images), ("num_inference_steps", num_inference_steps)):
         if number < 1:
             raise ValueError(f"{name}={number}; give 1 or more")
-    checkpoint = Path(ckpt_path) if ckpt_path is not None else find_checkpoint(newest_run(RUNS))
-    folder = Path(output) if output is not None else checkpoint.parent.parent / "activity"
+    checkpoint = checkpoint_in(Path(ckpt_path)) if ckpt_path is not None else find_checkpoint(newest_run(RUNS))
+    run = run_of(checkpoint) or RUNS / checkpoint.parent.name
+    folder = Path(output) if output is not None else run / "activity"
     if output is not None:
         refuse_existing(folder / "spikes.png", folder / "denoising.png", option="--output")
     system, data = load_run(checkpoint)

@@ -21,7 +21,7 @@ OWN_PATHS = ("root", "cache_dir", "init_from")
 """Options of data and model that name files of this machine and that sampling does not need."""
 
 
-def export(run: str, folder: str, which: str = "last", push_to_hub: str | None = None) -> None:
+def export(run: str, folder: str, which: str = "last", half: bool = False, push_to_hub: str | None = None) -> None:
     """Writes weights (safetensors), configuration and a model card with the sample grid of a run to a new folder.
 
     `--ckpt_path FOLDER` of `test` and `predict`, and `benchmark.load(FOLDER)`, take it back. Optimiser states are left
@@ -31,11 +31,13 @@ def export(run: str, folder: str, which: str = "last", push_to_hub: str | None =
         run: Run folder, or a checkpoint.
         folder: Folder to write; it must not exist, or be empty.
         which: Checkpoint of a run folder: `last`, or `best` by validation loss.
+        half: Round weights to 16 bits, in a file of half the size; they are loaded with 32 bits.
         push_to_hub: Repository on the Hugging Face hub, such as `user/sddpm-mnist`, to create and upload the folder to.
 
     Raises:
         FileNotFoundError: If there is no such run or checkpoint.
         FileExistsError: If the folder contains files.
+        ValueError: If a weight is too large for 16 bits.
     """
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -49,7 +51,7 @@ def export(run: str, folder: str, which: str = "last", push_to_hub: str | None =
         for path, record in (read_records([checkpoint.parent.parent])[0] if source.is_dir() else [])
         if record.checkpoint is not None and record.checkpoint.sha256 == sha256
     ]
-    save_safetensors(content | {"configuration": configuration}, target / WEIGHTS)
+    save_safetensors(content | {"configuration": configuration}, target / WEIGHTS, half)
     write_atomic(target / "config.yaml", yaml.safe_dump(configuration, sort_keys=False))
     if grids := [entry.samples for entry in sorted(entries, key=Entry.time) if entry.samples.is_file()]:
         write_atomic(target / SAMPLES, grids[-1].read_bytes())

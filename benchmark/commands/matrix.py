@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import STDOUT, Popen
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import yaml
 from rich.table import Table
@@ -29,7 +29,7 @@ from leaderboard.reports.terminal import terminal
 BENCHMARK = (sys.executable, "-m", "benchmark")
 PATH_OPTIONS = (("--data.root=", "--root="), ("--evaluation.fad_dir=", "--fad_dir="))
 """Options of `fit` that are paths, and their counterparts in `leaderboard verify`."""
-State = Literal["done before", "done", "failed", "stopped", "not begun"]
+State = Literal["done before", "done", "failed", "stopped", "not begun", "runs elsewhere"]
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,19 @@ class Cell:
             FileNotFoundError: If the cell to start from has no checkpoint.
         """
         if self.entry is None:
-            yield from self._fit_and_test()
+            yield self.fit
+            yield ["test", *["--draft"] * self.draft, f"--trainer.default_root_dir={self.folder}"]
         if self.verify and self.entry is not None:
             paths = [option.replace(*names) for option in self.options for names in PATH_OPTIONS if names[0] in option]
             yield ["leaderboard", "verify", str(self.entry.path), "--keep=true", *paths]
 
-    def _fit_and_test(self) -> list[list[str]]:
+    @property
+    def fit(self) -> list[str]:
+        """Command of the training, or of its continuation if there is a checkpoint.
+
+        Raises:
+            FileNotFoundError: If the cell to start from has no checkpoint.
+        """
         folder = f"--trainer.default_root_dir={self.folder}"
         try:
             newest_run(self.folder)
@@ -97,7 +104,7 @@ class Cell:
                 fit.append(f"--model.init_from={find_checkpoint(newest_run(self.start.folder))}")
         else:
             fit = ["--ckpt_path=last"]
-        return [["fit", *fit, folder], ["test", *["--draft"] * self.draft, folder]]
+        return ["fit", *fit, folder]
 
 
 def matrix(args: Sequence[str]) -> None:
@@ -111,6 +118,11 @@ def matrix(args: Sequence[str]) -> None:
         ValueError: If an option is malformed.
         FileNotFoundError: If there is no config for a method and dataset.
     """
+    if any(arg.partition("=")[0] == "--design" for arg in args):
+        from benchmark.commands.track import track
+
+        track(args)
+        return
     options = _parser().parse_args(args)
     cells = _cells(options)
     pending = [cell for cell in cells if not cell.is_done]
@@ -140,7 +152,8 @@ def _parser() -> argparse.ArgumentParser:
         "matrix",
         "Trains and tests every method on every dataset with every seed, one after another. A run that has a record "
         "is skipped (and verified with --verify), a run that was killed resumes from its last checkpoint, and a run "
-        "that fails does not stop the others.",
+        "that fails does not stop the others. `matrix --design FILE` runs a study instead; its options are listed by "
+        "`matrix --design FILE --help`.",
     )
     parser.add_argument("--methods", nargs="+", required=True, metavar="METHOD", help="first part of the config's name")
     parser.add_argument("--datasets", nargs="+", required=True, metavar="DATASET", help="second part")
@@ -165,14 +178,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _cells(options: argparse.Namespace) -> list[Cell]:
-    roots = _parse_pairs("--roots", options.roots)
+    roots = parse_pairs("--roots", options.roots)
     if unknown := sorted(roots.keys() - set(options.datasets)):
         raise ValueError(f"--roots names {', '.join(unknown)}, which --datasets does not")
-    starts = _parse_pairs("--start", options.start)
+    starts = parse_pairs("--start", options.start)
     for method, first in starts.items():
         if first not in options.methods or method not in options.methods[options.methods.index(first) + 1 :]:
             raise ValueError(f"--start {method}={first} needs both in --methods, {first} before {method}")
-    common_options = tuple(f"--{key}={value}" for key, value in _parse_pairs("--set", options.set).items())
+    common_options = tuple(f"--{key}={value}" for key, value in parse_pairs("--set", options.set).items())
     cells, configs = [], find_configs(options.configs)
     for seed in options.seeds:  # outer loop over seeds: a stopped matrix still has comparable runs
         for method in options.methods:
@@ -188,7 +201,16 @@ def _cells(options: argparse.Namespace) -> list[Cell]:
     return list(dict.fromkeys(cells))
 
 
-def _parse_pairs(option: str, typed: Sequence[str]) -> dict[str, str]:
+def parse_pairs(option: str, typed: Sequence[str]) -> dict[str, str]:
+    """Returns the values of an option by their names.
+
+    Args:
+        option: The option, for the message.
+        typed: Its values, `NAME=VALUE`.
+
+    Raises:
+        ValueError: If a value is malformed.
+    """
     if wrong := [text for text in typed if not text.partition("=")[0] or "=" not in text]:
         raise ValueError(f"{option} {wrong[0]} has no name and value; give NAME=VALUE")
     return dict(text.split("=", 1) for text in typed)
@@ -200,18 +222,23 @@ def _run(cell: Cell) -> int:
     with (cell.folder / "log.txt").open("ab") as log:
         try:
             for stage in cell.stages():
-                process = Popen(
-                    [*BENCHMARK, *stage],
-                    stdout=log,
-                    stderr=STDOUT,
-                    env=os.environ | {PARENT_VARIABLE: str(os.getpid())},
-                )
-                if code := _wait(process):
+                if code := run_command(stage, log):
                     return code
         except FileNotFoundError as error:
             log.write(f"error: nothing to start from: {error}\n".encode())
             return 1
     return 0 if cell.is_done else 1
+
+
+def run_command(command: Sequence[str], log: IO[bytes]) -> int:
+    """Runs a command of the suite in its own process, which ends with this one; returns its exit code.
+
+    Args:
+        command: The command and its options.
+        log: File that receives what it prints.
+    """
+    environment = os.environ | {PARENT_VARIABLE: str(os.getpid())}
+    return _wait(Popen([*BENCHMARK, *command], stdout=log, stderr=STDOUT, env=environment))
 
 
 def _wait(process: Popen[bytes]) -> int:
@@ -242,12 +269,13 @@ def _table(states: Mapping[Cell, State]) -> Table:
             result = f"{key} {evaluation_cell(key, value)}{' (draft)' if entry.record.draft else ''}"
             result += ", repeated" if entry.repeated else ""
         if state == "failed":
-            why = _last_error(cell.folder / "log.txt")
+            why = last_error(cell.folder / "log.txt")
         table.add_row(cell.config.stem, str(cell.seed), state, result, why)
     return table
 
 
-def _last_error(log: Path) -> str:
+def last_error(log: Path) -> str:
+    """Returns the last message of an error in a log, or else its last line."""
     lines = log.read_text(errors="replace").splitlines()
     errors = [line for line in lines if "error:" in line.lower()] or [line for line in lines if line.strip()]
     return errors[-1].removeprefix("error: ") if errors else "killed; see its log"

@@ -13,7 +13,8 @@ import yaml
 from rich.console import Console
 from rich.text import Text
 
-from benchmark.runs import RUNS
+from benchmark.runs import RUNS, WEIGHTS, checkpoint_in
+from benchmark.zoo import zoo_folders
 from leaderboard.files import file_sha256, write_atomic
 from leaderboard.record.entries import Entry
 from leaderboard.record.records import REDACTED, Record, read_record, record_text, redact_paths
@@ -54,7 +55,8 @@ def verify(
 
     Args:
         record: Record file.
-        checkpoint: Checkpoint of the record; null searches the run folder of the record and runs/ for its hash.
+        checkpoint: Checkpoint of the record; null searches for its hash in the run folder of the record, runs/ and the
+            zoo.
         root: Folder of the dataset, if not as in the record.
         accelerator: Device, if not as in the record: cpu or gpu.
         inception_weights: Local file of the 2015 Inception weights, if not as in the record.
@@ -166,6 +168,7 @@ def _find_checkpoint(record: Record, path: Path, given: str | None) -> Path:
         ValueError: If the record names no checkpoint.
     """
     if given is not None:
+        given = str(checkpoint_in(Path(given)))
         if not Path(given).is_file():
             raise FileNotFoundError(f"--checkpoint {given} is not a file")
         return Path(given)
@@ -177,12 +180,13 @@ def _find_checkpoint(record: Record, path: Path, given: str | None) -> Path:
     candidates = [Path(named)] if isinstance(named, str) and "\0" not in named else []
     candidates += sorted((path.parent.parent / "checkpoints").glob("*.ckpt"))
     candidates += sorted(RUNS.glob("*/checkpoints/*.ckpt"))
+    candidates += [folder / WEIGHTS for folder in zoo_folders()]
     for path in candidates:
         if path.is_file() and file_sha256(path) == record.checkpoint.sha256:
             return path
     raise FileNotFoundError(
         f"its checkpoint {record.checkpoint.name!r} with the SHA-256 {record.checkpoint.sha256} is neither in its run "
-        f"folder nor under {RUNS}/; add --checkpoint PATH"
+        f"folder nor under {RUNS}/ nor in the zoo; add --checkpoint PATH"
     )
 
 

@@ -38,6 +38,7 @@ from leaderboard.record.records import (
     Artefact,
     Code,
     Dataset,
+    Design,
     MetricValue,
     ProtocolEntry,
     Record,
@@ -80,6 +81,8 @@ class Evaluation(Callback):
         keep_samples: Keeps the generated images under `evaluation/` in the run folder, so that a test of the same
             model under another protocol need not generate them again; by default they are deleted once the record is
             written.
+        design: Name and hash (`name`, `sha256`) of the design of the study that a configuration belongs to; `fit` fills
+            it in for a configuration whose folder has a design.
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class Evaluation(Callback):
         grid_images: int = 64,
         fad_dir: str | None = None,
         keep_samples: bool = False,
+        design: dict[str, str] | None = None,
     ) -> None:
         check_name("variant", variant, required=False)
         self.protocol = PROTOCOLS[protocol]
@@ -104,6 +108,7 @@ class Evaluation(Callback):
         self.grid_images = grid_images
         self.fad_dir = fad_dir
         self.keep_samples = keep_samples
+        self.design = None if design is None else from_json(Design, design, "evaluation.design")
         self.config: dict[str, Any] = {}
         """Resolved configuration of the command, for the record."""
         self.record: Record | None = None
@@ -335,6 +340,7 @@ class Evaluation(Callback):
             nfe=system.nfe,
             num_steps=system.num_steps,
             conditional=system.conditional,
+            design=self.design,
             cost=total.counts.cost(
                 self.meter.parameters, total.images, system.nfe, total.images / total.seconds, total.peak_memory_bytes
             ),

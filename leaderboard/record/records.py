@@ -324,6 +324,14 @@ class Code:
 
 
 @dataclass(frozen=True)
+class Design:
+    """Design of a study that a result belongs to: its name, and a hash of its files, which are fixed beforehand."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Record:
     """Result of one evaluated run, with its protocol, provenance and cost.
 
@@ -356,6 +364,7 @@ class Record:
         conditional: Scale of guidance of a class-conditional model, 1 without guidance; None if it is unconditional.
         nearest: Index in the reference of the training image nearest to each of the first generated images, by their
             features; `None` where it was not measured.
+        design: Design of the study whose configuration the model was trained with; `None` outside of studies.
         source: `"measured"`; published results are stored separately.
         schema_version: Version of this schema.
     """
@@ -383,6 +392,7 @@ class Record:
     training_data: tuple[TrainingData, ...] | None = None
     conditional: float | None = None
     nearest: tuple[int, ...] | None = None
+    design: Design | None = None
     source: Literal["measured"] = "measured"
     schema_version: Literal[1] = SCHEMA_VERSION
 
@@ -441,6 +451,7 @@ _ADDED = (
     ("conditional",),
     ("training_data",),
     ("nearest",),
+    ("design",),
     ("dataset", "geometry"),
     ("code", "external"),
     ("cost", "incomplete"),
@@ -563,6 +574,8 @@ def _check(data: Any, where: str) -> datetime:
             check_name("training_data", data_name)
         check_name("protocol.name", record.protocol.name)
         check_name("extractor.name", record.extractor.name)
+        if record.design is not None:
+            check_name("design.name", record.design.name)
         for key in record.metrics:
             check_name("metrics", key)
         for field, value, expected in (

@@ -274,6 +274,8 @@ def _facts(record: Record) -> dict[str, str]:
         "Protocol": f"{record.protocol.name}, sha256 {record.protocol.sha256}",
         "Configuration": f"sha256 {record.config_sha256}",
     }
+    if record.design is not None:
+        facts["Design"] = f"{record.design.name}, sha256 {record.design.sha256}"
     if (made := record.images) is not None:
         copies = f"{made.copies:,} of which repeat another one" if made.copies else "all different"
         facts["Images"] = f"{made.count:,} from {made.source}, {copies}, sha256 {made.fingerprint}"

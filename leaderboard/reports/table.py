@@ -398,11 +398,11 @@ def _print_wide(console: Console, group: list[Method], model: EnergyModel) -> No
         min_width = max(len(str(row["Method"])) for row in rows) if stack[0] == "Method" else None
         justify: Literal["left", "right"] = "left" if stack[0] in ("#", "Method") else "right"
         table.add_column(header, justify=justify, overflow="fold", min_width=min_width)
-    files: list[Path] = []
+    files: list[Entry] = []
     for number, (method, row) in enumerate(zip(group, rows, strict=True), 1):
         seeds = seed_rows(method, row, model)
         for entry, part in zip([None, *method.entries] if seeds else method.entries, [row, *seeds], strict=True):
-            files += [entry.path] if entry else []
+            files += [entry] if entry else []
             cells = part | {"File": Cell(f"[{len(files)}]" if entry else "")}
             stacked = ["\n".join(str(cells[n]) for n in stack if str(cells[n]) or entry is None) for stack in stacks]
             last = part is ([row, *seeds])[-1] and number < len(group)
@@ -412,11 +412,15 @@ def _print_wide(console: Console, group: list[Method], model: EnergyModel) -> No
                 end_section=last and method.is_ranked and not group[number].is_ranked,
             )
     console.print(table)
-    listed = [f"[{n}] {path}" for n, path in enumerate(files, 1)]
+    listed = [f"[{n}] {entry.path}{_design(entry.record)}" for n, entry in enumerate(files, 1)]
     provenance = f"{table_provenance(group[0].record)} {energy_meaning(model)}"
     for line in (MEANING, provenance, *_notes(group, model), *listed):
         console.print(Text(line, style="dim"), soft_wrap=True)
     console.print()
+
+
+def _design(record: Record) -> str:
+    return "" if record.design is None else f", design {record.design.name} ({record.design.sha256[:8]})"
 
 
 def short_rows(count: int, newest: int | None) -> list[int | None]:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -189,6 +190,7 @@ def test_variance_and_perplexity() -> None:
         ({"temperature": 0.0}, "temperature=0"),
         ({"denoiser_epochs": -1}, "denoiser_epochs=-1"),
         ({"data_variance": 0.0}, "data_variance=0"),
+        ({"gradient_clip_val": 0.0}, "gradient_clip_val=0.0 is not a norm"),
         ({"num_codes": 1}, "num_codes=1"),
         ({"threshold": 0.0}, "not a firing threshold"),
     ],
@@ -342,6 +344,41 @@ def test_a_killed_run_resumes_in_its_stage(epochs: int, tmp_path: Path, monkeypa
     assert [{int(s["step"]) for s in o["state"].values()} for o in ended["optimizer_states"]] == [{6}, {6}]
     assert same("autoencoder", before["state_dict"], ended["state_dict"]) == (epochs == 3)
     assert not same("denoiser", before["state_dict"], ended["state_dict"])
+
+
+def test_each_stage_has_its_own_schedule_and_gradients_are_clipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = SpikingDiffusion.on_train_epoch_start
+
+    def killed(system: SpikingDiffusion) -> None:
+        if system.current_epoch == 3:
+            raise RuntimeError("killed")
+        start(system)
+
+    schedule = ["--model.lr_scheduler=StepLR", "--model.lr_scheduler.step_size=2", "--model.lr_scheduler.gamma=0.5"]
+    monkeypatch.setattr(SpikingDiffusion, "on_train_epoch_start", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        fit(tmp_path, "--monitor.every_n_epochs=0", *schedule, "--model.gradient_clip_val=0.001")
+    monkeypatch.setattr(SpikingDiffusion, "on_train_epoch_start", start)
+    run = newest_run(tmp_path)
+    before = torch.load(find_checkpoint(run), weights_only=True)
+    assert [state["last_epoch"] for state in before["lr_schedulers"]] == [6, 3]  # steps of each stage
+    norms: list[float] = []
+    clip = SpikingDiffusion.clip_gradients
+
+    def watched(system: SpikingDiffusion, optimizer: torch.optim.Optimizer, *args: Any) -> None:
+        clip(system, optimizer, *args)
+        gradients = [p.grad.flatten() for p in optimizer.param_groups[0]["params"] if p.grad is not None]
+        norms.append(float(torch.cat(gradients).norm()))
+
+    monkeypatch.setattr(SpikingDiffusion, "clip_gradients", watched)
+    main(["fit", f"--ckpt_path={find_checkpoint(run)}"])
+    ended = torch.load(find_checkpoint(run), weights_only=True)
+    assert [state["last_epoch"] for state in ended["lr_schedulers"]] == [6, 6]
+    rates = [group["lr"] for state in ended["optimizer_states"] for group in state["param_groups"]]
+    assert rates == pytest.approx([0.001 / 8] * 2)
+    assert norms == pytest.approx([0.001] * 3, rel=1e-3)
 
 
 def test_stage_two_continues_from_a_separate_stage_one(tmp_path: Path) -> None:

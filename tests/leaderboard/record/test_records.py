@@ -13,6 +13,7 @@ from leaderboard.protocols import PROTOCOLS, Protocol
 from leaderboard.record.records import (
     Code,
     Dataset,
+    Design,
     MetricValue,
     Record,
     RecordError,
@@ -39,6 +40,16 @@ def test_conditional_records_say_so_and_others_are_as_before(make_record: Make, 
     path = write_record(conditional, tmp_path)
     assert json.loads(path.read_text())["conditional"] == 1.5
     assert read_record(path) == conditional
+
+
+def test_records_of_a_study_name_its_design(make_record: Make, tmp_path: Path) -> None:
+    design = Design("track-v1", "0" * 64)
+    path = write_record(make_record(design=design), tmp_path)
+    assert json.loads(path.read_text())["design"] == {"name": "track-v1", "sha256": "0" * 64}
+    assert read_record(path).design == design
+    assert "design" not in json.loads(write_record(make_record(), tmp_path).read_text())
+    with pytest.raises(RecordError, match=r"design\.name: expected a name"):
+        write_record(make_record(design=Design("../x", "0")), tmp_path)
 
 
 def test_absent_values_survive(make_record: Make, tmp_path: Path) -> None:

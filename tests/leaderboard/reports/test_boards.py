@@ -16,7 +16,7 @@ from leaderboard.files import write_atomic
 from leaderboard.pictures import grid, save_png
 from leaderboard.protocols import STANDARD_V1
 from leaderboard.record.entries import Entry
-from leaderboard.record.records import MetricValue, Record, write_record
+from leaderboard.record.records import Design, MetricValue, Record, write_record
 from leaderboard.reports.boards import Row, measured_boards, picture, published_boards
 from leaderboard.reports.published import Published, read_published
 
@@ -44,14 +44,24 @@ def test_drafts_come_last_and_are_not_ranked(make_record: Make) -> None:
 
 
 def test_row_contains_the_record_file(make_record: Make, tmp_path: Path) -> None:
-    path = write_record(make_record(), tmp_path)
-    ((row,),) = (board.rows for board in measured_boards([(path, make_record())]))
+    record = make_record(design=Design("track-v1", "d" * 64))
+    path = write_record(record, tmp_path)
+    ((row,),) = (board.rows for board in measured_boards([(path, record)]))
     (detail,) = row.details
     assert detail.json == path.read_text()
     assert detail.file == path.name
     assert row.anchor == detail.anchor
     facts = " ".join(detail.facts.values())
-    for part in ("a" * 64, "b" * 64, "f" * 64, "torch 2.8", "0" * 40, "sampling 0", "63,470,000"):
+    for part in (
+        "a" * 64,
+        "b" * 64,
+        "f" * 64,
+        f"track-v1, sha256 {'d' * 64}",
+        "torch 2.8",
+        "0" * 40,
+        "sampling 0",
+        "63,470,000",
+    ):
         assert part in facts
     assert detail.config == "model:\n  num_steps: 4\n"
 

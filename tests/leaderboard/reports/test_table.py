@@ -9,7 +9,7 @@ from rich.console import Console
 
 from leaderboard.protocols import OFFLINE_V1, STANDARD_V1
 from leaderboard.record.entries import Entry
-from leaderboard.record.records import Artefact, Dataset, MetricValue, Record, TrainingData, write_record
+from leaderboard.record.records import Artefact, Dataset, Design, MetricValue, Record, TrainingData, write_record
 from leaderboard.reports.boards import measured_boards
 from leaderboard.reports.methods import Method
 from leaderboard.reports.seeds import result_rows
@@ -159,7 +159,8 @@ def test_terminal_fits_104_columns_and_names_the_files(
         "recall": MetricValue(0.4321, 0.0065, 10_000),
     }
     path = write_record(make_record(protocol=STANDARD_V1, metrics=metrics, method="SpikingDiffusion"), tmp_path)
-    write_record(make_record(method="Short", solver="[red]"), tmp_path / "a" / "records")
+    design = Design("track-v1", "0123456789")
+    write_record(make_record(method="Short", solver="[red]", design=design), tmp_path / "a" / "records")
     leaderboard([str(tmp_path)], wide=True, all=True)
     out = capsys.readouterr().out
     tables = [line for line in out.splitlines() if not line.startswith(("One row", "Reference", "["))]
@@ -177,6 +178,7 @@ def test_terminal_fits_104_columns_and_names_the_files(
         "fd",
         "_digits",
         path.name,
+        ", design track-v1 (01234567)",
     ):
         assert part in out
 
