@@ -20,9 +20,22 @@ A layer called with several inputs concatenates their channels; each input is cl
 `D`.
 
 A stem convolution that runs once on the image, before it is repeated over the SNN time steps, is counted once.
-Element-wise operations are not counted: neuron updates, RWKV's recurrence, and batch normalisation, which folds into
-the weights. Nor are products marked by `systems.ops.uncounted`: the read-out of a membrane, which is a neuron update,
-and constants that a trained network can store.
+Products marked by `systems.ops.uncounted` are not counted: the read-out of a membrane, which is a neuron update, and
+constants that a trained network can store.
+
+These rules are the *strict* count, `macs`, `acs` and `energy_strict_mj` of a record, which fold a token shift into its
+layer and nothing else. Beside them, `Cost.counts` contains for each layer
+
+- *effective* operations, as NeuroBench defines them (https://arxiv.org/abs/2304.04640): zero inputs, zero weights and
+  padding are left out, for real-valued inputs too, and biases (`leaderboard.evaluation.tally`). A layer with `taps`, a
+  list of weights of which one applies to the token itself, the next to the token before it and so on, is counted tap by
+  tap; any other layer with `taps_per_weight` counts all of them for each nonzero weight. Attention and recurrent layers
+  of torch count in full;
+- the strict count *folded* and *unfolded*: with everything folded into the weights that is linear between spikes and
+  the layer, and with nothing, not even a token shift, each of whose elements then takes a multiply-accumulate per tap
+  (`leaderboard.evaluation.folding`). Products outside of layers are the same in both;
+- neuron updates, additions that cannot be folded, and memory. Element-wise operations such as activation functions, and
+  RWKV's recurrence apart from its sums, are not counted.
 
 Energy at 45 nm (Horowitz, ISSCC 2014, https://doi.org/10.1109/ISSCC.2014.6757323): 4.6 pJ per MAC, 0.9 pJ per AC.
 """
@@ -162,9 +175,7 @@ class Counts:
     def _layer(self, name: str, num_images: int) -> LayerCounts:
         """Returns the counts of one layer or product for one image."""
         facts, inputs = self.facts[name], self.inputs.get(name, UNKNOWN)
-        counts = {
-            column: number / num_images for column, number in zip(COLUMNS, self.connections[name], strict=True)
-        }
+        counts = {column: number / num_images for column, number in zip(COLUMNS, self.connections[name], strict=True)}
         macs, acs, dense, outputs = (counts[column] for column in ("macs", "acs", "dense", "outputs"))
         folded, unfolded = (macs, acs), (macs, acs)
         spikes = inputs["spikes"] or ()

@@ -13,7 +13,7 @@ A layer that receives such a tensor could receive the spikes themselves: everyth
 is the receptive field of convolutional arithmetic (https://arxiv.org/abs/1603.07285), and each connection is used as
 often as the neurons fire. Average pooling over 2x2 pixels before a 3x3 kernel makes a 6x6 kernel with stride 2, nearest
 neighbours before it one of 2x2 for each position. The layers in between are charged as well, since their output may be
-needed elsewhere. A layer whose inputs are spikes already, or real values, costs the same folded and not.
+needed elsewhere; nothing folds through a dilated one, whose window has gaps. A layer whose inputs are spikes already, or real values, costs the same folded and not.
 
 Sums of two tensors are not folded, because a layer behind them would need the connections of both, behind a residual
 stream those of all layers before it; nor are activation functions, norms whose statistics depend on the input, and
@@ -44,7 +44,17 @@ from torch.utils._pytree import tree_leaves
 
 _COPIES = {
     *("clone", "contiguous", "constant_pad_nd", "copy", "index_select", "repeat", "slice"),
-    *("pixel_shuffle", "pixel_unshuffle", "roll", "flip", "_reshape_alias", "view", "_unsafe_view", "expand", "_to_copy"),
+    *(
+        "pixel_shuffle",
+        "pixel_unshuffle",
+        "roll",
+        "flip",
+        "_reshape_alias",
+        "view",
+        "_unsafe_view",
+        "expand",
+        "_to_copy",
+    ),
     *("_reshape_copy", "repeat_interleave", "as_strided", "detach", "lift_fresh", "alias"),
 }
 _JOINS = {"cat", "stack"}
@@ -91,17 +101,18 @@ class Term:
         """Spikes that an element depends on."""
         return self.times * self.share * self.channels * math.prod(self.window)
 
-    def along(self, kernel: Sequence[float], steps: Sequence[float]) -> Term | None:
+    def along(self, kernel: Sequence[float], steps: Sequence[float], dilation: Sequence[float] = ()) -> Term | None:
         """Returns the term behind a window of these positions that moves by these steps; None for other axes.
 
-        Windows of `w` positions whose neighbours are `s` apart cover `w + (k - 1) min(s, w)` positions if there are `k`
-        of them; `k` is below 1 where outputs of a transposed convolution have no input.
+        Windows of `w` positions whose neighbours are `s` apart cover `w + (k - 1) min(d s, w)` positions if there are
+        `k` of them, dilated by `d`; `k` is below 1 where outputs of a transposed convolution have no input.
         """
         window = self.window or (1.0,) * len(kernel)
         stride = self.stride or (1.0,) * len(kernel)
         if len(window) != len(kernel):
             return None
-        grown = (w * k if k < 1 else w + (k - 1) * min(s, w) for w, s, k in zip(window, stride, kernel, strict=True))
+        axes = zip(window, stride, kernel, dilation or (1.0,) * len(kernel), strict=True)
+        grown = (w * k if k < 1 else w + (k - 1) * min(d * s, w) for w, s, k, d in axes)
         moved = (s * step for s, step in zip(stride, steps, strict=True))
         return replace(self, window=tuple(grown), stride=tuple(moved), folds=True)
 
@@ -113,7 +124,7 @@ class Term:
 
     def behind(self, weights: Weights) -> Term | None:
         """Returns the term behind a convolution or linear layer; None if their axes differ."""
-        moved = self.along(weights.kernel, weights.steps) if weights.kernel else self
+        moved = self.along(weights.kernel, weights.steps, weights.dilation) if weights.kernel else self
         return moved and moved.mixed(weights.fan, weights.channels)
 
 
@@ -150,7 +161,8 @@ class Origin:
 
     def through_layer(self, weights: Weights) -> Origin:
         """Returns the origin of the output of a convolution or linear layer."""
-        linear = self.real == 0  # real values mix with spikes
+        dilated = any(d > 1 < k for d, k in zip(weights.dilation, weights.kernel, strict=True))  # a window with gaps
+        linear = self.real == 0 and not dilated  # real values mix with spikes
         return replace(self.through(lambda term: term.behind(weights)) if linear else REAL, current=True)
 
 
@@ -167,15 +179,24 @@ class Weights:
         channels: Input channels.
         kernel: Input positions of each output position, along each spatial axis; empty for a linear layer.
         steps: Input positions between neighbouring outputs.
+        dilation: Input positions between those of an output.
     """
 
     fan: float
     channels: float
     kernel: tuple[float, ...] = ()
     steps: tuple[float, ...] = ()
+    dilation: tuple[float, ...] = ()
 
     @classmethod
-    def of(cls, weight: Tensor, stride: Sequence[int] = (), transposed: bool = False, groups: int = 1) -> Weights:
+    def of(
+        cls,
+        weight: Tensor,
+        stride: Sequence[int] = (),
+        dilation: Sequence[int] = (),
+        transposed: bool = False,
+        groups: int = 1,
+    ) -> Weights:
         """Returns the geometry of a convolution, or of a linear layer if no stride is given."""
         channels = weight.shape[0] if transposed else weight.shape[1] * groups
         kernel = tuple(float(k) for k in weight.shape[2:])
@@ -183,7 +204,7 @@ class Weights:
         if transposed:
             kernel = tuple(k / s for k, s in zip(kernel, steps, strict=True))
             steps = tuple(1 / s for s in steps)
-        return cls(channels / groups, channels, kernel, steps)
+        return cls(channels / groups, channels, kernel, steps, tuple(map(float, dilation)))
 
 
 def joined(parts: Sequence[tuple[Origin, int]]) -> Origin:
@@ -219,7 +240,10 @@ class Origins:
 
     def __setitem__(self, tensor: Tensor, origin: Origin) -> None:
         storage = tensor.untyped_storage()
-        self._known[storage._cdata] = StorageWeakRef(storage), origin  # as long as it is held, no other has this address
+        self._known[storage._cdata] = (
+            StorageWeakRef(storage),
+            origin,
+        )  # as long as it is held, no other has this address
         if len(self._known) > self._limit:
             self._known = {key: entry for key, entry in self._known.items() if not entry[0].expired()}
             self._limit = 2 * len(self._known) + 10_000
@@ -274,7 +298,7 @@ class Origins:
         if name in _COPIES:
             return self[tensors[1]] if name == "copy" else first
         if name in _CONVOLUTIONS and self[args[1]].constant:
-            return first.through_layer(Weights.of(args[1], args[3], args[6], args[8]))
+            return first.through_layer(Weights.of(args[1], args[3], args[5], args[6], args[8]))
         if name in _MATRICES:
             factors = [args[i] for i in _MATRICES[name]]
             if self[factors[1]].constant or self[factors[0]].constant:

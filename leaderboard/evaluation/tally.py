@@ -95,9 +95,7 @@ def fan_out(layer: nn.Module, shape: Sequence[int], out_shape: Sequence[int], on
 
 def _transposed(layer: Any, x: Tensor, filters: Tensor, out_shape: Sequence[int]) -> Tensor:
     """Applies other weights of one output channel per group, with the output size of the call."""
-    sizes = zip(
-        x.shape[2:], out_shape[1:], layer.kernel_size, layer.stride, layer.padding, layer.dilation, strict=True
-    )
+    sizes = zip(x.shape[2:], out_shape[1:], layer.kernel_size, layer.stride, layer.padding, layer.dilation, strict=True)
     missing = [out - ((n - 1) * s - 2 * p + d * (k - 1) + 1) for n, out, k, s, p, d in sizes]
     operators = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
     return operators[len(missing) - 1](
