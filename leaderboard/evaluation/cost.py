@@ -58,8 +58,15 @@ from torch.utils.hooks import RemovableHandle
 
 from leaderboard.evaluation.products import Product, ProductMode
 from leaderboard.evaluation.structure import UNKNOWN, Inputs, Structure
-from leaderboard.evaluation.tally import COLUMNS, CONVOLUTIONS, LAYERS, ActivationTally, Facts, LayerTally
-from leaderboard.evaluation.tally import dense_connections as _dense
+from leaderboard.evaluation.tally import (
+    COLUMNS,
+    CONVOLUTIONS,
+    LAYERS,
+    ActivationTally,
+    Facts,
+    LayerTally,
+    dense_connections,
+)
 from leaderboard.record.records import ActivationCounts, Cost, LayerCounts, NeuronCounts, OperationCounts
 from systems.ops.cuda_graphs import REPLAYABLE
 from systems.ops.uncounted import is_uncounted
@@ -397,7 +404,7 @@ class CostMeter:
                 return
             macs = self._inside.pop()
             if isinstance(out, Tensor):
-                own = _dense(module, args or (kwargs["input"],), out)
+                own = dense_connections(module, args or (kwargs["input"],), out)
                 if macs > own:  # a layer that computes more than the product of its weights
                     self._count(f"{name} [more than its weights]", Product("", macs - own))
 
@@ -489,8 +496,9 @@ class CostMeter:
             self.footprint_bytes,
             {name: inputs for name, inputs in self._structure.inputs.items() if name in connections},
         )
-        for tally in (*self._connections.values(), *self._neurons.values(), *self._activations.values()):
-            tally.counts = None
+        for layer in self._connections.values():
+            layer.counts = None
+        self._neurons, self._activations = {}, {}
         self._incomplete = {}
         return counts
 

@@ -13,7 +13,8 @@ A layer that receives such a tensor could receive the spikes themselves: everyth
 is the receptive field of convolutional arithmetic (https://arxiv.org/abs/1603.07285), and each connection is used as
 often as the neurons fire. Average pooling over 2x2 pixels before a 3x3 kernel makes a 6x6 kernel with stride 2, nearest
 neighbours before it one of 2x2 for each position. The layers in between are charged as well, since their output may be
-needed elsewhere; nothing folds through a dilated one, whose window has gaps. A layer whose inputs are spikes already, or real values, costs the same folded and not.
+needed elsewhere; nothing folds through a dilated one, whose window has gaps. A layer whose inputs are spikes already,
+or real values, costs the same folded and not.
 
 Sums of two tensors are not folded, because a layer behind them would need the connections of both, behind a residual
 stream those of all layers before it; nor are activation functions, norms whose statistics depend on the input, and
@@ -67,8 +68,13 @@ _POOLS = {"avg_pool1d", "avg_pool2d", "avg_pool3d"}
 _CONVOLUTIONS = {"convolution", "convolution_overrideable"}
 _MATRICES = {"mm": (0, 1), "addmm": (1, 2), "bmm": (0, 1), "linear": (0, 1)}
 """Positions of the factors of products of matrices."""
-_BATCH_NORMS = {"native_batch_norm": 5, "cudnn_batch_norm": 5, "_native_batch_norm_legit_no_training": None}
-"""Position of the flag that says whether statistics are those of the batch, by operator."""
+_BATCH_NORMS: dict[str, int | None] = {
+    "native_batch_norm": 5,
+    "cudnn_batch_norm": 5,
+    "miopen_batch_norm": 5,
+    "_native_batch_norm_legit_no_training": None,
+}
+"""Position of the flag that says whether statistics are those of the batch, by operator; None if they never are."""
 _NORMS = {"native_layer_norm": "layer_norm", "native_group_norm": "group_norm", "_fused_rms_norm": "rms_norm"}
 
 
@@ -310,7 +316,7 @@ class Origins:
             return REAL
         if name in _AFFINE:
             return replace(first.through(lambda term: replace(term, folds=True)), current=first.current)
-        if name in _BATCH_NORMS and not (_BATCH_NORMS[name] and args[_BATCH_NORMS[name]]):
+        if name in _BATCH_NORMS and ((flag := _BATCH_NORMS[name]) is None or not args[flag]):
             return replace(first.through(lambda term: replace(term, folds=True)), current=first.current)
         if name in _AVERAGES:
             times = active[0].numel() / max(out.numel(), 1)
