@@ -87,6 +87,16 @@ def missing_energy(group: list[Method], model: EnergyModel) -> str:
     return f"- in {energy_label(model)}: {'; or '.join(reasons)}" if reasons else ""
 
 
+COLUMNS = [f"energy_{name}_{bound}_mj" for name in read_models() if name != ARITHMETIC for bound in Band._fields]
+"""Columns of energy in files; the arithmetic is `energy_strict_mj`."""
+
+
+def energy_columns(cost: Cost | None) -> dict[str, float | None]:
+    """Returns the bounds of the energy by each model but the arithmetic, by column of files."""
+    bands = [model.energy(cost) for name, model in read_models().items() if name != ARITHMETIC]
+    return dict(zip(COLUMNS, (bound for band in bands for bound in band or (None, None)), strict=True))
+
+
 def incomplete_cost(cost: Cost | None) -> str:
     """Returns a note on products that the cost lacks; empty if it is complete."""
     names = ", ".join((cost and cost.incomplete) or ())

@@ -174,7 +174,7 @@ def show_result(entry: Entry, console: Console) -> None:
     if record.cost is not None:
         values += [f"{row['NFE']} NFE", f"{row[ENERGY]} mJ (arithmetic)"]
     if ALL_MODELS in row:
-        values.append(f"{row[ALL_MODELS]} mJ by all models")
+        values.append(f"{row[ALL_MODELS]} (all models)")
     if record.cost is not None and record.cost.firing_rate is not None:
         values.insert(len(names), f"T {row['T']}, rate {row['Rate']}")
     title = f"{table_title(record)}{'' if entry.is_ranked else f' ({entry.status}, not ranked)'}"
