@@ -5,6 +5,8 @@
 # make gpu: on a GPU, its tests and the speed suite, with the packages of PYTHON.
 PYTHON ?= python3
 BIN := .venv/bin
+# its counts, in tests; the data sets of its dependency tonic need expelliarmus, which has no wheels for Python 3.12
+NEUROBENCH := neurobench==2.3.0
 
 .PHONY: setup quickstart quick test lint regress lowest gpu clean
 
@@ -15,6 +17,7 @@ setup: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps $(NEUROBENCH)
 	touch $@
 
 quickstart: setup

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -40,9 +40,11 @@ from typing import Any, Self
 import snntorch as snn
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from leaderboard.evaluation.products import Product, ProductMode
+from leaderboard.evaluation.structure import UNKNOWN, Inputs, Structure
 from leaderboard.evaluation.tally import COLUMNS, CONVOLUTIONS, LAYERS, ActivationTally, Facts, LayerTally
 from leaderboard.evaluation.tally import dense_connections as _dense
 from leaderboard.record.records import ActivationCounts, Cost, LayerCounts, NeuronCounts, OperationCounts
@@ -71,6 +73,7 @@ class Counts:
         activations: `[nonzero, elements, steps]` of each ReLU, sigmoid and quantised activation.
         additions: Element-wise operations that cannot be folded into weights, by kind.
         facts: What is known of each layer or product beside its counts.
+        inputs: What feeds each layer or product.
         footprint_bytes: Memory of parameters and buffers.
     """
 
@@ -82,6 +85,7 @@ class Counts:
     additions: dict[str, float] = field(default_factory=dict)
     facts: dict[str, Facts] = field(default_factory=dict)
     footprint_bytes: int = 0
+    inputs: dict[str, Inputs] = field(default_factory=dict)
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(
@@ -93,6 +97,7 @@ class Counts:
             {n: self.additions.get(n, 0) + other.additions.get(n, 0) for n in self.additions | other.additions},
             self.facts | other.facts,
             max(self.footprint_bytes, other.footprint_bytes),
+            self.inputs | other.inputs,
         )
 
     def cost(
@@ -156,20 +161,30 @@ class Counts:
 
     def _layer(self, name: str, num_images: int) -> LayerCounts:
         """Returns the counts of one layer or product for one image."""
-        facts = self.facts[name]
-        counts = {column: number / num_images for column, number in zip(COLUMNS, self.connections[name], strict=True)}
-        spikes_only = counts["spike_dense"] == counts["dense"]
+        facts, inputs = self.facts[name], self.inputs.get(name, UNKNOWN)
+        counts = {
+            column: number / num_images for column, number in zip(COLUMNS, self.connections[name], strict=True)
+        }
+        macs, acs, dense, outputs = (counts[column] for column in ("macs", "acs", "dense", "outputs"))
+        folded, unfolded = (macs, acs), (macs, acs)
+        spikes = inputs["spikes"] or ()
+        if spikes and all(source in self.neurons for source, _ in spikes):
+            rates, _ = self._firing_rates()
+            used = sum(connections * rates[source] for source, connections in spikes)
+            folded = min(macs, dense * inputs["real"]), outputs * used + (outputs if facts["biases"] else 0)
+        if facts["taps"] > 1:  # each tap is applied to all inputs, and their sum, which is no spikes, is multiplied
+            unfolded = dense / facts["taps"] + facts["taps"] * counts["inputs"], 0.0
         return LayerCounts(
             **counts,
             weights=facts["weights"],
             nonzero_weights=facts["nonzero_weights"],
             biases=facts["biases"],
             nonzero_biases=facts["nonzero_biases"],
-            input_bits=1 if spikes_only else facts["bits"],
-            folded_macs=counts["macs"],
-            folded_acs=counts["acs"],
-            unfolded_macs=counts["macs"],
-            unfolded_acs=counts["acs"],
+            input_bits=1 if counts["spike_dense"] == dense else inputs["bits"],
+            folded_macs=folded[0],
+            folded_acs=folded[1],
+            unfolded_macs=unfolded[0],
+            unfolded_acs=unfolded[1],
         )
 
     def _firing_rates(self) -> tuple[dict[str, float], float | None]:
@@ -241,12 +256,14 @@ class CostMeter:
         self._first_convolution: str | None = None
         self._hooks: list[RemovableHandle] = []
         self._watching = ExitStack()
+        self._structure = Structure(module, self._short)
+        self._audited = False
         self._running: list[str] = []  # names of the modules that run, outermost first, while the mode is on
         self._inside: list[int] = []  # MACs of products inside the counted layers that run, while the mode is on
         self._weights: set[int] = set()  # storages of parameters, which are never spikes
         self._audits = False
-        self._storages: dict[int, list[nn.Parameter]] = {}  # parameters by storage, during an audit
-        self._used: set[nn.Parameter] = set()
+        self._storages: dict[int, list[Tensor]] = {}  # parameters and buffers by storage, during an audit
+        self._used: set[Tensor] = set()
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -296,11 +313,13 @@ class CostMeter:
     def audit(self, generate: Callable[[], Any]) -> None:
         """Generates once with the dispatch mode on, without counting, and finds out whether it is needed.
 
+        What feeds the layers, and the additions in a call of the network, are known afterwards.
+
         Args:
             generate: Generates a single image.
         """
         self.pause()
-        for p in self.module.parameters():
+        for p in (*self.module.parameters(), *self.module.buffers()):
             self._storages.setdefault(p.untyped_storage().data_ptr(), []).append(p)
         self._audits = True
         try:
@@ -309,6 +328,7 @@ class CostMeter:
         finally:
             self._audits = False
             self._storages.clear()
+        self._audited = True
         counts = self.take()
         self.watch = bool(counts.connections or counts.incomplete)
         if counts.incomplete:
@@ -332,17 +352,18 @@ class CostMeter:
     def _watched(self) -> Iterator[None]:
         """Finds products outside the layers, and names the module that they run in."""
         self._running, self._inside = [], []
+        self._structure.restart()
         self._weights = {p.untyped_storage().data_ptr() for p in self.module.parameters()}
         hooks: list[RemovableHandle] = []
         for name, module in self.module.named_modules():
             counted = isinstance(module, LAYERS)
             enter, leave = self._naming_hooks(self._short(name) or type(module).__name__, counted)
-            hooks.append(module.register_forward_pre_hook(enter, prepend=True))
+            hooks.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
             hooks.append(module.register_forward_hook(leave, with_kwargs=True, always_call=True))
         fast_attention = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # a fused operator without a formula
         try:
-            with ProductMode(self._on_product, self._on_tensor if self._audits else None):
+            with ProductMode(self._on_product, None if self._audited else self._on_operator):
                 yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fast_attention)
@@ -350,13 +371,17 @@ class CostMeter:
                 hook.remove()
 
     def _naming_hooks(self, name: str, counted: bool) -> tuple[Any, Any]:
-        def enter(module: nn.Module, args: Any) -> None:
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._running.append(name)
+            if not self._audited:
+                self._structure.enter(name, module, args, kwargs)
             if counted:
                 self._inside.append(0)
 
         def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
             self._running.pop()
+            if not self._audited:
+                self._structure.leave(name, module, out)
             if not counted:
                 return
             macs = self._inside.pop()
@@ -367,8 +392,12 @@ class CostMeter:
 
         return enter, leave
 
-    def _on_tensor(self, tensor: Tensor) -> None:
-        self._used.update(self._storages.get(tensor.untyped_storage().data_ptr(), ()))
+    def _on_operator(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
+        self._structure.operator(func, args, kwargs, out)
+        if self._audits:
+            for x in tree_leaves((args, dict(kwargs))):
+                if isinstance(x, Tensor):
+                    self._used.update(self._storages.get(x.untyped_storage().data_ptr(), ()))
 
     @torch.no_grad()
     def _on_product(self, product: Product) -> None:
@@ -444,11 +473,23 @@ class CostMeter:
             self._first_convolution,
             self._incomplete,
             {name: tally.counts.tolist() for name, tally in self._activations.items() if tally.counts is not None},
-            {},
+            self._take_additions(connections),
             {name: self._connections[name].facts() for name in connections},
             self.footprint_bytes,
+            {name: inputs for name, inputs in self._structure.inputs.items() if name in connections},
         )
         for tally in (*self._connections.values(), *self._neurons.values(), *self._activations.values()):
             tally.counts = None
         self._incomplete = {}
         return counts
+
+    def _take_additions(self, connections: Mapping[str, Sequence[float]]) -> dict[str, float]:
+        """Returns the additions since the last call: as they ran, or as in the audited image if there was one."""
+        if self._audited:
+            return self._structure.additions_of({name: counts[-1] for name, counts in connections.items()})
+        total: dict[str, float] = {}
+        for additions in self._structure.additions.values():
+            for kind, number in additions.items():
+                total[kind] = total.get(kind, 0.0) + number
+        self._structure.additions.clear()
+        return total

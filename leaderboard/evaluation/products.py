@@ -73,21 +73,23 @@ class Product(NamedTuple):
 
 
 class ProductMode(TorchDispatchMode):
-    """Reports every product, and every tensor argument, of the operators inside its `with` block.
+    """Reports every product, and every operator, inside its `with` block.
 
     Args:
         on_product: Called after each product.
-        on_tensor: Called for each tensor argument of each operator, if given.
+        on_operator: Called after each of torch's operators with the operator, its arguments and its output, if given.
     """
 
     supports_higher_order_operators = True
 
     def __init__(
-        self, on_product: Callable[[Product], None], on_tensor: Callable[[Tensor], None] | None = None
+        self,
+        on_product: Callable[[Product], None],
+        on_operator: Callable[[Any, Sequence[Any], Mapping[str, Any], Any], None] | None = None,
     ) -> None:
         super().__init__()
         self._on_product = on_product
-        self._on_tensor = on_tensor
+        self._on_operator = on_operator
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -103,10 +105,8 @@ class ProductMode(TorchDispatchMode):
             with self:
                 return func.decompose(*args, **kwargs)
         out = func(*args, **kwargs)
-        if self._on_tensor is not None:
-            for tensor in tree_leaves((args, kwargs)):
-                if isinstance(tensor, Tensor):
-                    self._on_tensor(tensor)
+        if self._on_operator is not None:
+            self._on_operator(func, args, kwargs, out)
         if kind == "product":
             self._on_product(_product(func, args, kwargs, out))
         elif kind == "unknown":

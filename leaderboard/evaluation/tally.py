@@ -141,16 +141,13 @@ def operand(x: Tensor, amplitudes: Tensor, sample_axes: int = 1) -> Operand:
 
 
 class Facts(TypedDict):
-    """What is known of a layer or product beside its counts: the fields of `LayerCounts` that are no running counts.
-
-    `bits` are those of its input where that is not spikes.
-    """
+    """What is known of a layer or product beside its counts (see `LayerCounts`), and its taps per weight."""
 
     weights: int
     nonzero_weights: int
     biases: int
     nonzero_biases: int
-    bits: int
+    taps: int
 
 
 class _Call(NamedTuple):
@@ -200,6 +197,7 @@ class LayerTally:
         """Parameters that a product outside of layers multiplies."""
         self._calls: dict[Any, _Call] = {}
 
+    @uncounted("the count itself")
     @torch.no_grad()
     def add(self, inputs: Sequence[Tensor], out: Tensor, amplitudes: Tensor) -> None:
         """Counts a call of the layer, whose inputs are concatenated along their channels."""
@@ -214,6 +212,7 @@ class LayerTally:
             total[_ACS] += out.numel() * (total[_SPIKE_DENSE] > 0)
         self._add(total)
 
+    @uncounted("the count itself")
     @torch.no_grad()
     def add_product(self, product: Product, factors: Sequence[Tensor], amplitudes: Tensor) -> None:
         """Counts a product, whose `factors` are the operands that are no weights."""
@@ -251,7 +250,7 @@ class LayerTally:
             nonzero_weights=sum(nonzero for _, nonzero in sizes),
             biases=sum(size for size, _ in biases),
             nonzero_biases=sum(nonzero for _, nonzero in biases),
-            bits=32,
+            taps=1 if self.layer is None else taps_per_weight(self.layer),
         )
 
     def _add(self, counts: Tensor) -> None:
@@ -268,7 +267,7 @@ class LayerTally:
         known = self._calls.get(shapes)
         if known is not None and known.weight is weight and known.version == version:
             return known
-        with uncounted("the count itself"), torch.inference_mode(False), torch.autocast(out.device.type, enabled=False):
+        with torch.inference_mode(False), torch.autocast(out.device.type, enabled=False):
             fans, possible = self._fans(inputs, out)
         connections, elements = dense_connections(layer, inputs, out), sum(x.numel() for x in inputs)
         tables = _rates(
@@ -313,6 +312,7 @@ class ActivationTally:
     def __init__(self) -> None:
         self.counts: Tensor | None = None
 
+    @uncounted("the count itself")
     @torch.no_grad()
     def add(self, out: Tensor, steps: int) -> None:
         """Counts the output of a call, which contains so many samples and SNN time steps."""

@@ -28,9 +28,16 @@ compiler_failed = False
 
 
 @cache
-def has_triton() -> bool:
-    """Whether `systems.ops.kernels` can be imported; PyTorch installs Triton on platforms with GPU kernels."""
+def _is_triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+def has_triton() -> bool:
+    """Whether to use `systems.ops.kernels`: PyTorch installs Triton on platforms with GPU kernels.
+
+    Not under a dispatch mode, such as the one that counts operations, to which these kernels would be invisible.
+    """
+    return _is_triton_installed() and not torch._C._len_torch_dispatch_stack()
 
 
 def compiled(function: Function, work_per_element: int = 1) -> Function:
