@@ -23,6 +23,7 @@ from leaderboard.evaluation import images as images_module
 from leaderboard.protocols import PROTOCOLS, ProtocolName
 from leaderboard.record.entries import Entry, read_records
 from leaderboard.record.records import MetricValue
+from leaderboard.reports.energies import energy_columns
 from systems.base import DiffusionSystem
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def records(folders: Iterable[str | Path] | None = None) -> pd.DataFrame:
 
     Columns are method, variant, dataset, protocol, status (`measured`, or why the record is not ranked), the seeds,
     solver, `nfe`, `num_steps`, each metric with its standard error (`fd_digits`, `fd_digits_error`), the costs by their
-    names in `leaderboard.record.records.Cost`, the time and the file.
+    names in `leaderboard.record.records.Cost`, the bounds of the energy by each other model, the time and the file.
 
     Args:
         folders: Folders to search, by default the runs here and the records of the project.
@@ -121,7 +122,8 @@ def records(folders: Iterable[str | Path] | None = None) -> pd.DataFrame:
         row |= {
             name: value
             for name, value in (asdict(record.cost) if record.cost else {}).items()
-            if name not in ("firing_rates", "nfe")
+            if name not in ("firing_rates", "counts", "nfe")
         }
+        row |= energy_columns(record.cost)
         rows.append(row | {"created": record.created, "file": str(path)})
     return pd.DataFrame(rows).sort_values("created", ignore_index=True) if rows else pd.DataFrame()

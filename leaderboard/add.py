@@ -11,12 +11,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from leaderboard.evaluation.cost import strict_energy_mj
+from leaderboard.energy import strict_energy_mj
 from leaderboard.files import canonical_sha256, write_atomic
 from leaderboard.metrics.generation import metric_keys
 from leaderboard.protocols import PROTOCOLS
 from leaderboard.record.entries import RECORDS, Entry
-from leaderboard.record.records import Record, RecordError, find_records, read_record, redact_paths, write_record
+from leaderboard.record.records import (
+    Cost,
+    LayerCounts,
+    NeuronCounts,
+    Record,
+    RecordError,
+    find_records,
+    read_record,
+    redact_paths,
+    write_record,
+)
 
 _OPTIONAL = "fid_newton_schulz"
 """Metric that is missing from records in which its iteration diverged."""
@@ -143,12 +153,29 @@ def _configured_samples(config: Any) -> Any:
     return config
 
 
+def _count_problems(cost: Cost) -> Iterator[str]:
+    """Checks the operations by layer, from which tables compute energy, against the totals."""
+    if cost.counts is None:
+        return
+    counts = cost.counts
+    parts: dict[str, LayerCounts | NeuronCounts] = {**counts.layers, **counts.neurons}
+    numbers = {f"{name}.{key}": value for name, part in parts.items() for key, value in asdict(part).items()}
+    for name, value in (numbers | counts.additions | {"footprint_bytes": counts.footprint_bytes}).items():
+        if value < 0:
+            yield f"cost.counts: {name}: {value:g} is negative"
+    for name in ("sops", "macs", "acs"):
+        total, found = getattr(cost, name), counts.total(name)
+        if not math.isclose(total, found, rel_tol=_ROUNDING):
+            yield f"cost.counts: {name} of all layers sum to {found:g}, not to cost.{name} = {total:g}"
+
+
 def _cost_problems(record: Record) -> Iterator[str]:
     if (cost := record.cost) is None:
         return
     for name, value in asdict(cost).items():
         if isinstance(value, int | float) and value < 0:
             yield f"cost.{name}: {value:g} is negative"
+    yield from _count_problems(cost)
     energy = strict_energy_mj(cost.macs, cost.acs)
     if not math.isclose(cost.energy_strict_mj, energy, rel_tol=_ROUNDING):
         yield f"cost.energy_strict_mj: {cost.energy_strict_mj:g} mJ, but its MACs and ACs amount to {energy:g} mJ"

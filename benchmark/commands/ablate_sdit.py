@@ -114,7 +114,16 @@ def _table(records: Mapping[str, Sequence[Record]], seconds: Mapping[str, Sequen
     key, first = headline(next(iter(records.values()))[0])[0], next(iter(records))
     seeds, method = len(records[first]), method_name(records[first][0])
     table = Table(title=f"{method}, mean ± half of its 95 % interval over {seeds} seeds", title_justify="left")
-    for column in ("variant", key, f"against\n{first}", "firing\nrate", "mJ", "training\ns", "images\n/s", "M\nparams"):
+    for column in (
+        "variant",
+        key,
+        f"against\n{first}",
+        "firing\nrate",
+        "arithmetic\nmJ",
+        "training\ns",
+        "images\n/s",
+        "M\nparams",
+    ):
         table.add_column(column, justify="left" if column == "variant" else "right", no_wrap=column == "variant")
     for name, runs in records.items():
         pairs = zip(_values(runs), _values(records[first]), strict=True)

@@ -61,7 +61,9 @@ def sweep_threshold(args: Sequence[str]) -> None:
         for threshold in options.thresholds
     ]
     key = headline(records[0])[0]
-    table = Table("threshold", key, "firing rate", "G SOPs", "mJ", title="threshold guidance", title_justify="left")
+    table = Table(
+        "threshold", key, "firing rate", "G SOPs", "arithmetic mJ", title="threshold guidance", title_justify="left"
+    )
     for threshold, record in zip(options.thresholds, records, strict=True):
         cost = record.counted_cost
         rate = "-" if cost.firing_rate is None else f"{cost.firing_rate:.4f}"

@@ -14,13 +14,19 @@ from typing import Literal, NamedTuple
 from leaderboard.locked import Locked, read_locked
 from leaderboard.record.records import Cost, LayerCounts, OperationCounts
 
+ARITHMETIC = "arithmetic-45nm"
+"""Name of the model that needs no operations by layer, so that every record with a cost has its energy."""
+
+PAPER_SDDPM = "paper-sddpm"
+"""Name of the model of SDDPM's formula."""
+
 FOLDER = Path(__file__).parent
 """Folder of the files, `<name>.yaml`."""
 
 LOCKED = {
     "arithmetic-45nm": "b34eeaf604edfc5300b7f0a18ed326fb8a77b410de5bcef4d985562ac918224a",
     "neurobench-45nm": "26e7ffaa6a4911bb20ff83eddb483dfd3ed1f5a193a13bbfb5c57466b4da446e",
-    "quantised-45nm": "880f6d0b38e63107b2f73bb4fa894ef556b6bb78e7c6a6c7ca77d71a0b8f370a",
+    "quantised-45nm": "3a337407b87981ac06cb00c901c3c9fbcde56cb66916c1ee614eb37a51f38b7a",
     "memory-45nm": "d4f14379601be36c45651f8ac878ae9f827e5fba0e23c0e3d8d1d9b0f690a5ec",
     "paper-sddpm": "d9d584de0f6334369814cd233b60c7da602afd50850b5484109e2ab8bbd45397",
 }
@@ -68,7 +74,7 @@ class Integer:
     Args:
         weight_bits: Width of weights and of the constant by which a membrane leaks.
         activation_bits: Width of real values; values of `2^b` levels have `b` bits if that is fewer.
-        accumulator_bits: Width of accumulators, membranes and sums.
+        accumulator_bits: Width of accumulators, membranes, sums and norms.
         add_pj: Energy of an addition in pJ of 8 and 32 bits.
         multiply_pj: Energy of a multiplication in pJ of 8 and 32 bits.
     """
@@ -89,7 +95,7 @@ class Integer:
 
     @property
     def ac(self) -> float:
-        """Energy of an accumulate, or of a sum of two elements, in pJ."""
+        """Energy of an accumulate, or of an element of a sum or norm, in pJ."""
         return _power_law(self.add_pj, self.accumulator_bits)
 
     @property
@@ -98,13 +104,14 @@ class Integer:
         return _power_law(self.multiply_pj, math.sqrt(self.weight_bits * self.accumulator_bits))
 
     def energy_pj(self, counts: OperationCounts) -> float:
-        """Returns the energy of effective operations, neuron updates and sums in pJ.
+        """Returns the energy of effective operations, neuron updates, sums and norms in pJ.
 
         An update is a leak and two additions (charge, comparison), and one more for each spike (reset).
         """
         layers = sum(n.effective_macs * self.mac(n) + n.effective_acs * self.ac for n in counts.layers.values())
-        neurons = sum(n.updates * (self.leak + 2 * self.ac) + n.spikes * self.ac for n in counts.neurons.values())
-        return layers + neurons + sum(counts.additions.values()) * self.ac
+        updates = counts.neuron_updates * (self.leak + 2 * self.ac)
+        sums = sum(n.spikes for n in counts.neurons.values()) + sum(counts.additions.values())
+        return layers + updates + sums * self.ac
 
 
 @dataclass(frozen=True)
@@ -130,8 +137,7 @@ class Traffic:
 
     def energy_pj(self, counts: OperationCounts, integer: Integer) -> float:
         """Returns the energy of all accesses in pJ."""
-        updates = sum(neuron.updates for neuron in counts.neurons.values())
-        membranes = 2 * self.membrane_bits * self.membranes_pj_per_bit * updates
+        membranes = 2 * self.membrane_bits * self.membranes_pj_per_bit * counts.neuron_updates
         return membranes + sum(self._layer_pj(layer, integer) for layer in counts.layers.values())
 
     def _layer_pj(self, layer: LayerCounts, integer: Integer) -> float:
@@ -203,23 +209,27 @@ class EnergyModel(Locked):
         if self.operations == "sddpm":
             if cost.counts is None:
                 return "" if cost.energy_paper_mj is not None else "SDDPM's formula is not defined or was not stored"
-            fed = any(layer.spike_dense for layer in cost.counts.layers.values())
-            return "" if fed or not cost.counts.neurons else "no layer is fed by spikes, so the formula has no rate"
+            return (
+                ""
+                if cost.counts.total("spike_dense") or not cost.counts.neurons
+                else "no layer is fed by spikes, so the formula has no rate"
+            )
         if self.operations == "effective" and cost.counts is None:
             return "the record has no operations by layer; test again with this version"
         return ""
 
 
 def _strict(cost: Cost) -> tuple[float, float]:
-    """Returns multiply-accumulates and accumulates by the strict count."""
-    return cost.macs, cost.acs
+    """Returns multiply-accumulates and accumulates by the strict count; without counts by layer, the totals."""
+    if cost.counts is None:
+        return cost.macs, cost.acs
+    return cost.counts.total("macs"), cost.counts.total("acs")
 
 
 def _effective(cost: Cost) -> tuple[float, float]:
     """Returns multiply-accumulates and accumulates without zero operands."""
     assert cost.counts is not None
-    layers = cost.counts.layers.values()
-    return sum(layer.effective_macs for layer in layers), sum(layer.effective_acs for layer in layers)
+    return cost.counts.total("effective_macs"), cost.counts.total("effective_acs")
 
 
 def _sddpm(cost: Cost) -> tuple[float, float]:
@@ -230,10 +240,9 @@ def _sddpm(cost: Cost) -> tuple[float, float]:
     """
     assert cost.counts is not None
     layers = cost.counts.layers
-    fed = sum(layer.spike_dense for layer in layers.values())
-    if not fed:
-        return sum(layer.macs for layer in layers.values()), 0.0
-    rate = sum(layer.sops for layer in layers.values()) / fed
+    if not (fed := cost.counts.total("spike_dense")):
+        return cost.counts.total("macs"), 0.0
+    rate = cost.counts.total("sops") / fed
     first = [layer for name, layer in layers.items() if name == cost.counts.first_convolution]
     others = [layer for name, layer in layers.items() if name != cost.counts.first_convolution]
     return sum(layer.dense for layer in first), sum(layer.sops + rate * layer.macs for layer in others)
@@ -281,5 +290,8 @@ def read_model(name: str) -> EnergyModel:
     return _MODELS[name]
 
 
-ARITHMETIC = "arithmetic-45nm"
-"""Name of the model that needs no operations by layer, so that every record with a cost has its energy."""
+def strict_energy_mj(macs: float, acs: float) -> float:
+    """Returns the energy in millijoules of operations by the strict count (4.6 pJ per MAC, 0.9 pJ per AC)."""
+    model = _MODELS[ARITHMETIC].float32
+    assert model is not None
+    return model.energy_pj(macs, acs) * _MILLIJOULES

@@ -162,5 +162,8 @@ def _source_sha256(system: type) -> str:
     """Returns a hash of the code that generates and counts, because package versions do not reveal local edits."""
     root = Path(__file__).parents[2]
     files = [file for package in ("systems", "datamodules") for file in sorted((root / package).rglob("*.py"))]
-    counting = [root / "leaderboard/evaluation" / name for name in ("cost.py", "folding.py", "products.py", "structure.py", "tally.py")]
+    counting = [
+        root / "leaderboard/evaluation" / name
+        for name in ("cost.py", "folding.py", "products.py", "structure.py", "tally.py")
+    ]
     return canonical_sha256([file_sha256(f) for f in (*files, *counting, Path(inspect.getfile(system)))])

@@ -24,7 +24,7 @@ Element-wise operations are not counted: neuron updates, RWKV's recurrence, and 
 the weights. Nor are products marked by `systems.ops.uncounted`: the read-out of a membrane, which is a neuron update,
 and constants that a trained network can store.
 
-Energy at 45 nm (Horowitz, ISSCC 2014, https://doi.org/10.1109/ISSCC.2014.6757323): 4.6 pJ per MAC, 0.9 pJ per AC.
+The energies of a record are those of `leaderboard.energy` for the arithmetic and for SDDPM's formula.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -43,6 +43,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from leaderboard.energy import PAPER_SDDPM, read_model, strict_energy_mj
 from leaderboard.evaluation.products import Product, ProductMode
 from leaderboard.evaluation.structure import UNKNOWN, Inputs, Structure
 from leaderboard.evaluation.tally import COLUMNS, CONVOLUTIONS, LAYERS, ActivationTally, Facts, LayerTally
@@ -53,11 +54,7 @@ from systems.ops.uncounted import is_uncounted
 from systems.spiking.adapter import amplitude, spikes_of, spiking_layers
 from systems.spiking.neurons import SpikingLayer
 
-PICOJOULES_PER_MAC = 4.6
-PICOJOULES_PER_AC = 0.9
-
 _HALF = (torch.bfloat16, torch.float16)
-_MILLIJOULES = 1e-9  # of a picojoule
 
 
 @dataclass(frozen=True)
@@ -129,7 +126,7 @@ class Counts:
         sops, macs, acs = total["sops"], total["macs"], total["acs"]
         rates, mean_rate = self._firing_rates()
         parameters = list(network.parameters() if isinstance(network, nn.Module) else network)
-        return Cost(
+        cost = Cost(
             parameters=sum(p.numel() for p in parameters),
             trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
             nfe=nfe,
@@ -139,7 +136,7 @@ class Counts:
             macs=macs / num_images,
             acs=acs / num_images,
             energy_strict_mj=strict_energy_mj(macs, acs) / num_images,
-            energy_paper_mj=self._paper_energy(total["spike_dense"], sops, macs, num_images),
+            energy_paper_mj=None,
             images_per_second=images_per_second,
             peak_memory_bytes=peak_memory_bytes,
             incomplete=self.incomplete or None,
@@ -158,13 +155,13 @@ class Counts:
                 },
             ),
         )
+        by_formula = read_model(PAPER_SDDPM).energy(cost)
+        return replace(cost, energy_paper_mj=None if by_formula is None else by_formula.low)
 
     def _layer(self, name: str, num_images: int) -> LayerCounts:
         """Returns the counts of one layer or product for one image."""
         facts, inputs = self.facts[name], self.inputs.get(name, UNKNOWN)
-        counts = {
-            column: number / num_images for column, number in zip(COLUMNS, self.connections[name], strict=True)
-        }
+        counts = {column: number / num_images for column, number in zip(COLUMNS, self.connections[name], strict=True)}
         macs, acs, dense, outputs = (counts[column] for column in ("macs", "acs", "dense", "outputs"))
         folded, unfolded = (macs, acs), (macs, acs)
         spikes = inputs["spikes"] or ()
@@ -194,29 +191,6 @@ class Counts:
         if not rates:
             return {}, None
         return rates, sum(rates[name] * neurons[name] for name in rates) / sum(neurons.values())
-
-    def _paper_energy(self, spike_fed: float, sops: float, macs: float, num_images: int) -> float | None:
-        """Returns the energy in mJ by SDDPM's formula (arXiv 2306.17046): all layers but the first convolution use ACs.
-
-        Layers whose input is not spikes are assigned the mean input rate of the others, weighted by connections. An ANN
-        has only MACs (arXiv 2408.16467, Table 4).
-        """
-        if not spike_fed:
-            # with neurons but without any layer fed by spikes, there is no rate to assume
-            return None if self.neurons else PICOJOULES_PER_MAC * macs * _MILLIJOULES / num_images
-        rate = sops / spike_fed
-        energy = 0.0
-        for name, (_, layer_sops, layer_macs, _, all_dense, *_) in self.connections.items():
-            if name == self.first_convolution:
-                energy += PICOJOULES_PER_MAC * all_dense
-            else:
-                energy += PICOJOULES_PER_AC * (layer_sops + rate * layer_macs)
-        return energy * _MILLIJOULES / num_images
-
-
-def strict_energy_mj(macs: float, acs: float) -> float:
-    """Returns the energy in millijoules at 45 nm (4.6 pJ per MAC, 0.9 pJ per AC)."""
-    return (PICOJOULES_PER_MAC * macs + PICOJOULES_PER_AC * acs) * _MILLIJOULES
 
 
 def _add_by_name(first: dict[str, list[float]], second: dict[str, list[float]]) -> dict[str, list[float]]:

@@ -44,7 +44,17 @@ from torch.utils._pytree import tree_leaves
 
 _COPIES = {
     *("clone", "contiguous", "constant_pad_nd", "copy", "index_select", "repeat", "slice"),
-    *("pixel_shuffle", "pixel_unshuffle", "roll", "flip", "_reshape_alias", "view", "_unsafe_view", "expand", "_to_copy"),
+    *(
+        "pixel_shuffle",
+        "pixel_unshuffle",
+        "roll",
+        "flip",
+        "_reshape_alias",
+        "view",
+        "_unsafe_view",
+        "expand",
+        "_to_copy",
+    ),
     *("_reshape_copy", "repeat_interleave", "as_strided", "detach", "lift_fresh", "alias"),
 }
 _JOINS = {"cat", "stack"}
@@ -219,7 +229,10 @@ class Origins:
 
     def __setitem__(self, tensor: Tensor, origin: Origin) -> None:
         storage = tensor.untyped_storage()
-        self._known[storage._cdata] = StorageWeakRef(storage), origin  # as long as it is held, no other has this address
+        self._known[storage._cdata] = (
+            StorageWeakRef(storage),
+            origin,
+        )  # as long as it is held, no other has this address
         if len(self._known) > self._limit:
             self._known = {key: entry for key, entry in self._known.items() if not entry[0].expired()}
             self._limit = 2 * len(self._known) + 10_000

@@ -31,8 +31,8 @@ from datamodules.files import left_out, list_files, named, natural_order
 from datamodules.images import decode, open_image, to_array
 from datamodules.registry import find_data
 from datamodules.sources import is_image
+from leaderboard.energy import strict_energy_mj
 from leaderboard.evaluation.callback import code_version, dataset_of, extractor_of, hardware
-from leaderboard.evaluation.cost import strict_energy_mj
 from leaderboard.evaluation.reference import (
     Weights,
     build_parts,

@@ -15,10 +15,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from leaderboard.energy import read_models
 from leaderboard.record.differences import Row, differences, provenance
 from leaderboard.record.entries import Entry, read_records
 from leaderboard.record.records import Record, find_records, read_record
 from leaderboard.reports.cells import direction, metric_cell
+from leaderboard.reports.energies import band_cell, energy
 from leaderboard.reports.methods import Method, fold, row_key, tables
 from leaderboard.reports.statistics import LEVEL, OF_AN_EVALUATION, difference, holm
 from leaderboard.reports.table import table_title
@@ -221,15 +223,19 @@ def _leaves(value: Any, name: str) -> Iterator[tuple[str, str]]:
 
 
 def _cost(a: Method, b: Method) -> Iterator[Row]:
-    """Yields the mean costs that differ, without the firing rates of single layers."""
+    """Yields the mean costs that differ, without those of single layers, and the energies by all models."""
     first, second = (asdict(method.record.cost) if method.record.cost else {} for method in (a, b))
     for name in dict.fromkeys([*first, *second]):
-        if name in ("firing_rates", "incomplete"):
+        if name in ("firing_rates", "incomplete", "counts"):
             continue
         x, y = (method.mean_cost(name) for method in (a, b))
         if x != y:
             ratio = f" ({y / x:.3g} of A)" if x and y is not None else ""
             yield name, _number(x), f"{_number(y)}{ratio}"
+    for name, model in read_models().items():
+        energies = (band_cell(energy(a, model)).text, band_cell(energy(b, model)).text)
+        if energies[0] != energies[1]:
+            yield f"mJ by {name}", *energies
 
 
 def _number(value: float | None) -> str:

@@ -29,6 +29,13 @@ def energy_label(model: EnergyModel) -> str:
     return f"45 nm {model.title}, mJ"
 
 
+def energy_meaning(model: EnergyModel) -> str:
+    """Returns one sentence on the column of a model."""
+    if model.name == ARITHMETIC:
+        return "mJ: MACs and accumulates per image at 45 nm, strict count, without memory access."
+    return f"mJ: per image by the model {model.name}."
+
+
 def energy_cells(method: Method, model: EnergyModel, has_band: bool) -> dict[str, Cell]:
     """Returns the cells of energy of a row.
 
@@ -78,6 +85,16 @@ def missing_energy(group: list[Method], model: EnergyModel) -> str:
     costs = [entry.record.cost for method in group for entry in method.entries if energy(method, model) is None]
     reasons = sorted({model.missing(cost) for cost in costs})
     return f"- in {energy_label(model)}: {'; or '.join(reasons)}" if reasons else ""
+
+
+COLUMNS = [f"energy_{name}_{bound}_mj" for name in read_models() if name != ARITHMETIC for bound in Band._fields]
+"""Columns of energy in files; the arithmetic is `energy_strict_mj`."""
+
+
+def energy_columns(cost: Cost | None) -> dict[str, float | None]:
+    """Returns the bounds of the energy by each model but the arithmetic, by column of files."""
+    bands = [model.energy(cost) for name, model in read_models().items() if name != ARITHMETIC]
+    return dict(zip(COLUMNS, (bound for band in bands for bound in band or (None, None)), strict=True))
 
 
 def incomplete_cost(cost: Cost | None) -> str:

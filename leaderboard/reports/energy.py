@@ -18,9 +18,7 @@ from leaderboard.reports.table import escape, markdown_line, shown_metrics, tabl
 from leaderboard.reports.terminal import terminal
 
 _TITLE = "# Energy"
-_BELOW = (
-    "Millijoules per generated image, over its whole chain. Low energy alone is no merit: see the distance beside it."
-)
+_BELOW = "Millijoules per generated image, over its whole chain. Read it with the distance: images of noise are cheap."
 
 
 def energy_table(

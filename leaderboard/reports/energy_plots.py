@@ -26,10 +26,10 @@ def energy_plots(rows: Sequence[tuple[Method, str, str]]) -> dict[str, list[pare
     Args:
         rows: Methods with their names and the HTML ids of their rows.
     """
-    titles = {name: f"energy per image by {name} (mJ)" for name in read_models()}
+    titles = {name: f"mJ per image by {name}" for name in read_models()}
     titles[ARITHMETIC] = "45 nm arithmetic per image, strict count (mJ)"
     if any(has_counts(method) for method, _, _ in rows):
-        titles = {ALL: "energy per image (mJ): arithmetic, lowest to highest model"} | titles
+        titles = {ALL: "mJ: mark arithmetic, bar all models"} | titles
     plots = {name: plots_of(_points(rows, name), "Fréchet distance", title) for name, title in titles.items()}
     return {name: found for name, found in plots.items() if found}
 

@@ -247,7 +247,9 @@ def _labels(marks: Sequence[Mark], corners: Sequence[tuple[float, float]], frame
     taken = [(m.x - 1, m.high, m.x + 1, m.low) for m in marks]
     taken += [(m.left, m.y - 1, m.right, m.y + 1) for m in marks if m.point.band]
     taken += [(min(a, c), min(b, d), max(a, c), max(b, d)) for (a, b), (c, d) in pairwise(corners)]
-    labels = []
+    labels: list[Label] = []
+    texts: list[tuple[float, float, float, float]] = []
+    lines: list[tuple[float, float]] = []  # points of the lines that lead to labels
     for mark in sorted(marks, key=lambda m: (not m.on_front, not m.point.ranked)):
         name = mark.point.label
         text = name if len(name) <= frame.longest else name[: frame.longest - 1] + "…"
@@ -260,9 +262,13 @@ def _labels(marks: Sequence[Mark], corners: Sequence[tuple[float, float]], frame
                 box[0] >= frame.left + 2 and box[2] <= frame.right and box[1] >= frame.top and box[3] <= frame.bottom
             )
             others = [(m.x - 11, m.y - 11, m.x + 11, m.y + 11) for m in marks if m is not mark]  # keep off other marks
-            if inside and not any(_overlap(box, other) for other in taken + others):
+            points = [] if (dx, dy, anchor) in _OFFSETS else _leader(mark, box)
+            crosses = any(_contains(text, p) for text in texts for p in points) or any(_contains(box, p) for p in lines)
+            if inside and not crosses and not any(_overlap(box, other) for other in taken + others):
                 taken.append(box)
-                line = _leader(mark, box) if (dx, dy, anchor) not in _OFFSETS else ""
+                texts.append(box)
+                lines += points
+                line = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in (points[0], points[-1])) if points else ""
                 labels.append(Label(text, round(x, 2), round(y, 2), anchor, line))
                 break
     return labels
@@ -276,12 +282,16 @@ def _ring_offsets() -> Iterator[tuple[float, float, str]]:
             yield dx, dy + 4, "middle" if abs(dx) < radius / 2 else "start" if dx > 0 else "end"
 
 
-def _leader(mark: Mark, box: tuple[float, float, float, float]) -> str:
-    """Returns the path of a line from the edge of a mark to the nearest point of its label."""
+def _leader(mark: Mark, box: tuple[float, float, float, float]) -> list[tuple[float, float]]:
+    """Returns points of a line from the edge of a mark to the nearest point of its label."""
     x, y = min(max(mark.x, box[0]), box[2]), min(max(mark.y, box[1] + 2), box[3])
     length = math.hypot(x - mark.x, y - mark.y)
-    start = (mark.x + 7 * (x - mark.x) / length, mark.y + 7 * (y - mark.y) / length)
-    return f"M{start[0]:.1f} {start[1]:.1f}L{x:.1f} {y:.1f}"
+    steps = [7 / length + (1 - 7 / length) * i / 8 for i in range(9)]
+    return [(mark.x + step * (x - mark.x), mark.y + step * (y - mark.y)) for step in steps]
+
+
+def _contains(box: tuple[float, float, float, float], point: tuple[float, float]) -> bool:
+    return box[0] < point[0] < box[2] and box[1] < point[1] < box[3]
 
 
 def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:

@@ -13,26 +13,19 @@ from typing import Any
 
 from rich.text import Text
 
-from leaderboard.energy import ARITHMETIC, read_model, read_models
+from leaderboard.energy import read_models
 from leaderboard.files import is_report, refuse_existing, write_atomic
 from leaderboard.record.entries import Entry, read_records
 from leaderboard.record.records import Record, record_json
 from leaderboard.reports.boards import UNKNOWN, Row, published_boards
-from leaderboard.reports.energies import energy
+from leaderboard.reports.energies import COLUMNS as ENERGY_COLUMNS
+from leaderboard.reports.energies import energy, energy_columns
 from leaderboard.reports.methods import Method, ranks, tables
 from leaderboard.reports.page import render_page
 from leaderboard.reports.published import Published, PublishedResult, read_published
 from leaderboard.reports.statistics import half_width
 from leaderboard.reports.table import escape, markdown, markdown_line
 from leaderboard.reports.terminal import terminal
-
-_BOUNDS = {
-    f"energy_{name}_{bound}_mj": (name, bound)
-    for name in read_models()
-    if name != ARITHMETIC
-    for bound in ("low", "high")
-}
-"""Columns of energy by model; the arithmetic is `energy_strict_mj`."""
 
 COLUMNS = [
     "source",
@@ -59,7 +52,7 @@ COLUMNS = [
     "acs",
     "energy_strict_mj",
     "energy_paper_mj",
-    *_BOUNDS,
+    *ENERGY_COLUMNS,
     "energy_published_mj",
     "parameters",
     "parameters_m_published",
@@ -191,7 +184,7 @@ def _measured_columns(entry: Entry, rank: tuple[int, int] | None) -> dict[str, A
         "verified_by": "; ".join(entry.verified),
         "url": record.images.url if record.images else None,
         **{name: getattr(cost, name, None) for name in same},
-        **{column: getattr(read_model(name).energy(cost), bound, None) for column, (name, bound) in _BOUNDS.items()},
+        **energy_columns(cost),
     }
 
 

@@ -17,7 +17,7 @@ from rich.text import Text
 from leaderboard.files import is_report, refuse_existing, write_atomic
 from leaderboard.record.entries import Entry, headline, read_records
 from leaderboard.reports.cells import Cell, metric_name
-from leaderboard.reports.energies import ENERGY, all_models
+from leaderboard.reports.energies import ENERGY, all_models, chosen_model, energy_meaning
 from leaderboard.reports.known_sets import known_set_rows
 from leaderboard.reports.methods import Method, method_name, tables
 from leaderboard.reports.pareto import Point, pareto_front
@@ -81,7 +81,13 @@ def seeds(records: list[str] | None = None, output: str | None = None) -> None:
         notes = [f"* {note}" for note in sorted({row["Method"].note for row in rows} - {""})]
         for note in notes:
             console.print(note, markup=False, soft_wrap=True)
-        lines += ["", f"## {escape(table_title(group[0].record))}", "", escape(table_provenance(group[0].record)), ""]
+        lines += [
+            "",
+            f"## {escape(table_title(group[0].record))}",
+            "",
+            escape(f"{table_provenance(group[0].record)} {energy_meaning(chosen_model(None))}"),
+            "",
+        ]
         lines += [markdown_line(map(column_label, rows[0])), markdown_line("---" for _ in rows[0])]
         lines += [markdown_line(map(str, row.values())) for row in shown]
         lines += [part for note in notes for part in ("", escape(note))]
@@ -161,17 +167,18 @@ def _plot(group: Sequence[Method], rows: Sequence[dict[str, Cell]], quality: str
         colour = f"C{COLOURS.index(point.method) if point.method in COLOURS else len(COLOURS)}"
         marker = MARKERS[shown[point.method] % len(MARKERS)]
         shown[point.method] += 1
+        if point.band:
+            axes.hlines(point.quality, *point.band, color=colour, alpha=0.4, lw=1)
         axes.errorbar(
             point.energy,
             point.quality,
             yerr=point.uncertainty,
-            xerr=point.band and [[point.energy - point.band[0]], [point.band[1] - point.energy]],
             fmt=marker,
             color=colour,
             capsize=3,
             label=point.label,
         )
-    bands = "; bars: lowest to highest model of energy" if any(point.band for point in points) else ""
+    bands = "\nlevel lines: lowest to highest model of energy" if any(point.band for point in points) else ""
     axes.set(
         xlabel=f"45 nm arithmetic per image, strict (mJ){bands}", ylabel=f"{quality} (lower is better)", xscale="log"
     )

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from leaderboard.energy import ARITHMETIC, EnergyModel
+from leaderboard.energy import EnergyModel
 from leaderboard.files import is_report, refuse_existing, write_atomic
 from leaderboard.protocols import SUPERSEDED_BY
 from leaderboard.record.entries import Entry, default_folders, read_records, table_metrics
@@ -29,6 +29,7 @@ from leaderboard.reports.energies import (
     chosen_model,
     energy_cells,
     energy_label,
+    energy_meaning,
     has_counts,
     incomplete_cost,
     missing_energy,
@@ -203,7 +204,13 @@ def markdown(records: Iterable[tuple[Path, Record]], model: EnergyModel | None =
     lines = [_TITLE, "", "Measured results, rendered from records. Drafts have too few samples to rank.", "", MEANING]
     for group in tables(records):
         record = group[0].record
-        lines += ["", f"## {escape(table_title(record))}", "", escape(table_provenance(record, model)), ""]
+        lines += [
+            "",
+            f"## {escape(table_title(record))}",
+            "",
+            escape(f"{table_provenance(record)} {energy_meaning(model)}"),
+            "",
+        ]
         rows = table_rows(group, model)
         lines += [markdown_line(column_label(name, model) for name in rows[0]), markdown_line("---" for _ in rows[0])]
         for method, row in zip(group, rows, strict=True):
@@ -297,10 +304,10 @@ def _cells(method: Method, keys: list[str], energies: dict[str, Cell]) -> dict[s
         **{metric_name(key): metric_cell(key, method) for key in keys},
         "T": Cell(str(record.num_steps), record.num_steps) if spiking and record.num_steps else Cell("-"),
         "Rate": mean("firing_rate"),
+        **energies,
         "Solver": Cell(record.solver or "-"),
         "NFE": Cell("-") if record.nfe is None else Cell(str(record.nfe), record.nfe),
         "G SOPs": mean("sops", 1e9),
-        **energies,
         "M params": mean("parameters", 1e6),
         "Images/s": mean("images_per_second"),
         "Samples": Cell(f"{samples:,}", samples),
@@ -322,16 +329,13 @@ def table_title(record: Record) -> str:
     return f"{record.dataset.name}, {record.protocol.name}"
 
 
-def table_provenance(r: Record, model: EnergyModel | None = None) -> str:
-    """Returns one line on the reference data, extractor, protocol and model of energy of the table of a record."""
+def table_provenance(r: Record) -> str:
+    """Returns one line on the reference data, extractor and protocol of the table of a record."""
     successor = SUPERSEDED_BY.get(r.protocol.name)
     superseded = f", superseded by {successor}" if successor else ""
-    energy = "MACs and accumulates per image at 45 nm, strict count, without memory access"
-    if model is not None and model.name != ARITHMETIC:
-        energy = f"per image by the model {model.name}"
     return (
         f"Reference: {r.dataset.fingerprint[:12]} from {r.dataset.source}. Extractor: {r.extractor.name} "
-        f"({r.extractor.sha256[:8]}). Protocol: {r.protocol.sha256[:8]}{superseded}. mJ: {energy}."
+        f"({r.extractor.sha256[:8]}). Protocol: {r.protocol.sha256[:8]}{superseded}."
     )
 
 
@@ -371,7 +375,7 @@ def _notes(group: list[Method], model: EnergyModel) -> list[str]:
 
 
 def _print_wide(console: Console, group: list[Method], model: EnergyModel) -> None:
-    """Prints the wide table: related cells are stacked (100 characters for a few metrics), files are listed below."""
+    """Prints the wide table: related cells are stacked (104 characters for a few metrics), files are listed below."""
     rows = table_rows(group, model)
     metrics = list(rows[0])[3 : list(rows[0]).index("T")]
     table = Table(
@@ -409,7 +413,8 @@ def _print_wide(console: Console, group: list[Method], model: EnergyModel) -> No
             )
     console.print(table)
     listed = [f"[{n}] {path}" for n, path in enumerate(files, 1)]
-    for line in (MEANING, table_provenance(group[0].record, model), *_notes(group, model), *listed):
+    provenance = f"{table_provenance(group[0].record)} {energy_meaning(model)}"
+    for line in (MEANING, provenance, *_notes(group, model), *listed):
         console.print(Text(line, style="dim"), soft_wrap=True)
     console.print()
 
@@ -438,6 +443,14 @@ def _short_label(column: str, model: EnergyModel) -> str:
     return f"{model.title} mJ" if column == ENERGY else column
 
 
+def _wrapped(metric: str, width: int = 12) -> str:
+    """Breaks the name of a metric before underscores into lines of at most `width` characters, if possible."""
+    lines = [""]
+    for part in re.findall("_?[^_]+", metric):
+        lines = [*lines[:-1], lines[-1] + part] if len(lines[-1] + part) <= width else [*lines, part]
+    return "\n".join(filter(None, lines))
+
+
 def _print_short(
     console: Console, group: list[Method], newest: Entry | None, model: EnergyModel, has_band: bool, every_row: bool
 ) -> None:
@@ -463,7 +476,8 @@ def _print_short(
     table.add_column("Method")
     for name in numbers:
         band = "\n(all models)" if name == ENERGY and has_band else ""
-        table.add_column(Text(_short_label(name, model) + band), justify="right", no_wrap=True)
+        header = _wrapped(name) if name in metrics else _short_label(name, model) + band
+        table.add_column(Text(header), justify="right", no_wrap=True)
     notes: list[str] = []
 
     def add(rank: str, name: str, row: dict[str, Cell], style: str | None) -> None:

@@ -7,11 +7,13 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import counts_by_hand
 import pytest
+from counts_by_hand import COUNTS, STEM
 
 from benchmark.cli import main
 from leaderboard.add import add, find_problems
-from leaderboard.evaluation.cost import strict_energy_mj
+from leaderboard.energy import strict_energy_mj
 from leaderboard.files import canonical_sha256, write_atomic
 from leaderboard.protocols import OFFLINE_V1, STANDARD_V1
 from leaderboard.record.entries import Entry
@@ -170,6 +172,25 @@ def test_each_inconsistency_is_one_problem(sound: Record, change: Change, messag
     assert find_problems(sound) == []
     (problem,) = find_problems(change(sound))
     assert message in problem
+
+
+def test_operations_by_layer_must_sum_to_the_totals(sound: Record) -> None:
+    """Tables compute energy from them."""
+    cost = replace(counts_by_hand.costing(), nfe=50)
+    record = replace(sound, cost=cost)
+    assert find_problems(record) == []
+
+    def problems(**fields: Any) -> list[str]:
+        return find_problems(replace(record, cost=replace(cost, counts=replace(COUNTS, **fields))))
+
+    assert problems(layers={"stem": STEM}) == [
+        "cost.counts: sops of all layers sum to 0, not to cost.sops = 1000",
+        "cost.counts: macs of all layers sum to 1000, not to cost.macs = 1500",
+        "cost.counts: acs of all layers sum to 0, not to cost.acs = 1100",
+    ]
+    negative = COUNTS.layers | {"stem": replace(STEM, effective_macs=-1.0)}
+    assert problems(layers=negative) == ["cost.counts: stem.effective_macs: -1 is negative"]
+    assert problems(additions={"sum": -2.0}) == ["cost.counts: sum: -2 is negative"]
 
 
 def refusal(file: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:

@@ -5,74 +5,12 @@ from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
 import pytest
+from counts_by_hand import COUNTS, PICOJOULE, QUANTISED, SPIKING, STEM, costing
 
-from leaderboard import energy
-from leaderboard.energy import ARITHMETIC, FOLDER, LOCKED, Band, EnergyModel, read_model, read_models
+from leaderboard.energy import ARITHMETIC, FOLDER, LOCKED, Band, EnergyModel, _read, read_model, read_models
 from leaderboard.locked import read_locked
 from leaderboard.record.entries import PACKAGED, read_records
-from leaderboard.record.records import Cost, LayerCounts, NeuronCounts, OperationCounts
-
-PICOJOULE = 1e-9  # in mJ
-STEM = LayerCounts(
-    calls=10,
-    weights=20,
-    nonzero_weights=18,
-    input_bits=32,
-    inputs=100,
-    outputs=200,
-    dense=1000,
-    spike_dense=0,
-    sops=0,
-    macs=1000,
-    acs=0,
-    effective_macs=800,
-    effective_acs=0,
-    folded_macs=1000,
-    folded_acs=0,
-)
-SPIKING = LayerCounts(
-    calls=10,
-    weights=50,
-    nonzero_weights=50,
-    input_bits=1,
-    inputs=400,
-    outputs=300,
-    dense=4000,
-    spike_dense=4000,
-    sops=1000,
-    macs=0,
-    acs=1100,
-    effective_macs=0,
-    effective_acs=900,
-    folded_macs=0,
-    folded_acs=1100,
-)
-QUANTISED = replace(STEM, input_bits=2, macs=500, dense=500, effective_macs=300)
-COUNTS = OperationCounts(
-    layers={"stem": STEM, "spiking": SPIKING, "quantised": QUANTISED},
-    neurons={"neuron": NeuronCounts(updates=40, spikes=8)},
-    additions={"residual": 60},
-    first_convolution="stem",
-    footprint_bytes=1000,
-)
-
-
-def costing(counts: OperationCounts | None = COUNTS) -> Cost:
-    layers = list(COUNTS.layers.values())
-    macs, acs = sum(layer.macs for layer in layers), sum(layer.acs for layer in layers)
-    return Cost(
-        parameters=90,
-        trainable_parameters=90,
-        nfe=10,
-        firing_rate=0.2,
-        firing_rates={"neuron": 0.2},
-        sops=1000,
-        macs=macs,
-        acs=acs,
-        energy_strict_mj=(4.6 * macs + 0.9 * acs) * PICOJOULE,
-        energy_paper_mj=0.5,
-        counts=counts,
-    )
+from leaderboard.record.records import NeuronCounts
 
 
 @pytest.mark.parametrize(
@@ -80,7 +18,7 @@ def costing(counts: OperationCounts | None = COUNTS) -> Cost:
     [
         ("arithmetic-45nm", "b34eeaf604edfc5300b7f0a18ed326fb8a77b410de5bcef4d985562ac918224a"),
         ("neurobench-45nm", "26e7ffaa6a4911bb20ff83eddb483dfd3ed1f5a193a13bbfb5c57466b4da446e"),
-        ("quantised-45nm", "880f6d0b38e63107b2f73bb4fa894ef556b6bb78e7c6a6c7ca77d71a0b8f370a"),
+        ("quantised-45nm", "3a337407b87981ac06cb00c901c3c9fbcde56cb66916c1ee614eb37a51f38b7a"),
         ("memory-45nm", "d4f14379601be36c45651f8ac878ae9f827e5fba0e23c0e3d8d1d9b0f690a5ec"),
         ("paper-sddpm", "d9d584de0f6334369814cd233b60c7da602afd50850b5484109e2ab8bbd45397"),
     ],
@@ -130,7 +68,20 @@ def test_model_without_numbers_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_p
     found = replace(read_model(ARITHMETIC), name=path.stem, float32=None)
     monkeypatch.setitem(LOCKED, path.stem, found.sha256)
     with pytest.raises(ValueError, match="needs either float32 or integer"):
-        energy._read(path)
+        _read(path)
+
+
+def test_new_model_needs_a_file_and_its_hash(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "half-7nm.yaml"
+    text = (FOLDER / "arithmetic-45nm.yaml").read_text().replace(ARITHMETIC, path.stem)
+    path.write_text(text.replace("mac_pj: 4.6", "mac_pj: 2.3").replace("ac_pj: 0.9", "ac_pj: 0.45"))
+    monkeypatch.setitem(LOCKED, path.stem, "not yet")
+    with pytest.raises(ValueError, match="expected not yet") as error:
+        _read(path)
+    monkeypatch.setitem(LOCKED, path.stem, str(error.value).split("has the hash ")[1][:64])
+    old, new = read_model(ARITHMETIC).energy(costing()), _read(path).energy(costing())
+    assert old is not None
+    assert new == pytest.approx([old.low / 2] * 2)
 
 
 def test_arithmetic_by_hand() -> None:

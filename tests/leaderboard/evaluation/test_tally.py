@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from leaderboard.evaluation.cost import CostMeter
 from leaderboard.record.records import OperationCounts
-from systems.networks.ann_unet import QReLU
 from systems.networks.spiking_transformer import ShiftedLinear
+from systems.ops.quantise import QReLU
 from systems.spiking.neurons import SpikingNeuron
 
 NEUROBENCH = "2.3.0"
@@ -188,9 +188,7 @@ def convolutional() -> nn.Module:
     )
 
 
-@pytest.mark.parametrize(
-    ("make", "shape"), [(mlp, (3, 6)), (convolutional, (3, 2, 6, 6)), (Stepped, (3, 4, 2, 6, 6))]
-)
+@pytest.mark.parametrize(("make", "shape"), [(mlp, (3, 6)), (convolutional, (3, 2, 6, 6)), (Stepped, (3, 4, 2, 6, 6))])
 def test_counts_equal_those_of_neurobench(make: Any, shape: tuple[int, ...]) -> None:
     """Dense, effective MACs and ACs, footprint and both sparsities, to the digit.
 

@@ -39,7 +39,7 @@ def test_drafts_come_last_and_are_not_ranked(make_record: Make) -> None:
     records = [make_record(fd=0.1, draft=True), make_record(fd=9.0)]
     (board,) = measured_boards((Path(f"{i}.json"), r) for i, r in enumerate(records))
     assert [(row.source, row.cells["#"].value) for row in board.rows] == [("measured", 1), ("draft", None)]
-    wide, narrow = board.plots
+    wide, narrow = board.plots["arithmetic-45nm"]
     assert [m.on_front for m in wide.marks] == [m.on_front for m in narrow.marks] == [True, False]
 
 
@@ -121,7 +121,7 @@ def test_published_numbers_are_shown_as_printed_with_their_caveats(published: Pu
     marked = [board.footnotes[n - 1] for n in board.marks(row)]
     assert any("46.21" in note for note in marked)
     assert json.loads(row.details[0].json)["caveats"] == row.caveats
-    assert [len(plot.marks) for plot in board.plots] == [3, 3]
+    assert [len(plot.marks) for plot in board.plots["published"]] == [3, 3]
     assert shown["Reproduced"] == "not tried"
 
 
@@ -182,4 +182,4 @@ def test_record_without_neurons_or_checkpoint(make_record: Make) -> None:
     (row,) = board.rows
     assert [row.cells[name].value for name in ("T", "Rate", "Images/s")] == [None, None, None]
     assert row.details[0].facts["Checkpoint"] == "none"
-    assert "not defined" in row.details[0].facts["Energy"]
+    assert row.details[0].facts["Energy"] == "8.49 mJ by arithmetic-45nm"

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from counts_by_hand import COUNTS, STEM, costing
 from scipy.stats import ttest_rel
 
 from leaderboard.files import canonical_sha256
@@ -161,6 +162,17 @@ def test_groups_are_rows_or_patterns_or_lists(
     ):
         compare("SDDPM", "SDM", data="digits", records=[str(tmp_path)])
     compare("SDDPM", "SDM, fast, 50", data="digits", records=[str(tmp_path)])
+
+
+def test_energy_differs_by_model(make_record: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dense = replace(COUNTS, layers=COUNTS.layers | {"stem": replace(STEM, effective_macs=1000)})
+    a, b = (make_record(cost=costing(counts)) for counts in (COUNTS, dense))
+    compare(str(write_record(a, tmp_path / "a")), str(write_record(b, tmp_path / "b")))
+    out = capsys.readouterr().out
+    assert "counts" not in out
+    lines = {words[2]: words[3:] for line in out.splitlines() if (words := line.split())[:2] == ["mJ", "by"]}
+    assert set(lines) == {"neurobench-45nm", "quantised-45nm", "memory-45nm"}  # zeros are charged by the others
+    assert lines["neurobench-45nm"] == ["5.87e-06", "6.79e-06"]  # 4.6 (800 + 300) + 0.9 x 900 pJ, and 200 MACs more
 
 
 def test_equal_records_have_no_differences(

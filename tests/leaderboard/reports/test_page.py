@@ -13,12 +13,15 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from counts_by_hand import COUNTS, costing
 
+from leaderboard.energy import ARITHMETIC, read_models
 from leaderboard.files import canonical_sha256
 from leaderboard.pictures import grid, save_png
 from leaderboard.protocols import STANDARD_V1
 from leaderboard.record.entries import read_records
-from leaderboard.record.records import Artefact, Dataset, MetricValue, Record, write_record
+from leaderboard.record.records import Artefact, Cost, Dataset, MetricValue, Record, write_record
+from leaderboard.reports.energies import band_cell
 from leaderboard.reports.page import render_page
 from leaderboard.reports.published import Published, PublishedResult, Source, read_published
 
@@ -36,10 +39,12 @@ CHROMIUM = """--headless --no-sandbox --disable-gpu --no-first-run --disable-bac
 def write_records(make: Make, root: Path) -> None:
     """Records of every kind in two runs, each with its sample grid."""
     cost = make().cost
-    records = [
-        make(fd=10.0 - i, variant=f"variant {i}", cost=replace(cost, energy_strict_mj=2.0**i)) for i in range(10)
-    ]
-    fast = replace(cost, firing_rate=None, firing_rates={}, images_per_second=None, energy_strict_mj=0.5)
+
+    def costing(energy: float) -> Cost:
+        return replace(cost, sops=0.0, acs=0.0, macs=energy / 4.6e-9, energy_strict_mj=energy)
+
+    records = [make(fd=10.0 - i, variant=f"variant {i}", cost=costing(2.0**i)) for i in range(10)]
+    fast = replace(costing(0.5), firing_rate=None, firing_rates={}, images_per_second=None)
     config = {"config": {HOSTILE: HOSTILE}, "config_sha256": canonical_sha256({HOSTILE: HOSTILE})}
     records += [
         make(fd=12.0, method="DDPM", variant="no neurons", cost=fast),
@@ -55,7 +60,7 @@ def write_records(make: Make, root: Path) -> None:
             "kid_mean": MetricValue(0.01 * 2**i, 0.0004, 10_000),
             "is_mean": MetricValue(8.0 - i, 0.1, 50_000),
         }
-        fields = {"protocol": STANDARD_V1, "metrics": metrics, "cost": replace(cost, energy_strict_mj=300.0 / (i + 1))}
+        fields = {"protocol": STANDARD_V1, "metrics": metrics, "cost": costing(300.0 / (i + 1))}
         records.append(make(method=name, dataset=Dataset(data, HOSTILE, HOSTILE), **fields))
     images = torch.randint(256, (64, 1, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
     for record in records:
@@ -192,7 +197,7 @@ def column(table: Any, name: str) -> list[str]:
 
 
 def sort(table: Any, name: str) -> Any:
-    header = table.locator("thead th", has=table.page.locator(f"button:text-matches('^{re.escape(name)}', '')")).first
+    header = table.locator("thead th").filter(has_text=re.compile(rf"^\s*{re.escape(name)}")).first
     header.locator("button").click()
     return header
 
@@ -282,7 +287,7 @@ def test_row_expands_and_offers_its_record(open_page: Callable[..., Any], folder
     page.keyboard.press("Enter")
     assert button.get_attribute("aria-expanded") == "true"
     assert detail.is_visible()
-    for part in ("a" * 64, "torch 2.8", "strict count"):
+    for part in ("a" * 64, "torch 2.8", "mJ by arithmetic-45nm"):
         assert part in detail.inner_text()
     with page.expect_download() as download:
         detail.get_by_role("button", name="Download").click()
@@ -326,7 +331,7 @@ def test_samples_enlarge_and_close(open_page: Callable[..., Any]) -> None:
 
 def test_point_of_the_plot_leads_to_its_row(open_page: Callable[..., Any]) -> None:
     page = open_page()
-    figure = board(page, "digits, offline-v1").locator("figure svg.wide")
+    figure = board(page, "digits, offline-v1").locator("figure:visible svg.wide")
     assert figure.locator("a.mark").count() == 15
     assert figure.locator("a.unranked").count() == 1
     assert figure.locator("path.front").first.get_attribute("d")
@@ -361,25 +366,66 @@ def test_seeds_open_from_their_row(open_page: Callable[..., Any]) -> None:
 def test_a_phone_shows_distances_and_a_plot_of_its_own(open_page: Callable[..., Any]) -> None:
     page = open_page(390)
     table = board(page, "digits, offline-v1")
-    assert table.locator("svg.narrow").is_visible()
-    assert not table.locator("svg.wide").is_visible()
+    assert table.locator("svg.narrow:visible").count() == 1
+    assert table.locator("svg.wide:visible").count() == 0
     row = table.locator("tr.main", has_text="three seeds")
     distance = row.locator("td.number").nth(1).bounding_box()
     assert distance is not None
     assert distance["x"] + distance["width"] <= 390
     assert row.locator(".under").inner_text() == "three seeds"
     assert row.locator(".badge").is_hidden()
-    text = table.locator("svg.narrow text").first.evaluate("e => e.getBoundingClientRect().height")
+    text = table.locator("svg.narrow:visible text").first.evaluate("e => e.getBoundingClientRect().height")
     assert text > 9  # readable without zooming
 
 
 def test_plot_is_above_its_table(open_page: Callable[..., Any]) -> None:
     table = board(open_page(), "digits, offline-v1")
-    plot, rows = table.locator("svg.wide").bounding_box(), table.locator("table.results").bounding_box()
+    plot, rows = table.locator("svg.wide:visible").bounding_box(), table.locator("table.results").bounding_box()
     assert plot is not None
     assert rows is not None
     assert plot["y"] + plot["height"] < rows["y"]
     assert plot["width"] > 800
+
+
+@pytest.fixture
+def counted(make_record: Make, tmp_path: Path, published: Published) -> Path:
+    """A page of two methods with operations by layer, one without, and a table of another dataset without."""
+    cost = costing()
+    records = [
+        make_record(fd=1.0, variant="a", cost=cost),
+        make_record(fd=2.0, variant="b", cost=costing(replace(COUNTS, neurons={}))),
+        make_record(fd=3.0, variant="older"),
+        *(make_record(fd=i, variant=f"{i}", dataset=Dataset("mnist", "f" * 64, "hub")) for i in (4.0, 5.0)),
+    ]
+    path = tmp_path / "counted.html"
+    path.write_text(render_page([(Path(f"{i}.json"), record) for i, record in enumerate(records)], published))
+    return path
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_model_of_energy_changes_column_header_and_axis(browser: Any, counted: Path, width: int) -> None:
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    page.goto(counted.as_uri())
+    digits, mnist = (board(page, f"{name}, offline-v1") for name in ("digits", "mnist"))
+    assert page.locator("#energy").input_value() == "all models"
+    for name, header, points in (
+        ("all models", "45 nm arithmetic, mJ", 3),
+        ("memory-45nm", "45 nm memory, mJ", 2),
+        ("arithmetic-45nm", "45 nm arithmetic, mJ", 3),
+        ("neurobench-45nm", "45 nm effective, mJ", 2),
+    ):
+        page.select_option("#energy", name)
+        assert digits.locator("svg:visible >> a.mark").count() == points
+        assert digits.locator("svg:visible text.title").first.text_content().count(name.split("-")[0]) == 1
+        cells = column(digits, header)
+        model = read_models()[ARITHMETIC if name == "all models" else name]
+        band = band_cell(model.energy(costing()))
+        assert cells[0] == str(band)
+        assert float(digits.locator("td.energy").first.get_attribute("data-value")) == pytest.approx(band.value)
+        assert (cells[2] == "-") == (points == 2)
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+    assert "No plot" in mnist.locator("p.missing:visible").inner_text()
+    page.close()
 
 
 def test_published_figures_say_whether_they_are_reproduced(open_page: Callable[..., Any]) -> None:
