@@ -55,7 +55,7 @@ COMMANDS = {
     "leaderboard render": ("leaderboard.reports.render:render", "write the leaderboard as a web page and files"),
     "leaderboard energy": ("leaderboard.reports.energy:energy_table", "show methods by models of energy"),
     "break-even": (
-        "leaderboard.reports.break_even:break_even_report",
+        "leaderboard.reports.break_even_report:break_even_report",
         "show the firing rate below which a spiking network costs less than its twin",
     ),
     "leaderboard seeds": ("leaderboard.reports.seeds:seeds", "show and write methods over training seeds"),

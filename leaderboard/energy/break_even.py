@@ -94,7 +94,10 @@ def without_spikes(cost: Cost) -> Cost:
     layers, neurons = cost.counts.layers, cost.counts.neurons
     counts = replace(
         cost.counts,
-        layers={name: replace(layer, sops=0.0, effective_acs=0.0) for name, layer in layers.items()},
+        layers={
+            name: replace(layer, sops=0.0, acs=layer.acs - layer.sops, effective_acs=0.0)
+            for name, layer in layers.items()
+        },
         neurons={name: replace(neuron, spikes=0.0) for name, neuron in neurons.items()},
     )
     return replace(cost, acs=cost.acs - cost.sops, counts=counts)

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from leaderboard.evaluation.cost import CostMeter
 from leaderboard.record.records import OperationCounts
-from systems.networks.ann_unet import QReLU
 from systems.networks.spiking_transformer import ShiftedLinear
+from systems.ops.quantise import QReLU
 from systems.spiking.neurons import SpikingNeuron
 
 NEUROBENCH = "2.3.0"

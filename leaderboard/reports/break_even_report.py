@@ -102,10 +102,10 @@ def compared(spiking: Entry, twin: Entry) -> tuple[list[BreakEven], list[str]]:
         )
     for name, a, b in (
         ("datasets", spiking.record.dataset.name, twin.record.dataset.name),
-        ("image geometries", _geometry(spiking.record), _geometry(twin.record)),
+        ("image geometries", spiking.record.dataset.geometry, twin.record.dataset.geometry),
         ("numbers of network evaluations", spiking.record.nfe, twin.record.nfe),
     ):
-        if a != b:
+        if a != b and None not in (a, b):  # records of earlier versions do not state the geometry
             raise ValueError(
                 f"the records are of different {name}, {a} ({spiking.path}) and {b} ({twin.path}); give two of the same"
             )
@@ -135,10 +135,6 @@ def _counted(entry: Entry) -> Cost:
             "`python -m benchmark test --ckpt_path CHECKPOINT`"
         )
     return cost
-
-
-def _geometry(record: Record) -> Any:
-    return record.dataset.geometry or "not stated"
 
 
 def _name(entry: Entry) -> str:
@@ -223,7 +219,7 @@ def draw(found: list[BreakEven], spiking: Entry, twin: Entry) -> Figure:
     figure = Figure(figsize=(3.6 * _COLUMNS, 0.9 + 3.0 * rows), layout="constrained")
     panels = figure.subplots(rows, _COLUMNS, squeeze=False).flatten()
     finite = [rate for row in found for rate in row.rates if 0 < rate < 1]
-    rates = np.linspace(0, min(1.0, 1.25 * max([*finite, found[0].rate])), 2)
+    rates = np.linspace(0, min(1.0, 1.25 * max([*finite, found[0].rate])), 50)
     for panel, row in zip(panels, found, strict=False):
         _panel(panel, row, rates)
     for panel in panels[len(found) :]:
@@ -239,18 +235,23 @@ def draw(found: list[BreakEven], spiking: Entry, twin: Entry) -> Figure:
 
 
 def _panel(axes: Any, row: BreakEven, rates: np.ndarray) -> None:
-    """Draws the lines of one model, with the areas between two bounds."""
+    """Draws the lines of one model; bounds, which may differ tenfold, with the area between them on a log scale."""
     lines = np.array([row.energy(float(rate)) for rate in rates])
     twin = np.array([row.twin] * len(rates))
+    bounded = any(band.low != band.high for band in (row.spiking, row.twin))
     for energies, colour, label in ((lines, _SPIKING, "spiking"), (twin, _TWIN, "twin")):
         axes.plot(rates, energies[:, 0], color=colour, label=label)
-        if row.spiking.low != row.spiking.high or row.twin.low != row.twin.high:
+        if bounded:
             axes.plot(rates, energies[:, 1], color=colour)
             axes.fill_between(rates, energies[:, 0], energies[:, 1], color=colour, alpha=0.15, linewidth=0)
     axes.axvline(row.rate, color="0.4", linestyle="--", linewidth=1, label=f"measured rate, {row.rate:.3f}")
     crossings = [(r, e) for r, e in zip(row.rates, row.twin, strict=True) if 0 < r < 1]
     axes.plot(*zip(*crossings, strict=True) if crossings else ([], []), "o", color="black", label="break-even")
     axes.set(ylim=(0, 1.08 * max(lines.max(), twin.max())), xlim=(0, rates[-1]))
+    if bounded:
+        least = min(lines.min(), twin.min())
+        axes.set(yscale="log", ylim=(least / 1.5, 1.5 * max(lines.max(), twin.max())))
+        axes.yaxis.set_major_formatter("{x:g}")
     axes.set_title(f"{row.model.name}\nbreak-even: {in_words(row.rates, _rate)}", fontsize=9)
     axes.set_ylabel("mJ per image")
     axes.grid(alpha=0.3)
