@@ -163,7 +163,7 @@ class TrainJob:
         return _with_average(cell, self.place.study.decay) if chosen["averaged"] else cell
 
     def run(self) -> int:
-        """Trains, after the search if need be; returns 0, or the exit code of what was stopped or failed."""
+        """Trains, after the search unless that is done; returns 0, or the exit code of what was stopped or failed."""
         with FileLock(self.search.lock):
             if not self.search.is_done and (code := self.search.run()):
                 return code
