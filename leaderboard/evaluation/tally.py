@@ -168,7 +168,7 @@ def _tables(
     for i, (connections, each) in enumerate(of_inputs):
         once = dict(constants) if i == 0 else {}
         spikes = (once | {"spike_dense": connections}, {"sops": each, "acs": each}, {"effective_acs": 1})
-        real = (once | {"macs": connections}, {}, {"effective_macs": 1})
+        real: tuple[dict[str, float], ...] = (once | {"macs": connections}, {}, {"effective_macs": 1})
         for rows, found in ((spikes, if_spikes), (real, if_real)):
             table = [[float(row.get(column, 0)) for column in COLUMNS] for row in rows]
             found.append(torch.tensor(table, dtype=torch.float64, device=device))
