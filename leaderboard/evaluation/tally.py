@@ -213,7 +213,7 @@ class LayerTally:
     @uncounted("the count itself")
     @torch.no_grad()
     def add_product(self, product: Product, factors: Sequence[Tensor], amplitudes: Tensor) -> None:
-        """Counts a product, whose `factors` are the operands that are no weights."""
+        """Counts a product, whose `factors` are the operands other than weights."""
         assert product.macs is not None
         device = amplitudes.device
         if_spikes, if_real = _tables(
