@@ -189,7 +189,7 @@ class Counts:
             rates, _ = self._firing_rates()
             used = sum(connections * rates[source] for source, connections in spikes)
             folded = min(macs, dense * inputs["real"]), outputs * used + (outputs if facts["biases"] else 0)
-        if facts["taps"] > 1:  # each tap is applied to all inputs, and their sum, which is no spikes, is multiplied
+        if facts["taps"] > 1:  # each tap is applied to all inputs, and their sum, a real value, is multiplied
             unfolded = dense / facts["taps"] + facts["taps"] * counts["inputs"], 0.0
         return LayerCounts(
             **counts,

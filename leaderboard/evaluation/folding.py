@@ -283,7 +283,7 @@ class Origins:
             self[x] = origin
 
     def _addition(self, name: str, args: Sequence[Any], tensors: Sequence[Tensor], out: Tensor) -> str | None:
-        """Returns the kind of addition that an operator is; None if it is none."""
+        """Returns the kind of addition of an operator; None for all others."""
         if name in ("add", "sub", "rsub"):
             full = [x for x in tensors if x.numel() == out.numel() and not self[x].constant]
             return "sum" if len(full) == 2 else None

@@ -168,7 +168,7 @@ def _tables(
     for i, (connections, each) in enumerate(of_inputs):
         once = dict(constants) if i == 0 else {}
         spikes = (once | {"spike_dense": connections}, {"sops": each, "acs": each}, {"effective_acs": 1})
-        real = (once | {"macs": connections}, {}, {"effective_macs": 1})
+        real: tuple[dict[str, float], ...] = (once | {"macs": connections}, {}, {"effective_macs": 1})
         for rows, found in ((spikes, if_spikes), (real, if_real)):
             table = [[float(row.get(column, 0)) for column in COLUMNS] for row in rows]
             found.append(torch.tensor(table, dtype=torch.float64, device=device))
@@ -213,7 +213,7 @@ class LayerTally:
     @uncounted("the count itself")
     @torch.no_grad()
     def add_product(self, product: Product, factors: Sequence[Tensor], amplitudes: Tensor) -> None:
-        """Counts a product, whose `factors` are the operands that are no weights."""
+        """Counts a product, whose `factors` are the operands other than weights."""
         assert product.macs is not None
         device = amplitudes.device
         if_spikes, if_real = _tables(
