@@ -106,10 +106,10 @@ class Integer:
     def energy_pj(self, counts: OperationCounts) -> float:
         """Returns the energy of effective operations, neuron updates, sums and norms in pJ.
 
-        An update is a leak and two additions (charge, comparison), and one more for each spike (reset).
+        An update is two additions (charge, comparison), and one more for each spike (reset); a leak is a multiplication.
         """
         layers = sum(n.effective_macs * self.mac(n) + n.effective_acs * self.ac for n in counts.layers.values())
-        updates = counts.neuron_updates * (self.leak + 2 * self.ac)
+        updates = counts.neuron_updates * 2 * self.ac + counts.leaks * self.leak
         sums = sum(n.spikes for n in counts.neurons.values()) + sum(counts.additions.values())
         return layers + updates + sums * self.ac
 

@@ -71,7 +71,7 @@ from leaderboard.evaluation.tally import (
 from leaderboard.record.records import ActivationCounts, Cost, LayerCounts, NeuronCounts, OperationCounts
 from systems.ops.cuda_graphs import REPLAYABLE
 from systems.ops.uncounted import is_uncounted
-from systems.spiking.adapter import amplitude, spikes_of, spiking_layers
+from systems.spiking.adapter import amplitude, leaks, spikes_of, spiking_layers
 from systems.spiking.neurons import SpikingLayer
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -84,7 +84,7 @@ class Counts:
     Args:
         connections: The counts named in `tally.COLUMNS` of each convolution or linear layer, and of each product
             outside of them.
-        neurons: `[spikes, elements, steps]` of each spiking layer.
+        neurons: `[spikes, elements, steps, elements that leak]` of each spiking layer.
         first_convolution: Name of the convolution that ran first.
         incomplete: Calls of products that could not be counted, by name.
         activations: `[nonzero, elements, steps]` of each ReLU, sigmoid and quantised activation.
@@ -163,8 +163,8 @@ class Counts:
             counts=OperationCounts(
                 layers={name: self._layer(name, num_images) for name in self.connections},
                 neurons={
-                    name: NeuronCounts(updates=elements / num_images, spikes=spikes / num_images)
-                    for name, (spikes, elements, _) in self.neurons.items()
+                    name: NeuronCounts(elements / num_images, spikes / num_images, leaks / num_images)
+                    for name, (spikes, elements, _, leaks) in self.neurons.items()
                 },
                 additions={kind: number / num_images for kind, number in self.additions.items()},
                 first_convolution=self.first_convolution,
@@ -206,8 +206,8 @@ class Counts:
 
     def _firing_rates(self) -> tuple[dict[str, float], float | None]:
         """Returns the firing rate of each layer over all calls, and the mean over neurons (`None` without neurons)."""
-        rates = {name: spikes / elements for name, (spikes, elements, _) in self.neurons.items()}
-        neurons = {name: elements / steps for name, (_, elements, steps) in self.neurons.items()}
+        rates = {name: spikes / elements for name, (spikes, elements, *_) in self.neurons.items()}
+        neurons = {name: elements / steps for name, (_, elements, steps, _) in self.neurons.items()}
         if not rates:
             return {}, None
         return rates, sum(rates[name] * neurons[name] for name in rates) / sum(neurons.values())
@@ -290,6 +290,7 @@ class CostMeter:
                 self._hooks.append(module.register_forward_hook(hook, with_kwargs=True))
             elif isinstance(module, (nn.ReLU, nn.Sigmoid)) or hasattr(module, "bits"):
                 self._hooks.append(module.register_forward_hook(self._activation_hook(self._short(name))))
+        self._leaking = {self._short(name) for name, layer in layers if leaks(layer)}
         for name, module in layers:
             self._hooks.append(module.register_forward_hook(self._neuron_hook(self._short(name))))
         if self.watch:
@@ -461,9 +462,10 @@ class CostMeter:
         for name, tally in self._connections.items():
             if tally.counts is not None:
                 connections[name] = [*tally.counts[:-1].tolist(), images * float(tally.counts[-1])]
+        neurons = {name: tally.counts.tolist() for name, tally in self._neurons.items() if tally.counts is not None}
         counts = Counts(
             connections,
-            {name: tally.counts.tolist() for name, tally in self._neurons.items() if tally.counts is not None},
+            {name: [*counts, counts[1] * (name in self._leaking)] for name, counts in neurons.items()},
             self._first_convolution,
             self._incomplete,
             {name: tally.counts.tolist() for name, tally in self._activations.items() if tally.counts is not None},

@@ -121,10 +121,12 @@ class NeuronCounts:
     Args:
         updates: Neuron updates (charge, leak, comparison, reset): neurons times SNN time steps times calls.
         spikes: Spikes.
+        leaks: Updates that multiply the membrane by a decay; 0 for integrate-and-fire neurons.
     """
 
     updates: float
     spikes: float
+    leaks: float
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,11 @@ class OperationCounts:
     def neuron_updates(self) -> float:
         """Updates of all neurons."""
         return sum(neurons.updates for neurons in self.neurons.values())
+
+    @property
+    def leaks(self) -> float:
+        """Updates that multiply a membrane by a decay."""
+        return sum(neurons.leaks for neurons in self.neurons.values())
 
     @property
     def activation_sparsity(self) -> float | None:

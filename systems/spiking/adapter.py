@@ -288,3 +288,12 @@ def amplitude(layer: nn.Module) -> Tensor | float | None:
     if not isinstance(factor, Tensor):
         return 1.0
     return factor.detach().abs() if factor.numel() == 1 else None
+
+
+def leaks(layer: nn.Module) -> bool:
+    """Returns whether a spiking layer multiplies its membrane by a decay; an unknown neuron is taken to do so."""
+    neuron = layer.neuron if isinstance(layer, SteppedNeuron) else layer
+    beta = getattr(neuron, "beta", None)
+    if beta is None or isinstance(beta, nn.Parameter):
+        return True
+    return bool((torch.as_tensor(beta) != 1).any())

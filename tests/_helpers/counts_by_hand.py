@@ -44,7 +44,7 @@ SPIKING = LayerCounts(
 QUANTISED = replace(STEM, input_bits=2, macs=500, dense=500, effective_macs=300)
 COUNTS = OperationCounts(
     layers={"stem": STEM, "spiking": SPIKING, "quantised": QUANTISED},
-    neurons={"neuron": NeuronCounts(updates=40, spikes=8)},
+    neurons={"neuron": NeuronCounts(updates=40, spikes=8, leaks=40)},
     additions={"residual": 60},
     first_convolution="stem",
     footprint_bytes=1000,

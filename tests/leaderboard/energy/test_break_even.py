@@ -75,7 +75,7 @@ def cost(layers: dict[str, LayerCounts], neurons: dict[str, NeuronCounts], rate:
     )
 
 
-SNN = cost({"stem": STEM, "body": SPIKING}, {"neuron": NeuronCounts(updates=400, spikes=80)}, 0.2)
+SNN = cost({"stem": STEM, "body": SPIKING}, {"neuron": NeuronCounts(updates=400, spikes=80, leaks=400)}, 0.2)
 ANN = cost({"stem": STEM, "body": DENSE}, {}, None)
 
 
@@ -115,7 +115,7 @@ def test_the_line_is_the_energy_of_a_network_with_other_rates(name: str, factor:
     found = break_even(model, SNN, ANN)
     assert found is not None
     layer = replace(SPIKING, sops=factor * 8_000, effective_acs=factor * 7_000, acs=300 + factor * 8_000)
-    neurons = {"neuron": NeuronCounts(updates=400, spikes=factor * 80)}
+    neurons = {"neuron": NeuronCounts(updates=400, spikes=factor * 80, leaks=400)}
     changed = cost({"stem": STEM, "body": layer}, neurons, 0.2 * factor)
     assert found.energy(0.2 * factor) == pytest.approx(model.energy(changed))
     if factor == 0:

@@ -173,7 +173,7 @@ def test_more_spikes_cost_more_by_every_model() -> None:
     busy = replace(
         COUNTS,
         layers=COUNTS.layers | {"spiking": spiking},
-        neurons={"neuron": NeuronCounts(updates=40, spikes=16)},
+        neurons={"neuron": NeuronCounts(updates=40, spikes=16, leaks=40)},
     )
     for model in read_models().values():
         quiet, loud = model.energy(costing()), model.energy(replace(costing(busy), acs=2100))

@@ -94,7 +94,7 @@ def test_stats_add_up() -> None:
     total = GenerationStats() + STATS
     total += replace(STATS, peak_memory_bytes=None) + replace(STATS, peak_memory_bytes=2000)
     assert (total.images, total.seconds, total.peak_memory_bytes) == (9, 4.5, 2000)
-    assert total.counts.neurons == {"neuron": [12.0, 54, 18]}
+    assert total.counts.neurons == {"neuron": [12.0, 54, 18, 54]}
     assert (GenerationStats() + GenerationStats()).peak_memory_bytes is None
     assert STATS.over_processes() is STATS  # there is only one
 

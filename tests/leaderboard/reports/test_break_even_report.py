@@ -24,7 +24,7 @@ SPIKES = LayerCounts(1, 50, 50, 1, 400, 300, 40_000, 40_000, 8_000, 0, 8_300, 0,
 
 
 def cost(rate: float | None, **layers: LayerCounts) -> Cost:
-    neurons = {} if rate is None else {"neuron": NeuronCounts(400, 400 * rate)}
+    neurons = {} if rate is None else {"neuron": NeuronCounts(400, 400 * rate, 400)}
     counts = OperationCounts(dict(layers), neurons, {}, "stem", 240)
     sops, macs, acs = (sum(getattr(layer, name) for layer in layers.values()) for name in ("sops", "macs", "acs"))
     rates = {} if rate is None else {"neuron": rate}
