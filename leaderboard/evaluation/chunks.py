@@ -24,6 +24,9 @@ from datamodules.loading import world_size
 from leaderboard.evaluation.cost import Counts
 from leaderboard.files import canonical_sha256, file_sha256, write_atomic
 
+COUNTING = ("cost.py", "folding.py", "products.py", "structure.py", "tally.py")
+"""Modules of this package that count."""
+
 
 @dataclass(frozen=True)
 class GenerationStats:
@@ -162,8 +165,5 @@ def _source_sha256(system: type) -> str:
     """Returns a hash of the code that generates and counts, because package versions do not reveal local edits."""
     root = Path(__file__).parents[2]
     files = [file for package in ("systems", "datamodules") for file in sorted((root / package).rglob("*.py"))]
-    counting = [
-        root / "leaderboard/evaluation" / name
-        for name in ("cost.py", "folding.py", "products.py", "structure.py", "tally.py")
-    ]
+    counting = [root / "leaderboard/evaluation" / name for name in COUNTING]
     return canonical_sha256([file_sha256(f) for f in (*files, *counting, Path(inspect.getfile(system)))])

@@ -20,9 +20,22 @@ A layer called with several inputs concatenates their channels; each input is cl
 `D`.
 
 A stem convolution that runs once on the image, before it is repeated over the SNN time steps, is counted once.
-Element-wise operations are not counted: neuron updates, RWKV's recurrence, and batch normalisation, which folds into
-the weights. Nor are products marked by `systems.ops.uncounted`: the read-out of a membrane, which is a neuron update,
-and constants that a trained network can store.
+Products marked by `systems.ops.uncounted` are not counted: the read-out of a membrane, which is a neuron update, and
+constants that a trained network can store.
+
+These rules are the *strict* count, `macs`, `acs` and `energy_strict_mj` of a record, which fold a token shift into its
+layer and nothing else. Beside them, `Cost.counts` contains for each layer
+
+- *effective* operations, as NeuroBench defines them (https://arxiv.org/abs/2304.04640): zero inputs, zero weights and
+  padding are left out, for real-valued inputs too, and biases (`leaderboard.evaluation.tally`). A layer with `taps`, a
+  list of weights of which one applies to the token itself, the next to the token before it and so on, is counted tap by
+  tap; any other layer with `taps_per_weight` counts all of them for each nonzero weight. Attention and recurrent layers
+  of torch count in full;
+- the strict count *folded* and *unfolded*: with everything folded into the weights that is linear between spikes and
+  the layer, and with nothing, not even a token shift, each of whose elements then takes a multiply-accumulate per tap
+  (`leaderboard.evaluation.folding`). Products outside of layers are the same in both;
+- neuron updates, additions that cannot be folded, and memory. Element-wise operations such as activation functions, and
+  RWKV's recurrence apart from its sums, are not counted.
 
 The energies of a record are those of `leaderboard.energy` for the arithmetic and for SDDPM's formula.
 """
@@ -46,8 +59,15 @@ from torch.utils.hooks import RemovableHandle
 from leaderboard.energy import PAPER_SDDPM, read_model, strict_energy_mj
 from leaderboard.evaluation.products import Product, ProductMode
 from leaderboard.evaluation.structure import UNKNOWN, Inputs, Structure
-from leaderboard.evaluation.tally import COLUMNS, CONVOLUTIONS, LAYERS, ActivationTally, Facts, LayerTally
-from leaderboard.evaluation.tally import dense_connections as _dense
+from leaderboard.evaluation.tally import (
+    COLUMNS,
+    CONVOLUTIONS,
+    LAYERS,
+    ActivationTally,
+    Facts,
+    LayerTally,
+    dense_connections,
+)
 from leaderboard.record.records import ActivationCounts, Cost, LayerCounts, NeuronCounts, OperationCounts
 from systems.ops.cuda_graphs import REPLAYABLE
 from systems.ops.uncounted import is_uncounted
@@ -360,7 +380,7 @@ class CostMeter:
                 return
             macs = self._inside.pop()
             if isinstance(out, Tensor):
-                own = _dense(module, args or (kwargs["input"],), out)
+                own = dense_connections(module, args or (kwargs["input"],), out)
                 if macs > own:  # a layer that computes more than the product of its weights
                     self._count(f"{name} [more than its weights]", Product("", macs - own))
 
@@ -452,8 +472,9 @@ class CostMeter:
             self.footprint_bytes,
             {name: inputs for name, inputs in self._structure.inputs.items() if name in connections},
         )
-        for tally in (*self._connections.values(), *self._neurons.values(), *self._activations.values()):
-            tally.counts = None
+        for layer in self._connections.values():
+            layer.counts = None
+        self._neurons, self._activations = {}, {}
         self._incomplete = {}
         return counts
 

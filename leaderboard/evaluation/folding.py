@@ -13,7 +13,8 @@ A layer that receives such a tensor could receive the spikes themselves: everyth
 is the receptive field of convolutional arithmetic (https://arxiv.org/abs/1603.07285), and each connection is used as
 often as the neurons fire. Average pooling over 2x2 pixels before a 3x3 kernel makes a 6x6 kernel with stride 2, nearest
 neighbours before it one of 2x2 for each position. The layers in between are charged as well, since their output may be
-needed elsewhere. A layer whose inputs are spikes already, or real values, costs the same folded and not.
+needed elsewhere; nothing folds through a dilated one, whose window has gaps. A layer whose inputs are spikes already,
+or real values, costs the same folded and not.
 
 Sums of two tensors are not folded, because a layer behind them would need the connections of both, behind a residual
 stream those of all layers before it; nor are activation functions, norms whose statistics depend on the input, and
@@ -67,8 +68,13 @@ _POOLS = {"avg_pool1d", "avg_pool2d", "avg_pool3d"}
 _CONVOLUTIONS = {"convolution", "convolution_overrideable"}
 _MATRICES = {"mm": (0, 1), "addmm": (1, 2), "bmm": (0, 1), "linear": (0, 1)}
 """Positions of the factors of products of matrices."""
-_BATCH_NORMS = {"native_batch_norm": 5, "cudnn_batch_norm": 5, "_native_batch_norm_legit_no_training": None}
-"""Position of the flag that says whether statistics are those of the batch, by operator."""
+_BATCH_NORMS: dict[str, int | None] = {
+    "native_batch_norm": 5,
+    "cudnn_batch_norm": 5,
+    "miopen_batch_norm": 5,
+    "_native_batch_norm_legit_no_training": None,
+}
+"""Position of the flag that says whether statistics are those of the batch, by operator; None if they never are."""
 _NORMS = {"native_layer_norm": "layer_norm", "native_group_norm": "group_norm", "_fused_rms_norm": "rms_norm"}
 
 
@@ -101,17 +107,18 @@ class Term:
         """Spikes that an element depends on."""
         return self.times * self.share * self.channels * math.prod(self.window)
 
-    def along(self, kernel: Sequence[float], steps: Sequence[float]) -> Term | None:
+    def along(self, kernel: Sequence[float], steps: Sequence[float], dilation: Sequence[float] = ()) -> Term | None:
         """Returns the term behind a window of these positions that moves by these steps; None for other axes.
 
-        Windows of `w` positions whose neighbours are `s` apart cover `w + (k - 1) min(s, w)` positions if there are `k`
-        of them; `k` is below 1 where outputs of a transposed convolution have no input.
+        Windows of `w` positions whose neighbours are `s` apart cover `w + (k - 1) min(d s, w)` positions if there are
+        `k` of them, dilated by `d`; `k` is below 1 where outputs of a transposed convolution have no input.
         """
         window = self.window or (1.0,) * len(kernel)
         stride = self.stride or (1.0,) * len(kernel)
         if len(window) != len(kernel):
             return None
-        grown = (w * k if k < 1 else w + (k - 1) * min(s, w) for w, s, k in zip(window, stride, kernel, strict=True))
+        axes = zip(window, stride, kernel, dilation or (1.0,) * len(kernel), strict=True)
+        grown = (w * k if k < 1 else w + (k - 1) * min(d * s, w) for w, s, k, d in axes)
         moved = (s * step for s, step in zip(stride, steps, strict=True))
         return replace(self, window=tuple(grown), stride=tuple(moved), folds=True)
 
@@ -123,7 +130,7 @@ class Term:
 
     def behind(self, weights: Weights) -> Term | None:
         """Returns the term behind a convolution or linear layer; None if their axes differ."""
-        moved = self.along(weights.kernel, weights.steps) if weights.kernel else self
+        moved = self.along(weights.kernel, weights.steps, weights.dilation) if weights.kernel else self
         return moved and moved.mixed(weights.fan, weights.channels)
 
 
@@ -160,7 +167,8 @@ class Origin:
 
     def through_layer(self, weights: Weights) -> Origin:
         """Returns the origin of the output of a convolution or linear layer."""
-        linear = self.real == 0  # real values mix with spikes
+        dilated = any(d > 1 < k for d, k in zip(weights.dilation, weights.kernel, strict=True))  # a window with gaps
+        linear = self.real == 0 and not dilated  # real values mix with spikes
         return replace(self.through(lambda term: term.behind(weights)) if linear else REAL, current=True)
 
 
@@ -177,15 +185,24 @@ class Weights:
         channels: Input channels.
         kernel: Input positions of each output position, along each spatial axis; empty for a linear layer.
         steps: Input positions between neighbouring outputs.
+        dilation: Input positions between those of an output.
     """
 
     fan: float
     channels: float
     kernel: tuple[float, ...] = ()
     steps: tuple[float, ...] = ()
+    dilation: tuple[float, ...] = ()
 
     @classmethod
-    def of(cls, weight: Tensor, stride: Sequence[int] = (), transposed: bool = False, groups: int = 1) -> Weights:
+    def of(
+        cls,
+        weight: Tensor,
+        stride: Sequence[int] = (),
+        dilation: Sequence[int] = (),
+        transposed: bool = False,
+        groups: int = 1,
+    ) -> Weights:
         """Returns the geometry of a convolution, or of a linear layer if no stride is given."""
         channels = weight.shape[0] if transposed else weight.shape[1] * groups
         kernel = tuple(float(k) for k in weight.shape[2:])
@@ -193,7 +210,7 @@ class Weights:
         if transposed:
             kernel = tuple(k / s for k, s in zip(kernel, steps, strict=True))
             steps = tuple(1 / s for s in steps)
-        return cls(channels / groups, channels, kernel, steps)
+        return cls(channels / groups, channels, kernel, steps, tuple(map(float, dilation)))
 
 
 def joined(parts: Sequence[tuple[Origin, int]]) -> Origin:
@@ -287,7 +304,7 @@ class Origins:
         if name in _COPIES:
             return self[tensors[1]] if name == "copy" else first
         if name in _CONVOLUTIONS and self[args[1]].constant:
-            return first.through_layer(Weights.of(args[1], args[3], args[6], args[8]))
+            return first.through_layer(Weights.of(args[1], args[3], args[5], args[6], args[8]))
         if name in _MATRICES:
             factors = [args[i] for i in _MATRICES[name]]
             if self[factors[1]].constant or self[factors[0]].constant:
@@ -299,7 +316,7 @@ class Origins:
             return REAL
         if name in _AFFINE:
             return replace(first.through(lambda term: replace(term, folds=True)), current=first.current)
-        if name in _BATCH_NORMS and not (_BATCH_NORMS[name] and args[_BATCH_NORMS[name]]):
+        if name in _BATCH_NORMS and ((flag := _BATCH_NORMS[name]) is None or not args[flag]):
             return replace(first.through(lambda term: replace(term, folds=True)), current=first.current)
         if name in _AVERAGES:
             times = active[0].numel() / max(out.numel(), 1)

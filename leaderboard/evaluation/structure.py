@@ -104,7 +104,8 @@ class Structure:
         if isinstance(layer, nn.Linear):
             weights = Weights.of(layer.weight)
         else:
-            weights = Weights.of(layer.weight, layer.stride, isinstance(layer, TRANSPOSED), layer.groups)
+            transposed = isinstance(layer, TRANSPOSED)
+            weights = Weights.of(layer.weight, layer.stride, layer.dilation, transposed, layer.groups)
         spikes = None
         if any(term.folds for term in origin.terms):
             behind = [term.behind(weights) for term in origin.terms]

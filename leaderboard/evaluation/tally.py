@@ -111,33 +111,20 @@ def _column_stats(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return size.amax(0).amax(), torch.where(size > 0, size, torch.inf).amin(0).amin(), nonzero.sum(0)
 
 
-class Operand(NamedTuple):
-    """What is counted of one input, as tensors.
+def operand(x: Tensor, amplitudes: Tensor, sample_axes: int = 1) -> tuple[Tensor, Tensor]:
+    """Counts an input, whose last `sample_axes` axes are those of a sample.
 
-    Args:
-        is_spikes: Whether all values are 0 or `a`, or -a, 0 or `a`, with a known amplitude `a` (float64, 0 or 1).
-        rate: Share of nonzero elements.
-        nonzero: Number of samples with a nonzero value, for each element of a sample.
+    Returns:
+        Whether all values are 0 or `a`, or -a, 0 or `a`, where `a` is one of the amplitudes; and the number of samples
+        with a nonzero value, for each element of a sample, in float64.
     """
-
-    is_spikes: Tensor
-    rate: Tensor
-    nonzero: Tensor
-
-
-def operand(x: Tensor, amplitudes: Tensor, sample_axes: int = 1) -> Operand:
-    """Counts an input, whose last `sample_axes` axes are those of a sample."""
-    if not x.numel():
-        zero = torch.zeros((), dtype=torch.float64, device=x.device)
-        return Operand(zero.bool(), zero, zero.expand(x.shape[x.dim() - sample_axes :]))
-    batched = x.dim() > sample_axes
-    x = dense(x) if batched and sample_axes > 2 else x.contiguous()
-    rows = math.prod(x.shape[: x.dim() - sample_axes])
-    largest, smallest, nonzero = _column_stats(memory(x, rows, -1))
-    is_spikes = ((largest == smallest) | (largest == 0)) & torch.isin(largest, amplitudes.to(largest))
     first = x.dim() - sample_axes
-    nonzero = nonzero.as_strided(x.shape[first:], x.stride()[first:]).double()
-    return Operand(is_spikes, nonzero.sum() / x.numel(), nonzero)
+    if not x.numel():
+        return torch.zeros((), dtype=torch.bool, device=x.device), x.new_zeros(x.shape[first:], dtype=torch.float64)
+    x = dense(x) if first and sample_axes > 2 else x.contiguous()
+    largest, smallest, nonzero = _column_stats(memory(x, math.prod(x.shape[:first]), -1))
+    is_spikes = ((largest == smallest) | (largest == 0)) & torch.isin(largest, amplitudes.to(largest))
+    return is_spikes, nonzero.as_strided(x.shape[first:], x.stride()[first:]).double()
 
 
 class Facts(TypedDict):
@@ -153,33 +140,44 @@ class Facts(TypedDict):
 class _Call(NamedTuple):
     """What the counts of a call take from weights and shapes, valid for the same weights and shapes.
 
-    Each input counts `if_spikes` or `if_real`, matrices of three rows, which are multiplied by 1, the rate of nonzero
-    elements and the effective operations, and summed.
+    For each input, `measures` are ones and the fan-out, `(2, elements of a sample)`, whose products with the nonzero
+    samples of each element are the nonzero elements and the effective operations. An input adds the first row of
+    `if_spikes`, or of `if_real`, and its other two rows times these two numbers.
     """
 
     weight: Tensor
     version: int
-    fan_out: tuple[Tensor, ...]
+    axes: int
+    measures: tuple[Tensor, ...]
     if_spikes: tuple[Tensor, ...]
     if_real: tuple[Tensor, ...]
 
 
-def _rates(of_inputs: Sequence[float], device: torch.device, **constants: float) -> tuple[tuple[Tensor, ...], ...]:
-    """Returns `if_spikes` and `if_real` of inputs with these dense connections; constants count once per call."""
-    if_spikes, if_real = [], []
-    for i, connections in enumerate(of_inputs):
+def _tables(
+    of_inputs: Sequence[tuple[float, float]], device: torch.device, **constants: float
+) -> tuple[tuple[Tensor, ...], ...]:
+    """Returns `if_spikes` and `if_real`.
+
+    Args:
+        of_inputs: Dense connections of each input, and those of each of its nonzero elements.
+        device: Device of the counts.
+        **constants: Numbers that count once in each call.
+    """
+    if_spikes: list[Tensor] = []
+    if_real: list[Tensor] = []
+    for i, (connections, each) in enumerate(of_inputs):
         once = dict(constants) if i == 0 else {}
-        spikes = (once | {"spike_dense": connections}, {"sops": connections, "acs": connections}, {"effective_acs": 1})
-        real = (once | {"macs": connections}, {}, {"effective_macs": 1})
+        spikes = (once | {"spike_dense": connections}, {"sops": each, "acs": each}, {"effective_acs": 1})
+        real: tuple[dict[str, float], ...] = (once | {"macs": connections}, {}, {"effective_macs": 1})
         for rows, found in ((spikes, if_spikes), (real, if_real)):
             table = [[float(row.get(column, 0)) for column in COLUMNS] for row in rows]
             found.append(torch.tensor(table, dtype=torch.float64, device=device))
     return tuple(if_spikes), tuple(if_real)
 
 
-def _counted(is_spikes: Tensor, rate: Tensor, effective: Tensor, if_spikes: Tensor, if_real: Tensor) -> Tensor:
-    factors = torch.stack([torch.ones_like(rate), rate, effective])
-    return (torch.where(is_spikes, if_spikes, if_real) * factors[:, None]).sum(0)
+def _counted(is_spikes: Tensor, measured: Tensor, if_spikes: Tensor, if_real: Tensor) -> Tensor:
+    table = torch.where(is_spikes, if_spikes, if_real)
+    return table[0] + measured @ table[1:]
 
 
 class LayerTally:
@@ -203,11 +201,11 @@ class LayerTally:
         """Counts a call of the layer, whose inputs are concatenated along their channels."""
         assert self.layer is not None
         call = self._call(inputs, out)
-        total = torch.zeros(len(COLUMNS), dtype=torch.float64, device=out.device)
-        for x, fan, if_spikes, if_real in zip(inputs, *call[2:], strict=True):
-            found = operand(x, amplitudes, fan.dim())
-            effective = (found.nonzero * fan).sum()
-            total += _counted(found.is_spikes, found.rate, effective, if_spikes, if_real)
+        counted = []
+        for x, measures, if_spikes, if_real in zip(inputs, *call[3:], strict=True):
+            is_spikes, nonzero = operand(x, amplitudes, call.axes)
+            counted.append(_counted(is_spikes, measures @ nonzero.flatten(), if_spikes, if_real))
+        total = counted[0] if len(counted) == 1 else torch.stack(counted).sum(0)
         if self.layer.bias is not None:
             total[_ACS] += out.numel() * (total[_SPIKE_DENSE] > 0)
         self._add(total)
@@ -218,8 +216,8 @@ class LayerTally:
         """Counts a product, whose `factors` are the operands that are no weights."""
         assert product.macs is not None
         device = amplitudes.device
-        if_spikes, if_real = _rates(
-            [product.macs],
+        if_spikes, if_real = _tables(
+            [(product.macs, product.macs)],
             device,
             dense=product.macs,
             dense_unpadded=product.macs,
@@ -230,13 +228,13 @@ class LayerTally:
         is_spikes = torch.zeros((), dtype=torch.bool, device=device)
         rate = torch.ones((), dtype=torch.float64, device=device)
         for x in factors:
-            found = operand(x, amplitudes, min(x.dim(), 1))
-            rate = torch.where(found.is_spikes, torch.minimum(rate, found.rate), rate)
-            is_spikes = is_spikes | found.is_spikes
+            spiking, nonzero = operand(x, amplitudes, min(x.dim(), 1))
+            rate = torch.where(spiking, torch.minimum(rate, nonzero.sum() / max(x.numel(), 1)), rate)
+            is_spikes = is_spikes | spiking
         effective = product.effective()
         if effective is None:
             effective = torch.full((), product.macs, dtype=torch.float64, device=device)
-        total = _counted(is_spikes, rate, effective, if_spikes[0], if_real[0])
+        total = _counted(is_spikes, torch.stack([rate, effective]), if_spikes[0], if_real[0])
         total[_ACS] += product.biases * is_spikes
         self._add(total)
 
@@ -270,8 +268,8 @@ class LayerTally:
         with torch.inference_mode(False), torch.autocast(out.device.type, enabled=False):
             fans, possible = self._fans(inputs, out)
         connections, elements = dense_connections(layer, inputs, out), sum(x.numel() for x in inputs)
-        tables = _rates(
-            [connections * x.numel() / max(elements, 1) for x in inputs],
+        tables = _tables(
+            [(connections * x.numel() / max(elements, 1), connections / max(elements, 1)) for x in inputs],
             out.device,
             dense=connections,
             inputs=elements,
@@ -280,7 +278,8 @@ class LayerTally:
         )
         for table in (tables[0][0], tables[1][0]):
             table[0, _UNPADDED] = possible
-        self._calls[shapes] = call = _Call(weight, version, fans, *tables)
+        measures = tuple(torch.stack([torch.ones_like(fan), fan]).flatten(1) for fan in fans)
+        self._calls[shapes] = call = _Call(weight, version, fans[0].dim(), measures, *tables)
         return call
 
     def _fans(self, inputs: Sequence[Tensor], out: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:

@@ -187,8 +187,8 @@ _Countable = TypeVar("_Countable", LayerCounts, NeuronCounts, ActivationCounts)
 
 def _divided(counts: _Countable, by: int) -> _Countable:
     """Divides what is counted per image; whole numbers describe the layer and remain."""
-    numbers = asdict(counts).items()
-    return replace(counts, **{name: value / by for name, value in numbers if isinstance(value, float)})
+    per_call: dict[str, Any] = {name: v / by for name, v in asdict(counts).items() if isinstance(v, float)}
+    return replace(counts, **per_call)
 
 
 @dataclass(frozen=True)

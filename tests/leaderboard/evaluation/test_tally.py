@@ -192,9 +192,9 @@ def convolutional() -> nn.Module:
 def test_counts_equal_those_of_neurobench(make: Any, shape: tuple[int, ...]) -> None:
     """Dense, effective MACs and ACs, footprint and both sparsities, to the digit.
 
-    NeuroBench's *Dense* leaves out zero padding, as `dense_unpadded` does; `dense`, by which the strict count goes, does
-    not. It calls an input spikes if its values are -1, 0 or 1, whatever made them; here amplitudes of neurons count too,
-    since they fold into the weights, and the zeros of an ANN are real values (neither makes a difference here). It sums
+    NeuroBench's *Dense* leaves out zero padding, as `dense_unpadded` does; `dense`, by which the strict count goes,
+    does not. It calls an input spikes if its values are -1, 0 or 1, whatever made them; here amplitudes of neurons
+    count too, since they fold into the weights, and the zeros of an ANN are real values (no difference here). It sums
     in float32, so that counts above 2^24 are rounded, which these networks do not reach. It has no transposed
     convolution, no attention and no functional product, and rounds the connection sparsity to four digits.
     """
