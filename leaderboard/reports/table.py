@@ -59,7 +59,7 @@ MEANING = (
 )
 """Explanation of the rows, printed with full tables."""
 LONE = "\N{DAGGER}"
-"""Marks an energy by the arithmetic alone in a column of bands."""
+"""Marks an energy by only the arithmetic in a column of bands."""
 NO_BREAK = "\N{NO-BREAK SPACE}"
 _STACKS = (
     ("T", "Rate", "NFE"),
@@ -90,7 +90,7 @@ def leaderboard(
         wide: Show every column, row and seed, the source of the reference images and the files of the records.
         all: Show the tables of all datasets and protocols, with every row and seed.
         energy: Model of energy, such as memory-45nm; null shows the band from the lowest to the highest model, or the
-            arithmetic alone where a record has no operations by layer.
+            arithmetic where a record has no operations by layer.
 
     Raises:
         SystemExit: If a record is broken; the others are still shown.
