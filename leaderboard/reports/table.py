@@ -58,6 +58,8 @@ MEANING = (
     "ranks: rows that the seeds cannot tell apart share ranks (paired t-tests, corrected by Holm for all pairs)."
 )
 """Explanation of the rows, printed with full tables."""
+LONE = "\N{DAGGER}"
+"""Marks an energy by only the arithmetic in a column of bands."""
 NO_BREAK = "\N{NO-BREAK SPACE}"
 _STACKS = (
     ("T", "Rate", "NFE"),
@@ -87,8 +89,8 @@ def leaderboard(
         output: Markdown file to write all tables to, with every column and row.
         wide: Show every column, row and seed, the source of the reference images and the files of the records.
         all: Show the tables of all datasets and protocols, with every row and seed.
-        energy: Model of energy, such as memory-45nm; null shows the arithmetic, and in parentheses the band from the
-            lowest to the highest model where a record has operations by layer.
+        energy: Model of energy, such as memory-45nm; null shows the band from the lowest to the highest model, or the
+            arithmetic where a record has no operations by layer.
 
     Raises:
         SystemExit: If a record is broken; the others are still shown.
@@ -173,8 +175,6 @@ def show_result(entry: Entry, console: Console) -> None:
     values = [f"{name} {row[name]}" for name in names]
     if record.cost is not None:
         values += [f"{row['NFE']} NFE", f"{row[ENERGY]} mJ (arithmetic)"]
-    if ALL_MODELS in row:
-        values.append(f"{row[ALL_MODELS]} (all models)")
     if record.cost is not None and record.cost.firing_rate is not None:
         values.insert(len(names), f"T {row['T']}, rate {row['Rate']}")
     title = f"{table_title(record)}{'' if entry.is_ranked else f' ({entry.status}, not ranked)'}"
@@ -465,7 +465,7 @@ def _print_short(
         group: Methods of the table.
         newest: Newest run.
         model: Model of energy.
-        has_band: Whether to print the band of all models behind the energy.
+        has_band: Whether to print the band of all models in place of the energy by one.
         every_row: Whether to print all rows and seeds.
     """
     rows, marked = table_rows(group, model), _row_of(newest, group)
@@ -473,20 +473,24 @@ def _print_short(
     metrics = list(rows[0])[3 : list(rows[0]).index("T")][:1]
     numbers = [*metrics, "T", "Rate", "NFE", ENERGY, "Seeds"]
     title = table_title(group[0].record) + (f": best {metrics[0]} first" if math.isfinite(group[0].frechet) else "")
+    lone = has_band and any(row[ALL_MODELS].value is None for row in rows)
+    title += f", {LONE} arithmetic" if lone else ""
     title += ", > is the newest run" if marked is not None else ""
     console.print(Text(title, style="italic"), no_wrap=True, overflow="ellipsis")
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
     table.add_column("#", justify="right", no_wrap=True)
     table.add_column("Method")
     for name in numbers:
-        band = "\n(all models)" if name == ENERGY and has_band else ""
-        header = _wrapped(name) if name in metrics else _short_label(name, model) + band
+        shown = ALL_MODELS if name == ENERGY and has_band else name
+        header = _wrapped(name) if name in metrics else _short_label(shown, model)
         table.add_column(Text(header), justify="right", no_wrap=True)
     notes: list[str] = []
 
     def add(rank: str, name: str, row: dict[str, Cell], style: str | None) -> None:
-        band = f" ({row[ALL_MODELS]})" if has_band and row[ALL_MODELS].value is not None else ""
-        cells = [rank, name, *(f"{row[n]}{band if n == ENERGY else ''}" for n in numbers)]
+        energy = str(row[ENERGY])
+        if has_band:
+            energy = f"{energy}{LONE}" if row[ALL_MODELS].value is None else str(row[ALL_MODELS])
+        cells = [rank, name, *(energy if n == ENERGY else str(row[n]) for n in numbers)]
         table.add_row(*(Text(c, no_wrap=True, overflow="ellipsis") for c in cells), style=style)
 
     for index in range(len(group)) if every_row else short_rows(len(group), marked):
