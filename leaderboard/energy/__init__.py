@@ -25,8 +25,10 @@ FOLDER = Path(__file__).parent
 
 LOCKED = {
     "arithmetic-45nm": "b34eeaf604edfc5300b7f0a18ed326fb8a77b410de5bcef4d985562ac918224a",
+    "folded-45nm": "98f76f9108e1afc71a8c26f7a595943894a030449fa4ad130ebb61dd2b4ee835",
+    "unfolded-45nm": "5be8742166ac051c7d84fe5f738b8895207dfa0942280a53fd4524d9547da776",
     "neurobench-45nm": "26e7ffaa6a4911bb20ff83eddb483dfd3ed1f5a193a13bbfb5c57466b4da446e",
-    "quantised-45nm": "3a337407b87981ac06cb00c901c3c9fbcde56cb66916c1ee614eb37a51f38b7a",
+    "quantised-45nm": "d029c1dc690f3220637869ba3287f91ee8d010b60aec7f4f0677351dc3c0bad2",
     "memory-45nm": "d4f14379601be36c45651f8ac878ae9f827e5fba0e23c0e3d8d1d9b0f690a5ec",
     "paper-sddpm": "d9d584de0f6334369814cd233b60c7da602afd50850b5484109e2ab8bbd45397",
 }
@@ -106,7 +108,7 @@ class Integer:
     def energy_pj(self, counts: OperationCounts) -> float:
         """Returns the energy of effective operations, neuron updates, sums and norms in pJ.
 
-        An update is two additions (charge, comparison), and one more for each spike (reset); a leak is a multiplication.
+        An update is two additions (charge, comparison), and one more for each spike (reset). A leak multiplies.
         """
         layers = sum(n.effective_macs * self.mac(n) + n.effective_acs * self.ac for n in counts.layers.values())
         updates = counts.neuron_updates * 2 * self.ac + counts.leaks * self.leak
@@ -170,8 +172,9 @@ class EnergyModel(Locked):
         title: Header of its column.
         about: Description in one paragraph.
         sources: Where its constants come from.
-        operations: Which operations it charges: `"strict"` those of `leaderboard.evaluation.cost`, `"effective"` those
-            without zero operands, `"sddpm"` those of SDDPM's formula.
+        operations: Which operations it charges: `"strict"` those of `leaderboard.evaluation.cost`, `"folded"` and
+            `"unfolded"` those of `leaderboard.evaluation.folding`, `"effective"` those without zero operands, `"sddpm"`
+            those of SDDPM's formula.
         float32: Energy of floating-point operations; None for a model of integers.
         integer: Energy of integer operations, neuron updates and sums; None for a model of floating-point numbers.
         memory: Memory accesses of a model of integers; None if they are free.
@@ -180,7 +183,7 @@ class EnergyModel(Locked):
     title: str
     about: str
     sources: tuple[str, ...]
-    operations: Literal["strict", "effective", "sddpm"]
+    operations: Literal["strict", "folded", "unfolded", "effective", "sddpm"]
     float32: Float32 | None = None
     integer: Integer | None = None
     memory: Memory | None = None
@@ -214,7 +217,7 @@ class EnergyModel(Locked):
                 if cost.counts.total("spike_dense") or not cost.counts.neurons
                 else "no layer is fed by spikes, so the formula has no rate"
             )
-        if self.operations == "effective" and cost.counts is None:
+        if self.operations != "strict" and cost.counts is None:
             return "the record has no operations by layer; test again with this version"
         return ""
 
@@ -226,10 +229,14 @@ def _strict(cost: Cost) -> tuple[float, float]:
     return cost.counts.total("macs"), cost.counts.total("acs")
 
 
-def _effective(cost: Cost) -> tuple[float, float]:
-    """Returns multiply-accumulates and accumulates without zero operands."""
-    assert cost.counts is not None
-    return cost.counts.total("effective_macs"), cost.counts.total("effective_acs")
+def _totals(kind: str) -> Callable[[Cost], tuple[float, float]]:
+    """Returns a function of the multiply-accumulates and accumulates of a kind in the counts by layer."""
+
+    def totals(cost: Cost) -> tuple[float, float]:
+        assert cost.counts is not None
+        return cost.counts.total(f"{kind}_macs"), cost.counts.total(f"{kind}_acs")
+
+    return totals
 
 
 def _sddpm(cost: Cost) -> tuple[float, float]:
@@ -250,7 +257,9 @@ def _sddpm(cost: Cost) -> tuple[float, float]:
 
 _OPERATIONS: dict[str, Callable[[Cost], tuple[float, float]]] = {
     "strict": _strict,
-    "effective": _effective,
+    "folded": _totals("folded"),
+    "unfolded": _totals("unfolded"),
+    "effective": _totals("effective"),
     "sddpm": _sddpm,
 }
 

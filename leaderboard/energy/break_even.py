@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass, replace
 
 from leaderboard.energy import Band, EnergyModel
-from leaderboard.record.records import Cost
+from leaderboard.record.records import Cost, LayerCounts
 
 NEVER, ALWAYS = -math.inf, math.inf
 """Break-even rates of networks that cost more even when silent, and less even when every neuron always fires."""
@@ -88,16 +88,30 @@ def break_even(model: EnergyModel, spiking: Cost, twin: Cost) -> BreakEven | Non
 def without_spikes(cost: Cost) -> Cost:
     """Returns the cost of a network whose neurons never fire, as far as models of energy read it.
 
-    Biases remain, and so do multiply-accumulates of pooled spikes, which are real values.
+    Biases remain, and so do multiply-accumulates of pooled spikes, which are real values unless they are folded.
     """
     assert cost.counts is not None
     layers, neurons = cost.counts.layers, cost.counts.neurons
     counts = replace(
         cost.counts,
         layers={
-            name: replace(layer, sops=0.0, acs=layer.acs - layer.sops, effective_acs=0.0)
+            name: replace(
+                layer,
+                sops=0.0,
+                acs=layer.acs - layer.sops,
+                effective_acs=0.0,
+                folded_acs=_folded_biases(layer),
+                unfolded_acs=max(0.0, layer.unfolded_acs - layer.sops),
+            )
             for name, layer in layers.items()
         },
         neurons={name: replace(neuron, spikes=0.0) for name, neuron in neurons.items()},
     )
     return replace(cost, acs=cost.acs - cost.sops, counts=counts)
+
+
+def _folded_biases(layer: LayerCounts) -> float:
+    """Returns the accumulates of biases in the folded count of a layer."""
+    if layer.spike_dense:
+        return layer.acs - layer.sops
+    return layer.outputs if layer.biases and layer.folded_acs else 0.0

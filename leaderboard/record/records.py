@@ -94,11 +94,11 @@ class LayerCounts:
     effective_acs: float
     folded_macs: float
     folded_acs: float
-    unfolded_macs: float = 0.0
-    unfolded_acs: float = 0.0
-    dense_unpadded: float = 0.0
-    biases: int = 0
-    nonzero_biases: int = 0
+    unfolded_macs: float
+    unfolded_acs: float
+    dense_unpadded: float
+    biases: int
+    nonzero_biases: int
 
 
 @dataclass(frozen=True)

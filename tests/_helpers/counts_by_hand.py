@@ -23,6 +23,11 @@ STEM = LayerCounts(
     effective_acs=0,
     folded_macs=1000,
     folded_acs=0,
+    unfolded_macs=1000,
+    unfolded_acs=0,
+    dense_unpadded=900,
+    biases=2,
+    nonzero_biases=2,
 )
 SPIKING = LayerCounts(
     calls=10,
@@ -40,8 +45,15 @@ SPIKING = LayerCounts(
     effective_acs=900,
     folded_macs=0,
     folded_acs=1100,
+    unfolded_macs=0,
+    unfolded_acs=1100,
+    dense_unpadded=3900,
+    biases=1,
+    nonzero_biases=1,
 )
-QUANTISED = replace(STEM, input_bits=2, macs=500, dense=500, effective_macs=300)
+QUANTISED = replace(
+    STEM, input_bits=2, macs=500, dense=500, effective_macs=300, folded_macs=500, unfolded_macs=500, dense_unpadded=450
+)
 COUNTS = OperationCounts(
     layers={"stem": STEM, "spiking": SPIKING, "quantised": QUANTISED},
     neurons={"neuron": NeuronCounts(updates=40, spikes=8, leaks=40)},

@@ -27,6 +27,11 @@ STEM = LayerCounts(
     effective_acs=0,
     folded_macs=1000,
     folded_acs=0,
+    unfolded_macs=1000,
+    unfolded_acs=0,
+    dense_unpadded=1000,
+    biases=0,
+    nonzero_biases=0,
 )
 SPIKING = LayerCounts(
     calls=1,
@@ -44,6 +49,11 @@ SPIKING = LayerCounts(
     effective_acs=7_000,  # without padding
     folded_macs=0,
     folded_acs=8_300,
+    unfolded_macs=0,
+    unfolded_acs=8_300,
+    dense_unpadded=36_000,
+    biases=3,
+    nonzero_biases=3,
 )
 DENSE = replace(
     STEM,
@@ -56,6 +66,7 @@ DENSE = replace(
     macs=10_000,
     effective_macs=6_000,
     folded_macs=10_000,
+    unfolded_macs=10_000,
 )
 
 
@@ -114,7 +125,10 @@ def test_the_line_is_the_energy_of_a_network_with_other_rates(name: str, factor:
     model = read_model(name)
     found = break_even(model, SNN, ANN)
     assert found is not None
-    layer = replace(SPIKING, sops=factor * 8_000, effective_acs=factor * 7_000, acs=300 + factor * 8_000)
+    acs = 300 + factor * 8_000
+    layer = replace(
+        SPIKING, sops=factor * 8_000, effective_acs=factor * 7_000, acs=acs, folded_acs=acs, unfolded_acs=acs
+    )
     neurons = {"neuron": NeuronCounts(updates=400, spikes=factor * 80, leaks=400)}
     changed = cost({"stem": STEM, "body": layer}, neurons, 0.2 * factor)
     assert found.energy(0.2 * factor) == pytest.approx(model.energy(changed))
@@ -164,3 +178,11 @@ def test_crossings(silent: float, spiking: float, twin: float, rate: float) -> N
 def test_costs_of_the_wrong_kind_are_refused(spiking: Cost, twin: Cost, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         break_even(read_model("arithmetic-45nm"), spiking, twin)
+
+
+def test_a_silent_network_has_only_biases_behind_folded_layers() -> None:
+    pooled = replace(STEM, biases=2, folded_macs=0.0, folded_acs=500.0)  # 200 outputs
+    silent = without_spikes(cost({"pooled": pooled, "body": SPIKING}, {}, 0.2)).counts
+    assert silent is not None
+    assert silent.total("folded_acs") == 200 + 300
+    assert silent.total("unfolded_acs") == 300

@@ -17,8 +17,10 @@ from leaderboard.record.records import NeuronCounts
     ("name", "sha256"),
     [
         ("arithmetic-45nm", "b34eeaf604edfc5300b7f0a18ed326fb8a77b410de5bcef4d985562ac918224a"),
+        ("folded-45nm", "98f76f9108e1afc71a8c26f7a595943894a030449fa4ad130ebb61dd2b4ee835"),
+        ("unfolded-45nm", "5be8742166ac051c7d84fe5f738b8895207dfa0942280a53fd4524d9547da776"),
         ("neurobench-45nm", "26e7ffaa6a4911bb20ff83eddb483dfd3ed1f5a193a13bbfb5c57466b4da446e"),
-        ("quantised-45nm", "3a337407b87981ac06cb00c901c3c9fbcde56cb66916c1ee614eb37a51f38b7a"),
+        ("quantised-45nm", "d029c1dc690f3220637869ba3287f91ee8d010b60aec7f4f0677351dc3c0bad2"),
         ("memory-45nm", "d4f14379601be36c45651f8ac878ae9f827e5fba0e23c0e3d8d1d9b0f690a5ec"),
         ("paper-sddpm", "d9d584de0f6334369814cd233b60c7da602afd50850b5484109e2ab8bbd45397"),
     ],
@@ -40,7 +42,7 @@ def test_every_file_is_locked_and_every_name_can_be_chosen() -> None:
 
 
 def test_unknown_model_is_named_with_the_known_ones() -> None:
-    message = r"'horowitz' is not an energy model; expected one of: arithmetic-45nm, neurobench-45nm, .*paper-sddpm"
+    message = r"'horowitz' is not an energy model; expected one of: arithmetic-45nm, folded-45nm, .*paper-sddpm"
     with pytest.raises(ValueError, match=message):
         read_model("horowitz")
 
@@ -169,7 +171,7 @@ def test_formula_of_sddpm_needs_a_rate() -> None:
 
 
 def test_more_spikes_cost_more_by_every_model() -> None:
-    spiking = replace(SPIKING, sops=2000, acs=2100, effective_acs=1800)
+    spiking = replace(SPIKING, sops=2000, acs=2100, effective_acs=1800, folded_acs=2100, unfolded_acs=2100)
     busy = replace(
         COUNTS,
         layers=COUNTS.layers | {"spiking": spiking},
@@ -193,3 +195,24 @@ def test_zeros_of_an_ann_are_free_and_its_width_matters() -> None:
     by_bits = [integers.energy(costing(counts)) for counts in (narrow, ann)]
     assert None not in by_bits
     assert by_bits[0] < by_bits[1]  # type: ignore[operator]
+
+
+def test_folding_moves_multiply_accumulates_to_accumulates() -> None:
+    """A layer behind pooled spikes: 1,000 MACs, or 300 accumulates if the pooling folds into its weights."""
+    pooled = replace(STEM, folded_macs=0, folded_acs=300)
+    shifted = replace(SPIKING, unfolded_macs=2000, unfolded_acs=0)
+    cost = costing(replace(COUNTS, layers={"pooled": pooled, "shifted": shifted}))
+    by_hand = {"folded-45nm": 0.9 * (300 + 1100), "unfolded-45nm": 4.6 * (1000 + 2000), ARITHMETIC: 4600 + 0.9 * 1100}
+    for name, picojoules in by_hand.items():
+        assert read_model(name).energy(cost) == pytest.approx([picojoules * PICOJOULE] * 2)
+
+
+def test_only_neurons_that_leak_pay_for_it() -> None:
+    leaky = costing(COUNTS)
+    without = costing(replace(COUNTS, neurons={"neuron": NeuronCounts(updates=40, spikes=8, leaks=0)}))
+    model = read_model("quantised-45nm")
+    found, less = model.energy(leaky), model.energy(without)
+    assert found is not None
+    assert less is not None
+    assert model.integer is not None
+    assert found.low - less.low == pytest.approx(40 * model.integer.leak * PICOJOULE)

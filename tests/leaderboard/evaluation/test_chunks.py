@@ -18,7 +18,7 @@ from systems.networks import spiking_unet
 from systems.ops.kernels import neurons
 
 IMAGES = torch.randint(256, (3, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-STATS = GenerationStats(3, 1.5, 1000, Counts({"conv": [9, 0.1, 2.0, 3.0, 9]}, {"neuron": [4.0, 18, 6]}, "conv"))
+STATS = GenerationStats(3, 1.5, 1000, Counts({"conv": [9, 0.1, 2.0, 3.0, 9]}, {"neuron": [4.0, 18, 6, 18]}, "conv"))
 
 
 def test_batch_survives_exactly(tmp_path: Path) -> None:

@@ -19,8 +19,10 @@ from leaderboard.reports.break_even_report import in_words, sentences
 
 MakeRecord = Callable[..., Record]
 
-REAL = LayerCounts(1, 50, 50, 32, 100, 75, 10_000, 0, 0, 10_000, 0, 6_000, 0, 10_000, 0)
-SPIKES = LayerCounts(1, 50, 50, 1, 400, 300, 40_000, 40_000, 8_000, 0, 8_300, 0, 7_000, 0, 8_300)
+REAL = LayerCounts(1, 50, 50, 32, 100, 75, 10_000, 0, 0, 10_000, 0, 6_000, 0, 10_000, 0, 10_000, 0, 9_000, 0, 0)
+SPIKES = LayerCounts(
+    1, 50, 50, 1, 400, 300, 40_000, 40_000, 8_000, 0, 8_300, 0, 7_000, 0, 8_300, 0, 8_300, 36_000, 3, 3
+)
 
 
 def cost(rate: float | None, **layers: LayerCounts) -> Cost:

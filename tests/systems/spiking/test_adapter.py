@@ -13,7 +13,7 @@ from snntorch_by_hand import atan64, step_by_hand
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from systems.spiking.adapter import multistep, spiking_layer, spiking_layers
+from systems.spiking.adapter import leaks, multistep, spiking_layer, spiking_layers
 from systems.spiking.neurons import SpikingNeuron, integrate_and_fire, norm_and_embed, scale_thresholds
 
 GRADED = dict(graded_spikes_factor=0.7, learn_graded_spikes_factor=True)
@@ -190,3 +190,18 @@ def test_currents_that_do_not_fit_are_refused() -> None:
         inhibited(torch.rand(3, 2, 4, 4, 4))
     with pytest.raises(ValueError, match=r"takes \(T, B, \.\.\.\)"):
         multistep(snn.Leaky(0.9))(torch.rand(3, 4))
+
+
+@pytest.mark.parametrize(
+    ("layer", "leaky"),
+    [
+        (SpikingNeuron(), False),
+        (SpikingNeuron(beta=0.5), True),
+        (SpikingNeuron(learn_beta=True), True),
+        (snn.Leaky(beta=1.0), False),
+        (multistep(snn.Leaky(beta=0.9)), True),
+        (snn.Leaky(beta=1.0, learn_beta=True), True),
+    ],
+)
+def test_integrate_and_fire_neurons_do_not_leak(layer: nn.Module, leaky: bool) -> None:
+    assert leaks(layer) is leaky
