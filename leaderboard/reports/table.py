@@ -34,6 +34,7 @@ from leaderboard.reports.energies import (
     incomplete_cost,
     missing_energy,
 )
+from leaderboard.reports.known_sets import known_set_rows
 from leaderboard.reports.methods import Method, method_name, ranks, tables
 from leaderboard.reports.terminal import SHORT, WIDTH, terminal
 
@@ -215,6 +216,7 @@ def markdown(records: Iterable[tuple[Path, Record]], model: EnergyModel | None =
         lines += [markdown_line(column_label(name, model) for name in rows[0]), markdown_line("---" for _ in rows[0])]
         for method, row in zip(group, rows, strict=True):
             lines += [markdown_line(map(str, part.values())) for part in (row, *seed_rows(method, row, model))]
+        lines += [markdown_line(map(str, known.values())) for known in known_set_rows(record, rows[0])]
         lines += [part for note in _notes(group, model) for part in ("", escape(note))]
     return "\n".join(lines) + "\n"
 
@@ -411,6 +413,11 @@ def _print_wide(console: Console, group: list[Method], model: EnergyModel) -> No
                 style="dim" if part is not row else None,
                 end_section=last and method.is_ranked and not group[number].is_ranked,
             )
+    for known in known_set_rows(group[0].record, rows[0]):
+        cells = known | {"File": Cell("")}
+        table.add_row(
+            *(Text("\n".join(str(cells[n]) for n in stack if str(cells[n]) not in ("", "-"))) for stack in stacks)
+        )
     console.print(table)
     listed = [f"[{n}] {entry.path}{_design(entry.record)}" for n, entry in enumerate(files, 1)]
     provenance = f"{table_provenance(group[0].record)} {energy_meaning(model)}"
@@ -488,7 +495,7 @@ def _print_short(
 
     def add(rank: str, name: str, row: dict[str, Cell], style: str | None) -> None:
         energy = str(row[ENERGY])
-        if has_band:
+        if has_band and energy != "-":
             energy = f"{energy}{LONE}" if row[ALL_MODELS].value is None else str(row[ALL_MODELS])
         cells = [rank, name, *(energy if n == ENERGY else str(row[n]) for n in numbers)]
         table.add_row(*(Text(c, no_wrap=True, overflow="ellipsis") for c in cells), style=style)
@@ -506,6 +513,8 @@ def _print_short(
                 if every_row or entry == newest:
                     is_newest = entry == newest
                     add("> " * is_newest, f"  {part['Method']}", part, "bold" if is_newest else "dim")
+    for known in known_set_rows(group[0].record, rows[0])[: None if every_row else 1]:  # the first are real images
+        add("", str(known["Method"]), known, "dim")
     console.print(table)
     for note in notes:
         console.print(Text(f"* {note}", style="dim"))

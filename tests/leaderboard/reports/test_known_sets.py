@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from leaderboard.reports.known_sets import FOLDER
 from leaderboard.reports.page import render_page
 from leaderboard.reports.published import read_published
 from leaderboard.reports.seeds import seeds
+from leaderboard.reports.table import leaderboard, markdown
 from leaderboard.validation.anchors import read_anchors
 
 Make = Callable[..., Record]
@@ -77,3 +79,14 @@ def test_nearest_training_images_are_shown_beside_the_samples(record: Record, tm
     assert "nearest training images" not in without
     assert shown.count("nearest training images, in the same order") == 1
     assert "known set" in shown
+
+
+def test_tables_in_the_terminal_and_in_markdown_show_known_sets(
+    record: Record, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_record(record, tmp_path / "records")
+    assert markdown([(tmp_path, record)]).count("| known set |") == 7
+    for options, shown in (({}, 1), ({"all": True}, 5), ({"wide": True}, 5)):
+        leaderboard([str(tmp_path)], **options)
+        words = re.sub(r"\s+", " ", capsys.readouterr().out)
+        assert sum(f" {name}" in words for name in ("real", "blurred,", "shifted,", "noise,", "overlays,")) == shown
