@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 import resource
 import sys
@@ -214,7 +215,8 @@ def plot(result: Anchors) -> bytes:
         axes.set_xticks(range(1 + max(map(len, SEVERITIES.values()))))
         axes.tick_params(labelsize=7)
         if _split(key)[0].startswith(("f", "k")):
-            axes.set_yscale("symlog", linthresh=max(abs(real.metrics[key].value), real.metrics[key].uncertainty, 1e-9))
+            floor = max(abs(real.metrics[key].value), real.metrics[key].uncertainty, 1e-9)
+            axes.set_yscale("symlog", linthresh=10 ** math.ceil(math.log10(floor)))  # a power of ten: ticks stay apart
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=6, fontsize=8)
     figure.supxlabel("severity of the fault (0: real test images)", fontsize=9)
