@@ -12,8 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from benchmark.cli import main
 from benchmark.runs import find_checkpoint, newest_run
 from leaderboard.record.records import Record, read_record
-from systems import DDPM
-from systems.checkpoints import CheckpointMismatchError
+from systems import ANNSNN, DDPM
+from systems.checkpoints import CheckpointMismatchError, load_checkpoint
 
 TINY = [
     "--config=configs/quickstart.yaml",
@@ -124,6 +124,31 @@ def checkpoint_of(system: DDPM, path: Path) -> str:
     system.on_save_checkpoint(content)
     torch.save(content, path)
     return str(path)
+
+
+@pytest.mark.parametrize("bare", [False, True], ids=["checkpoint", "state-dict"])
+def test_the_groups_of_the_norms_are_kept(bare: bool, tmp_path: Path) -> None:
+    size = dict(in_channels=1, base_channels=16, channel_mult=[1], num_res_blocks=1, norm_groups=16)
+    ddpm = DDPM(**size)
+    checkpoint = checkpoint_of(ddpm, tmp_path / "ddpm.ckpt")
+    if bare:
+        torch.save(ddpm.state_dict(), checkpoint)
+    content = yaml.safe_load(Path("configs/ddpm_fmnist.yaml").read_text())
+    content["model"]["init_args"] |= size
+    content["trainer"]["default_root_dir"] = str(tmp_path / "runs")
+    (tmp_path / "ddpm.yaml").write_text(yaml.safe_dump(content))
+    main(["convert", checkpoint, f"--ddpm_config={tmp_path / 'ddpm.yaml'}"])
+    run = newest_run(tmp_path / "runs")
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    converted = ANNSNN.from_configuration(saved["model"], load_checkpoint(find_checkpoint(run)))
+    assert converted.network.norm_groups == 16
+    assert torch.equal(converted.network.head.weight, ddpm.network.head.weight)
+    del content["model"]["init_args"]["norm_groups"]
+    content["model"]["init_args"]["base_channels"] = 32
+    (tmp_path / "ddpm.yaml").write_text(yaml.safe_dump(content))
+    checkpoint = checkpoint_of(DDPM(**(size | {"base_channels": 32})), tmp_path / "wide.ckpt")
+    with pytest.raises(CheckpointMismatchError, match="trained with norm_groups=16, but norm_groups=32 is configured"):
+        main(["convert", checkpoint, f"--ddpm_config={tmp_path / 'ddpm.yaml'}"])
 
 
 def test_errors_name_the_way_out(runs: Path, tmp_path: Path) -> None:
