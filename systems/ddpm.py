@@ -126,8 +126,8 @@ def read_official(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[
     bits = {} if "tail.1.act_alpha" in renamed else {"activation_bits": PLAIN_BITS}
     if arguments["base_channels"] % GROUPS:
         raise CheckpointMismatchError(
-            f"the official checkpoint has base_channels={arguments['base_channels']}, but the released group norms have "
-            f"{GROUPS} groups, which must divide it; a DDPM of the suite needs no import, give it as --ckpt_path"
+            f"the official checkpoint has base_channels={arguments['base_channels']}, but the released group norms "
+            f"have {GROUPS} groups, which must divide it; a DDPM of the suite needs no import, give it as --ckpt_path"
         )
     num_train_timesteps = len(renamed["time_embedding.timembedding.0.weight"])
     with torch.device("meta"):

@@ -82,9 +82,9 @@ def convert(
     output = run / "checkpoints" / "last.ckpt"
     write_atomic(run / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
     kept = ("state_dict", "process", "activation_bits", "training_data", "pytorch-lightning_version")
-    start: dict[str, Any] = {"method": ANNSNN.method, "epoch": 0, "global_step": 0, "optimizer_states": [], "lr_schedulers": []}
-    start["norm_groups"] = arguments.get("norm_groups", GROUPS)  # not recorded in a bare state dict
-    save_checkpoint({key: source[key] for key in kept if key in source} | start, output)
+    start = {"method": ANNSNN.method, "epoch": 0, "global_step": 0, "optimizer_states": [], "lr_schedulers": []}
+    groups = {"norm_groups": arguments.get("norm_groups", GROUPS)}  # not recorded in a bare state dict
+    save_checkpoint({key: source[key] for key in kept if key in source} | start | groups, output)
 
     tune = ["fit", "--config", str(run / "config.yaml"), "--ckpt_path", str(output)]
     num_steps = 2 ** arguments.get("activation_bits", 2) - 1

@@ -93,20 +93,19 @@ def test_official_checkpoint_of_a_width_without_32_groups_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("saved", "loaded"), [(32, 16), (16, 32)])
-@pytest.mark.parametrize("suffix", ["ckpt", "safetensors"])
-def test_checkpoint_with_other_groups_is_refused(saved: int, loaded: int, suffix: str, tmp_path: Path) -> None:
-    system, path = small(norm_groups=saved), tmp_path / f"a.{suffix}"
-    system.configuration = {
-        "model": {"class_path": "DDPM", "init_args": {"in_channels": 1, "base_channels": 32, "channel_mult": [1]}}
-    }
-    system.configuration["model"]["init_args"] |= {"num_res_blocks": 1, "norm_groups": saved}
+@pytest.mark.parametrize("save", [save_checkpoint, save_safetensors])
+def test_checkpoint_keeps_the_groups(save: Callable[..., None], saved: int, loaded: int, tmp_path: Path) -> None:
+    system = small(norm_groups=saved)
+    size = dict(in_channels=1, base_channels=32, channel_mult=[1], num_res_blocks=1, norm_groups=saved)
+    system.configuration = {"model": {"class_path": "DDPM", "init_args": size}}
+    path = tmp_path / ("a.safetensors" if save is save_safetensors else "a.ckpt")
     with torch.no_grad():
         for parameter in system.network.parameters():
             if parameter.requires_grad:
                 parameter.copy_(torch.randn_like(parameter) / 8)
     content: dict[str, Any] = {"state_dict": system.state_dict()}
     system.on_save_checkpoint(content)
-    (save_safetensors if suffix == "safetensors" else save_checkpoint)(content, path)
+    save(content, path)
     again = DDPM.load_from_checkpoint(path)
     assert again.network.norm_groups == saved
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([0, 999])

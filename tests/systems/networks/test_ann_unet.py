@@ -132,7 +132,7 @@ def test_untrained_network_predicts_almost_nothing() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"base_channels": 24}, "norm_groups=32 with base_channels=24: .* give --model.norm_groups 8 or another divisor"),
+        ({"base_channels": 24}, "norm_groups=32 with base_channels=24: .* give --model.norm_groups 8 or another"),
         ({"norm_groups": 0}, "norm_groups=0 with base_channels=32: .* give --model.norm_groups 32"),
         ({"norm_groups": 5}, "norm_groups=5 with base_channels=32"),
         ({"base_channels": 7, "norm_groups": 7}, "base_channels must be a multiple of 2"),
