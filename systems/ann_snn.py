@@ -28,7 +28,7 @@ from torch.optim import Adam
 from systems import ddpm
 from systems.base import OptimizerFactory
 from systems.checkpoints import check_state, network_state, read_trained, rename, training_data_of
-from systems.ddpm import DDPM, QuantisedDiffusion, check_bits
+from systems.ddpm import DDPM, QuantisedDiffusion, check_recorded
 from systems.networks.ann_unet import ANNUNet, BlockCall
 from systems.networks.checks import check_range
 from systems.ops.quantise import quantised_relu
@@ -65,7 +65,6 @@ class ANNSNN(QuantisedDiffusion):
 
     method = "ann-snn"
     trains_in_parts = True
-    network: ANNUNet
 
     def __init__(
         self,
@@ -121,7 +120,7 @@ class ANNSNN(QuantisedDiffusion):
 
         Raises:
             ValueError: If `init_from` is not given.
-            CheckpointMismatchError: If it is of another method, size, diffusion process or number of bits.
+            CheckpointMismatchError: If it is of another method, size, diffusion process, number of bits or of groups.
         """
         if stage != "fit":
             return
@@ -132,7 +131,7 @@ class ANNSNN(QuantisedDiffusion):
             )
         checkpoint = read_trained(self.init_from, DDPM.method)
         self.check_process(checkpoint, self.init_from)
-        check_bits(checkpoint, self.activation_bits, self.init_from)
+        check_recorded(checkpoint, self.activation_bits, self.network.norm_groups, self.init_from)
         state = network_state(checkpoint)
         check_state(state, self.network, self.init_from)
         reference = self._ann().eval().requires_grad_(False)

@@ -73,7 +73,7 @@ class CheckpointMismatchError(RuntimeError):
     """A checkpoint does not belong to the method or network it is loaded into."""
 
 
-EXPORTED = ("method", "process", "training_data", "configuration", "activation_bits", "gamma")
+EXPORTED = ("method", "process", "training_data", "configuration", "activation_bits", "norm_groups", "gamma")
 """Entries of a checkpoint that its safetensors file keeps besides the weights, as JSON in its metadata."""
 
 

@@ -24,25 +24,27 @@ from torch.optim import Adam
 from systems.base import LRSchedulerFactory, OptimizerFactory
 from systems.checkpoints import CheckpointMismatchError, check_state, rename
 from systems.diffusion.gaussian import GaussianDiffusion
-from systems.networks.ann_unet import ANNUNet
+from systems.networks.ann_unet import GROUPS, ANNUNet
 from systems.networks.unet import read_size
 from systems.ops.quantise import PLAIN_BITS, quantised_relu
 
 
 class QuantisedDiffusion(GaussianDiffusion):
-    """Gaussian diffusion whose checkpoints record the bits of the activations."""
+    """Gaussian diffusion whose checkpoints record the bits of the activations and the groups of the group norms."""
 
+    network: ANNUNet
     activation_bits: int
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the bits, which cannot be read from the weights."""
+        """Adds the bits and the groups, which cannot be read from the weights."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["activation_bits"] = self.activation_bits
+        checkpoint["norm_groups"] = self.network.norm_groups
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Rejects a checkpoint of another method, network, diffusion process or number of bits."""
+        """Rejects a checkpoint of another method, network, diffusion process, number of bits or of groups."""
         super().on_load_checkpoint(checkpoint)
-        check_bits(checkpoint, self.activation_bits, "the checkpoint")
+        check_recorded(checkpoint, self.activation_bits, self.network.norm_groups, "the checkpoint")
 
 
 class DDPM(QuantisedDiffusion):
@@ -56,7 +58,7 @@ class DDPM(QuantisedDiffusion):
         optimizer: Optimiser; by default the released Adam with lr 2e-4.
         lr_scheduler: Learning-rate schedule per step, e.g. LinearLR for a warm-up.
         final_clip: Whether the final images of the sampler are clamped to [-1, 1].
-        **kwargs: Arguments of `ANNUNet`.
+        **kwargs: Arguments of `ANNUNet`, such as `norm_groups` for widths that 32 groups do not divide.
     """
 
     method = "ddpm"
@@ -85,18 +87,23 @@ class DDPM(QuantisedDiffusion):
         self.activation_bits = activation_bits
 
 
-def check_bits(checkpoint: Mapping[str, Any], activation_bits: int, source: str) -> None:
-    """Checks that a checkpoint was trained with the configured activations, if it records them.
+def check_recorded(checkpoint: Mapping[str, Any], activation_bits: int, norm_groups: int, source: str) -> None:
+    """Checks that a checkpoint was trained with the configured activations and group norms, if it records them.
+
+    Checkpoints of the suite without a number of groups were imported, or written before it became an option: 32.
 
     Raises:
         CheckpointMismatchError: If it was not.
     """
-    trained = checkpoint.get("activation_bits", activation_bits)
-    if trained != activation_bits:
-        raise CheckpointMismatchError(
-            f"{source} was trained with activation_bits={trained}, but "
-            f"activation_bits={activation_bits} is configured; give --model.activation_bits {trained}"
-        )
+    configured = {"activation_bits": activation_bits, "norm_groups": norm_groups}
+    trained = {"norm_groups": GROUPS} if "method" in checkpoint else {}
+    trained |= {name: checkpoint[name] for name in configured if name in checkpoint}
+    for name, value in trained.items():
+        if value != configured[name]:
+            raise CheckpointMismatchError(
+                f"{source} was trained with {name}={value}, but {name}={configured[name]} is configured; give "
+                f"--model.{name} {value}"
+            )
 
 
 def read_official(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -111,11 +118,17 @@ def read_official(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[
 
     Raises:
         KeyError: If it is not the state dict of such a network; names the first missing tensor.
-        CheckpointMismatchError: If tensors are unexpected, missing or of another shape; lists them.
+        CheckpointMismatchError: If tensors are unexpected, missing or of another shape (lists them), or if the released
+            number of groups of the group norms does not divide the channels.
     """
     renamed = rename(state, lambda key: key.removeprefix("module."))
     arguments = read_size(renamed, stem="head.weight", width="block1.2.bias")
     bits = {} if "tail.1.act_alpha" in renamed else {"activation_bits": PLAIN_BITS}
+    if arguments["base_channels"] % GROUPS:
+        raise CheckpointMismatchError(
+            f"the official checkpoint has base_channels={arguments['base_channels']}, but the released group norms "
+            f"have {GROUPS} groups, which must divide it; a DDPM of the suite needs no import, give it as --ckpt_path"
+        )
     num_train_timesteps = len(renamed["time_embedding.timembedding.0.weight"])
     with torch.device("meta"):
         network = ANNUNet(

@@ -14,15 +14,15 @@ from benchmark.runs import RUNS, new_run, run_of, update_config
 from leaderboard.files import write_atomic
 from systems.ann_snn import ANNSNN
 from systems.checkpoints import check_state, network_state, read_trained, save_checkpoint
-from systems.ddpm import DDPM, check_bits
-from systems.networks.ann_unet import ANNUNet
+from systems.ddpm import DDPM, check_recorded
+from systems.networks.ann_unet import GROUPS, ANNUNet
 from systems.ops.quantise import QReLU
 
+SIZES = ("in_channels", "base_channels", "channel_mult", "num_res_blocks", "norm_groups")
+"""Arguments of the DDPM that determine its network, beside the activations."""
+
 KEPT = (
-    "in_channels",
-    "base_channels",
-    "channel_mult",
-    "num_res_blocks",
+    *SIZES,
     "dropout",
     "activation_bits",
     "scheduler",
@@ -83,7 +83,8 @@ def convert(
     write_atomic(run / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
     kept = ("state_dict", "process", "activation_bits", "training_data", "pytorch-lightning_version")
     start = {"method": ANNSNN.method, "epoch": 0, "global_step": 0, "optimizer_states": [], "lr_schedulers": []}
-    save_checkpoint({key: source[key] for key in kept if key in source} | start, output)
+    groups = {"norm_groups": arguments.get("norm_groups", GROUPS)}  # not recorded in a bare state dict
+    save_checkpoint({key: source[key] for key in kept if key in source} | start | groups, output)
 
     tune = ["fit", "--config", str(run / "config.yaml"), "--ckpt_path", str(output)]
     num_steps = 2 ** arguments.get("activation_bits", 2) - 1
@@ -123,8 +124,8 @@ def _check(source: dict[str, Any], checkpoint: str, arguments: dict[str, Any]) -
             "with --model.activation_bits 2 and convert it"
         )
     bits = arguments.get("activation_bits", 2)
-    check_bits(source, bits, checkpoint)
-    sizes = {key: value for key, value in arguments.items() if key in KEPT[:4]}
+    check_recorded(source, bits, arguments.get("norm_groups", GROUPS), checkpoint)
+    sizes = {key: value for key, value in arguments.items() if key in SIZES}
     steps = ((arguments.get("scheduler") or {}).get("init_args") or {}).get("num_train_timesteps", 1000)
     with torch.device("meta"):
         network = ANNUNet(**sizes, num_train_timesteps=steps, activation=partial(QReLU, bits))

@@ -7,12 +7,14 @@ weights stay in full precision. Module names follow the released checkpoints.
 Axes: `T` SNN time steps (1 for the ANN), `B` images, `C` channels, `H`, `W` pixels. Tensors between the layers are
 `(T*B, ...)`, `T` outermost: convolutions, linear layers and group norms process each step separately; only spiking
 activations use `T` as a time axis. The image is a constant current and the output the mean over the steps. In all
-blocks, `temb_channels` is the size of the time embedding and `activation` creates one activation.
+blocks, `temb_channels` is the size of the time embedding, `activation` creates one activation, and `norm_groups` is the
+number of groups of each group norm.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from math import gcd
 from typing import NamedTuple
 
 import torch
@@ -24,7 +26,7 @@ from systems.spiking.neurons import SpikingLayer
 from systems.spiking.steps import fold, to_channels_last_on_gpu, unfold
 
 GROUPS = 32
-"""Groups of all group norms."""
+"""Groups of all group norms, as published."""
 
 ActivationFactory = Callable[[], nn.Module]
 
@@ -75,18 +77,19 @@ class ResBlock(nn.Module):
         activation: ActivationFactory,
         num_steps: int,
         dropout: float,
+        norm_groups: int,
     ) -> None:
         super().__init__()
         self.block1 = Chain(
             num_steps,
-            nn.GroupNorm(GROUPS, in_channels),
+            nn.GroupNorm(norm_groups, in_channels),
             activation(),
             nn.Conv2d(in_channels, out_channels, 3, padding=1),
         )
         self.temb_proj = Chain(num_steps, activation(), nn.Linear(temb_channels, out_channels))
         self.block2 = Chain(
             num_steps,
-            nn.GroupNorm(GROUPS, out_channels),
+            nn.GroupNorm(norm_groups, out_channels),
             activation(),
             nn.Dropout(dropout),
             nn.Conv2d(out_channels, out_channels, 3, padding=1),
@@ -136,13 +139,14 @@ class ANNUNet(nn.Module):
 
     Args:
         in_channels: Image channels.
-        base_channels: Channels of the first level, a multiple of 32.
+        base_channels: Channels of the first level, even, and a multiple of `norm_groups`.
         channel_mult: Channels of each level, as multiples of `base_channels`; each level but the last halves the image.
         num_res_blocks: Residual blocks per level on the way down; one more on the way up.
         dropout: Probability that training drops an activation before the second convolution of a residual block.
         num_train_timesteps: Diffusion steps that the time embedding knows.
         activation: Creates one activation.
         num_steps: SNN time steps `T`; 1 for activations that do not spike.
+        norm_groups: Groups of each group norm; must divide `base_channels`, and so the channels of every level.
 
     Raises:
         ValueError: If a size is out of range.
@@ -158,11 +162,19 @@ class ANNUNet(nn.Module):
         num_train_timesteps: int = 1000,
         activation: ActivationFactory = nn.ReLU,
         num_steps: int = 1,
+        norm_groups: int = GROUPS,
     ) -> None:
         super().__init__()
-        check_unet_size(base_channels, channel_mult, num_res_blocks, multiple_of=GROUPS)
+        check_unet_size(base_channels, channel_mult, num_res_blocks, multiple_of=2)
+        if norm_groups < 1 or base_channels % norm_groups:
+            raise ValueError(
+                f"norm_groups={norm_groups} with base_channels={base_channels}: the channels of every level must be "
+                f"divisible by the number of groups; give --model.norm_groups {gcd(GROUPS, base_channels)} or another "
+                "divisor of base_channels"
+            )
         self.in_channels = in_channels
         self.num_steps = num_steps
+        self.norm_groups = norm_groups
         self.num_levels = len(channel_mult)
         tdim = 4 * base_channels
         self.time_embedding = StepTimeEmbedding(base_channels, num_train_timesteps, activation(), num_steps)
@@ -171,14 +183,16 @@ class ANNUNet(nn.Module):
             base_channels,
             channel_mult,
             num_res_blocks,
-            lambda channels, out_channels: ResBlock(channels, out_channels, tdim, activation, num_steps, dropout),
+            lambda channels, out_channels: ResBlock(
+                channels, out_channels, tdim, activation, num_steps, dropout, norm_groups
+            ),
             Downsample,
             Upsample,
         )
         channels = channel_mult[0] * base_channels
         self.tail = Chain(
             num_steps,
-            nn.GroupNorm(GROUPS, channels),
+            nn.GroupNorm(norm_groups, channels),
             activation(),
             nn.Conv2d(channels, in_channels, 3, padding=1),
         )

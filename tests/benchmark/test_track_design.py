@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,8 @@ def test_networks_have_a_million_parameters(config: Path) -> None:
     with torch.device("meta"):
         network = DiffusionSystem.from_configuration(model).network
     count = sum(parameter.numel() for parameter in network.parameters())
+    rows = re.findall(r"^\| `(\w+)[^|]*\| ([\d,]+) \|", (FOLDER / "README.md").read_text(), re.MULTILINE)
+    assert dict(rows)[config.stem.removesuffix("_mnist")] == f"{count:,}"
     assert abs(count - PARAMETERS) <= TOLERANCE * PARAMETERS
 
 

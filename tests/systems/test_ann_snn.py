@@ -200,6 +200,7 @@ def test_bad_arguments_are_refused(arguments: dict, message: str) -> None:
     [
         ({"base_channels": 64}, "does not fit the configured network"),
         ({"activation_bits": 3}, "trained with activation_bits=2"),
+        ({"norm_groups": 16}, "trained with norm_groups=32"),
         ({"scheduler": DDPMScheduler(beta_end=0.01)}, "beta_end=0.02 but"),
     ],
 )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from formula import Formula
 from torch import Tensor
 
 from systems import DDPM
-from systems.checkpoints import CheckpointMismatchError
+from systems.checkpoints import CheckpointMismatchError, load_checkpoint, save_checkpoint, save_safetensors
 from systems.ddpm import read_official
 from systems.diffusion.chains import double_tables
 
@@ -83,6 +84,45 @@ def test_training_lowers_the_loss_and_moves_a_clip_value() -> None:
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.9 * losses[0]
     assert float(system.network.tail[1].act_alpha.detach()) != 2.0
+
+
+def test_official_checkpoint_of_a_width_without_32_groups_is_refused() -> None:
+    state = small(base_channels=16, norm_groups=16).network.state_dict()
+    with pytest.raises(CheckpointMismatchError, match="base_channels=16, but the released group norms have 32 groups"):
+        read_official(state)
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [(32, 16), (16, 32)])
+@pytest.mark.parametrize("save", [save_checkpoint, save_safetensors])
+def test_checkpoint_keeps_the_groups(save: Callable[..., None], saved: int, loaded: int, tmp_path: Path) -> None:
+    system = small(norm_groups=saved)
+    size = dict(in_channels=1, base_channels=32, channel_mult=[1], num_res_blocks=1, norm_groups=saved)
+    system.configuration = {"model": {"class_path": "DDPM", "init_args": size}}
+    path = tmp_path / ("a.safetensors" if save is save_safetensors else "a.ckpt")
+    with torch.no_grad():
+        for parameter in system.network.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn_like(parameter) / 8)
+    content: dict[str, Any] = {"state_dict": system.state_dict()}
+    system.on_save_checkpoint(content)
+    save(content, path)
+    again = DDPM.load_from_checkpoint(path)
+    assert again.network.norm_groups == saved
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([0, 999])
+    assert torch.equal(again.network(x, t), system.network(x, t))
+    message = f"norm_groups={saved}, but norm_groups={loaded} is configured; give --model.norm_groups {saved}"
+    with pytest.raises(CheckpointMismatchError, match=message):
+        small(norm_groups=loaded).on_load_checkpoint(load_checkpoint(path))
+
+
+def test_checkpoints_that_do_not_record_groups() -> None:
+    """The suite's have 32, the only number when they were written; a bare state dict may have any."""
+    content: dict[str, Any] = {"state_dict": small().state_dict()}
+    small(norm_groups=16).on_load_checkpoint(dict(content))
+    content["method"] = "ddpm"
+    small().on_load_checkpoint(dict(content))
+    with pytest.raises(CheckpointMismatchError, match="norm_groups=32, but norm_groups=16 is configured"):
+        small(norm_groups=16).on_load_checkpoint(dict(content))
 
 
 def test_checkpoint_with_other_bits_is_refused() -> None:

@@ -12,8 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from benchmark.cli import main
 from benchmark.runs import find_checkpoint, newest_run
 from leaderboard.record.records import Record, read_record
-from systems import DDPM
-from systems.checkpoints import CheckpointMismatchError
+from systems import ANNSNN, DDPM
+from systems.checkpoints import CheckpointMismatchError, load_checkpoint
 
 TINY = [
     "--config=configs/quickstart.yaml",
@@ -126,6 +126,25 @@ def checkpoint_of(system: DDPM, path: Path) -> str:
     return str(path)
 
 
+@pytest.mark.parametrize("bare", [False, True], ids=["checkpoint", "state-dict"])
+def test_the_groups_of_the_norms_are_kept(bare: bool, tmp_path: Path) -> None:
+    size = dict(in_channels=1, base_channels=16, channel_mult=[1], num_res_blocks=1, norm_groups=16)
+    ddpm = DDPM(**size)
+    checkpoint = checkpoint_of(ddpm, tmp_path / "ddpm.ckpt")
+    if bare:
+        torch.save(ddpm.state_dict(), checkpoint)
+    content = yaml.safe_load(Path("configs/ddpm_fmnist.yaml").read_text())
+    content["model"]["init_args"] |= size
+    content["trainer"]["default_root_dir"] = str(tmp_path / "runs")
+    (tmp_path / "ddpm.yaml").write_text(yaml.safe_dump(content))
+    main(["convert", checkpoint, f"--ddpm_config={tmp_path / 'ddpm.yaml'}"])
+    run = newest_run(tmp_path / "runs")
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    converted = ANNSNN.from_configuration(saved["model"], load_checkpoint(find_checkpoint(run)))
+    assert converted.network.norm_groups == 16
+    assert torch.equal(converted.network.head.weight, ddpm.network.head.weight)
+
+
 def test_errors_name_the_way_out(runs: Path, tmp_path: Path) -> None:
     size = dict(in_channels=1, base_channels=32, channel_mult=(1,), num_res_blocks=1)
     alone = checkpoint_of(DDPM(**size), tmp_path / "alone.ckpt")
@@ -142,6 +161,9 @@ def test_errors_name_the_way_out(runs: Path, tmp_path: Path) -> None:
     three = checkpoint_of(DDPM(**size, activation_bits=3), tmp_path / "three.ckpt")
     with pytest.raises(CheckpointMismatchError, match="trained with activation_bits=3"):
         main(["convert", three, f"--ddpm_config={config}"])
+    fewer = checkpoint_of(DDPM(**size, norm_groups=16), tmp_path / "fewer.ckpt")
+    with pytest.raises(CheckpointMismatchError, match="trained with norm_groups=16"):
+        main(["convert", fewer, f"--ddpm_config={config}"])
     wide = checkpoint_of(DDPM(**(size | {"base_channels": 64})), tmp_path / "wide.ckpt")
     with pytest.raises(CheckpointMismatchError, match="does not fit the configured network"):
         main(["convert", wide, f"--ddpm_config={config}"])

@@ -131,11 +131,37 @@ def test_untrained_network_predicts_almost_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"base_channels": 24}, "multiple of 32"), ({"channel_mult": ()}, "channel_mult not empty")],
+    [
+        ({"base_channels": 24}, "norm_groups=32 with base_channels=24: .* give --model.norm_groups 8 or another"),
+        ({"norm_groups": 0}, "norm_groups=0 with base_channels=32: .* give --model.norm_groups 32"),
+        ({"norm_groups": 5}, "norm_groups=5 with base_channels=32"),
+        ({"base_channels": 7, "norm_groups": 7}, "base_channels must be a multiple of 2"),
+        ({"channel_mult": ()}, "channel_mult not empty"),
+    ],
 )
 def test_bad_sizes_are_refused(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ANNUNet(**(SMALL | arguments))
+
+
+@pytest.mark.parametrize(("arguments", "groups"), [({}, 32), ({"base_channels": 16, "norm_groups": 8}, 8)])
+def test_all_group_norms_have_the_configured_groups(arguments: dict, groups: int) -> None:
+    network = ANNUNet(**(SMALL | {"channel_mult": (1, 3)} | arguments))
+    norms = [module for module in network.modules() if isinstance(module, nn.GroupNorm)]
+    assert len(norms) == 2 * 8 + 1  # 2 blocks down, 2 in the middle, 4 up; the tail
+    assert {norm.num_groups for norm in norms} == {groups}
+    assert network(torch.randn(2, 3, 8, 8), torch.tensor([0, 999])).shape == (2, 3, 8, 8)
+
+
+def test_groups_are_normalised_separately() -> None:
+    """One channel more or less in a group changes its mean, so that the outputs of equal weights differ."""
+    networks = [ANNUNet(**(SMALL | {"norm_groups": groups})) for groups in (32, 16)]
+    for parameter in networks[0].parameters():
+        nn.init.normal_(parameter, std=0.1)
+    networks[1].load_state_dict(networks[0].state_dict())
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([0, 999])
+    first, second = (network.eval()(x, t) for network in networks)
+    assert (first - second).abs().max() > 0.01
 
 
 def test_bad_bits_are_refused() -> None:
