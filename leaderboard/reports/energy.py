@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from operator import itemgetter
 from pathlib import Path
 
@@ -49,12 +50,8 @@ def energy_table(
     lines = [_TITLE, "", _BELOW]
     for group in groups:
         rows, sentences = energy_rows(group), cheapest(group)
-        table = Table(title=Text(table_title(group[0].record)), title_justify="left")
-        for name in rows[0]:
-            table.add_column(Text(name), justify="left" if name == "Method" else "right", overflow="fold")
-        for row in rows:
-            table.add_row(*(Text(str(cell)) for cell in row.values()))
-        console.print(table)
+        console.print(Text(f"{table_title(group[0].record)}: mJ per image by each model", style="italic"))
+        console.print(_table(rows))
         for sentence in sentences:
             console.print(Text(sentence), soft_wrap=True)
         console.print()
@@ -70,6 +67,21 @@ def energy_table(
         console.print(f"wrote {output}", markup=False, soft_wrap=True)
     if broken:
         raise SystemExit(1)
+
+
+def _table(rows: list[dict[str, Cell]]) -> Table:
+    """Returns a table for terminals of 80 columns: models by their titles, without the distance and all models."""
+    titles = {name: re.sub(r"(\w{5})(\w{4,})", r"\1-\n\2", model.title) for name, model in read_models().items()}
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("Method", vertical="bottom", overflow="fold", min_width=14)
+    names = ["T", "Rate", *titles]
+    for name in names:
+        table.add_column(
+            Text(titles.get(name, name).replace(" ", "\n")), justify="right", no_wrap=True, vertical="bottom"
+        )
+    for row in rows:
+        table.add_row(*(Text(str(row[name])) for name in ("Method", *names)))
+    return table
 
 
 def _groups(groups: list[list[Method]], data: str | None, protocol: str | None) -> list[list[Method]]:

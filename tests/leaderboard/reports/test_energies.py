@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from counts_by_hand import COUNTS, STEM, costing
+from rich.console import Console
 
 from leaderboard.energy import Band, read_model, read_models
 from leaderboard.protocols import OFFLINE_V2
@@ -237,3 +238,19 @@ def test_page_without_operations_by_layer_offers_only_what_it_can_show(make_reco
     assert 'value="arithmetic-45nm"' in offered
     assert 'value="paper-sddpm"' in offered
     assert offered.count("<option") == 2
+
+
+def test_methods_by_models_fit_80_columns(
+    records: list[tuple[Path, Record]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("leaderboard.reports.energy.terminal", lambda: Console(width=80))
+    energy_table(write(tmp_path / "records", records), data="digits")
+    _, *rest = capsys.readouterr().out.splitlines()
+    table = rest[: next(i for i, line in enumerate(rest) if line.startswith("arithmetic-45nm:"))]
+    assert max(map(len, table)) <= 80
+    assert "…" not in "".join(table)
+    names = ("sddpm", "ddpm", "older")
+    assert all(any(line.startswith(name) for line in table) for name in names)
