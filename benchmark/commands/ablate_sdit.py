@@ -161,6 +161,6 @@ def _plot(records: Mapping[str, Sequence[Record]]) -> Figure:
     axes.set_xticks(range(len(records)), [name.replace(" ", "\n") for name in records])
     axes.set_xlim(-0.6, len(records) - 0.4)
     key = headline(next(iter(records.values()))[0])[0]
-    axes.set(ylabel=f"{key} (lower is better)", ylim=(0, None))
+    axes.set(ylabel=f"{key} (lower is better)", ylim=(0, 1.1 * axes.get_ylim()[1]))
     axes.legend(frameon=False, loc="lower right")
     return figure
