@@ -4,52 +4,33 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import counts_by_hand
 import pytest
+from counts_by_hand import PICOJOULE
 
 from leaderboard.energy import Band, read_model, read_models
 from leaderboard.energy.break_even import ALWAYS, NEVER, BreakEven, break_even, without_spikes
 from leaderboard.record.records import Cost, LayerCounts, NeuronCounts, OperationCounts
 
-PICOJOULE = 1e-9  # in mJ
-STEM = LayerCounts(
+STEM = replace(
+    counts_by_hand.STEM,
     calls=1,
     weights=10,
     nonzero_weights=10,
-    input_bits=32,
-    inputs=100,
-    outputs=200,
-    dense=1000,
-    spike_dense=0,
-    sops=0,
-    macs=1000,
-    acs=0,
     effective_macs=1000,
-    effective_acs=0,
-    folded_macs=1000,
-    folded_acs=0,
-    unfolded_macs=1000,
-    unfolded_acs=0,
     dense_unpadded=1000,
     biases=0,
     nonzero_biases=0,
 )
-SPIKING = LayerCounts(
+SPIKING = replace(
+    counts_by_hand.SPIKING,
     calls=1,
-    weights=50,
-    nonzero_weights=50,
-    input_bits=1,
-    inputs=400,
-    outputs=300,
     dense=40_000,
     spike_dense=40_000,
     sops=8_000,
-    macs=0,
     acs=8_300,  # and one for each bias
-    effective_macs=0,
     effective_acs=7_000,  # without padding
-    folded_macs=0,
     folded_acs=8_300,
-    unfolded_macs=0,
     unfolded_acs=8_300,
     dense_unpadded=36_000,
     biases=3,
