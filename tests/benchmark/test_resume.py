@@ -148,9 +148,12 @@ def test_records_are_whole_whenever_their_writer_is_killed(
         for k in range(first, 10**6):
             write_record(replace(record, wall_time_seconds=float(k)), folder)
 
+    started = time.perf_counter()
+    write_record(record, tmp_path / "timed")
+    seconds = max(time.perf_counter() - started, 0.01)
     found: dict[str, float] = {}
     for _ in range(kills):
-        assert kill_after(forked(partial(write, len(found)), tmp_path / "log"), chance.uniform(0.02, 0.2))
+        assert kill_after(forked(partial(write, len(found)), tmp_path / "log"), chance.uniform(2, 20) * seconds)
         names = {path.name for path in find_records([folder])}
         assert names >= found.keys()  # nothing is lost
         found |= {name: read_record(folder / name).wall_time_seconds for name in names - found.keys()}

@@ -204,14 +204,6 @@ def check(method: str, folder: Path) -> None:
     assert stop.value.code == 1
 
 
-def test_a_lost_surrogate_gradient_is_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    without_surrogate(monkeypatch)
-    check("fsddim", tmp_path)
-    assert "WORSE" in capsys.readouterr().out
-
-
 def test_a_wrong_noise_schedule_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

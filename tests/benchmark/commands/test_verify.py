@@ -184,7 +184,10 @@ def test_missing_checkpoint_is_named_by_its_hash(
     monkeypatch.chdir(tmp_path)
     hashed = {"name": "last.ckpt", "sha256": "c" * 64}
     for fields, message in (
-        ({"checkpoint": hashed}, f"SHA-256 {'c' * 64} is neither in its run folder nor under runs/; add --checkp"),
+        (
+            {"checkpoint": hashed},
+            f"SHA-256 {'c' * 64} is neither in its run folder nor under runs/ nor in the zoo; add",
+        ),
         ({"checkpoint": None}, "names no checkpoint, as it was measured right after training; add --checkpoint"),
     ):
         with pytest.raises(SystemExit) as stop:

@@ -19,6 +19,7 @@ from torchvision.utils import save_image
 from benchmark.cli import main
 from datamodules import Digits
 from leaderboard.add import add, find_problems
+from leaderboard.energy import ARITHMETIC
 from leaderboard.evaluation.images import count_copies, fingerprint, measure, read_cost, read_images
 from leaderboard.evaluation.reference import build_parts, prepare_reference
 from leaderboard.protocols import OFFLINE_V1, PROTOCOLS
@@ -204,7 +205,8 @@ def test_records_of_images_are_apart(
     assert "made by other code, so that \\`leaderboard verify\\` cannot repeat them" in text
     (board,) = measured_boards([(path, stated), (other, plain), (tmp_path / "worse.json", worse)])
     assert [row.source for row in board.rows] == ["measured", "images", "images"]
-    assert [mark.point.ranked for mark in sorted(board.plots[0].marks, key=lambda m: m.point.quality)] == [False, True]
+    marks = sorted(board.plots[ARITHMETIC][0].marks, key=lambda m: m.point.quality)
+    assert [mark.point.ranked for mark in marks] == [False, True]
     assert "sha256" in board.rows[1].details[0].facts["Images"]
 
     other = write_record(plain, evaluated / "plain" / "records")
