@@ -56,7 +56,7 @@ COMMANDS = {
     "leaderboard energy": ("leaderboard.reports.energy:energy_table", "show methods by models of energy"),
     "break-even": (
         "leaderboard.reports.break_even_report:break_even_report",
-        "show below which firing rate a network costs less than its twin",
+        "show below which firing rate spikes cost less",
     ),
     "leaderboard seeds": ("leaderboard.reports.seeds:seeds", "show and write methods over training seeds"),
     "leaderboard compare": ("leaderboard.reports.compare:compare", "compare two groups of records, or two records"),
