@@ -164,9 +164,10 @@ def _plot(group: Sequence[Method], rows: Sequence[dict[str, Cell]], quality: str
     axes.step(*zip(*front, strict=True), where="post", color="0.6", lw=1, label="Pareto front")
     shown: Counter[str] = Counter()
     for point in points:
-        colour = f"C{COLOURS.index(point.method) if point.method in COLOURS else len(COLOURS)}"
-        marker = MARKERS[shown[point.method] % len(MARKERS)]
-        shown[point.method] += 1
+        base, twin, _ = point.method.partition("-relu-twin")  # a twin has its network's colour, and open marks
+        colour = f"C{COLOURS.index(base) if base in COLOURS else len(COLOURS)}"
+        marker = MARKERS[shown[base + twin] % len(MARKERS)]
+        shown[base + twin] += 1
         if point.band:
             axes.hlines(point.quality, *point.band, color=colour, alpha=0.4, lw=1)
         axes.errorbar(
@@ -175,6 +176,7 @@ def _plot(group: Sequence[Method], rows: Sequence[dict[str, Cell]], quality: str
             yerr=point.uncertainty,
             fmt=marker,
             color=colour,
+            markerfacecolor="white" if twin else colour,
             capsize=3,
             label=point.label,
         )
