@@ -13,7 +13,7 @@ from leaderboard.files import canonical_sha256, file_sha256
 CONFIGS = Path(__file__).parents[1] / "configs"
 """Folder of the configurations, in a checkout as in an installed package."""
 DESIGN = "design.yaml"
-"""File that makes the configurations of its folder those of a study."""
+"""Name of the design file; the configurations beside it belong to its study."""
 _OPTIONS = ("--config", "-c")
 
 

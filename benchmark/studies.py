@@ -87,8 +87,8 @@ class Study:
         search: Search of the learning rate.
         measurements: Measurements by name, in the order in which they are made.
         datasets: Seeds of training, by dataset.
-        zoo: Datasets whose models go into the zoo: those of the search's seed, with the weights of the first
-            measurement that rounds them.
+        zoo: Datasets whose models are published in the zoo. Only the seed of the search is; its weights are those of
+            the first measurement with rounded weights.
         methods: Methods by name, those with the longest trainings first.
     """
 
@@ -143,7 +143,7 @@ def read_study(path: Path) -> Study:
     """Reads and checks a design.
 
     Raises:
-        FileNotFoundError: If there is no such file, or a configuration is missing.
+        FileNotFoundError: If the file, or a configuration that it names, does not exist.
         ValueError: If it is malformed; names the field.
     """
     if not path.is_file():

@@ -22,7 +22,7 @@ def find_in_zoo(path: Path) -> Path:
     """Returns the folder of the model that `zoo:NAME` names; any other path is returned unchanged.
 
     Raises:
-        FileNotFoundError: If there is no such model; names those that there are.
+        FileNotFoundError: If the zoo has no model of this name; the message lists the names.
     """
     if not str(path).startswith(PREFIX):
         return path

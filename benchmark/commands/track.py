@@ -39,7 +39,7 @@ def track(args: Sequence[str]) -> None:
     Raises:
         SystemExit: With code 1 if something failed, 130 or 143 if a signal ended it.
         ValueError: If an option or the design is malformed, or the design was changed after its first result.
-        FileNotFoundError: If there is no such design or configuration.
+        FileNotFoundError: If the design, or a configuration that it names, does not exist.
     """
     options = _parser().parse_args(args)
     path = find_config(options.design)
