@@ -15,17 +15,17 @@ from rich.table import Table
 from rich.text import Text
 
 from leaderboard.files import is_report, refuse_existing, write_atomic
-from leaderboard.record.entries import Entry, headline, read_records
+from leaderboard.record.entries import Entry, default_folders, headline, read_records
 from leaderboard.reports.cells import Cell, metric_name
+from leaderboard.reports.colours import colour
 from leaderboard.reports.energies import ENERGY, all_models, chosen_model, energy_meaning
 from leaderboard.reports.known_sets import known_set_rows
 from leaderboard.reports.methods import Method, method_name, tables
 from leaderboard.reports.pareto import Point, pareto_front
+from leaderboard.reports.study import find_studies, read_results, study_lines
 from leaderboard.reports.table import column_label, escape, markdown_line, table_provenance, table_rows, table_title
 from leaderboard.reports.terminal import terminal
 
-COLOURS = ("ddpm", "sddpm", "sdm", "fsddim", "spiking-rwkv", "spiking-diffusion", "ann-snn", "sdit")
-"""Methods in the order of matplotlib's colours, so that a method has the same colour in every plot."""
 MARKERS = "osD^vPX*"
 """Markers of the first, second, ... row of a method."""
 
@@ -70,7 +70,22 @@ def seeds(records: list[str] | None = None, output: str | None = None) -> None:
     is_own = is_report(results, "".join(_PREAMBLE.splitlines(keepends=True)[:3]))
     if output is not None and not is_own:
         refuse_existing(results, option="--output")
-    for group in tables(pair for pair in entries if Entry(*pair).is_ranked):
+    ranked = [Entry(*pair) for pair in entries if Entry(*pair).is_ranked]
+
+    def save(name: str, figure: Figure) -> str:
+        """Writes a figure and returns its line."""
+        content = BytesIO()
+        figure.savefig(content, format="png", dpi=130, metadata={"Software": None})
+        path = f"{FIGURES}/{name}.png"
+        if not is_own:
+            refuse_existing(results.parent / path, option="--output")
+        write_atomic(results.parent / path, content.getvalue())
+        return f"![{name}]({path})"
+
+    if output is not None:
+        for folder in find_studies(default_folders() if records is None else records):
+            lines += study_lines(read_results(folder, ranked), save)
+    for group in tables((entry.path, entry.record) for entry in ranked):
         rows = result_rows(group)
         table = Table(*rows[0], title=table_title(group[0].record), title_justify="left")
         known = known_set_rows(group[0].record, rows[0])
@@ -92,14 +107,9 @@ def seeds(records: list[str] | None = None, output: str | None = None) -> None:
         lines += [markdown_line(map(str, row.values())) for row in shown]
         lines += [part for note in notes for part in ("", escape(note))]
         if output is not None:
+            names = "-".join(group[0].entries[0].table_key[:2])
             for name, figure in _figures(group, rows).items():
-                content = BytesIO()
-                figure.savefig(content, format="png", dpi=130, metadata={"Software": None})
-                path = f"{FIGURES}/{name}-{'-'.join(group[0].entries[0].table_key[:2])}.png"
-                if not is_own:
-                    refuse_existing(Path(output) / path, option="--output")
-                write_atomic(Path(output) / path, content.getvalue())
-                lines += ["", f"![{name}]({path})"]
+                lines += ["", save(f"{name}-{names}", figure)]
     if output is not None:
         write_atomic(results, "\n".join(lines) + "\n")
     if broken:
@@ -162,21 +172,20 @@ def _plot(group: Sequence[Method], rows: Sequence[dict[str, Cell]], quality: str
     points = [_point(method, row, quality) for method, row in zip(group, rows, strict=True)]
     front = [(point.energy, point.quality) for point in pareto_front(points)]
     axes.step(*zip(*front, strict=True), where="post", color="0.6", lw=1, label="Pareto front")
-    shown: Counter[str] = Counter()
+    shown: Counter[tuple[str, bool]] = Counter()
     for point in points:
-        base, twin, _ = point.method.partition("-relu-twin")  # a twin has its network's colour, and open marks
-        colour = f"C{COLOURS.index(base) if base in COLOURS else len(COLOURS)}"
-        marker = MARKERS[shown[base + twin] % len(MARKERS)]
-        shown[base + twin] += 1
+        shade, is_twin = colour(point.method)
+        marker = MARKERS[shown[shade, is_twin] % len(MARKERS)]
+        shown[shade, is_twin] += 1
         if point.band:
-            axes.hlines(point.quality, *point.band, color=colour, alpha=0.4, lw=1)
+            axes.hlines(point.quality, *point.band, color=shade, alpha=0.4, lw=1)
         axes.errorbar(
             point.energy,
             point.quality,
             yerr=point.uncertainty,
             fmt=marker,
-            color=colour,
-            markerfacecolor="white" if twin else colour,
+            color=shade,
+            markerfacecolor="white" if is_twin else shade,
             capsize=3,
             label=point.label,
         )

@@ -1,0 +1,389 @@
+"""Section of `RESULTS.md` on a study: learning curves, the price of longer chains, answers to its questions, samples.
+
+`python -m benchmark matrix --design` writes the results of a study to a folder: `search/*.json`, `trainings/*.json`,
+which name their records, and `records/` with the measurements that are not ranked. `questions.yaml` beside them names
+the pairs of methods that the section compares.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from leaderboard.energy import read_models
+from leaderboard.record.entries import Entry, headline
+from leaderboard.record.records import find_records, read_record, redact_paths
+from leaderboard.reports.cells import metric_cell, number_cell
+from leaderboard.reports.colours import colour
+from leaderboard.reports.energies import all_models, band_cell, energy
+from leaderboard.reports.methods import Method, fold
+from leaderboard.reports.statistics import LEVEL, OF_AN_EVALUATION, difference, half_width, holm
+from leaderboard.reports.table import markdown_line
+
+FOLDER = "curves"
+"""Folder with one folder for each study, beside that of the records."""
+QUESTIONS = "questions.yaml"
+"""File with the questions of a study."""
+GRID_ROWS = 3
+"""Rows of each sample grid that the figure of samples shows."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training of a study whose last weights were measured.
+
+    Args:
+        images: Images seen.
+        cpu_seconds: CPU time.
+        final: Ranked record of its last weights.
+        curve: Records of earlier weights, by images seen.
+        others: Other records of the last weights, such as those of longer chains.
+    """
+
+    images: int
+    cpu_seconds: float
+    final: Entry
+    curve: Mapping[int, Entry]
+    others: Sequence[Entry]
+
+
+@dataclass(frozen=True)
+class Member:
+    """Trainings of one method on one dataset with several seeds.
+
+    Args:
+        key: Name of the method in the design.
+        dataset: Name of the dataset in the design.
+        trainings: One for each seed.
+    """
+
+    key: str
+    dataset: str
+    trainings: tuple[Training, ...]
+
+    @cached_property
+    def method(self) -> Method:
+        """Row of the leaderboard."""
+        (method,) = fold(training.final for training in self.trainings)
+        return method
+
+    @property
+    def images(self) -> int:
+        """Images seen."""
+        return self.trainings[0].images
+
+    @property
+    def cpu_hours(self) -> float:
+        """Mean CPU time of a training in hours."""
+        return statistics.fmean(training.cpu_seconds for training in self.trainings) / 3600
+
+    @property
+    def training_joules(self) -> float:
+        """Lower bound of the energy of training: its forward passes, by 45 nm arithmetic."""
+        per_image = self.method.mean_cost("energy_strict_mj") or 0.0
+        return per_image / (self.method.record.nfe or 1) * self.images / 1000
+
+    @cached_property
+    def curve(self) -> dict[int, Method]:
+        """Quality by images seen; the last point has all seeds."""
+        counts = sorted({count for training in self.trainings for count in training.curve})
+        points = {n: Method(tuple(t.curve[n] for t in self.trainings if n in t.curve)) for n in counts}
+        return points | {self.images: self.method}
+
+    @property
+    def chains(self) -> list[Method]:
+        """The last weights with each number of network evaluations."""
+        others = fold(entry for training in self.trainings for entry in training.others)
+        return sorted([self.method, *others], key=lambda method: method.record.nfe or 0)
+
+
+@dataclass(frozen=True)
+class Results:
+    """What was found in a study so far.
+
+    Args:
+        name: Name of the design.
+        sha256: Hash of the design.
+        searches: Content of the search of each method.
+        members: Methods with measured trainings, by dataset and quality.
+        questions: Questions with a pair of methods for each.
+    """
+
+    name: str
+    sha256: str
+    searches: dict[str, Any]
+    members: tuple[Member, ...]
+    questions: tuple[tuple[str, str, str], ...]
+
+    def by_dataset(self) -> dict[str, list[Member]]:
+        """Returns the methods of each dataset, the best first."""
+        ordered = sorted(self.members, key=lambda member: member.method.frechet)
+        names = [member.dataset for member in ordered]
+        return {
+            name: [member for member in ordered if member.dataset == name]
+            for name in sorted(set(names), key=lambda name: (-names.count(name), name))
+        }
+
+
+def find_studies(folders: Iterable[str | Path]) -> list[Path]:
+    """Returns the folders of studies within or beside folders of records."""
+    places = {place / FOLDER for folder in map(Path, folders) for place in (folder, folder.parent)}
+    return sorted(path for place in places for path in place.glob("*") if _trainings(path))
+
+
+def _trainings(folder: Path) -> list[Path]:
+    return sorted(folder.glob("trainings/*.json"))
+
+
+def read_results(folder: Path, entries: Iterable[Entry]) -> Results:
+    """Reads what was found in a study.
+
+    Args:
+        folder: Folder of the study.
+        entries: Ranked records, among which are those of the study.
+    """
+    ranked = {entry.path.name: entry for entry in entries}
+    drafts = {path.name: Entry(path, redact_paths(read_record(path))) for path in find_records([folder / "records"])}
+    found: dict[tuple[str, str], list[Training]] = {}
+    contents = [json.loads(path.read_text(encoding="utf-8")) for path in _trainings(folder)]
+    for content in contents:
+        if (training := _training(content, ranked, drafts)) is not None:
+            found.setdefault((content["method"], content["dataset"]), []).append(training)
+    questions = folder / QUESTIONS
+    groups = yaml.safe_load(questions.read_text(encoding="utf-8")) if questions.is_file() else []
+    return Results(
+        contents[0]["design"]["name"],
+        contents[0]["design"]["sha256"],
+        {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("search/*.json"))},
+        tuple(Member(key, dataset, tuple(trainings)) for (key, dataset), trainings in found.items()),
+        tuple((group["question"], a, b) for group in groups for a, b in group["pairs"]),
+    )
+
+
+def _training(content: dict[str, Any], ranked: Mapping[str, Entry], drafts: Mapping[str, Entry]) -> Training | None:
+    """Returns a training with its records; None if its last weights have not been measured."""
+    steps = max(map(int, content["checkpoints"]))
+    final, others, curve = None, [], {}
+    for key, name in content["records"].items():
+        measured = int(key.rpartition("-")[2])
+        if name in ranked:
+            final = ranked[name]
+        elif name in drafts and measured == steps:
+            others.append(drafts[name])
+        elif name in drafts:
+            curve[content["images"] * measured // steps] = drafts[name]
+    return None if final is None else Training(content["images"], content["cpu_seconds"], final, curve, others)
+
+
+def study_lines(study: Results, save: Callable[[str, Figure], str]) -> list[str]:
+    """Returns the section in Markdown.
+
+    Args:
+        study: What was found.
+        save: Writes a figure under a name and returns the line that shows it.
+    """
+    lines = [
+        "",
+        f"## Study {study.name}",
+        "",
+        "Methods that saw as many images and have as many parameters. The [design](../configs/track/README.md) was "
+        f'committed before the first run ({study.sha256[:8]}). mJ is 45 nm arithmetic per image; "all models" is the '
+        "lowest to the highest model of energy. What else the columns mean is said above.",
+    ]
+    for dataset, members in study.by_dataset().items():
+        quality = headline(members[0].method.record)[0]
+        for name, title, table, figure in (
+            ("curves", "Quality against images seen", _curve_table(members, quality), _curve_figure(members)),
+            ("quality-energy", "Answers", _answer_table(study.questions, members, quality), _energy_figure(members)),
+            ("chains", "More network evaluations", _chain_table(members, quality), None),
+            ("samples", "Samples", [], sample_figure(members)),
+        ):
+            if len(table) > len(_table((), ())) or figure is not None:
+                lines += ["", f"### {title}, {dataset}"]
+            lines += ["", *table] if len(table) > len(_table((), ())) else []
+            lines += ["", save(f"{study.name}-{name}-{dataset}", figure)] if figure is not None else []
+    return [*lines, "", "### Search of learning rate and averaging", "", *_search_table(study.searches)]
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [markdown_line(header), markdown_line("---" for _ in header), *map(markdown_line, rows)]
+
+
+def _curve_table(members: Sequence[Member], quality: str) -> list[str]:
+    """Returns quality by images seen, with the price of training."""
+    counts = sorted({count for member in members for count in member.curve})
+    header = ["Method", *(f"{quality}, {count:,} images" for count in counts), "Seeds", "CPU h", "Training, J at least"]
+    rows = []
+    for member in members:
+        cells = [str(metric_cell(quality, member.curve[n])) if n in member.curve else "-" for n in counts]
+        price = (number_cell(value).text for value in (member.cpu_hours, member.training_joules))
+        rows.append([member.method.name, *cells, str(len(member.trainings)), *price])
+    return _table(header, rows)
+
+
+def _chain_table(members: Sequence[Member], quality: str) -> list[str]:
+    """Returns quality and energy by network evaluations, for the methods with several numbers of them."""
+    rows = []
+    for member in members:
+        for method in member.chains if len(member.chains) > 1 else ():
+            arithmetic = number_cell(method.mean_cost("energy_strict_mj")).text
+            band = band_cell(all_models(method)).text
+            rows.append([method.name, str(method.record.nfe), str(metric_cell(quality, method)), arithmetic, band])
+    return _table(["Method", "NFE", quality, "mJ", "mJ, all models"], rows)
+
+
+def _answer_table(questions: Sequence[tuple[str, str, str]], members: Sequence[Member], quality: str) -> list[str]:
+    """Returns one line for each pair: quality, test, ratio of energies and what the seeds show."""
+    by_key = {member.key: member.method for member in members}
+    pairs = [(text, by_key[a], by_key[b]) for text, a, b in questions if a in by_key and b in by_key]
+    results = [difference(a.values(quality), b.values(quality)) for _, a, b in pairs]
+    corrected = iter(holm([result.p for result in results if result is not None]))
+    rows, last = [], ""
+    for (text, a, b), result in zip(pairs, results, strict=True):
+        if result is None:
+            change, p, answer = f"{b.frechet - a.frechet:+.2f}", "-", "cannot tell: single trainings"
+        else:
+            corrected_p = next(corrected)
+            change, p = f"{result.value:+.2f} ±{result.half_width:.2f}", f"{corrected_p:.2g}"
+            better = a.name if result.value > 0 else b.name
+            answer = f"{better} is better" if corrected_p <= LEVEL else "cannot tell"
+        rows.append(["" if text == last else text, a.name, b.name, change, p, *_ratios(a, b), answer])
+        last = text
+    header = ["Question", "A", "B", f"{quality}, B - A", "p, Holm", "mJ, B / A", "all models", "Seeds show"]
+    return _table(header, rows)
+
+
+def _ratios(a: Method, b: Method) -> tuple[str, str]:
+    """Returns the ratio of energies B / A by 45 nm arithmetic, and its lowest and highest value of all models."""
+    first, second = (method.mean_cost("energy_strict_mj") for method in (a, b))
+    arithmetic = f"{second / first:.2g}" if first and second else "-"
+    bands = [(energy(a, model), energy(b, model)) for model in read_models().values()]
+    ratios = [y / x for low, high in bands if low and high for x, y in zip(low, high, strict=True) if x]
+    return arithmetic, f"{min(ratios):.2g}-{max(ratios):.2g}" if ratios else "-"
+
+
+def _search_table(searches: Mapping[str, Any]) -> list[str]:
+    """Returns the validation loss of each learning rate, that of averaged weights after the slash."""
+    rates = sorted({entry["learning_rate"] for content in searches.values() for entry in content["tried"]})
+    rows = []
+    for name, content in searches.items():
+        losses = {(entry["learning_rate"], entry["averaged"]): entry["validation_loss"] for entry in content["tried"]}
+        cells = [" / ".join(_loss(losses.get((rate, averaged))) for averaged in (False, True)) for rate in rates]
+        chosen = content["chosen"]
+        edge = ", at the edge" if chosen["learning_rate"] in (rates[0], rates[-1]) else ""
+        weights = "averaged" if chosen["averaged"] else "plain"
+        rows.append([name, *cells, f"{chosen['learning_rate']:g}, {weights}{edge}"])
+    return _table(["Configuration", *(f"{rate:g}" for rate in rates), "Chosen"], rows)
+
+
+def _loss(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"
+
+
+def _curve_figure(members: Sequence[Member]) -> Figure | None:
+    """Plots quality against images seen, CPU time and energy of training; None if no method has a curve."""
+    if all(len(member.curve) == 1 for member in members):
+        return None
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    all_axes = figure.subplots(1, 3, sharey=True)
+    titles = ("images seen, thousands", "CPU time of training, hours", "forward passes of training, J")
+    for axes, title in zip(all_axes, titles, strict=True):
+        for member in members:
+            whole = (member.images / 1000, member.cpu_hours, member.training_joules)[titles.index(title)]
+            x = [whole * count / member.images for count in member.curve]
+            _draw(axes, member, x, list(member.curve.values()))
+        axes.set(xlabel=title, xscale="log", yscale="log")
+        axes.grid(alpha=0.3)
+    all_axes[0].set_ylabel(f"{headline(members[0].method.record)[0]} (lower is better)")
+    all_axes[0].set_xticks(
+        [n / 1000 for n in members[0].curve], [f"{n / 1000:g}" for n in members[0].curve], minor=False
+    )
+    all_axes[0].minorticks_off()
+    handles, labels = all_axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
+    return figure
+
+
+def _energy_figure(members: Sequence[Member]) -> Figure:
+    """Plots quality against energy per image: T of one method joined by lines, longer chains by dots."""
+    figure = Figure(figsize=(9, 4.6), layout="constrained")
+    axes = figure.subplots()
+    names = {member.method.record.method for member in members}
+    for name in sorted(names):  # the same method with other T
+        same = [member.method for member in members if member.method.record.method == name]
+        points = sorted((method.mean_cost("energy_strict_mj") or math.nan, method.frechet) for method in same)
+        if len(points) > 1 and len({method.record.num_steps for method in same}) > 1:
+            axes.plot(*zip(*points, strict=True), color=colour(name)[0], lw=1, alpha=0.5)
+    for member in members:
+        points = [(chain.mean_cost("energy_strict_mj") or math.nan, chain.frechet) for chain in member.chains]
+        axes.plot(*zip(*points, strict=True), color=colour(member.method.record.method)[0], ls=":", lw=1)
+        for chain in member.chains:
+            if (band := all_models(chain)) is not None:
+                axes.hlines(chain.frechet, *band, color=colour(chain.record.method)[0], alpha=0.35, lw=1)
+            label = chain is member.method
+            _draw(axes, member, [chain.mean_cost("energy_strict_mj") or math.nan], [chain], label)
+    axes.set(xlabel="45 nm arithmetic per image, strict (mJ)\nlevel lines: lowest to highest model of energy")
+    axes.set(ylabel=f"{headline(members[0].method.record)[0]} (lower is better)", xscale="log", yscale="log")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False, title="dots: more network evaluations")
+    return figure
+
+
+MARKERS = {None: "s", 1: "v", 2: "^", 4: "o", 8: "D"}
+"""Markers by T; `None` for networks without time steps."""
+
+
+def _draw(axes: Axes, member: Member, x: Sequence[float], points: Sequence[Method], label: bool = True) -> None:
+    """Draws points of a method with the 95 % intervals of their quality."""
+    shade, is_twin = colour(member.method.record.method)
+    axes.errorbar(
+        x,
+        [method.frechet for method in points],
+        yerr=[_interval(method) for method in points],
+        fmt=f"{MARKERS.get(member.method.record.num_steps, 'o')}-",
+        color=shade,
+        markerfacecolor="white" if is_twin else shade,
+        ms=5,
+        lw=1.2,
+        capsize=2,
+        label=member.method.name if label else None,
+    )
+
+
+def _interval(method: Method) -> float:
+    key, metric = headline(method.record)
+    return half_width(list(method.values(key).values())) or OF_AN_EVALUATION * metric.uncertainty
+
+
+def sample_figure(members: Sequence[Member]) -> Figure | None:
+    """Shows the first rows of each method's sample grid beside the nearest training images; None without grids."""
+    shown = [entry for member in members if (entry := member.method.entries[0]).samples.is_file()]
+    if not shown:
+        return None
+    figure = Figure(figsize=(9, 1.75 * len(shown)), layout="constrained")
+    for row, entry in zip(figure.subplots(len(shown), 2, squeeze=False), shown, strict=True):
+        for axes, path in zip(row, (entry.samples, entry.nearest), strict=True):
+            axes.set_axis_off()
+            if path.is_file():
+                axes.imshow(_top(path))
+        row[0].set_title(Method((entry,)).name, fontsize=9, loc="left")
+        row[1].set_title("nearest training images", fontsize=9, loc="left")
+    return figure
+
+
+def _top(path: Path) -> np.ndarray:
+    """Returns the first rows of a square grid of eight rows."""
+    with Image.open(path) as page:
+        return np.asarray(page.convert("RGB").crop((0, 0, page.width, page.height * GRID_ROWS // 8 + 1)))

@@ -1,0 +1,150 @@
+"""The section of `RESULTS.md` on a study: what it says follows from records and trainings alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmark.cli import main
+from leaderboard.files import canonical_sha256
+from leaderboard.record.entries import Entry
+from leaderboard.record.records import MetricValue, Record, read_record, record_name, write_record
+from leaderboard.reports import study
+from leaderboard.reports.study import find_studies, read_results
+
+Make = Callable[..., Record]
+DESIGN = {"name": "study-v1", "sha256": "d" * 64}
+STEPS = {"500": "1" * 64, "1000": "2" * 64}
+
+
+@pytest.fixture
+def measured(make_record: Make, tmp_path: Path) -> Callable[..., None]:
+    """Writes one training with its records: the last weights, and drafts by the name of their measurement."""
+
+    def write(method: str, seed: int, fd: float, energy: float = 8.0, **drafts: tuple[float, int]) -> None:
+        config = {"seed_everything": seed, "method": method}
+        base = make_record(
+            fd=fd,
+            method=method,
+            config=config,
+            config_sha256=canonical_sha256(config),
+            seeds={"training": seed},
+            nfe=10,
+        )
+        assert base.cost is not None
+        base = replace(base, cost=replace(base.cost, energy_strict_mj=energy, nfe=10))
+        path = write_record(base, tmp_path / "data/records")
+        records = {"final-1000": path.name}
+        for key, (value, nfe) in drafts.items():
+            metrics = {"fd_digits": MetricValue(value, 0.01, 500)}
+            draft = replace(base, metrics=metrics, nfe=nfe, draft=True, solver=key)
+            records[key.replace("_", "-")] = write_record(draft, tmp_path / "data/curves/study-v1/records").name
+        content = {"design": DESIGN, "method": method, "dataset": "digits", "seed": seed, "images": 32_000}
+        content |= {"cpu_seconds": 1800 + 3600 * seed, "checkpoints": STEPS, "records": records}
+        folder = tmp_path / "data/curves/study-v1/trainings"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{method}_digits-seed{seed}.json").write_text(json.dumps(content))
+
+    return write
+
+
+def section(tmp_path: Path) -> str:
+    """Renders the results and returns the section of the study."""
+    main(["leaderboard", "seeds", f"--records=[{tmp_path / 'data/records'}]", f"--output={tmp_path / 'out'}"])
+    text = (tmp_path / "out/RESULTS.md").read_text()
+    return text.split("## Study study-v1")[1].split("\n## ")[0]
+
+
+def table(text: str, title: str) -> list[list[str]]:
+    """Returns the cells of the table below a title, without its header."""
+    lines = [line for line in text.split(f"### {title}")[1].split("###")[0].splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[2:]]
+
+
+def test_curves_have_every_measured_number_of_images(measured: Callable[..., None], tmp_path: Path) -> None:
+    measured("sddpm", 0, 3.0, curve_500=(9.0, 10))
+    measured("sddpm", 1, 5.0)
+    measured("ddpm", 0, 1.0, curve_500=(2.0, 10))
+    rows = table(section(tmp_path), "Quality against images seen, digits")
+    assert [row[0] for row in rows] == ["ddpm", "sddpm"]  # the best first
+    assert rows[0][1:] == ["2.000 (±0.020)", "1.000 (±0.024)", "1", "0.5", "25.6"]  # 8 mJ / 10 evaluations x 32,000
+    assert rows[1][1:] == ["9.000 (±0.020)", "4 ±13", "2", "1", "25.6"]
+    assert (tmp_path / "out/data/figures/study-v1-curves-digits.png").is_file()
+
+
+def test_answers_test_the_seeds_and_compare_the_energy(measured: Callable[..., None], tmp_path: Path) -> None:
+    for seed in range(3):
+        measured("sddpm", seed, 3.0 + 0.01 * seed, energy=4.0)
+        measured("ddpm", seed, 1.0 + 0.02 * seed, energy=8.0)
+        measured("sdm", seed, (2.0, 3.0, 4.5)[seed], energy=4.0)
+    measured("fsddim", 0, 2.0, energy=1.0)
+    questions = "- question: What does spiking cost?\n  pairs: [[ddpm, sddpm], [sddpm, sdm]]\n"
+    questions += "- question: And this?\n  pairs: [[sddpm, fsddim], [sddpm, missing]]\n"
+    (tmp_path / "data/curves/study-v1/questions.yaml").write_text(questions)
+    rows = table(section(tmp_path), "Answers, digits")
+    assert [row[0] for row in rows] == ["What does spiking cost?", "", "And this?"]
+    assert [row[1:3] for row in rows] == [["ddpm", "sddpm"], ["sddpm", "sdm"], ["sddpm", "fsddim"]]
+    assert rows[0][3] == "+1.99 ±0.02"
+    assert [row[5] for row in rows] == ["0.5", "1", "0.25"]
+    assert [row[7] for row in rows] == ["ddpm is better", "cannot tell", "cannot tell: single trainings"]
+    assert float(rows[0][4]) < 0.05 < float(rows[1][4])
+    assert rows[2][3:5] == ["-1.01", "-"]
+
+
+def test_longer_chains_are_listed_beside_the_ranked_one(measured: Callable[..., None], tmp_path: Path) -> None:
+    measured("sddpm", 0, 3.0, nfe50_1000=(2.5, 50))
+    measured("ddpm", 0, 1.0)
+    rows = table(section(tmp_path), "More network evaluations, digits")
+    assert [row[:3] for row in rows] == [["sddpm", "10", "3.000 (±0.024)"], ["sddpm", "50", "2.500 (±0.020)"]]
+
+
+def test_trainings_that_were_not_measured_are_left_out(measured: Callable[..., None], tmp_path: Path) -> None:
+    measured("sddpm", 0, 3.0)
+    measured("sdm", 0, 2.0)
+    path = tmp_path / "data/curves/study-v1/trainings/sdm_digits-seed0.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"records": {}}))
+    text = section(tmp_path)
+    assert "sddpm" in text
+    assert "sdm" not in text
+
+
+def test_search_shows_what_was_tried_and_whether_the_choice_is_at_the_edge(
+    measured: Callable[..., None], tmp_path: Path
+) -> None:
+    measured("sddpm", 0, 3.0)
+    tried = [(0.001, False, 0.5), (0.001, True, 0.4), (0.002, False, None), (0.002, True, None)]
+    names = ("learning_rate", "averaged", "validation_loss")
+    content: dict[str, Any] = {"design": DESIGN, "tried": [dict(zip(names, entry, strict=True)) for entry in tried]}
+    content["chosen"] = {"learning_rate": 0.001, "averaged": True}
+    path = tmp_path / "data/curves/study-v1/search/sddpm_x.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(content))
+    (row,) = table(section(tmp_path), "Search of learning rate and averaging")
+    assert row == ["sddpm\\_x", "0.5 / 0.4", "not finite / not finite", "0.001, averaged, at the edge"]
+
+
+def test_samples_are_shown_beside_their_nearest_training_images(measured: Callable[..., None], tmp_path: Path) -> None:
+    measured("sddpm", 0, 3.0)
+    (folder,) = find_studies([tmp_path / "data/records"])
+    (path,) = (tmp_path / "data/records").glob("*.json")
+    entry = Entry(path, read_record(path))
+    assert path.name == record_name(entry.record)  # which trainings name
+    entry.samples.parent.mkdir()
+    for picture, grey in ((entry.samples, 80), (entry.nearest, 200)):
+        page = np.full((81, 81), grey, np.uint8)
+        page[40:] = 0  # of a grid of eight rows, only the first three are shown
+        Image.fromarray(page).save(picture)
+    ((_, (member,)),) = read_results(folder, [entry]).by_dataset().items()
+    figure = study.sample_figure([member])
+    assert figure is not None
+    shown = [np.asarray(axes.images[0].get_array()) for axes in figure.axes]
+    assert [image.max() for image in shown] == [80, 200]
+    assert [image.min() for image in shown] == [80, 200]
+    assert "### Samples, digits" in section(tmp_path)
