@@ -15,18 +15,9 @@ from leaderboard.energy import strict_energy_mj
 from leaderboard.files import canonical_sha256, write_atomic
 from leaderboard.metrics.generation import metric_keys
 from leaderboard.protocols import PROTOCOLS
+from leaderboard.record.counts import LayerCounts, NeuronCounts
 from leaderboard.record.entries import RECORDS, Entry
-from leaderboard.record.records import (
-    Cost,
-    LayerCounts,
-    NeuronCounts,
-    Record,
-    RecordError,
-    find_records,
-    read_record,
-    redact_paths,
-    write_record,
-)
+from leaderboard.record.records import Cost, Record, RecordError, find_records, read_record, redact_paths, write_record
 
 _OPTIONAL = "fid_newton_schulz"
 """Metric that is missing from records in which its iteration diverged."""

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from leaderboard.locked import Locked, read_locked
-from leaderboard.record.records import Cost, LayerCounts, OperationCounts
+from leaderboard.record.counts import LayerCounts, OperationCounts
+from leaderboard.record.records import Cost
 
 ARITHMETIC = "arithmetic-45nm"
 """Name of the model that needs no operations by layer, so that every record with a cost has its energy."""

@@ -13,7 +13,8 @@ import math
 from dataclasses import dataclass, replace
 
 from leaderboard.energy import Band, EnergyModel
-from leaderboard.record.records import Cost, LayerCounts
+from leaderboard.record.counts import LayerCounts
+from leaderboard.record.records import Cost
 
 NEVER, ALWAYS = -math.inf, math.inf
 """Break-even rates of networks that cost more even when silent, and less even when every neuron always fires."""

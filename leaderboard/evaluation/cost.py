@@ -68,7 +68,8 @@ from leaderboard.evaluation.tally import (
     LayerTally,
     dense_connections,
 )
-from leaderboard.record.records import ActivationCounts, Cost, LayerCounts, NeuronCounts, OperationCounts
+from leaderboard.record.counts import ActivationCounts, LayerCounts, NeuronCounts, OperationCounts
+from leaderboard.record.records import Cost
 from systems.ops.cuda_graphs import REPLAYABLE
 from systems.ops.uncounted import is_uncounted
 from systems.spiking.adapter import amplitude, leaks, spikes_of, spiking_layers

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from leaderboard.record.records import Cost, LayerCounts, NeuronCounts, OperationCounts
+from leaderboard.record.counts import LayerCounts, NeuronCounts, OperationCounts
+from leaderboard.record.records import Cost
 
 PICOJOULE = 1e-9  # in mJ
 STEM = LayerCounts(

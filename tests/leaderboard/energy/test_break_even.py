@@ -10,7 +10,8 @@ from counts_by_hand import PICOJOULE
 
 from leaderboard.energy import Band, read_model, read_models
 from leaderboard.energy.break_even import ALWAYS, NEVER, BreakEven, break_even, without_spikes
-from leaderboard.record.records import Cost, LayerCounts, NeuronCounts, OperationCounts
+from leaderboard.record.counts import LayerCounts, NeuronCounts, OperationCounts
+from leaderboard.record.records import Cost
 
 STEM = replace(
     counts_by_hand.STEM,

@@ -9,8 +9,8 @@ from counts_by_hand import COUNTS, PICOJOULE, QUANTISED, SPIKING, STEM, costing
 
 from leaderboard.energy import ARITHMETIC, FOLDER, LOCKED, Band, EnergyModel, _read, read_model, read_models
 from leaderboard.locked import read_locked
+from leaderboard.record.counts import NeuronCounts
 from leaderboard.record.entries import PACKAGED, read_records
-from leaderboard.record.records import NeuronCounts
 
 
 @pytest.mark.parametrize(

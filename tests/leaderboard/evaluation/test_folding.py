@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from leaderboard.evaluation.cost import CostMeter
-from leaderboard.record.records import Cost, LayerCounts
+from leaderboard.record.counts import LayerCounts
+from leaderboard.record.records import Cost
 from systems.networks.fsddim_unet import FSDDIMUNet
 from systems.networks.spiking_transformer import ShiftedLinear, SpikingTransformer
 from systems.networks.spiking_unet import SpikingUNet

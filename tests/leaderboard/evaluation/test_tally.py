@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from leaderboard.evaluation.cost import CostMeter
-from leaderboard.record.records import OperationCounts
+from leaderboard.record.counts import OperationCounts
 from systems.networks.spiking_transformer import ShiftedLinear
 from systems.ops.quantise import QReLU
 from systems.spiking.neurons import SpikingNeuron

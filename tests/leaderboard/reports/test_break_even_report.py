@@ -14,7 +14,8 @@ from benchmark.cli import main
 from leaderboard.energy import Band, read_model, read_models
 from leaderboard.energy.break_even import ALWAYS, NEVER, BreakEven
 from leaderboard.files import canonical_sha256
-from leaderboard.record.records import Cost, Dataset, LayerCounts, NeuronCounts, OperationCounts, Record, write_record
+from leaderboard.record.counts import LayerCounts, NeuronCounts, OperationCounts
+from leaderboard.record.records import Cost, Dataset, Record, write_record
 from leaderboard.reports.break_even_report import in_words, sentences
 
 MakeRecord = Callable[..., Record]
