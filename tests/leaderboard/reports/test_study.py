@@ -1,4 +1,4 @@
-"""The section of `RESULTS.md` on a study: what it says follows from records and trainings alone."""
+"""The section of `RESULTS.md` on a study says only what follows from its records and trainings."""
 
 from __future__ import annotations
 
