@@ -11,8 +11,8 @@ from jinja2 import Environment, PackageLoader
 
 from benchmark.runs import WEIGHTS, checkpoint_in, configuration_of
 from leaderboard.files import file_sha256, write_atomic
-from leaderboard.record.entries import Entry, read_records
-from leaderboard.reports.cells import evaluation_cell, metric_name
+from leaderboard.record.entries import Entry, read_records, table_metrics
+from leaderboard.reports.cells import evaluation_cell
 from systems.checkpoints import read_suite, save_safetensors
 
 CARD = "README.md"
@@ -91,7 +91,7 @@ def model_card(
         folder: Name of the folder, for the example commands.
     """
     results = [
-        (entry.record, [(metric_name(key), str(evaluation_cell(key, m))) for key, m in entry.record.metrics.items()])
+        (entry.record, [(k, evaluation_cell(k, entry.record.metrics[k])) for k in table_metrics(entry.record.metrics)])
         for entry in sorted(entries, key=Entry.time)
     ]
     template = Environment(

@@ -341,8 +341,8 @@ def _energy_figure(members: Sequence[Member]) -> Figure:
     return figure
 
 
-MARKERS = {None: "s", 1: "v", 2: "^", 4: "o", 8: "D"}
-"""Markers by T; `None` for networks without time steps."""
+MARKERS = {1: "v", 2: "^", 4: "o", 8: "D"}
+"""Markers of spiking networks by T."""
 
 
 def _draw(axes: Axes, member: Member, x: Sequence[float], points: Sequence[Method], label: bool = True) -> None:
@@ -352,7 +352,7 @@ def _draw(axes: Axes, member: Member, x: Sequence[float], points: Sequence[Metho
         x,
         [method.frechet for method in points],
         yerr=[_interval(method) for method in points],
-        fmt=f"{MARKERS.get(member.method.record.num_steps, 'o')}-",
+        fmt=f"{_marker(member.method)}-",
         color=shade,
         markerfacecolor="white" if is_twin else shade,
         ms=5,
@@ -360,6 +360,12 @@ def _draw(axes: Axes, member: Member, x: Sequence[float], points: Sequence[Metho
         capsize=2,
         label=member.method.name if label else None,
     )
+
+
+def _marker(method: Method) -> str:
+    """Returns the marker of a method; a square without spikes."""
+    cost, steps = method.record.cost, method.record.num_steps
+    return "s" if cost is None or cost.firing_rate is None or steps is None else MARKERS.get(steps, "*")
 
 
 def _interval(method: Method) -> float:
