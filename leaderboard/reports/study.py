@@ -20,6 +20,7 @@ import numpy as np
 import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 from PIL import Image
 
 from leaderboard.energy import read_models
@@ -30,7 +31,7 @@ from leaderboard.reports.colours import colour
 from leaderboard.reports.energies import all_models, band_cell, energy
 from leaderboard.reports.methods import Method, fold
 from leaderboard.reports.statistics import LEVEL, OF_AN_EVALUATION, difference, half_width, holm
-from leaderboard.reports.table import markdown_line
+from leaderboard.reports.table import escape, markdown_line
 
 FOLDER = "curves"
 """Folder with one folder for each study, beside that of the records."""
@@ -199,22 +200,28 @@ def study_lines(study: Results, save: Callable[[str, Figure], str]) -> list[str]
         f"## Study {study.name}",
         "",
         "Methods that saw as many images and have as many parameters. The [design](../configs/track/README.md) was "
-        f'committed before the first run ({study.sha256[:8]}). mJ is 45 nm arithmetic per image; "all models" is the '
-        "lowest to the highest model of energy. What else the columns mean is said above.",
+        f'committed before the first run ({study.sha256[:8]}). mJ is 45 nm arithmetic per image, "all models" the lowest '
+        'to the highest model of energy, and "Training, J" the forward passes of a training by arithmetic, a lower bound.',
     ]
     for dataset, members in study.by_dataset().items():
         quality = headline(members[0].method.record)[0]
         for name, title, table, figure in (
-            ("curves", "Quality against images seen", _curve_table(members, quality), _curve_figure(members)),
-            ("quality-energy", "Answers", _answer_table(study.questions, members, quality), _energy_figure(members)),
+            ("curves", f"{quality} against images seen", _curve_table(members, quality), _curve_figure(members)),
+            ("quality-energy", f"{quality} against energy", [], _energy_figure(members)),
+            ("answers", "Answers", _answer_table(study.questions, members, quality), None),
             ("chains", "More network evaluations", _chain_table(members, quality), None),
             ("samples", "Samples", [], sample_figure(members)),
         ):
-            if len(table) > len(_table((), ())) or figure is not None:
-                lines += ["", f"### {title}, {dataset}"]
-            lines += ["", *table] if len(table) > len(_table((), ())) else []
+            has_rows = len(table) > HEADER
+            if has_rows or figure is not None:
+                lines += ["", f"### {dataset}: {escape(title)}"]
+            lines += ["", *table] if has_rows else []
             lines += ["", save(f"{study.name}-{name}-{dataset}", figure)] if figure is not None else []
     return [*lines, "", "### Search of learning rate and averaging", "", *_search_table(study.searches)]
+
+
+HEADER = 2
+"""Lines of the header of a table."""
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -224,7 +231,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 def _curve_table(members: Sequence[Member], quality: str) -> list[str]:
     """Returns quality by images seen, with the price of training."""
     counts = sorted({count for member in members for count in member.curve})
-    header = ["Method", *(f"{quality}, {count:,} images" for count in counts), "Seeds", "CPU h", "Training, J at least"]
+    header = ["Method", *(f"{count:,} images" for count in counts), "Seeds", "CPU h", "Training, J"]
     rows = []
     for member in members:
         cells = [str(metric_cell(quality, member.curve[n])) if n in member.curve else "-" for n in counts]
@@ -304,13 +311,13 @@ def _curve_figure(members: Sequence[Member]) -> Figure | None:
             whole = (member.images / 1000, member.cpu_hours, member.training_joules)[titles.index(title)]
             x = [whole * count / member.images for count in member.curve]
             _draw(axes, member, x, list(member.curve.values()))
-        axes.set(xlabel=title, xscale="log", yscale="log")
-        axes.grid(alpha=0.3)
+        _log_axes(axes)
+        axes.set(xlabel=title)
     all_axes[0].set_ylabel(f"{headline(members[0].method.record)[0]} (lower is better)")
     all_axes[0].set_xticks(
         [n / 1000 for n in members[0].curve], [f"{n / 1000:g}" for n in members[0].curve], minor=False
     )
-    all_axes[0].minorticks_off()
+    all_axes[0].xaxis.set_minor_locator(NullLocator())
     handles, labels = all_axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
     return figure
@@ -335,8 +342,8 @@ def _energy_figure(members: Sequence[Member]) -> Figure:
             label = chain is member.method
             _draw(axes, member, [chain.mean_cost("energy_strict_mj") or math.nan], [chain], label)
     axes.set(xlabel="45 nm arithmetic per image, strict (mJ)\nlevel lines: lowest to highest model of energy")
-    axes.set(ylabel=f"{headline(members[0].method.record)[0]} (lower is better)", xscale="log", yscale="log")
-    axes.grid(alpha=0.3)
+    axes.set(ylabel=f"{headline(members[0].method.record)[0]} (lower is better)")
+    _log_axes(axes)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False, title="dots: more network evaluations")
     return figure
 
@@ -360,6 +367,16 @@ def _draw(axes: Axes, member: Member, x: Sequence[float], points: Sequence[Metho
         capsize=2,
         label=member.method.name if label else None,
     )
+
+
+def _log_axes(axes: Axes) -> None:
+    """Makes both axes logarithmic, with plain numbers."""
+    axes.set(xscale="log", yscale="log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
+    axes.grid(alpha=0.3)
 
 
 def _marker(method: Method) -> str:

@@ -72,7 +72,7 @@ def test_curves_have_every_measured_number_of_images(measured: Callable[..., Non
     measured("sddpm", 0, 3.0, curve_500=(9.0, 10))
     measured("sddpm", 1, 5.0)
     measured("ddpm", 0, 1.0, curve_500=(2.0, 10))
-    rows = table(section(tmp_path), "Quality against images seen, digits")
+    rows = table(section(tmp_path), "digits: fd\\_digits against images seen")
     assert [row[0] for row in rows] == ["ddpm", "sddpm"]  # the best first
     assert rows[0][1:] == ["2.000 (±0.020)", "1.000 (±0.024)", "1", "0.5", "25.6"]  # 8 mJ / 10 evaluations x 32,000
     assert rows[1][1:] == ["9.000 (±0.020)", "4 ±13", "2", "1", "25.6"]
@@ -88,7 +88,7 @@ def test_answers_test_the_seeds_and_compare_the_energy(measured: Callable[..., N
     questions = "- question: What does spiking cost?\n  pairs: [[ddpm, sddpm], [sddpm, sdm]]\n"
     questions += "- question: And this?\n  pairs: [[sddpm, fsddim], [sddpm, missing]]\n"
     (tmp_path / "data/curves/study-v1/questions.yaml").write_text(questions)
-    rows = table(section(tmp_path), "Answers, digits")
+    rows = table(section(tmp_path), "digits: Answers")
     assert [row[0] for row in rows] == ["What does spiking cost?", "", "And this?"]
     assert [row[1:3] for row in rows] == [["ddpm", "sddpm"], ["sddpm", "sdm"], ["sddpm", "fsddim"]]
     assert rows[0][3] == "+1.99 ±0.02"
@@ -101,7 +101,7 @@ def test_answers_test_the_seeds_and_compare_the_energy(measured: Callable[..., N
 def test_longer_chains_are_listed_beside_the_ranked_one(measured: Callable[..., None], tmp_path: Path) -> None:
     measured("sddpm", 0, 3.0, nfe50_1000=(2.5, 50))
     measured("ddpm", 0, 1.0)
-    rows = table(section(tmp_path), "More network evaluations, digits")
+    rows = table(section(tmp_path), "digits: More network evaluations")
     assert [row[:3] for row in rows] == [["sddpm", "10", "3.000 (±0.024)"], ["sddpm", "50", "2.500 (±0.020)"]]
 
 
@@ -147,4 +147,4 @@ def test_samples_are_shown_beside_their_nearest_training_images(measured: Callab
     shown = [np.asarray(axes.images[0].get_array()) for axes in figure.axes]
     assert [image.max() for image in shown] == [80, 200]
     assert [image.min() for image in shown] == [80, 200]
-    assert "### Samples, digits" in section(tmp_path)
+    assert "### digits: Samples" in section(tmp_path)
