@@ -39,6 +39,10 @@ QUESTIONS = "questions.yaml"
 """File with the questions of a study."""
 GRID_ROWS = 3
 """Rows of each sample grid that the figure of samples shows."""
+INTRODUCTION = """\
+Methods that saw as many images and have as many parameters. The [design](../configs/track/README.md), {sha256}, was
+committed before the first run. mJ is 45 nm arithmetic per image, "all models" the lowest to the highest model of
+energy. "Training, J" is the arithmetic of the forward passes of a training, a lower bound of its energy."""
 
 
 @dataclass(frozen=True)
@@ -195,14 +199,7 @@ def study_lines(study: Results, save: Callable[[str, Figure], str]) -> list[str]
         study: What was found.
         save: Writes a figure under a name and returns the line that shows it.
     """
-    lines = [
-        "",
-        f"## Study {study.name}",
-        "",
-        "Methods that saw as many images and have as many parameters. The [design](../configs/track/README.md) was "
-        f'committed before the first run ({study.sha256[:8]}). mJ is 45 nm arithmetic per image, "all models" the lowest '
-        'to the highest model of energy, and "Training, J" the forward passes of a training by arithmetic, a lower bound.',
-    ]
+    lines = ["", f"## Study {study.name}", "", INTRODUCTION.format(sha256=study.sha256[:8])]
     for dataset, members in study.by_dataset().items():
         quality = headline(members[0].method.record)[0]
         for name, title, table, figure in (
