@@ -231,10 +231,12 @@ class ImageDataModule(L.LightningDataModule):
         return self._entry.size(split)
 
     def prepare_data(self) -> None:
-        """Decodes the dataset into the cache unless it is there, and says what was read.
+        """Decodes the dataset into the cache unless it is there, and says what was read; prediction reads no images.
 
         Lightning calls this once per machine.
         """
+        if self.trainer is not None and self.trainer.predicting:
+            return
         print(f"data: {self.summary}", file=sys.stderr)
 
     def setup(self, stage: str | None = None) -> None:

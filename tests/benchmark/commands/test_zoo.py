@@ -14,6 +14,7 @@ from benchmark import load, sample, zoo
 from benchmark.cli import main
 from benchmark.commands.zoo import add_to_zoo
 from benchmark.runs import WEIGHTS, find_checkpoint, newest_run
+from datamodules import ImageDataModule
 from leaderboard.files import file_sha256
 from leaderboard.record.entries import RECORDS, Entry
 from leaderboard.record.records import find_records, read_record
@@ -112,3 +113,16 @@ def test_the_models_of_the_suite_are_small_and_have_records() -> None:
     checkpoints = {read_record(path).checkpoint for path in find_records([RECORDS])}
     measured = {checkpoint.sha256 for checkpoint in checkpoints if checkpoint is not None}
     assert [folder.name for folder in folders if file_sha256(folder / WEIGHTS) not in measured] == []
+
+
+@pytest.mark.parametrize("folder", zoo.zoo_folders(), ids=lambda folder: folder.name)
+def test_a_model_of_the_suite_draws_samples_where_its_dataset_is_not(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uncompiled: None
+) -> None:
+    def read(data: ImageDataModule) -> None:
+        raise AssertionError("prediction needs no images")
+
+    monkeypatch.setattr(ImageDataModule, "find_source", read)
+    monkeypatch.chdir(tmp_path)
+    main(["predict", f"--ckpt_path=zoo:{folder.name}", "--data.num_samples=2", "--png.folder=images"])
+    assert len(list(Path("images").glob("*.png"))) == 3  # and their grid
