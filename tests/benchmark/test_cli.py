@@ -292,8 +292,15 @@ def test_leaderboard_renders_the_records(runs: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stop", [5, 6])
-@pytest.mark.parametrize("limit", [[], ["--trainer.limit_train_batches=4"], ["--trainer.accumulate_grad_batches=2"]])
+@pytest.mark.parametrize(
+    ("stop", "limit"),
+    [
+        (5, []),
+        (6, []),
+        (5, ["--trainer.limit_train_batches=4"]),
+        (6, ["--trainer.accumulate_grad_batches=2"]),
+    ],
+)
 def test_a_resumed_training_equals_an_uninterrupted_one(
     stop: int, limit: list[str], tmp_path: Path, uncompiled: None
 ) -> None:

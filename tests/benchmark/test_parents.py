@@ -20,7 +20,6 @@ from systems.checkpoints import load_checkpoint
 
 pytestmark = pytest.mark.slow
 
-SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGKILL]
 SMALL = [option.removeprefix("--") for option in SDDPM[1:] if "max_epochs" not in option]
 
 
@@ -68,7 +67,7 @@ def end(command: subprocess.Popen[bytes], number: signal.Signals, seconds: float
             os.kill(worker, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_no_worker_outlives_the_regression_check(number: signal.Signals, tmp_path: Path) -> None:
     long = ["--trainer.max_steps=1000000", "--trainer.max_epochs=-1"]
     command = begin(
@@ -79,7 +78,7 @@ def test_no_worker_outlives_the_regression_check(number: signal.Signals, tmp_pat
     assert len(list(tmp_path.glob("*/*/log.txt"))) == 2  # the third was never begun
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_no_training_outlives_the_matrix(number: signal.Signals, tmp_path: Path) -> None:
     options = ["--methods", "quickstart", "--datasets", "digits", "--configs", str(tmp_path), f"--output={tmp_path}"]
     (tmp_path / "quickstart_digits.yaml").write_text(Path("configs/quickstart.yaml").read_text())
