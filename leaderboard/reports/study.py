@@ -95,10 +95,15 @@ class Member:
         return statistics.fmean(training.cpu_seconds for training in self.trainings) / 3600
 
     @property
-    def training_joules(self) -> float:
-        """Lower bound of the energy of training: its forward passes, by 45 nm arithmetic."""
-        per_image = self.method.mean_cost("energy_strict_mj") or 0.0
-        return per_image / (self.method.record.nfe or 1) * self.images / 1000
+    def training_joules(self) -> float | None:
+        """Lower bound of the energy of training: its forward passes, by 45 nm arithmetic.
+
+        None for a method without a curve, whose images pass through several networks in turn.
+        """
+        per_image, nfe = self.method.mean_cost("energy_strict_mj"), self.method.record.nfe
+        if per_image is None or nfe is None or len(self.curve) == 1:
+            return None
+        return per_image / nfe * self.images / 1000
 
     @cached_property
     def curve(self) -> dict[int, Method]:
@@ -306,6 +311,8 @@ def _curve_figure(members: Sequence[Member]) -> Figure | None:
     for axes, title in zip(all_axes, titles, strict=True):
         for member in members:
             whole = (member.images / 1000, member.cpu_hours, member.training_joules)[titles.index(title)]
+            if whole is None:
+                continue
             x = [whole * count / member.images for count in member.curve]
             _draw(axes, member, x, list(member.curve.values()))
         _log_axes(axes)
@@ -341,7 +348,8 @@ def _energy_figure(members: Sequence[Member]) -> Figure:
     axes.set(xlabel="45 nm arithmetic per image, strict (mJ)\nlevel lines: lowest to highest model of energy")
     axes.set(ylabel=f"{headline(members[0].method.record)[0]} (lower is better)")
     _log_axes(axes)
-    figure.legend(loc="outside right upper", fontsize=8, frameon=False, title="dots: more network evaluations")
+    note = "dots: more network evaluations" if any(len(member.chains) > 1 for member in members) else None
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False, title=note)
     return figure
 
 

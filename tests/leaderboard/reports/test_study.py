@@ -72,10 +72,12 @@ def test_curves_have_every_measured_number_of_images(measured: Callable[..., Non
     measured("sddpm", 0, 3.0, curve_500=(9.0, 10))
     measured("sddpm", 1, 5.0)
     measured("ddpm", 0, 1.0, curve_500=(2.0, 10))
+    measured("spiking-diffusion", 0, 9.0)
     rows = table(section(tmp_path), "digits: fd\\_digits against images seen")
-    assert [row[0] for row in rows] == ["ddpm", "sddpm"]  # the best first
+    assert [row[0] for row in rows] == ["ddpm", "sddpm", "spiking-diffusion"]  # the best first
     assert rows[0][1:] == ["2.000 (±0.020)", "1.000 (±0.024)", "1", "0.5", "25.6"]  # 8 mJ / 10 evaluations x 32,000
     assert rows[1][1:] == ["9.000 (±0.020)", "4 ±13", "2", "1", "25.6"]
+    assert rows[2][1:] == ["-", "9.000 (±0.024)", "1", "0.5", "-"]  # of two networks, which are trained in turn
     assert (tmp_path / "out/data/figures/study-v1-curves-digits.png").is_file()
 
 
