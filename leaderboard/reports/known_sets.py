@@ -26,7 +26,8 @@ def known_set_rows(record: Record, row: dict[str, Cell]) -> list[dict[str, Cell]
     from leaderboard.validation.anchors import read_anchors  # torch takes seconds to import
 
     found = read_anchors(path)
-    networks = dict(network.rsplit(" ", 2)[:2] for network in found.networks)
+    parts = [network.split(" ") for network in found.networks]
+    networks = {name: sha256 for name, sha256, *_ in parts if name != "fad"}  # which a record may lack
     sha256 = next(iter(networks.values())) if len(networks) == 1 else canonical_sha256(networks)
     key = (found.fingerprint, found.protocol_sha256, sha256)
     if key != (record.dataset.fingerprint, record.protocol.sha256, record.extractor.sha256):
