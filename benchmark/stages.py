@@ -48,6 +48,9 @@ from datamodules.registry import data_module
 from leaderboard.evaluation.callback import Evaluation
 from systems.base import DiffusionSystem
 
+PREDICTED = 64
+"""Images of `predict` unless the configuration has a number."""
+
 for message in (
     ".*does not have many workers.*",
     ".*LightningCLI's args parameter is intended.*",  # main() fills in the newest run
@@ -256,8 +259,8 @@ class BenchmarkCLI(LightningCLI):
                 callback.config = self.resolved
                 if self.subcommand == "test":
                     callback.check(self.datamodule)
-                elif self.subcommand == "predict":
-                    self.datamodule.num_samples = self.datamodule.num_samples or callback.protocol.num_samples
+        if self.subcommand == "predict":
+            self.datamodule.num_samples = self.datamodule.num_samples or PREDICTED
 
     def before_fit(self) -> None:
         """Prints run folder, number of parameters, device and precision."""

@@ -64,7 +64,7 @@ class ImageDataModule(L.LightningDataModule):
         num_workers: Number of loader processes for training and validation.
         cache_dir: Folder of decoded images; null uses $SPIKING_DIFFUSION_CACHE, then spiking-diffusion-benchmark in
             the user's cache folder ($XDG_CACHE_HOME or ~/.cache on Linux).
-        num_samples: Number of images to generate; null uses the number of the evaluation protocol.
+        num_samples: Number of images to generate; null uses the number of the evaluation protocol, 64 in `predict`.
         sample_batch_size: Images per batch and device when generating.
         sample_seed: Seed of the first generated image; image k has the seed `sample_seed + k`.
         revision: Revision of the dataset on the hub; null uses the one pinned here, or else the latest.

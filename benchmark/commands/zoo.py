@@ -73,4 +73,7 @@ def add_to_zoo(exported: Path, checkpoint: Path, entry: Entry, folder: Path) -> 
         write_atomic(folder / SAMPLES, entry.samples.read_bytes())
     write_atomic(folder / CARD, card)
     write_atomic(weights, (exported / WEIGHTS).read_bytes())
-    write_atomic(folder / "config.yaml", (exported / "config.yaml").read_bytes())  # last: the folder is complete now
+    if arguments := configuration["data"].get("init_args"):
+        arguments.pop("num_samples", None)  # `predict` and `test` have numbers of their own
+    # last, as the folder is complete with it
+    write_atomic(folder / "config.yaml", yaml.safe_dump(configuration, sort_keys=False))
