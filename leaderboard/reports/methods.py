@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from leaderboard.protocols import SUPERSEDED_BY
 from leaderboard.record.entries import STATUSES, Entry, Status, headline
 from leaderboard.record.records import Record
 from leaderboard.reports.statistics import Group, rank_intervals
@@ -84,12 +85,14 @@ def tables(records: Iterable[tuple[Path, Record]]) -> list[list[Method]]:
     """Groups comparable records, which are passed as `(file, record)` pairs.
 
     Returns:
-        One list of rows per table, sorted by status, then by mean Fréchet distance.
+        One list of rows per table, sorted by status, then by mean Fréchet distance. Of a dataset, tables under
+        superseded protocols come last.
     """
     groups: dict[tuple[str, ...], list[Entry]] = {}
     for pair in records:
         groups.setdefault(Entry(*pair).table_key, []).append(Entry(*pair))
-    return [fold(groups[key]) for key in sorted(groups)]
+    present_first = sorted(groups, key=lambda key: (key[0], key[1] in SUPERSEDED_BY, key))
+    return [fold(groups[key]) for key in present_first]
 
 
 def fold(entries: Iterable[Entry]) -> list[Method]:
