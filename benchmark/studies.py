@@ -87,8 +87,8 @@ class Study:
         search: Search of the learning rate.
         measurements: Measurements by name, in the order in which they are made.
         datasets: Seeds of training, by dataset.
-        zoo: Datasets whose models are published in the zoo. Only the seed of the search is; its weights are those of
-            the first measurement with rounded weights.
+        zoo: Datasets whose models are published in the zoo: one for each method, trained with the seed of the search.
+            Its weights are those that the first measurement with rounded weights tested.
         methods: Methods by name, those with the longest trainings first.
     """
 

@@ -34,7 +34,7 @@ from leaderboard.reports.statistics import LEVEL, OF_AN_EVALUATION, difference, 
 from leaderboard.reports.table import escape, markdown_line
 
 FOLDER = "curves"
-"""Folder with one folder for each study, beside that of the records."""
+"""Folder of the studies, one subfolder each; it lies beside the folder of records."""
 QUESTIONS = "questions.yaml"
 """File with the questions of a study."""
 GRID_ROWS = 3
@@ -54,7 +54,7 @@ class Training:
         cpu_seconds: CPU time.
         final: Ranked record of its last weights.
         curve: Records of earlier weights, by images seen.
-        others: Other records of the last weights, such as those of longer chains.
+        others: Records of the last weights with other options, such as more network evaluations.
     """
 
     images: int
@@ -162,7 +162,7 @@ def read_results(folder: Path, entries: Iterable[Entry]) -> Results:
 
     Args:
         folder: Folder of the study.
-        entries: Ranked records, among which are those of the study.
+        entries: All ranked records; those of the study are found by their names.
     """
     ranked = {entry.path.name: entry for entry in entries}
     drafts = {path.name: Entry(path, redact_paths(read_record(path))) for path in find_records([folder / "records"])}
@@ -284,7 +284,7 @@ def _ratios(a: Method, b: Method) -> tuple[str, str]:
 
 
 def _search_table(searches: Mapping[str, Any]) -> list[str]:
-    """Returns the validation loss of each learning rate, that of averaged weights after the slash."""
+    """Returns a table of validation losses by learning rate, as `plain / averaged` weights."""
     rates = sorted({entry["learning_rate"] for content in searches.values() for entry in content["tried"]})
     rows = []
     for name, content in searches.items():
@@ -318,9 +318,8 @@ def _curve_figure(members: Sequence[Member]) -> Figure | None:
         _log_axes(axes)
         axes.set(xlabel=title)
     all_axes[0].set_ylabel(f"{headline(members[0].method.record)[0]} (lower is better)")
-    all_axes[0].set_xticks(
-        [n / 1000 for n in members[0].curve], [f"{n / 1000:g}" for n in members[0].curve], minor=False
-    )
+    ticks = sorted({count / 1000 for member in members for count in member.curve})
+    all_axes[0].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     all_axes[0].xaxis.set_minor_locator(NullLocator())
     handles, labels = all_axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)

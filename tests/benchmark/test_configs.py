@@ -14,7 +14,7 @@ CONFIGS = sorted(Path("configs").glob("*.yaml"))
 REGRESSION = sorted(Path("configs/regress").glob("*.yaml"))  # trained in test_regress.py
 PRESETS = sorted(Path("configs/presets").glob("*.yaml"))
 ALIKE = [path for path in CONFIGS if path.stem.endswith(("_fmnist", "_kmnist", "_letters"))]
-"""Configs that differ from those of MNIST in data and budget (see the test of differences)."""
+"""Configs of 28x28 data other than MNIST. Another test checks that only data and budget differ."""
 SIZES = {"MNIST": 28, "FMNIST": 28, "KMNIST": 28, "Letters": 28, "CIFAR10": 32, "CelebA": 64}
 TINY = [
     "--trainer.max_steps=1",
