@@ -50,7 +50,10 @@ def compiled(function: Function, work_per_element: int = 1) -> Function:
     Returns:
         The same function, up to rounding.
     """
-    kernel = torch.compile(function, dynamic=True)
+
+    @cache
+    def kernel() -> Callable[..., Any]:
+        return torch.compile(function, dynamic=True)  # imports the compiler, which takes most of a second
 
     @wraps(function)
     def run(x: Tensor, *args: Any) -> Any:
@@ -60,7 +63,7 @@ def compiled(function: Function, work_per_element: int = 1) -> Function:
         if small or compiler_failed or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
             return function(x, *args)
         try:
-            return kernel(x, *args)
+            return kernel()(x, *args)
         except torch._dynamo.exc.TorchDynamoException as error:
             compiler_failed = True
             message = f"layers run uncompiled, about 3 times slower: no working compiler ({error})"

@@ -106,16 +106,14 @@ def test_networks_that_share_a_base_share_a_job() -> None:
     assert job[:2] == ("ddpm", ("ann_snn",))
 
 
-@pytest.mark.parametrize("base", ["sddpm", "ddpm"])
-def test_a_job_fine_tunes_what_it_has_trained(base: str, tmp_path: Path) -> None:
-    methods = tuple(m for m, start in METHODS.items() if start == base)
-    (outcome,) = _measure(Job(base, methods, 5, tmp_path / "job", TINY))
+def test_a_job_fine_tunes_what_it_has_trained(tmp_path: Path) -> None:
+    (outcome,) = _measure(Job("sddpm", ("sdm",), 5, tmp_path / "job", TINY))
     assert outcome.record is not None, outcome.error
-    assert (outcome.record.method, outcome.seed) == (methods[0].replace("_", "-"), 5)
+    assert (outcome.record.method, outcome.seed) == ("sdm", 5)
     assert outcome.record.seeds["training"] == 5
-    (config,) = (tmp_path / "job" / methods[0]).glob("*/config.yaml")
+    (config,) = (tmp_path / "job" / "sdm").glob("*/config.yaml")
     start = Path(yaml.safe_load(config.read_text())["model"]["init_args"]["init_from"])
-    assert start.is_relative_to(tmp_path / "job" / base)
+    assert start.is_relative_to(tmp_path / "job" / "sddpm")
     assert start.is_file()
 
 
