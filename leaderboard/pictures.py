@@ -5,12 +5,16 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
 from leaderboard.files import write_atomic
+
+GRID_COLUMNS = 8
+"""Images in each row of a saved sample grid; of a conditional method each row shows one class."""
 
 
 def grid(images: Tensor, columns: int, scale: int = 1) -> Tensor:
@@ -48,6 +52,40 @@ def rows_of_classes(images: Tensor, labels: Tensor, columns: int) -> Tensor:
         row = images[labels == label][:columns]
         rows += [row, row.new_full((columns - len(row), *row.shape[1:]), 255)]
     return torch.cat(rows)
+
+
+def excerpt(page: Image.Image, rows: int, columns: int, by_class: bool = False) -> np.ndarray:
+    """Returns a smaller grid with the first images of a saved sample grid.
+
+    Args:
+        page: Sample grid of eight columns.
+        rows: Rows of the smaller grid; fewer if the sample grid has fewer images.
+        columns: Images per row, at most eight.
+        by_class: Whether each row of the sample grid shows one class; the smaller one then shows the classes in turn.
+
+    Returns:
+        uint8 `(height, width, 3)`.
+    """
+    pixels = np.asarray(page.convert("RGB"))
+    pitch, gap = divmod(pixels.shape[1], GRID_COLUMNS)
+    height = (pixels.shape[0] - gap) // max(pitch, 1)  # in images
+    if not pitch or not height:  # not a grid
+        return pixels
+    rows = min(rows, height)
+    places = [(y, x) for x in range(columns) for y in range(height)]
+    if not by_class:
+        places = [(y, x) for y in range(height) for x in range(columns)]
+    smaller = np.full((rows * pitch + gap, columns * pitch + gap, 3), 255, np.uint8)
+    for k, (y, x) in enumerate(places[: rows * columns]):
+        to_y, to_x = divmod(k, columns)
+        smaller[_cell(to_y, to_x, pitch, gap)] = pixels[_cell(y, x, pitch, gap)]
+    return smaller
+
+
+def _cell(row: int, column: int, pitch: int, gap: int) -> tuple[slice, slice]:
+    """Returns where an image of a grid is, with its border."""
+    top, left = row * pitch, column * pitch
+    return slice(top, top + pitch + gap), slice(left, left + pitch + gap)
 
 
 def save_png(image: Tensor, path: Path) -> None:

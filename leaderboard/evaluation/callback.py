@@ -30,7 +30,7 @@ from leaderboard.evaluation.reference import (
 from leaderboard.files import canonical_sha256, file_sha256
 from leaderboard.metrics.fad import FrechetAutoencoderDistance
 from leaderboard.metrics.generation import GenerationMetrics
-from leaderboard.pictures import enlargement, grid, rows_of_classes, save_png
+from leaderboard.pictures import GRID_COLUMNS, enlargement, grid, rows_of_classes, save_png
 from leaderboard.protocols import PROTOCOLS, Protocol, ProtocolName
 from leaderboard.record.entries import Entry
 from leaderboard.record.external import external_code
@@ -54,8 +54,6 @@ from leaderboard.schema import from_json
 from systems.base import DiffusionSystem
 
 VERSIONS = ("torch", "lightning", "snntorch", "diffusers", "torchmetrics", "torch-fidelity", "datasets", "numpy")
-GRID_COLUMNS = 8
-"""Images in each row of the saved grid; of a conditional method each row shows one class."""
 
 AUDITED_STEPS = 10
 """Diffusion steps of the image in which the meter looks for products outside of layers."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,6 +16,7 @@ from PIL import Image
 
 from leaderboard.energy import read_models
 from leaderboard.files import canonical_sha256
+from leaderboard.pictures import excerpt
 from leaderboard.record.differences import training_data
 from leaderboard.record.entries import Entry, Status, order_metrics
 from leaderboard.record.records import Record, record_json
@@ -76,7 +76,7 @@ MEANINGS = {
 }
 """Explanations of the columns."""
 _THUMBNAIL_COLUMNS = 4
-"""Number of images in a thumbnail, from the first row of eight of the sample grid."""
+"""Number of images in a thumbnail of a sample grid."""
 _LARGEST_PICTURE = 300_000
 """Size in bytes above which the page embeds a PNG as WebP."""
 
@@ -99,7 +99,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Picture:
-    """A sample grid and a thumbnail cropped from it, as data URIs."""
+    """A sample grid and a thumbnail with its first images, as data URIs."""
 
     thumbnail: str
     whole: str
@@ -252,8 +252,8 @@ def _detail(entry: Entry, cells: dict[str, Cell]) -> Detail:
         file=entry.path.name,
         json=_pretty(data),
         config=yaml.safe_dump(record.config, allow_unicode=True),
-        picture=picture(entry.samples),
-        nearest=picture(entry.nearest),
+        picture=picture(entry.samples, record.conditional is not None),
+        nearest=picture(entry.nearest, record.conditional is not None),
         cells=cells,
     )
 
@@ -413,8 +413,13 @@ def _columns(rows: Sequence[Row], keys: Sequence[str]) -> list[Column]:
     ]
 
 
-def picture(path: Path) -> Picture | None:
-    """Reads a sample grid with eight columns; returns None if the file is missing or unreadable."""
+def picture(path: Path, by_class: bool = False) -> Picture | None:
+    """Reads a sample grid with eight columns; returns None if the file is missing or unreadable.
+
+    Args:
+        path: File of the grid.
+        by_class: Whether each row shows one class.
+    """
     if not path.is_file():
         return None
     try:
@@ -422,8 +427,7 @@ def picture(path: Path) -> Picture | None:
             image = file.convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError):
         return None
-    side = image.width / 8
-    strip = image.crop((0, 0, math.ceil(side * _THUMBNAIL_COLUMNS), math.ceil(min(side, image.height))))
+    strip = Image.fromarray(excerpt(image, 1, _THUMBNAIL_COLUMNS, by_class))
     content = path.read_bytes()
     if len(content) <= _LARGEST_PICTURE:
         return Picture(_uri(strip, "png"), f"data:image/png;base64,{base64.b64encode(content).decode()}")

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 
-import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image
@@ -15,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from leaderboard.files import is_report, refuse_existing, write_atomic
+from leaderboard.pictures import excerpt
 from leaderboard.record.entries import Entry, default_folders, headline, read_records
 from leaderboard.reports.cells import Cell, metric_name
 from leaderboard.reports.colours import colour
@@ -154,12 +154,11 @@ def _figures(group: Sequence[Method], rows: Sequence[dict[str, Cell]]) -> dict[s
 
 
 def _strip(entries: Sequence[Entry]) -> Figure:
-    """Plots the upper left quarters of the entries' sample grids side by side."""
+    """Plots the first images of the entries' sample grids side by side."""
     figure = Figure(figsize=(1.3 * len(entries), 1.45), layout="constrained")
     for axes, entry in zip(figure.subplots(1, len(entries), squeeze=False)[0], entries, strict=True):
         with Image.open(entry.samples) as page:
-            quarter = page.convert("RGB").crop((0, 0, page.width // 2 + 1, page.height // 2 + 1))
-        axes.imshow(np.asarray(quarter))
+            axes.imshow(excerpt(page, 4, 4, entry.record.conditional is not None))
         axes.set_title(method_name(entry.record), fontsize=8)
         axes.set_axis_off()
     return figure

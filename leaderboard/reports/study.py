@@ -16,7 +16,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -24,6 +23,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 from PIL import Image
 
 from leaderboard.energy import read_models
+from leaderboard.pictures import GRID_COLUMNS, excerpt
 from leaderboard.record.entries import Entry, headline
 from leaderboard.record.records import find_records, read_record, redact_paths
 from leaderboard.reports.cells import metric_cell, number_cell
@@ -38,7 +38,7 @@ FOLDER = "curves"
 QUESTIONS = "questions.yaml"
 """File with the questions of a study."""
 GRID_ROWS = 3
-"""Rows of each sample grid that the figure of samples shows."""
+"""Rows of images of each method in the figure of samples."""
 INTRODUCTION = """\
 Methods that saw as many images and have as many parameters. The [design](../configs/track/README.md), {sha256}, was
 committed before the first run. mJ is 45 nm arithmetic per image, "all models" the lowest to the highest model of
@@ -395,7 +395,7 @@ def _interval(method: Method) -> float:
 
 
 def sample_figure(members: Sequence[Member]) -> Figure | None:
-    """Shows the first rows of each method's sample grid beside the nearest training images; None without grids."""
+    """Shows the first images of each method's sample grid beside the nearest training images; None without grids."""
     shown = [entry for member in members if (entry := member.method.entries[0]).samples.is_file()]
     if not shown:
         return None
@@ -404,13 +404,8 @@ def sample_figure(members: Sequence[Member]) -> Figure | None:
         for axes, path in zip(row, (entry.samples, entry.nearest), strict=True):
             axes.set_axis_off()
             if path.is_file():
-                axes.imshow(_top(path))
+                with Image.open(path) as page:
+                    axes.imshow(excerpt(page, GRID_ROWS, GRID_COLUMNS, entry.record.conditional is not None))
         row[0].set_title(Method((entry,)).name, fontsize=9, loc="left")
         row[1].set_title("nearest training images", fontsize=9, loc="left")
     return figure
-
-
-def _top(path: Path) -> np.ndarray:
-    """Returns the first rows of a square grid of eight rows."""
-    with Image.open(path) as page:
-        return np.asarray(page.convert("RGB").crop((0, 0, page.width, page.height * GRID_ROWS // 8 + 1)))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from leaderboard.pictures import enlargement, grid, rows_of_classes, save_png
+from leaderboard.pictures import enlargement, excerpt, grid, rows_of_classes, save_png
 
 
 def test_grid_places_every_image() -> None:
@@ -30,6 +30,27 @@ def test_each_row_of_a_conditional_grid_is_one_class() -> None:
     labels = torch.tensor([5, 0, 5, 5, 0, 2, 5])
     rows = rows_of_classes(images, labels, columns=3).view(-1, 3)
     assert rows.tolist() == [[1, 4, 255], [5, 255, 255], [0, 2, 3]]
+
+
+@pytest.mark.parametrize("size", [3, 7])  # enlarged or not
+def test_an_excerpt_is_a_smaller_grid(size: int) -> None:
+    images = torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1).expand(40, 1, size, size)
+    pixels = grid(images, columns=8, scale=enlargement(size, 14)).expand(3, -1, -1)
+    page = Image.fromarray(pixels.movedim(0, -1).numpy())
+
+    def seen(*options: int | bool) -> list[int]:
+        return list(dict.fromkeys(excerpt(page, *options).flatten().tolist()))  # type: ignore[arg-type]
+
+    assert seen(2, 3) == [255, 0, 1, 2, 8, 9, 10]
+    assert seen(2, 3, True) == [255, 0, 8, 16, 24, 32, 1]  # of five classes
+    assert seen(9, 8) == [255, *range(40)]
+    assert np.array_equal(excerpt(page, 9, 8), np.asarray(page))
+
+
+def test_an_excerpt_of_another_picture_is_the_picture() -> None:
+    for shape in ((5, 3, 3), (2, 80, 3)):
+        pixels = np.zeros(shape, np.uint8)
+        assert np.array_equal(excerpt(Image.fromarray(pixels), 3, 8), pixels)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
