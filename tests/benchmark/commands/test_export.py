@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmark import load, sample
 from benchmark.cli import main
+from benchmark.commands.export import model_card
 from benchmark.runs import find_checkpoint, newest_run
 from leaderboard.record.records import find_records, read_record
 from systems.checkpoints import CheckpointMismatchError
@@ -53,6 +54,16 @@ def test_the_card_is_written_from_the_record(run: Path, folder: Path) -> None:
     assert float(shown) == pytest.approx(record.metrics["fd_digits"].value, abs=record.metrics["fd_digits"].uncertainty)
     assert f"{record.cost.energy_strict_mj:.3g} mJ" in card
     assert "a draft" in card
+    assert (header["pipeline_tag"], "classes |" in card) == ("unconditional-image-generation", False)
+
+
+def test_the_card_of_a_conditional_model_names_its_classes() -> None:
+    configuration = {"model": {"class_path": "systems.SDiT", "init_args": {"num_classes": 10}}}
+    card = model_card({"method": "sdit", "state_dict": {}}, configuration, [], False, "zoo:x")
+    header = yaml.safe_load(card.split("---")[1])
+    assert header["tags"] == ["spiking-neural-network", "diffusion", "class-conditional", "sdit"]
+    assert "pipeline_tag" not in header
+    assert "| classes | 10; " in card
 
 
 def test_an_exported_folder_repeats_the_samples_and_the_test(run: Path, folder: Path, tmp_path: Path) -> None:
