@@ -33,16 +33,16 @@ class ParsedError(Exception):
 
 
 class ParserOnly(BenchmarkCLI):
-    """Builds the parser of the stages and stops."""
+    """Builds the parser of a stage and stops."""
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
         raise ParsedError(parser)
 
 
 @cache
-def stage_parser() -> Any:
+def stage_parser(stage: str) -> Any:
     with pytest.raises(ParsedError) as stop:
-        run_stage(["fit", "--help"], ParserOnly)
+        run_stage([stage, "--help"], ParserOnly)
     return stop.value.args[0]
 
 
@@ -108,7 +108,7 @@ def check_stage(stage: str, rest: list[str], run: str, follows: bool = True) -> 
         rest = ["--config", run, *rest]
     if stage != "fit" and "--ckpt_path" not in rest:
         rest += ["--ckpt_path", "last"]
-    stage_parser().parse_args([stage.replace("-", "_"), *rest], defaults=False)  # a quarter of the time
+    stage_parser(stage).parse_args([stage.replace("-", "_"), *rest], defaults=False)  # a quarter of the time
     return rest[rest.index("--config") + 1] if "--config" in rest else run
 
 
