@@ -186,13 +186,13 @@ class SDiT(GaussianDiffusion):
             yield x.mean(1, keepdim=True) if image_shape[0] == 1 else x
 
     def setup(self, stage: str) -> None:
-        """Asks the data module for labels.
+        """Asks the data module, if there is one, for labels.
 
         Raises:
             ValueError: If the dataset has another number of classes.
         """
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        if stage in ("fit", "validate") and self.num_classes:
+        if stage in ("fit", "validate") and self.num_classes and data is not None:
             if self.num_classes != data.num_classes:
                 has = f"{data.num_classes} classes" if data.num_classes else "no classes"
                 raise ValueError(

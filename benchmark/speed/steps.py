@@ -161,9 +161,12 @@ def train_on_random_images(
     precision: Any,
     clip: float | None,
 ) -> _Clock:
-    """Trains on random images for `timed` steps and two more (see `_Clock`)."""
+    """Trains on random images, with classes if the system needs them, for `timed` steps and two more (see `_Clock`)."""
     clock = _Clock(timed)
-    images = list(torch.rand((timed + 2) * batch_size, *image_shape) * 2 - 1)
+    count, classes = (timed + 2) * batch_size, getattr(system, "num_classes", 0)
+    images: list[Any] = list(torch.rand(count, *image_shape) * 2 - 1)
+    if classes:
+        images = list(zip(images, torch.randint(classes, (count,)), strict=True))
     trainer = Trainer(
         max_epochs=2 if system.trains_in_parts else 1,
         devices=1,

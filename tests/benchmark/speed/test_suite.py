@@ -62,7 +62,8 @@ def test_growth_is_a_straight_line() -> None:
 def test_steps_are_measured_and_save_less_than_plain_autograd(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], uncompiled: None
 ) -> None:
-    options = ["--configs=[regress/sddpm, regress/spiking_diffusion]", "--batch_size=2", "--repetitions=1"]
+    configs = "--configs=[regress/sddpm, regress/sdit, regress/spiking_diffusion]"
+    options = [configs, "--batch_size=2", "--repetitions=1"]
     main(["speed", "--parts=[step]", *options, f"--output={tmp_path}"])
     result = json.loads((tmp_path / "speed.json").read_text())
     assert result["about"]["threads"] == torch.get_num_threads()
@@ -70,6 +71,8 @@ def test_steps_are_measured_and_save_less_than_plain_autograd(
     assert steps == [
         ("regress/sddpm", "training"),
         ("regress/sddpm", "denoising"),
+        ("regress/sdit", "training"),
+        ("regress/sdit", "denoising"),
         ("regress/spiking_diffusion", "training, stage 1"),
         ("regress/spiking_diffusion", "training, stage 2"),
         ("regress/spiking_diffusion", "denoising"),
