@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any, cast
+from unittest.mock import Mock, patch
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -28,6 +29,7 @@ from benchmark.speed.timing import (
     wait,
 )
 from systems.base import DiffusionSystem
+from systems.ops.wkv import _WKV
 from systems.spiking.neurons import SpikingNeuron
 
 
@@ -105,7 +107,8 @@ def measure_steps(
 
     The floor is the time of only the step's convolutions and matrix products, in the same shapes, dtypes and layouts.
     Steps and floors alternate, so that a slowdown of the machine affects both. The memory that a training step saves is
-    compared with plain autograd through neurons stepped by hand, counting their spikes as bytes.
+    compared with plain autograd through neurons stepped by hand, counting their spikes as bytes. "WKV" is the share of
+    WKV in a denoising step.
     """
     rows = []
     for name in configs:
@@ -123,34 +126,50 @@ def measure_steps(
             saved, most = clock.saved[stage].bytes, plain.saved[stage].with_small_spikes
             memory = {"saved MiB": saved / 2**20, "of plain autograd": f"{saved / most:.2f}"}
             rows.append(_row(name, step, *clock.median(stage)) | memory)
-        times = _denoising(system.to(device).eval(), image_shape, batch_size, precision, repetitions)
-        rows.append(_row(name, "denoising", *times) | {"saved MiB": "", "of plain autograd": ""})
+        rows.append(_denoising(name, system.to(device).eval(), image_shape, batch_size, precision, repetitions))
     return rows
 
 
 def _denoising(
-    system: DiffusionSystem, image_shape: tuple[int, int, int], batch_size: int, precision: str, repetitions: int
-) -> tuple[float, float]:
-    """Returns the seconds of one step of the sampler and of its floor."""
+    name: str,
+    system: DiffusionSystem,
+    image_shape: tuple[int, int, int],
+    batch_size: int,
+    precision: str,
+    repetitions: int,
+) -> dict[str, Any]:
+    """Times one step of the sampler, its floor, and for RWKV the step with the values in place of WKV."""
 
-    def endless() -> Iterator[Tensor]:
+    def chain() -> Iterator[Tensor]:
         while True:
-            chain = system.trajectory(torch.arange(batch_size), image_shape)
-            next(chain)  # noise
-            yield from chain
+            images = system.trajectory(torch.arange(batch_size), image_shape)
+            next(images)  # noise
+            yield from images
 
-    chain = endless()
+    def without_wkv() -> None:
+        with patch.object(_WKV, "apply", values):
+            next(simpler)
+
+    values = Mock(side_effect=lambda k, v, w, u: v)
+    step, simpler = chain(), chain()
     with torch.no_grad(), autocast(precision, system.device):
-        next(chain)  # warm-up
+        next(step)  # warm-up
         with Products() as products:
-            next(chain)
-        works = {"step": lambda: next(chain), "floor": products.work()}
+            next(step)
+        works: dict[str, Callable[[], object]] = {"step": lambda: next(step), "floor": products.work()}
+        without_wkv()
+        if values.called:
+            works["without WKV"] = without_wkv
         seconds = medians(works, repetitions, system.device, WARM_UP, calls=queued(system.device))
-    return seconds["step"], seconds["floor"]
+    row = _row(name, "denoising", seconds["step"], seconds["floor"])
+    if "without WKV" in seconds:
+        row["WKV"] = f"{1 - seconds['without WKV'] / seconds['step']:.2f}"
+    return row
 
 
 def _row(name: str, step: str, seconds: float, floor: float) -> dict[str, Any]:
-    return {"config": name, "step": step, "ms": 1e3 * seconds, "floor ms": 1e3 * floor, "over floor": seconds / floor}
+    times = {"ms": 1e3 * seconds, "floor ms": 1e3 * floor, "over floor": seconds / floor}
+    return {"config": name, "step": step} | times | {"saved MiB": "", "of plain autograd": "", "WKV": ""}
 
 
 def train_on_random_images(

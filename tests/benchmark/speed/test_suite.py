@@ -81,6 +81,7 @@ def test_steps_are_measured_and_save_less_than_plain_autograd(
         assert row["over floor"] == pytest.approx(row["ms"] / row["floor ms"])
         if "training" in row["step"]:
             assert 0 < float(row["of plain autograd"]) < 1
+        assert (row["WKV"] != "") == (row["config"] == "regress/sdit" and row["step"] == "denoising")
     assert "over floor" in capsys.readouterr().out
 
 
