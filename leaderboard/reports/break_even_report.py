@@ -184,7 +184,7 @@ def cells(row: BreakEven) -> tuple[str, ...]:
     """Returns the cells of one model."""
     ratio = Band(*(a / b for a, b in zip(row.spiking, row.twin, strict=True)))
     energies = (band_cell(row.spiking).text, band_cell(row.twin).text, in_words(ratio, "{:.2f}".format))
-    return row.model.name, *energies, f"{row.rate:.3f}", in_words(row.rates, _rate)
+    return row.model.name, *energies, f"{row.rate:.3f}", rates_in_words(row)
 
 
 def in_words(band: Band, form: Any) -> str:
@@ -193,8 +193,9 @@ def in_words(band: Band, form: Any) -> str:
     return low if low == high else f"{low} / {high}"
 
 
-def _rate(rate: float) -> str:
-    return {NEVER: "never", ALWAYS: "always"}.get(rate, f"{rate:.3f}")
+def rates_in_words(row: BreakEven) -> str:
+    """Formats the break-even rates by the lower and the upper bounds of energy."""
+    return in_words(row.rates, lambda rate: {NEVER: "never", ALWAYS: "always"}.get(rate, f"{rate:.3f}"))
 
 
 def sentences(found: list[BreakEven]) -> list[str]:
@@ -252,6 +253,6 @@ def _panel(axes: Any, row: BreakEven, rates: np.ndarray) -> None:
         least = min(lines.min(), twin.min())
         axes.set(yscale="log", ylim=(least / 1.5, 1.5 * max(lines.max(), twin.max())))
         axes.yaxis.set_major_formatter("{x:g}")
-    axes.set_title(f"{row.model.name}\nbreak-even: {in_words(row.rates, _rate)}", fontsize=9)
+    axes.set_title(f"{row.model.name}\nbreak-even: {rates_in_words(row)}", fontsize=9)
     axes.set_ylabel("mJ per image")
     axes.grid(alpha=0.3)

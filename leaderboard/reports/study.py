@@ -26,6 +26,7 @@ from leaderboard.energy import read_models
 from leaderboard.pictures import GRID_COLUMNS, excerpt
 from leaderboard.record.entries import Entry, headline
 from leaderboard.record.records import find_records, read_record, redact_paths
+from leaderboard.reports.break_even_report import compared, rates_in_words
 from leaderboard.reports.cells import metric_cell, number_cell
 from leaderboard.reports.colours import colour
 from leaderboard.reports.energies import all_models, band_cell, energy
@@ -42,7 +43,8 @@ GRID_ROWS = 3
 INTRODUCTION = """\
 Methods that saw as many images and have as many parameters. The [design](../configs/track/README.md), {sha256}, was
 committed before the first run. mJ is 45 nm arithmetic per image, "all models" the lowest to the highest model of
-energy. "Training, J" is the arithmetic of the forward passes of a training, a lower bound of its energy."""
+energy. "Training, J" is the arithmetic of the forward passes of a training, a lower bound of its energy. Break-even is
+the firing rate below which spikes cost less, by each model of energy; two values are of its lower and upper bounds."""
 
 
 @dataclass(frozen=True)
@@ -211,6 +213,7 @@ def study_lines(study: Results, save: Callable[[str, Figure], str]) -> list[str]
             ("curves", f"{quality} against images seen", _curve_table(members, quality), _curve_figure(members)),
             ("quality-energy", f"{quality} against energy", [], _energy_figure(members)),
             ("answers", "Answers", _answer_table(study.questions, members, quality), None),
+            ("break-even", "Break-even", _break_even_table(study.questions, members), None),
             ("chains", "More network evaluations", _chain_table(members, quality), None),
             ("samples", "Samples", [], sample_figure(members)),
         ):
@@ -272,6 +275,24 @@ def _answer_table(questions: Sequence[tuple[str, str, str]], members: Sequence[M
         last = text
     header = ["Question", "A", "B", f"{quality}, B - A", "p, Holm", "mJ, B / A", "all models", "Seeds show"]
     return _table(header, rows)
+
+
+def _break_even_table(questions: Sequence[tuple[str, str, str]], members: Sequence[Member]) -> list[str]:
+    """Returns one line for each pair with and without spikes: the break-even rate by each model of energy."""
+    by_key = {member.key: member.method.entries[0] for member in members}
+    models, rows = read_models(), []
+    for a, b in dict.fromkeys((a, b) for _, a, b in questions if a in by_key and b in by_key):
+        costs = [by_key[key].record.counted_cost for key in (a, b)]
+        spiking = [cost.firing_rate is not None for cost in costs]
+        if sum(spiking) != 1 or any(cost.counts is None for cost in costs):
+            continue
+        first, second = (by_key[key] for key in ((a, b) if spiking[0] else (b, a)))
+        found = {row.model.name: row for row in compared(first, second)[0]}
+        names = [Method((entry,)).name for entry in (first, second)]
+        rate = f"{first.record.counted_cost.firing_rate or 0.0:.3f}"
+        rows.append([*names, rate, *(rates_in_words(found[name]) if name in found else "-" for name in models)])
+    titles = (model.title for model in models.values())
+    return _table(["With spikes", "Without", "Rate", *titles], rows)
 
 
 def _ratios(a: Method, b: Method) -> tuple[str, str]:

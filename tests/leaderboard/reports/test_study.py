@@ -15,7 +15,7 @@ from PIL import Image
 from benchmark.cli import main
 from leaderboard.files import canonical_sha256
 from leaderboard.record.entries import Entry
-from leaderboard.record.records import MetricValue, Record, read_record, record_name, write_record
+from leaderboard.record.records import MetricValue, Record, find_records, read_record, record_name, write_record
 from leaderboard.reports import study
 from leaderboard.reports.study import find_studies, read_results
 
@@ -98,6 +98,17 @@ def test_answers_test_the_seeds_and_compare_the_energy(measured: Callable[..., N
     assert [row[7] for row in rows] == ["ddpm is better", "cannot tell", "cannot tell: single trainings"]
     assert float(rows[0][4]) < 0.05 < float(rows[1][4])
     assert rows[2][3:5] == ["-1.01", "-"]
+
+
+def test_pairs_with_and_without_spikes_have_a_break_even() -> None:
+    records = find_records(["leaderboard/data/records"])
+    results = read_results(Path("leaderboard/data/curves/track-v1"), [Entry(p, read_record(p)) for p in records])
+    lines = study.study_lines(results, lambda name, figure: "")
+    rows = {tuple(row[:2]): row[2:] for row in table("\n".join(lines), "mnist: Break-even")}
+    # as `break-even --spiking ... --twin ...` prints them
+    expected = ["0.242", "always", "always", "always", "0.312", "0.170", "0.001 / never", "always"]
+    assert rows["sddpm", "sddpm-relu-twin"] == expected
+    assert ("sddpm", "sdit (conditional)") not in rows
 
 
 def test_longer_chains_are_listed_beside_the_ranked_one(measured: Callable[..., None], tmp_path: Path) -> None:
