@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 
+import pytest
+
 from benchmark.cli import main
+from benchmark.commands.ablate_sdit import VARIANTS, _spread, _values
 from leaderboard.add import find_problems
 from leaderboard.record.entries import RECORDS, Entry
 from leaderboard.record.records import find_records, read_record
@@ -46,3 +50,18 @@ def test_committed_means_match_the_records(tmp_path: Path) -> None:
     assert (tmp_path / "RESULTS.md").read_text() == RESULTS.read_text()
     for figure in (tmp_path / FIGURES).iterdir():
         assert (RESULTS.parent / FIGURES / figure.name).is_file()
+
+
+@pytest.mark.parametrize("folder", sorted((DATA / "ablations").iterdir()), ids=lambda folder: folder.name)
+def test_committed_ablations_match_their_table(folder: Path) -> None:
+    page = Path("systems/README.md").read_text().splitlines()
+    records = [read_record(path) for path in find_records([folder])]
+    assert not any(record.draft or record.code.git_dirty for record in records)
+    runs = {name: [record for record in records if record.variant.startswith(f"{name}, seed")] for name in VARIANTS}
+    for name, of_variant in runs.items():
+        pairs = zip(_values(of_variant), _values(runs["full"]), strict=True)
+        against = "-" if name == "full" else _spread([value - full for value, full in pairs])
+        cost = [record.counted_cost for record in of_variant]
+        rate = statistics.mean(c.firing_rate or 0.0 for c in cost)
+        energy = statistics.mean(c.energy_strict_mj for c in cost)
+        assert f"| {name} | {_spread(_values(of_variant))} | {against} | {rate:.3f} | {energy:.3g} |" in page
