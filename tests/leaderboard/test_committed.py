@@ -55,7 +55,7 @@ def test_committed_means_match_the_records(tmp_path: Path) -> None:
 @pytest.mark.parametrize("folder", sorted((DATA / "ablations").iterdir()), ids=lambda folder: folder.name)
 def test_committed_ablations_match_their_table(folder: Path) -> None:
     page = Path("systems/README.md").read_text().splitlines()
-    records = [read_record(path) for path in find_records([folder])]
+    records = sorted(map(read_record, find_records([folder])), key=lambda record: record.seeds["training"] or 0)
     assert not any(record.draft or record.code.git_dirty for record in records)
     runs = {name: [record for record in records if record.variant.startswith(f"{name}, seed")] for name in VARIANTS}
     for name, of_variant in runs.items():
