@@ -164,7 +164,7 @@ def read_results(folder: Path, entries: Iterable[Entry]) -> Results:
 
     Args:
         folder: Folder of the study.
-        entries: All ranked records; those of the study are found by their names.
+        entries: All ranked records. The study's own are those that its trainings name.
     """
     ranked = {entry.path.name: entry for entry in entries}
     drafts = {path.name: Entry(path, redact_paths(read_record(path))) for path in find_records([folder / "records"])}
