@@ -15,7 +15,11 @@ from systems.networks.spiking_transformer import SpikingTransformer
 from systems.sdit import SDiT
 from systems.spiking_rwkv import SpikingRWKV
 
-OLD = sorted(path for path in find_records([RECORDS]) if json.loads(path.read_text())["method"] == "sdit")
+RENAMED = "20261129T055304Z"
+"""When the fully spiking design got its present name; the names of record files begin with their times."""
+NAMED_SDIT = sorted(path for path in find_records([RECORDS]) if json.loads(path.read_text())["method"] == "sdit")
+OLD = [path for path in NAMED_SDIT if path.name < RENAMED]
+PRESENT = [path for path in NAMED_SDIT if path.name >= RENAMED]
 
 
 def test_the_options_tell_both_designs_apart() -> None:
@@ -34,8 +38,16 @@ def test_old_records_are_read_under_the_present_name_and_not_edited(path: Path) 
     assert json.loads(path.read_text())["config"]["model"]["class_path"] == "systems.SDiT"
 
 
-def test_there_are_old_records() -> None:
+@pytest.mark.parametrize("path", PRESENT, ids=lambda path: path.stem)
+def test_records_of_the_released_design_keep_their_name(path: Path) -> None:
+    record = read_record(path)
+    assert record.method == "sdit"
+    assert record.config["model"]["class_path"].rpartition(".")[2] == "SDiT"
+
+
+def test_there_are_records_of_both_designs() -> None:
     assert len(OLD) == 8
+    assert PRESENT
 
 
 @pytest.mark.parametrize(
