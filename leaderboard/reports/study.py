@@ -44,7 +44,9 @@ INTRODUCTION = """\
 Methods that saw as many images and have as many parameters. The [design](../configs/track/README.md), {sha256}, was
 committed before the first run. mJ is 45 nm arithmetic per image, "all models" the lowest to the highest model of
 energy. "Training, J" is the arithmetic of the forward passes of a training, a lower bound of its energy. Break-even is
-the firing rate below which spikes cost less, by each model of energy; two values are of its lower and upper bounds."""
+the firing rate below which spikes cost less, by each model of energy; two values are of its lower and upper bounds.
+A method whose search chose averaged weights is measured with them throughout, and an early average still contains the
+first steps of training."""
 
 
 @dataclass(frozen=True)
