@@ -2,8 +2,34 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
 COLOURS = ("ddpm", "sddpm", "sdm", "fsddim", "spiking-rwkv", "spiking-diffusion", "ann-snn", "sdit")
 """Methods in the order of matplotlib's colours."""
+
+MARKERS = "osD^vPX*"
+"""Markers of the first, second, ... row of a method."""
+
+
+def marks(methods: Iterable[str]) -> list[dict[str, Any]]:
+    """Returns how each row of a figure is marked: in the colour of its method, rows of the same colour apart by shape.
+
+    Args:
+        methods: Names in records, in the order of the rows.
+
+    Returns:
+        Options of matplotlib's `plot` and `errorbar`.
+    """
+    shown: Counter[tuple[str, bool]] = Counter()
+    found = []
+    for key in map(colour, methods):
+        shade, is_twin = key
+        marker = MARKERS[shown[key] % len(MARKERS)]
+        found.append({"color": shade, "marker": marker, "markerfacecolor": "white" if is_twin else shade})
+        shown[key] += 1
+    return found
 
 
 def colour(method: str) -> tuple[str, bool]:

@@ -17,7 +17,7 @@ from leaderboard.record.entries import STATUSES, Entry, Status, headline
 from leaderboard.record.records import Record
 from leaderboard.reports.statistics import Group, rank_intervals
 
-_PER_RUN_KEYS = {"default_root_dir", "init_from", "ckpt_path", "seed_everything", "cache_dir", "variant"}
+_PER_RUN_KEYS = {"default_root_dir", "init_from", "ckpt_path", "seed_everything", "root", "cache_dir", "variant"}
 """Configuration keys that may differ between the seeds of one row."""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -17,7 +16,7 @@ from leaderboard.files import is_report, refuse_existing, write_atomic
 from leaderboard.pictures import excerpt
 from leaderboard.record.entries import Entry, default_folders, headline, read_records
 from leaderboard.reports.cells import Cell, metric_name
-from leaderboard.reports.colours import colour
+from leaderboard.reports.colours import marks
 from leaderboard.reports.energies import ENERGY, all_models, chosen_model, energy_meaning
 from leaderboard.reports.known_sets import known_set_rows
 from leaderboard.reports.methods import Method, method_name, tables
@@ -25,9 +24,6 @@ from leaderboard.reports.pareto import Point, pareto_front
 from leaderboard.reports.study import find_studies, read_results, study_lines
 from leaderboard.reports.table import column_label, escape, markdown_line, table_provenance, table_rows, table_title
 from leaderboard.reports.terminal import terminal
-
-MARKERS = "osD^vPX*"
-"""Markers of the first, second, ... row of a method."""
 
 FIGURES = "data/figures"
 """Folder of the figures, relative to `RESULTS.md`."""
@@ -48,8 +44,9 @@ states what these tables do not show.
 def seeds(records: list[str] | None = None, output: str | None = None) -> None:
     """Shows records that differ only in their seed as one row: mean ± half of its 95 % interval over the seeds.
 
-    The interval includes the variation of training and of the evaluation. Records that are not ranked are omitted. If a
-    training seed has several records, such as its best and its last checkpoint, the newest is used.
+    The interval includes the variation of training, and that of sampling as far as the sampling seeds of the records
+    differ. Records that are not ranked are omitted. If a training seed has several records, such as its best and its
+    last checkpoint, the newest is used.
 
     Args:
         records: Folders to search for `*.json`, directly and in any `records` folder below; null searches runs/ and
@@ -84,7 +81,7 @@ def seeds(records: list[str] | None = None, output: str | None = None) -> None:
 
     if output is not None:
         for folder in find_studies(default_folders() if records is None else records):
-            lines += study_lines(read_results(folder, ranked), save)
+            lines += study_lines(read_results(folder), save)
     for group in tables((entry.path, entry.record) for entry in ranked):
         rows = result_rows(group)
         table = Table(*rows[0], title=table_title(group[0].record), title_justify="left")
@@ -171,23 +168,10 @@ def _plot(group: Sequence[Method], rows: Sequence[dict[str, Cell]], quality: str
     points = [_point(method, row, quality) for method, row in zip(group, rows, strict=True)]
     front = [(point.energy, point.quality) for point in pareto_front(points)]
     axes.step(*zip(*front, strict=True), where="post", color="0.6", lw=1, label="Pareto front")
-    shown: Counter[tuple[str, bool]] = Counter()
-    for point in points:
-        shade, is_twin = colour(point.method)
-        marker = MARKERS[shown[shade, is_twin] % len(MARKERS)]
-        shown[shade, is_twin] += 1
+    for point, mark in zip(points, marks(point.method for point in points), strict=True):
         if point.band:
-            axes.hlines(point.quality, *point.band, color=shade, alpha=0.4, lw=1)
-        axes.errorbar(
-            point.energy,
-            point.quality,
-            yerr=point.uncertainty,
-            fmt=marker,
-            color=shade,
-            markerfacecolor="white" if is_twin else shade,
-            capsize=3,
-            label=point.label,
-        )
+            axes.hlines(point.quality, *point.band, color=mark["color"], alpha=0.4, lw=1)
+        axes.errorbar(point.energy, point.quality, yerr=point.uncertainty, ls="", capsize=3, label=point.label, **mark)
     bands = "\nlevel lines: lowest to highest model of energy" if any(point.band for point in points) else ""
     axes.set(
         xlabel=f"45 nm arithmetic per image, strict (mJ){bands}", ylabel=f"{quality} (lower is better)", xscale="log"

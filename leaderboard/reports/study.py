@@ -28,9 +28,9 @@ from leaderboard.record.entries import Entry, headline
 from leaderboard.record.records import find_records, read_record, redact_paths
 from leaderboard.reports.break_even_report import compared, rates_in_words
 from leaderboard.reports.cells import metric_cell, number_cell
-from leaderboard.reports.colours import colour
+from leaderboard.reports.colours import colour, marks
 from leaderboard.reports.energies import all_models, band_cell, energy
-from leaderboard.reports.methods import Method, fold
+from leaderboard.reports.methods import Method
 from leaderboard.reports.statistics import LEVEL, OF_AN_EVALUATION, difference, half_width, holm
 from leaderboard.reports.table import escape, markdown_line
 
@@ -41,12 +41,26 @@ QUESTIONS = "questions.yaml"
 GRID_ROWS = 3
 """Rows of images of each method in the figure of samples."""
 INTRODUCTION = """\
-Methods that saw as many images and have as many parameters. The [design](../configs/track/README.md), {sha256}, was
-committed before the first run. mJ is 45 nm arithmetic per image, "all models" the lowest to the highest model of
-energy. "Training, J" is the arithmetic of the forward passes of a training, a lower bound of its energy. Break-even is
-the firing rate below which spikes cost less, by each model of energy; two values are of its lower and upper bounds.
-A method whose search chose averaged weights is measured with them throughout, and an early average still contains the
-first steps of training."""
+All methods saw the same number of images and have about the same number of parameters. The
+[design](../configs/track/README.md), {sha256}, was committed before the first run. mJ is 45 nm arithmetic per image,
+"all models" the lowest to the highest model of energy."""
+CURVE_NOTE = """\
+Earlier points are drafts of one seed. The last point is the mean over all seeds; the figure shows that of the same
+seed. "Training, J" is the arithmetic of the forward passes of a training, a lower bound of its energy. If the search
+chose averaged weights, every point is measured with them; the first point is then too high, because the average still
+contains the first steps of training."""
+ANSWER_NOTE = """\
+Means over the seeds that A and B share. p is corrected for all {pairs} planned pairs. All seeds of a method draw the
+same noise, so neither p nor the interval contains the variation of that draw."""
+BREAK_EVEN_NOTE = """\
+The firing rate below which the spiking network costs less, for each model of energy. Where a model has a lower and an
+upper bound, there are two rates."""
+CHAIN_NOTE = "Chains of the same trainings. Longer chains than the ranked one are drafts."
+SEARCH_NOTE = """\
+Validation loss of the last weights / of averaged weights. It chooses among the settings of one method; losses of
+different methods are not comparable."""
+STAGES_METRIC = "reconstruction_mse"
+"""Metric of methods with an autoencoder, whose stages are trained in turn."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +68,7 @@ class Training:
     """One training of a study whose last weights were measured.
 
     Args:
+        seed: Seed of training.
         images: Images seen.
         cpu_seconds: CPU time.
         final: Ranked record of its last weights.
@@ -61,6 +76,7 @@ class Training:
         others: Records of the last weights with other options, such as more network evaluations.
     """
 
+    seed: int
     images: int
     cpu_seconds: float
     final: Entry
@@ -75,7 +91,7 @@ class Member:
     Args:
         key: Name of the method in the design.
         dataset: Name of the dataset in the design.
-        trainings: One for each seed.
+        trainings: One for each seed, in their order.
     """
 
     key: str
@@ -84,9 +100,8 @@ class Member:
 
     @cached_property
     def method(self) -> Method:
-        """Row of the leaderboard."""
-        (method,) = fold(training.final for training in self.trainings)
-        return method
+        """The last weights of all seeds."""
+        return _last(self.trainings)
 
     @property
     def images(self) -> int:
@@ -102,25 +117,34 @@ class Member:
     def training_joules(self) -> float | None:
         """Lower bound of the energy of training: its forward passes, by 45 nm arithmetic.
 
-        None for a method without a curve, whose images pass through several networks in turn.
+        None for a method that trains several networks in turn, which are not those of a step of its chain.
         """
         per_image, nfe = self.method.mean_cost("energy_strict_mj"), self.method.record.nfe
-        if per_image is None or nfe is None or len(self.curve) == 1:
+        if per_image is None or nfe is None or STAGES_METRIC in self.method.record.metrics:
             return None
         return per_image / nfe * self.images / 1000
 
     @cached_property
     def curve(self) -> dict[int, Method]:
-        """Quality by images seen; the last point has all seeds."""
-        counts = sorted({count for training in self.trainings for count in training.curve})
-        points = {n: Method(tuple(t.curve[n] for t in self.trainings if n in t.curve)) for n in counts}
-        return points | {self.images: self.method}
+        """Quality by images seen, of the seeds whose earlier weights were measured; of all seeds if none were."""
+        measured = [training for training in self.trainings if training.curve] or self.trainings
+        counts = sorted({count for training in measured for count in training.curve})
+        points = {n: Method(tuple(t.curve[n] for t in measured if n in t.curve)) for n in counts}
+        return points | {self.images: _last(measured)}
 
-    @property
+    @cached_property
     def chains(self) -> list[Method]:
-        """The last weights with each number of network evaluations."""
-        others = fold(entry for training in self.trainings for entry in training.others)
-        return sorted([self.method, *others], key=lambda method: method.record.nfe or 0)
+        """Chains of several lengths, of the seeds that were measured with longer ones; empty if none were."""
+        measured = [training for training in self.trainings if training.others]
+        lengths: dict[int, list[Entry]] = {}
+        for training in measured:
+            for entry in (training.final, *training.others):
+                lengths.setdefault(entry.record.nfe or 0, []).append(entry)
+        return [Method(tuple(lengths[nfe])) for nfe in sorted(lengths)]
+
+
+def _last(trainings: Iterable[Training]) -> Method:
+    return Method(tuple(training.final for training in trainings))
 
 
 @dataclass(frozen=True)
@@ -161,19 +185,25 @@ def _trainings(folder: Path) -> list[Path]:
     return sorted(folder.glob("trainings/*.json"))
 
 
-def read_results(folder: Path, entries: Iterable[Entry]) -> Results:
+def read_results(folder: Path) -> Results:
     """Reads what was found in a study.
 
     Args:
-        folder: Folder of the study.
-        entries: All ranked records. The study's own are those that its trainings name.
+        folder: Folder of the study; the records that its trainings name lie below the folder that contains `curves`.
+
+    Raises:
+        FileNotFoundError: If a training names a record that is not there.
     """
-    ranked = {entry.path.name: entry for entry in entries}
-    drafts = {path.name: Entry(path, redact_paths(read_record(path))) for path in find_records([folder / "records"])}
+    files = {path.name: path for path in find_records([folder.parents[1]])}
     found: dict[tuple[str, str], list[Training]] = {}
     contents = [json.loads(path.read_text(encoding="utf-8")) for path in _trainings(folder)]
-    for content in contents:
-        if (training := _training(content, ranked, drafts)) is not None:
+    for content in sorted(contents, key=lambda content: int(content["seed"])):
+        if missing := sorted(set(content["records"].values()) - files.keys()):
+            raise FileNotFoundError(
+                f"{folder}: the training of {content['method']} with seed {content['seed']} names the record "
+                f"{missing[0]}, which is not below {folder.parents[1]}; copy it there"
+            )
+        if (training := _training(content, files)) is not None:
             found.setdefault((content["method"], content["dataset"]), []).append(training)
     questions = folder / QUESTIONS
     groups = yaml.safe_load(questions.read_text(encoding="utf-8")) if questions.is_file() else []
@@ -186,19 +216,21 @@ def read_results(folder: Path, entries: Iterable[Entry]) -> Results:
     )
 
 
-def _training(content: dict[str, Any], ranked: Mapping[str, Entry], drafts: Mapping[str, Entry]) -> Training | None:
-    """Returns a training with its records; None if its last weights have not been measured."""
+def _training(content: dict[str, Any], files: Mapping[str, Path]) -> Training | None:
+    """Returns a training with its records; None if its last weights have no ranked record."""
     steps = max(map(int, content["checkpoints"]))
     final, others, curve = None, [], {}
     for key, name in content["records"].items():
-        measured = int(key.rpartition("-")[2])
-        if name in ranked:
-            final = ranked[name]
-        elif name in drafts and measured == steps:
-            others.append(drafts[name])
-        elif name in drafts:
-            curve[content["images"] * measured // steps] = drafts[name]
-    return None if final is None else Training(content["images"], content["cpu_seconds"], final, curve, others)
+        entry, measured = Entry(files[name], redact_paths(read_record(files[name]))), int(key.rpartition("-")[2])
+        if entry.is_ranked:
+            final = entry
+        elif measured == steps:
+            others.append(entry)
+        else:
+            curve[content["images"] * measured // steps] = entry
+    if final is None:
+        return None
+    return Training(content["seed"], content["images"], content["cpu_seconds"], final, curve, others)
 
 
 def study_lines(study: Results, save: Callable[[str, Figure], str]) -> list[str]:
@@ -211,20 +243,23 @@ def study_lines(study: Results, save: Callable[[str, Figure], str]) -> list[str]
     lines = ["", f"## Study {study.name}", "", INTRODUCTION.format(sha256=study.sha256[:8])]
     for dataset, members in study.by_dataset().items():
         quality = headline(members[0].method.record)[0]
-        for name, title, table, figure in (
-            ("curves", f"{quality} against images seen", _curve_table(members, quality), _curve_figure(members)),
-            ("quality-energy", f"{quality} against energy", [], _energy_figure(members)),
-            ("answers", "Answers", _answer_table(study.questions, members, quality), None),
-            ("break-even", "Break-even", _break_even_table(study.questions, members), None),
-            ("chains", "More network evaluations", _chain_table(members, quality), None),
-            ("samples", "Samples", [], sample_figure(members)),
+        answers = ANSWER_NOTE.format(pairs=len(study.questions))
+        for name, title, note, table, figure in (
+            ("curves", f"{quality} against images seen", CURVE_NOTE, _curve_table(members, quality), _curves(members)),
+            ("quality-energy", f"{quality} against energy", "", [], _energy_figure(members)),
+            ("answers", "Answers", answers, _answer_table(study.questions, members, quality), None),
+            ("break-even", "Break-even", BREAK_EVEN_NOTE, _break_even_table(study.questions, members), None),
+            ("chains", "More network evaluations", CHAIN_NOTE, _chain_table(members, quality), None),
+            ("samples", "Samples", "", [], sample_figure(members)),
         ):
             has_rows = len(table) > HEADER
             if has_rows or figure is not None:
                 lines += ["", f"### {dataset}: {escape(title)}"]
+                lines += ["", note] if note else []
             lines += ["", *table] if has_rows else []
             lines += ["", save(f"{study.name}-{name}-{dataset}", figure)] if figure is not None else []
-    return [*lines, "", "### Search of learning rate and averaging", "", *_search_table(study.searches)]
+    title = "### Search of learning rate and averaging"
+    return [*lines, "", title, "", SEARCH_NOTE, "", *_search_table(study.searches)]
 
 
 HEADER = 2
@@ -241,7 +276,8 @@ def _curve_table(members: Sequence[Member], quality: str) -> list[str]:
     header = ["Method", *(f"{count:,} images" for count in counts), "Seeds", "CPU h", "Training, J"]
     rows = []
     for member in members:
-        cells = [str(metric_cell(quality, member.curve[n])) if n in member.curve else "-" for n in counts]
+        points = member.curve | {member.images: member.method}
+        cells = [str(metric_cell(quality, points[n])) if n in points else "-" for n in counts]
         price = (number_cell(value).text for value in (member.cpu_hours, member.training_joules))
         rows.append([member.method.name, *cells, str(len(member.trainings)), *price])
     return _table(header, rows)
@@ -251,7 +287,7 @@ def _chain_table(members: Sequence[Member], quality: str) -> list[str]:
     """Returns quality and energy by network evaluations, for the methods with several numbers of them."""
     rows = []
     for member in members:
-        for method in member.chains if len(member.chains) > 1 else ():
+        for method in member.chains:
             arithmetic = number_cell(method.mean_cost("energy_strict_mj")).text
             band = band_cell(all_models(method)).text
             rows.append([method.name, str(method.record.nfe), str(metric_cell(quality, method)), arithmetic, band])
@@ -261,13 +297,15 @@ def _chain_table(members: Sequence[Member], quality: str) -> list[str]:
 def _answer_table(questions: Sequence[tuple[str, str, str]], members: Sequence[Member], quality: str) -> list[str]:
     """Returns one line for each pair: quality, test, ratio of energies and what the seeds show."""
     by_key = {member.key: member.method for member in members}
-    pairs = [(text, by_key[a], by_key[b]) for text, a, b in questions if a in by_key and b in by_key]
+    measured = [(text, *_shared(by_key[a], by_key[b])) for text, a, b in questions if a in by_key and b in by_key]
+    pairs = [(text, a, b) for text, a, b in measured if a.entries]
     results = [difference(a.values(quality), b.values(quality)) for _, a, b in pairs]
-    corrected = iter(holm([result.p for result in results if result is not None]))
+    tested = [result.p for result in results if result is not None]
+    corrected = iter(holm([*tested, *[1.0] * (len(questions) - len(tested))]))  # so that later pairs change no answer
     rows, last = [], ""
     for (text, a, b), result in zip(pairs, results, strict=True):
         if result is None:
-            change, p, answer = f"{b.frechet - a.frechet:+.2f}", "-", "cannot tell: single trainings"
+            change, p, answer = f"{b.frechet - a.frechet:+.2f}", "-", "cannot tell: one shared seed"
         else:
             corrected_p = next(corrected)
             change, p = f"{result.value:+.2f} ±{result.half_width:.2f}", f"{corrected_p:.2g}"
@@ -277,6 +315,13 @@ def _answer_table(questions: Sequence[tuple[str, str, str]], members: Sequence[M
         last = text
     header = ["Question", "A", "B", f"{quality}, B - A", "p, Holm", "mJ, B / A", "all models", "Seeds show"]
     return _table(header, rows)
+
+
+def _shared(a: Method, b: Method) -> tuple[Method, Method]:
+    """Returns two methods with the trainings whose seeds both have."""
+    first, second = ({entry.record.seeds["training"]: entry for entry in method.entries} for method in (a, b))
+    seeds = [seed for seed in first if seed in second]
+    return Method(tuple(first[seed] for seed in seeds)), Method(tuple(second[seed] for seed in seeds))
 
 
 def _break_even_table(questions: Sequence[tuple[str, str, str]], members: Sequence[Member]) -> list[str]:
@@ -324,20 +369,21 @@ def _loss(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4g}"
 
 
-def _curve_figure(members: Sequence[Member]) -> Figure | None:
+def _curves(members: Sequence[Member]) -> Figure | None:
     """Plots quality against images seen, CPU time and energy of training; None if no method has a curve."""
     if all(len(member.curve) == 1 for member in members):
         return None
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     all_axes = figure.subplots(1, 3, sharey=True)
     titles = ("images seen, thousands", "CPU time of training, hours", "forward passes of training, J")
+    styles = _styles(members)
     for axes, title in zip(all_axes, titles, strict=True):
         for member in members:
             whole = (member.images / 1000, member.cpu_hours, member.training_joules)[titles.index(title)]
             if whole is None:
                 continue
             x = [whole * count / member.images for count in member.curve]
-            _draw(axes, member, x, list(member.curve.values()))
+            _draw(axes, x, list(member.curve.values()), label=member.method.name, **styles[member.key])
         _log_axes(axes)
         axes.set(xlabel=title)
     all_axes[0].set_ylabel(f"{headline(members[0].method.record)[0]} (lower is better)")
@@ -353,47 +399,48 @@ def _energy_figure(members: Sequence[Member]) -> Figure:
     """Plots quality against energy per image: T of one method joined by lines, longer chains by dots."""
     figure = Figure(figsize=(9, 4.6), layout="constrained")
     axes = figure.subplots()
+    styles = _styles(members)
     names = {member.method.record.method for member in members}
     for name in sorted(names):  # the same method with other T
-        same = [member.method for member in members if member.method.record.method == name]
-        points = sorted((method.mean_cost("energy_strict_mj") or math.nan, method.frechet) for method in same)
-        if len(points) > 1 and len({method.record.num_steps for method in same}) > 1:
-            axes.plot(*zip(*points, strict=True), color=colour(name)[0], lw=1, alpha=0.5)
+        same = sorted(
+            (member.method for member in members if member.method.record.method == name),
+            key=lambda method: method.record.num_steps or 0,
+        )
+        if len({method.record.num_steps for method in same}) > 1:
+            axes.plot(*zip(*map(_point, same), strict=True), color=colour(name)[0], lw=1, alpha=0.5)
     for member in members:
-        points = [(chain.mean_cost("energy_strict_mj") or math.nan, chain.frechet) for chain in member.chains]
-        axes.plot(*zip(*points, strict=True), color=colour(member.method.record.method)[0], ls=":", lw=1)
-        for chain in member.chains:
+        style = styles[member.key]
+        if member.chains:
+            axes.plot(*zip(*map(_point, member.chains), strict=True), color=style["color"], ls=":", lw=1)
+        for chain in (member.method, *member.chains[1:]):
             if (band := all_models(chain)) is not None:
-                axes.hlines(chain.frechet, *band, color=colour(chain.record.method)[0], alpha=0.35, lw=1)
-            label = chain is member.method
-            _draw(axes, member, [chain.mean_cost("energy_strict_mj") or math.nan], [chain], label)
+                axes.hlines(chain.frechet, *band, color=style["color"], alpha=0.35, lw=1)
+            label = member.method.name if chain is member.method else None
+            _draw(axes, [_point(chain)[0]], [chain], label=label, **style)
     axes.set(xlabel="45 nm arithmetic per image, strict (mJ)\nlevel lines: lowest to highest model of energy")
     axes.set(ylabel=f"{headline(members[0].method.record)[0]} (lower is better)")
     _log_axes(axes)
-    note = "dots: more network evaluations" if any(len(member.chains) > 1 for member in members) else None
+    note = "dots: more network evaluations" if any(member.chains for member in members) else None
     figure.legend(loc="outside right upper", fontsize=8, frameon=False, title=note)
     return figure
 
 
-MARKERS = {1: "v", 2: "^", 4: "o", 8: "D"}
-"""Markers of spiking networks by T."""
+def _point(method: Method) -> tuple[float, float]:
+    """Returns energy and quality of an image."""
+    return method.mean_cost("energy_strict_mj") or math.nan, method.frechet
 
 
-def _draw(axes: Axes, member: Member, x: Sequence[float], points: Sequence[Method], label: bool = True) -> None:
+def _styles(members: Iterable[Member]) -> dict[str, dict[str, Any]]:
+    """Returns how each method is drawn, the same in every figure."""
+    ordered = sorted(members, key=lambda member: member.key)
+    found = marks(member.method.record.method for member in ordered)
+    return {member.key: mark for member, mark in zip(ordered, found, strict=True)}
+
+
+def _draw(axes: Axes, x: Sequence[float], points: Sequence[Method], **style: Any) -> None:
     """Draws points of a method with the 95 % intervals of their quality."""
-    shade, is_twin = colour(member.method.record.method)
-    axes.errorbar(
-        x,
-        [method.frechet for method in points],
-        yerr=[_interval(method) for method in points],
-        fmt=f"{_marker(member.method)}-",
-        color=shade,
-        markerfacecolor="white" if is_twin else shade,
-        ms=5,
-        lw=1.2,
-        capsize=2,
-        label=member.method.name if label else None,
-    )
+    heights = [method.frechet for method in points]
+    axes.errorbar(x, heights, yerr=[_interval(method) for method in points], ms=5, lw=1.2, capsize=2, **style)
 
 
 def _log_axes(axes: Axes) -> None:
@@ -404,12 +451,6 @@ def _log_axes(axes: Axes) -> None:
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
-
-
-def _marker(method: Method) -> str:
-    """Returns the marker of a method; a square without spikes."""
-    cost, steps = method.record.cost, method.record.num_steps
-    return "s" if cost is None or cost.firing_rate is None or steps is None else MARKERS.get(steps, "*")
 
 
 def _interval(method: Method) -> float:

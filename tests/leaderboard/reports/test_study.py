@@ -15,7 +15,7 @@ from PIL import Image
 from benchmark.cli import main
 from leaderboard.files import canonical_sha256
 from leaderboard.record.entries import Entry
-from leaderboard.record.records import MetricValue, Record, find_records, read_record, record_name, write_record
+from leaderboard.record.records import MetricValue, Record, read_record, record_name, write_record
 from leaderboard.reports import study
 from leaderboard.reports.study import find_studies, read_results
 
@@ -29,16 +29,22 @@ def measured(make_record: Make, tmp_path: Path) -> Callable[..., None]:
     """Writes one training with its records: the last weights, and drafts by the name of their measurement."""
 
     def write(method: str, seed: int, fd: float, energy: float = 8.0, **drafts: tuple[float, int]) -> None:
-        config = {"seed_everything": seed, "method": method}
+        config = {
+            "seed_everything": seed,
+            "method": method,
+            "evaluation": {"root": f"place {seed}", "new_option": seed},
+        }
         base = make_record(
             fd=fd,
-            method=method,
+            method=method.partition("_")[0],
             config=config,
             config_sha256=canonical_sha256(config),
             seeds={"training": seed},
             nfe=10,
         )
         assert base.cost is not None
+        if method == "spiking-diffusion":
+            base = replace(base, metrics=base.metrics | {"reconstruction_mse": MetricValue(0.1, 0.01, 500)})
         base = replace(base, cost=replace(base.cost, energy_strict_mj=energy, nfe=10))
         path = write_record(base, tmp_path / "data/records")
         records = {"final-1000": path.name}
@@ -76,7 +82,7 @@ def test_curves_have_every_measured_number_of_images(measured: Callable[..., Non
     rows = table(section(tmp_path), "digits: fd\\_digits against images seen")
     assert [row[0] for row in rows] == ["ddpm", "sddpm", "spiking-diffusion"]  # the best first
     assert rows[0][1:] == ["2.000 (±0.020)", "1.000 (±0.024)", "1", "0.5", "25.6"]  # 8 mJ / 10 evaluations x 32,000
-    assert rows[1][1:] == ["9.000 (±0.020)", "4 ±13", "2", "1", "25.6"]
+    assert rows[1][1:] == ["9.000 (±0.020)", "4 ±13", "2", "1", "25.6"]  # seeds may differ in folders and new options
     assert rows[2][1:] == ["-", "9.000 (±0.024)", "1", "0.5", "-"]  # of two networks, which are trained in turn
     assert (tmp_path / "out/data/figures/study-v1-curves-digits.png").is_file()
 
@@ -95,14 +101,40 @@ def test_answers_test_the_seeds_and_compare_the_energy(measured: Callable[..., N
     assert [row[1:3] for row in rows] == [["ddpm", "sddpm"], ["sddpm", "sdm"], ["sddpm", "fsddim"]]
     assert rows[0][3] == "+1.99 ±0.02"
     assert [row[5] for row in rows] == ["0.5", "1", "0.25"]
-    assert [row[7] for row in rows] == ["ddpm is better", "cannot tell", "cannot tell: single trainings"]
+    assert [row[7] for row in rows] == ["ddpm is better", "cannot tell", "cannot tell: one shared seed"]
     assert float(rows[0][4]) < 0.05 < float(rows[1][4])
-    assert rows[2][3:5] == ["-1.01", "-"]
+    assert rows[2][3:5] == ["-1.00", "-"]
+
+
+def test_answers_use_the_seeds_that_both_methods_have(measured: Callable[..., None], tmp_path: Path) -> None:
+    for seed, fd in enumerate((16.0, 10.0, 10.0)):
+        measured("sddpm", seed, fd, energy=(4.0, 8.0, 8.0)[seed])
+    measured("sddpm_t8", 0, 14.0, energy=8.0)
+    measured("sdm", 3, 14.0)
+    pairs = "[[sddpm, sddpm_t8], [sddpm, sdm]]"
+    (tmp_path / "data/curves/study-v1/questions.yaml").write_text(f"- question: What?\n  pairs: {pairs}\n")
+    (row,) = table(section(tmp_path), "digits: Answers")  # none for methods without a shared seed
+    assert [*row[3:6], row[7]] == ["-2.00", "-", "2", "cannot tell: one shared seed"]
+
+
+def test_an_answer_stays_the_same_when_other_pairs_are_measured(measured: Callable[..., None], tmp_path: Path) -> None:
+    def measure(method: str, *values: float) -> None:
+        for seed, value in enumerate(values):
+            measured(method, seed, value)
+
+    questions = "- question: What?\n  pairs: [[ddpm, sddpm], [ddpm, sdm], [ddpm, fsddim]]\n"
+    measure("ddpm", 1.0, 1.0, 1.0)
+    measure("sddpm", 1.9, 2.0, 2.1)
+    (tmp_path / "data/curves/study-v1/questions.yaml").write_text(questions)
+    (first,) = table(section(tmp_path), "digits: Answers")
+    measure("sdm", 1.0, 2.0, 4.0)
+    measure("fsddim", 1.0, 2.0, 5.0)
+    assert table(section(tmp_path), "digits: Answers")[0] == first
+    assert "corrected for all 3 planned pairs" in section(tmp_path)
 
 
 def test_pairs_with_and_without_spikes_have_a_break_even() -> None:
-    records = find_records(["leaderboard/data/records"])
-    results = read_results(Path("leaderboard/data/curves/track-v1"), [Entry(p, read_record(p)) for p in records])
+    results = read_results(Path("leaderboard/data/curves/track-v1"))
     lines = study.study_lines(results, lambda name, figure: "")
     rows = {tuple(row[:2]): row[2:] for row in table("\n".join(lines), "mnist: Break-even")}
     # as `break-even --spiking ... --twin ...` prints them
@@ -114,8 +146,30 @@ def test_pairs_with_and_without_spikes_have_a_break_even() -> None:
 def test_longer_chains_are_listed_beside_the_ranked_one(measured: Callable[..., None], tmp_path: Path) -> None:
     measured("sddpm", 0, 3.0, nfe50_1000=(2.5, 50))
     measured("ddpm", 0, 1.0)
+    measured("sddpm", 1, 1.0)  # without a longer chain
     rows = table(section(tmp_path), "digits: More network evaluations")
     assert [row[:3] for row in rows] == [["sddpm", "10", "3.000 (±0.024)"], ["sddpm", "50", "2.500 (±0.020)"]]
+    (folder,) = find_studies([tmp_path / "data/records"])
+    (sddpm,) = [member for member in read_results(folder).members if member.key == "sddpm"]
+    assert sddpm.method.frechet == 2.0
+
+
+def test_figures_mark_rows_of_one_colour_differently(measured: Callable[..., None], tmp_path: Path) -> None:
+    for method in ("sddpm", "sddpm_t1", "sdm", "sddpm-relu-twin", "sddpm-relu-twin-3bit"):
+        measured(method, 0, 1.0)
+    (folder,) = find_studies([tmp_path / "data/records"])
+    styles = study._styles(read_results(folder).members)
+    assert len({json.dumps(style, sort_keys=True) for style in styles.values()}) == len(styles) == 5
+    assert styles["sddpm"]["color"] == styles["sddpm_t1"]["color"] == styles["sddpm-relu-twin"]["color"]
+
+
+def test_a_training_whose_record_is_missing_is_an_error(measured: Callable[..., None], tmp_path: Path) -> None:
+    measured("sddpm", 0, 3.0)
+    (path,) = (tmp_path / "data/records").glob("*.json")
+    path.unlink()
+    (folder,) = find_studies([tmp_path / "data/records"])
+    with pytest.raises(FileNotFoundError, match=rf"sddpm with seed 0 names the record {path.name}, which is not below"):
+        read_results(folder)
 
 
 def test_trainings_that_were_not_measured_are_left_out(measured: Callable[..., None], tmp_path: Path) -> None:
@@ -154,7 +208,7 @@ def test_samples_are_shown_beside_their_nearest_training_images(measured: Callab
         page = np.full((81, 81), grey, np.uint8)
         page[40:] = 0  # of a grid of eight rows, only the first three are shown
         Image.fromarray(page).save(picture)
-    ((_, (member,)),) = read_results(folder, [entry]).by_dataset().items()
+    ((_, (member,)),) = read_results(folder).by_dataset().items()
     figure = study.sample_figure([member])
     assert figure is not None
     shown = [np.asarray(axes.images[0].get_array()) for axes in figure.axes]
