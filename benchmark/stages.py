@@ -38,7 +38,7 @@ from benchmark.callbacks.checkpointing import (
 )
 from benchmark.callbacks.monitor import ImageProgressBar, ProgressLines, TrainingMonitor
 from benchmark.callbacks.png import PNGWriter
-from benchmark.callbacks.resume import Resume
+from benchmark.callbacks.resume import CPUTime, Resume
 from benchmark.command_line import Parser, complete_loggers, fill_in_newest_run
 from benchmark.configs import design_of, locate_configs
 from benchmark.runs import RUNS, new_run, run_of, training_seed
@@ -217,7 +217,7 @@ class BenchmarkCLI(LightningCLI):
         elif config.logger in (None, True):
             kwargs["logger"] = TensorBoardLogger(self.run_folder, name="", version="", default_hp_metric=False)
         kwargs["plugins"] = [*_as_list(self.config_init[self.subcommand].trainer.plugins), AtomicCheckpointIO()]
-        self.trainer_defaults["callbacks"] = [DivergenceGuard(), Resume()]
+        self.trainer_defaults["callbacks"] = [DivergenceGuard(), Resume(), CPUTime()]
         if kwargs.get("logger", config.logger):
             self.trainer_defaults["callbacks"].append(LearningRateMonitor("step"))
         if config.enable_progress_bar is not False:

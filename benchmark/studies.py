@@ -128,6 +128,10 @@ class Place:
         assert design is not None, "read_study requires a name"
         return design
 
+    def data_root(self, dataset: str) -> list[str]:
+        """Returns the option that names the folder of a dataset; nothing if it is not given."""
+        return [f"--data.root={self.roots[dataset]}"] if dataset in self.roots else []
+
     @property
     def curves(self) -> Path:
         """Folder of what is found, except for ranked records."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections.abc import Mapping
 from inspect import signature
@@ -62,6 +63,35 @@ class Resume(Callback):
                 f"nothing to train: the checkpoint is at step {self._step}, where the training ends; to continue, "
                 "raise --trainer.max_steps or --trainer.max_epochs"
             )
+
+
+class CPUTime(Callback):
+    """Adds up the CPU time of a training, also over the processes that resumed it; every checkpoint contains it.
+
+    The time is that of the process and its threads, in seconds. What a killed process did after its last checkpoint is
+    not part of it.
+    """
+
+    def __init__(self) -> None:
+        self._before = 0.0
+        self._started = time.process_time()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the clock."""
+        self._started = time.process_time()
+
+    def state_dict(self) -> dict[str, float]:
+        """Returns the time so far."""
+        return {"seconds": self._before + time.process_time() - self._started}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        """Continues from the time at the checkpoint."""
+        self._before = state_dict["seconds"]
+
+    @staticmethod
+    def read(checkpoint: Mapping[str, Any]) -> float:
+        """Returns the time in a checkpoint; 0 if it has none."""
+        return float(checkpoint.get("callbacks", {}).get(CPUTime.__qualname__, {}).get("seconds", 0.0))
 
 
 def configure_optimizers(checkpoint: dict[str, Any], configured: Any) -> list[str]:

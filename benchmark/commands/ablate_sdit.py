@@ -78,9 +78,10 @@ def ablate_sdit(args: Sequence[str]) -> None:
                 console.print(f"{name}, seed {seed}", style="bold")
                 in_folder = f"--trainer.default_root_dir={folder}"
                 fit = [f"--config={options.config}", *rest, *VARIANTS[name], f"--seed_everything={seed}", in_folder]
-                started = time.perf_counter()
-                run_stage(["fit", *fit])
-                write_atomic(folder / TRAINING_TIME, f"{time.perf_counter() - started:.1f}\n")
+                if not (folder / TRAINING_TIME).is_file():  # else only the test is missing
+                    started = time.perf_counter()
+                    run_stage(["fit", *fit])
+                    write_atomic(folder / TRAINING_TIME, f"{time.perf_counter() - started:.1f}\n")
                 run_stage(fill_in_newest_run(["test", in_folder, f"--evaluation.variant={name}, seed {seed}", *draft]))
             records[name].append(read_record(find_records([folder])[-1]))
             seconds[name].append(float((folder / TRAINING_TIME).read_text()))

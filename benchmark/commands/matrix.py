@@ -44,6 +44,7 @@ class Cell:
         draft: Whether the test may deviate from its protocol.
         verify: Whether the test is repeated and compared.
         start: Cell from whose last checkpoint this one starts.
+        paths: Options that name files of this machine, and so do not distinguish cells.
     """
 
     config: Path
@@ -53,6 +54,7 @@ class Cell:
     draft: bool
     verify: bool = False
     start: Cell | None = None
+    paths: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -83,9 +85,10 @@ class Cell:
         """
         if self.entry is None:
             yield self.fit
-            yield ["test", *["--draft"] * self.draft, f"--trainer.default_root_dir={self.folder}"]
+            yield ["test", *["--draft"] * self.draft, *self.paths, f"--trainer.default_root_dir={self.folder}"]
         if self.verify and self.entry is not None:
-            paths = [option.replace(*names) for option in self.options for names in PATH_OPTIONS if names[0] in option]
+            given = (*self.paths, *self.options)
+            paths = [option.replace(*names) for option in given for names in PATH_OPTIONS if names[0] in option]
             yield ["leaderboard", "verify", str(self.entry.path), "--keep=true", *paths]
 
     @property
@@ -99,11 +102,11 @@ class Cell:
         try:
             newest_run(self.folder)
         except FileNotFoundError:
-            fit = [f"--config={self.config}", f"--seed_everything={self.seed}", *self.options]
+            fit = [f"--config={self.config}", f"--seed_everything={self.seed}", *self.paths, *self.options]
             if self.start:
                 fit.append(f"--model.init_from={find_checkpoint(newest_run(self.start.folder))}")
         else:
-            fit = ["--ckpt_path=last"]
+            fit = ["--ckpt_path=last", *self.paths]
         return ["fit", *fit, folder]
 
 
@@ -190,11 +193,13 @@ def _cells(options: argparse.Namespace) -> list[Cell]:
     for seed in options.seeds:  # outer loop over seeds: a stopped matrix still has comparable runs
         for method in options.methods:
             for dataset in options.datasets:
-                root = (f"--data.root={roots[dataset]}",) if dataset in roots else ()
+                paths = (f"--data.root={roots[dataset]}",) if dataset in roots else ()
                 config = configs / f"{method}_{dataset}.yaml"
-                common = (seed, (*root, *common_options), options.output, options.draft, options.verify)
-                start = Cell(configs / f"{starts[method]}_{dataset}.yaml", *common) if method in starts else None
-                cells.append(Cell(config, *common, start))
+                common = (seed, common_options, options.output, options.draft, options.verify)
+                start = None
+                if method in starts:
+                    start = Cell(configs / f"{starts[method]}_{dataset}.yaml", *common, paths=paths)
+                cells.append(Cell(config, *common, start, paths))
     if missing := sorted({str(cell.config) for cell in cells if not cell.config.is_file()}):
         known = ", ".join(sorted(path.stem for path in configs.glob("*_*.yaml"))) or "none"
         raise FileNotFoundError(f"no {', '.join(missing)}; {configs}/ has: {known}")
@@ -276,6 +281,8 @@ def _table(states: Mapping[Cell, State]) -> Table:
 
 def last_error(log: Path) -> str:
     """Returns the last message of an error in a log, or else its last line."""
+    if not log.is_file():
+        return f"no log at {log}"
     lines = log.read_text(errors="replace").splitlines()
     errors = [line for line in lines if "error:" in line.lower()] or [line for line in lines if line.strip()]
     return errors[-1].removeprefix("error: ") if errors else "killed; see its log"

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import resource
+import shutil
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from filelock import FileLock
 
-from benchmark.commands.export import CARD, export
+from benchmark.commands.export import export
 from benchmark.commands.matrix import Cell, last_error, run_command
 from benchmark.commands.zoo import add_to_zoo
 from benchmark.runs import WEIGHTS, find_checkpoint, newest_run
@@ -28,6 +29,8 @@ MAX_LR = "model.lr_scheduler.init_args.max_lr"
 """Option that is searched."""
 POINTS = 50
 """Number of points of a stored loss curve."""
+CPU_SECONDS = "cpu_seconds.txt"
+"""File in the folder of a training with the CPU time of the processes that have ended."""
 DIVERGED = ("the loss is nan", "the loss is inf", "is not finite after")
 """Words of the errors that end a training with too large a learning rate."""
 
@@ -44,6 +47,11 @@ class SearchJob:
     def name(self) -> str:
         """Name for people."""
         return f"search {self.method}"
+
+    @property
+    def needs(self) -> tuple[SearchJob | TrainJob, ...]:
+        """Parts that must have ended before."""
+        return ()
 
     @property
     def selection(self) -> list[str]:
@@ -125,6 +133,11 @@ class TrainJob:
         return f"{self.method}_{self.dataset}-seed{self.seed}"
 
     @property
+    def needs(self) -> tuple[SearchJob | TrainJob, ...]:
+        """Parts that must have ended before."""
+        return (self.search,)
+
+    @property
     def selection(self) -> list[str]:
         """Options that select it."""
         return ["--only", self.method, "--datasets", self.dataset, "--seeds", str(self.seed)]
@@ -166,6 +179,7 @@ class TrainJob:
         """Trains, after the search unless that is done; returns 0, or the exit code of what was stopped or failed."""
         with FileLock(self.search.lock):
             if not self.search.is_done and (code := self.search.run()):
+                append_line(self.log, f"error: its search failed: {last_error(self.search.log)}")
                 return code
         if code := _fit(self.cell, self.log):
             return code
@@ -226,6 +240,11 @@ class MeasureJob:
         return f"{self.measurement}-{self.steps}"
 
     @property
+    def needs(self) -> tuple[SearchJob | TrainJob, ...]:
+        """Parts that must have ended before."""
+        return (self.training,)
+
+    @property
     def selection(self) -> list[str]:
         """Options that select it."""
         return [*self.training.selection, "--measurements", self.measurement]
@@ -248,7 +267,7 @@ class MeasureJob:
     def run(self) -> int:
         """Tests and copies the record to the results; returns 0, or the exit code of a test that did not end."""
         if not self.training.is_done:
-            _write_log(self.log, f"error: {self.training.key} is not trained; run it with --stage train first")
+            append_line(self.log, f"error: {self.training.key} is not trained; run it with --stage train first")
             return 1
         sha256 = read_json(self.training.result)["checkpoints"][str(self.steps)]
         study = self.place.study
@@ -257,14 +276,14 @@ class MeasureJob:
         found = self.place.output.glob(f"trainings/{start}*/*/checkpoints/*.ckpt")
         checkpoint = next((path for path in sorted(found) if file_sha256(path) == sha256), None)
         if checkpoint is None:
-            _write_log(
+            append_line(
                 self.log,
                 f"error: the checkpoint of {self.training.key} after {self.steps} steps is not under "
                 f"{self.place.output}; copy the run from the machine that trained it, or measure it there",
             )
             return 1
         options = member.instead.get(self.measurement, measurement.options)
-        typed = [f"--{key}={value}" for key, value in options.items()]
+        typed = [f"--{key}={value}" for key, value in options.items()] + self.place.data_root(self.training.dataset)
         run = checkpoint.parent.parent
         before = set(find_records([run]))
         tested = _half(checkpoint) if measurement.half else checkpoint
@@ -273,13 +292,14 @@ class MeasureJob:
             return code
         (path,) = set(find_records([run])) - before
         record = redact_paths(read_record(path))
-        if measurement.draft:
-            write_record(record, self.place.curves / "records")
-        else:
-            add(str(path), str(self.place.results / Path(RECORDS).name))
         if self._goes_into_zoo:
             folder = self.place.zoo / f"{self.training.method}_{self.training.dataset}"
             add_to_zoo(tested.parent, checkpoint, Entry(path, record), folder)
+        if measurement.draft:
+            write_record(record, self.place.curves / "records")
+        else:
+            with self.log.open("a") as log, contextlib.redirect_stderr(log):  # receives why a record is refused
+                add(str(path), str(self.place.results / Path(RECORDS).name))
         content = read_json(self.training.result)
         content["records"][self.key] = record_name(record)
         write_json(self.training.result, content)
@@ -299,24 +319,23 @@ def _cell(place: Place, method: str, dataset: str, seed: int, options: dict[str,
     """Returns a training of a method with these options in addition to its configuration."""
     member = place.study.methods[method]
     config = place.path.parent / f"{member.config or method}_{dataset}.yaml"
-    root = [f"--data.root={place.roots[dataset]}"] if dataset in place.roots else []
-    typed = [f"--{key}={value}" for key, value in (member.options | options).items()]
-    return Cell(config, seed, (*root, *typed), place.output / folder, draft=False)
+    typed = tuple(f"--{key}={value}" for key, value in (member.options | options).items())
+    return Cell(config, seed, typed, place.output / folder, draft=False, paths=tuple(place.data_root(dataset)))
 
 
 def _with_average(cell: Cell, decay: float) -> Cell:
     """Returns a training whose weights are averaged, too."""
     average = ("--trainer.callbacks+=EMAWeightAveraging", f"--trainer.callbacks.init_args.decay={decay}")
-    return Cell(cell.config, cell.seed, (*cell.options, *average), cell.output, cell.draft)
+    return replace(cell, options=(*cell.options, *average))
 
 
 def _fit(cell: Cell, log: Path) -> int:
     """Trains, or resumes a training; adds its CPU time to a file in the folder of the cell; returns the exit code."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    earlier, before = _cpu_seconds(cell), resource.getrusage(resource.RUSAGE_CHILDREN)
     code = _run(cell.fit, log)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    write_atomic(cell.folder / "cpu_seconds.txt", f"{_cpu_seconds(cell) + seconds:.1f}\n")
+    write_atomic(cell.folder / CPU_SECONDS, f"{earlier + seconds:.1f}\n")
     return code
 
 
@@ -330,15 +349,27 @@ def _run(command: Sequence[str], log: Path) -> int:
 def _half(checkpoint: Path) -> Path:
     """Returns the weights of a checkpoint, rounded to 16 bits, in a folder made by `export` within its run."""
     folder = checkpoint.parent.parent / f"half-{checkpoint.stem}"
-    if not (folder / CARD).is_file():  # which `export` writes last
-        export(str(checkpoint), str(folder), half=True)
+    if not folder.exists():
+        part = folder.with_name(f".{folder.name}.part")
+        shutil.rmtree(part, ignore_errors=True)  # of a killed process
+        export(str(checkpoint), str(part), half=True)
+        part.replace(folder)
     return folder / WEIGHTS
 
 
 def _cpu_seconds(cell: Cell) -> float:
-    """CPU time of a training so far, with validation, checkpoints and the start of the processes."""
-    path = cell.folder / "cpu_seconds.txt"
-    return float(path.read_text()) if path.is_file() else 0.0
+    """CPU time of a training so far, with validation, checkpoints and the start of the processes.
+
+    Of processes that were killed together with this one, only the time up to their last checkpoints is known.
+    """
+    from benchmark.callbacks.resume import CPUTime  # Lightning takes seconds to import
+
+    path = cell.folder / CPU_SECONDS
+    counted = float(path.read_text()) if path.is_file() else 0.0
+    try:
+        return max(counted, CPUTime.read(read_suite(find_checkpoint(newest_run(cell.folder)))))
+    except FileNotFoundError:  # killed before the first checkpoint, or diverged
+        return counted
 
 
 def _validation_loss(cell: Cell, averaged: bool, log: Path) -> float:
@@ -366,7 +397,8 @@ def _scalars(run: Path, tag: str) -> list[tuple[int, float]]:
     return sorted({event.step + 1: event.value for event in found}.items())
 
 
-def _write_log(path: Path, line: str) -> None:
+def append_line(path: Path, line: str) -> None:
+    """Appends a line to a log, which is made if necessary."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(f"{line}\n")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -20,10 +20,10 @@ from rich.table import Table
 
 from benchmark.command_line import pass_through_parser
 from benchmark.commands.matrix import State, last_error, parse_pairs
-from benchmark.commands.study_jobs import Job, MeasureJob, SearchJob, Stage, TrainJob
+from benchmark.commands.study_jobs import Job, MeasureJob, SearchJob, Stage, TrainJob, append_line
 from benchmark.configs import find_config
 from benchmark.runs import RUNS
-from benchmark.studies import Place, check_unchanged, read_study
+from benchmark.studies import Place, Study, check_unchanged, read_study
 from leaderboard.record.entries import RECORDS
 from leaderboard.reports.terminal import terminal
 
@@ -44,15 +44,17 @@ def track(args: Sequence[str]) -> None:
     options = _parser().parse_args(args)
     path = find_config(options.design)
     study = read_study(path)
+    _check_names(study, options)
     place = Place(path, study, parse_pairs("--roots", options.roots), options.output, options.results)
     check_unchanged(place)
     jobs = [job for job in _jobs(place) if _is_selected(job, options)]
     pending = [job for job in jobs if not job.is_done]
     if options.print:
-        for job in pending:
-            print(_command(job, options))
+        for command in dict.fromkeys(_command(job, options) for job in pending):
+            print(command)
         return
     states: dict[str, State] = {job.name: "not begun" if job in pending else "done before" for job in jobs}
+    reasons: dict[str, str] = {}
     console = terminal()
     stopped = 0
     for number, job in enumerate(pending, start=1):
@@ -62,12 +64,17 @@ def track(args: Sequence[str]) -> None:
                 if job.is_done:  # by another process
                     states[job.name] = "done before"
                     continue
+                if failed := next((needed.name for needed in job.needs if states.get(needed.name) == "failed"), None):
+                    states[job.name], reasons[job.name] = "failed", f"needs: {failed}"
+                    continue
                 console.print(f"{number}/{len(pending)} {job.name}: log in {job.log}", soft_wrap=True, highlight=False)
-                code = job.run()
+                code = _run(job)
         except Timeout:
             states[job.name] = "runs elsewhere"
             continue
         states[job.name] = "done" if code == 0 else "stopped" if code in (130, 143) else "failed"
+        if states[job.name] == "failed":
+            reasons[job.name] = last_error(job.log)  # which the next part may overwrite
         if states[job.name] == "stopped":
             stopped = code
             break
@@ -75,11 +82,21 @@ def track(args: Sequence[str]) -> None:
     for column in ("part", "state", "why"):
         table.add_column(column)
     for job in jobs:
-        state = states[job.name]
-        table.add_row(job.name, state, last_error(job.log) if state == "failed" else "")
+        table.add_row(job.name, states[job.name], reasons.get(job.name, ""))
     console.print(table)
     if stopped or "failed" in states.values():
         sys.exit(stopped or 1)
+
+
+def _run(job: Job) -> int:
+    """Runs a part; returns its exit code, and 1 for an error, which is written to its log."""
+    try:
+        return job.run()
+    except SystemExit as stop:
+        return int(stop.code or 1)
+    except Exception as error:  # a part that fails does not stop the others
+        append_line(job.log, f"error: {type(error).__name__}: {error}")
+        return 1
 
 
 def _jobs(place: Place) -> Iterator[Job]:
@@ -98,6 +115,24 @@ def _jobs(place: Place) -> Iterator[Job]:
         for training in trainings:
             if training.seed in measurement.seeds and name not in study.methods[training.method].without:
                 yield from (MeasureJob(training, name, steps) for steps in measurement.steps)
+
+
+def _check_names(study: Study, options: argparse.Namespace) -> None:
+    """Checks that the study has what the options name.
+
+    Raises:
+        ValueError: If it has not; names what there is.
+    """
+    known: dict[str, tuple[Iterable[object], Iterable[object]]] = {
+        "--roots": (parse_pairs("--roots", options.roots), study.datasets),
+        "--only": (options.only, study.methods),
+        "--datasets": (options.datasets, study.datasets),
+        "--seeds": (options.seeds, dict.fromkeys(seed for seeds in study.datasets.values() for seed in seeds)),
+        "--measurements": (options.measurements, study.measurements),
+    }
+    for option, (given, names) in known.items():
+        if unknown := [name for name in given if name not in names]:
+            raise ValueError(f"{option} {unknown[0]}: the study has {', '.join(map(str, names))}")
 
 
 def _is_selected(job: Job, options: argparse.Namespace) -> bool:

@@ -15,10 +15,10 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LambdaLR, LinearLR, OneCycleLR
 
-from benchmark.callbacks.resume import configure_optimizers
+from benchmark.callbacks.resume import CPUTime, configure_optimizers
 from benchmark.cli import main
 from benchmark.runs import find_checkpoint, newest_run
-from systems.checkpoints import CheckpointMismatchError, load_checkpoint
+from systems.checkpoints import CheckpointMismatchError, load_checkpoint, save_checkpoint
 
 
 def configured(optimizer: Any, schedule: Any = None, **options: Any) -> Any:
@@ -239,6 +239,18 @@ def test_a_finished_training_says_that_nothing_is_left(
 ) -> None:
     resume(run, tmp_path)
     assert "nothing to train: the checkpoint is at step 10" in capsys.readouterr().out
+
+
+def test_cpu_time_adds_up_over_resumed_processes(run: Path, tmp_path: Path) -> None:
+    before = load_checkpoint(find_checkpoint(run))
+    assert CPUTime.read(before) > 0
+    assert CPUTime.read({"state_dict": {}}) == 0
+    resumed = resume(run, tmp_path)  # nothing is left to train
+    path = find_checkpoint(resumed)
+    before["callbacks"]["CPUTime"]["seconds"] = 1e6
+    save_checkpoint(before, path)
+    resume_again(tmp_path, "--trainer.max_epochs=3")
+    assert 1e6 < CPUTime.read(load_checkpoint(find_checkpoint(resumed))) < 1e6 + 600
 
 
 def test_averaging_cannot_be_omitted(uncompiled: None, tmp_path: Path) -> None:

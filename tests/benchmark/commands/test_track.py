@@ -15,10 +15,11 @@ import yaml
 from filelock import FileLock
 
 from benchmark.cli import main
-from benchmark.commands import matrix
+from benchmark.commands import matrix, study_jobs
 from benchmark.studies import read_study
 from leaderboard.files import file_sha256
 from leaderboard.record.records import find_records, read_record
+from systems.checkpoints import save_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*fork.*")]
 
@@ -163,6 +164,8 @@ def test_a_changed_design_needs_another_name(study: Path) -> None:
 def test_each_pending_part_has_a_command_and_one_that_runs_elsewhere_is_skipped(
     study: Path, in_process: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    steps = DESIGN["measurements"]["curve"] | {"steps": [2, 4]}  # of one command
+    study.write_text(yaml.safe_dump(DESIGN | {"measurements": DESIGN["measurements"] | {"curve": steps}}))
     assert run(study, "--print", "--roots", "digits=a folder") == 0
     lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
     assert [line[line.index("--stage") + 1] for line in lines] == ["search", "train", "train", *["measure"] * 3]
@@ -200,12 +203,100 @@ def test_a_stopped_training_resumes(
     assert run(study, "--stage", "train", "--only", "good") == 143
     assert not list(tmp_path.glob("results/curves/*/trainings/*"))
     monkeypatch.setattr(matrix.Popen, "wait", wait)
+    (seconds,) = tmp_path.glob("runs/trainings/*/cpu_seconds.txt")
+    seconds.write_text("1000000.0\n")
     in_process.clear()
+    assert run(study, "--stage", "train", "--only", "good", "--roots", "digits=elsewhere") == 1  # digits have no root
+    assert in_process[0][:3] == ["fit", "--ckpt_path=last", "--data.root=elsewhere"]  # the same training
     assert run(study, "--stage", "train", "--only", "good") == 0
-    assert in_process[0][:2] == ["fit", "--ckpt_path=last"]
+    assert in_process[1][:2] == ["fit", "--ckpt_path=last"]
     training = read(study, "trainings/good_digits-seed0.json")
+    assert 1_000_000 < training["cpu_seconds"] < 1_000_600
     assert training["chosen"]["averaged"]
     assert sorted(training["checkpoints"]) == ["4", "8"]
+
+
+def test_cpu_time_of_a_killed_process_is_that_of_its_last_checkpoint(tmp_path: Path) -> None:
+    cell = matrix.Cell(Path("configs/quickstart.yaml"), 0, (), tmp_path, draft=False)
+    assert study_jobs._cpu_seconds(cell) == 0.0
+    checkpoints = cell.folder / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    (checkpoints.parent / "config.yaml").write_text("{}")
+    save_checkpoint({"state_dict": {}, "callbacks": {"CPUTime": {"seconds": 100.0}}}, checkpoints / "last.ckpt")
+    assert study_jobs._cpu_seconds(cell) == 100.0
+    (cell.folder / "cpu_seconds.txt").write_text("120.5\n")  # of processes that have ended
+    assert study_jobs._cpu_seconds(cell) == 120.5
+
+
+def test_a_part_that_fails_stops_no_other_and_keeps_its_reason(
+    study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(job: study_jobs.SearchJob | study_jobs.TrainJob) -> int:
+        if isinstance(job, study_jobs.TrainJob) and job.method == "good":
+            raise OSError("No space left on device")
+        return 0
+
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(study_jobs.SearchJob, "run", fail)
+    monkeypatch.setattr(study_jobs.TrainJob, "run", fail)
+    assert run(study, "--seeds", "0") == 1
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    states = {row[0]: row[1:] for row in rows if len(row) == 3}
+    assert states["search good"] == ["done", ""]
+    assert states["train good_digits-seed0"] == ["failed", "OSError: No space left on device"]
+    assert states["train good_t1_digits-seed0"] == ["done", ""]
+    assert states["measure good_digits-seed0, final-8"] == ["failed", "needs: train good_digits-seed0"]
+    assert states["measure good_t1_digits-seed0, final-8"][0] == "failed"  # is not trained
+
+
+def test_a_failed_search_says_why(
+    study: Path, in_process: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = study.with_name("good_digits.yaml")
+    config.write_text(config.read_text().replace("base_channels: 4", "base_channels: 0"))
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run(study, "--stage", "train", "--only", "good") == 1
+    assert "its search failed: " in capsys.readouterr().out
+    assert len(in_process) == 1
+
+
+def test_half_precision_weights_are_whole_or_missing(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    made: list[Path] = []
+
+    def killed(source: str, folder: str, half: bool) -> None:
+        assert (source, half) == (str(checkpoint), True)
+        made.append(Path(folder))
+        Path(folder).mkdir(parents=True)
+        (Path(folder) / "model.safetensors").touch()
+        if len(made) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(study_jobs, "export", killed)
+    with pytest.raises(KeyboardInterrupt):
+        study_jobs._half(checkpoint)
+    weights = study_jobs._half(checkpoint)
+    assert weights.is_file()
+    assert weights.parent not in made
+    assert study_jobs._half(checkpoint) == weights
+    assert len(made) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--roots", "digit=D"], "--roots digit: the study has digits"),
+        (["--only", "god"], "--only god: the study has good, good_t1"),
+        (["--datasets", "mnist"], "--datasets mnist: the study has digits"),
+        (["--seeds", "7"], "--seeds 7: the study has 0"),
+        (["--measurements", "last"], "--measurements last: the study has final, curve"),
+    ],
+)
+def test_names_that_the_study_does_not_have_are_errors(study: Path, options: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(study, "--print", *options)
 
 
 def test_errors_of_a_design_name_the_field(study: Path) -> None:
