@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from systems.base import DiffusionSystem as DiffusionSystem
     from systems.diffusion.gaussian import GaussianDiffusion as GaussianDiffusion
     from systems.spiking.adapter import multistep as multistep
+    from systems.spiking.neurons import SpikingLayer as SpikingLayer
 
 __version__ = "0.2.0"
 
@@ -33,6 +34,7 @@ _EXPORTS = {
     "DiffusionSystem": "systems.base",
     "GaussianDiffusion": "systems.diffusion.gaussian",
     "ImageDataModule": "datamodules",
+    "SpikingLayer": "systems.spiking.neurons",
     "multistep": "systems.spiking.adapter",
 }
 """Modules of the names that `benchmark` exports."""

@@ -44,8 +44,10 @@ from benchmark.configs import design_of, locate_configs
 from benchmark.runs import RUNS, new_run, run_of, training_seed
 from benchmark.trainer import BenchmarkTrainer
 from datamodules import ImageDataModule
+from datamodules.own import OwnImages
 from datamodules.registry import data_module
 from leaderboard.evaluation.callback import Evaluation
+from leaderboard.record.records import check_name
 from systems.base import DiffusionSystem
 
 PREDICTED = 64
@@ -172,7 +174,7 @@ class BenchmarkCLI(LightningCLI):
         config.trainer.precision = config.trainer.precision or fastest_precision(config.trainer.accelerator)
         options: Any = config.model.get("init_args") or {}
         if "num_classes" in options and options.num_classes is None:
-            options.num_classes = data_module(_class_name(config.data.class_path)).num_classes or 0
+            options.num_classes = _number_of_classes(config.data.class_path)
         folder = Path(config.trainer.default_root_dir or RUNS)
         checkpoint = Path(config.ckpt_path) if config.get("ckpt_path") else None
         if config.checkpoint.dirpath is not None:
@@ -258,6 +260,7 @@ class BenchmarkCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Passes the config on to the record, and refuses a test that deviates from its protocol before it starts."""
         self.model.check_contract()
+        check_name("method", self.model.method)
         self.model.configuration = {key: self.resolved[key] for key in ("seed_everything", "model", "data")}
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Evaluation):
@@ -290,6 +293,21 @@ def _as_list(value: Any) -> list[Any]:
 def _format_count(count: int) -> str:
     """Formats a count with three digits: 1234567 as `1.23 M`."""
     return f"{count / 1e6:.3g} M" if count >= 999_500 else f"{count / 1e3:.3g} K"
+
+
+def _number_of_classes(class_path: str) -> int:
+    """Returns the number of classes of a dataset, 0 if it has none.
+
+    Raises:
+        ValueError: If it is known only from the images.
+    """
+    kind = data_module(class_path)
+    if kind.num_classes is None and (issubclass(kind, OwnImages) or kind.__module__.partition(".")[0] != "datamodules"):
+        raise ValueError(
+            f"the number of classes of {class_path} is not known before its images are read; give "
+            "--model.num_classes N, or 0 for an unconditional model"
+        )
+    return kind.num_classes or 0
 
 
 def _class_name(class_path: str) -> str:

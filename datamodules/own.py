@@ -6,6 +6,7 @@ from the training images.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -83,6 +84,12 @@ class OwnImages(ImageDataModule):
     def geometry(self) -> dict[str, Any]:
         """Settings that the compared pixels depend on, in addition to the source."""
         return super().geometry | {"channels": self.num_channels}
+
+    def setup(self, stage: str | None = None) -> None:
+        """Opens the images; the number of classes is that of their labels, from 0 to the largest."""
+        super().setup(stage)
+        if stage in (None, "fit", "validate"):
+            self.num_classes = 1 + int(max(self._entry.labels(split).max() for split in self._entry.splits)) or None
 
     def check_size(self, image: Image.Image, where: str) -> None:
         """Accepts every size; Pillow refuses images that are too large to decode."""
@@ -201,10 +208,13 @@ class FromDataset(OwnImages):
         return self.dataset.rpartition(".")[2]
 
     def find_source(self) -> Source:
-        """Returns the dataset as a source; its arguments and the files that they name identify it."""
+        """Returns the dataset as a source; its code, its arguments and the files that they name identify it."""
         arguments = json.dumps(self.arguments, sort_keys=True, default=str)
         files = stat_identity(_named_files(self.arguments))
-        identity = f"{self.dataset} {arguments} {self.columns.image} {self.columns.label}\n{files}"
+        import_path(self.dataset)
+        code = import_module(self.dataset.rpartition(".")[0]).__file__
+        sha256 = hashlib.sha256(Path(code).read_bytes()).hexdigest() if code else None
+        identity = f"{self.dataset} {sha256} {arguments} {self.columns.image} {self.columns.label}\n{files}"
         source = Source(f"{self.dataset} {arguments}", identity, self._open, splits=tuple(self.arguments))
         return self._with_test_split(source)
 

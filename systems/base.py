@@ -86,6 +86,8 @@ class DiffusionSystem(L.LightningModule):
     """Resolved configuration of the run, `model` and `data`, as JSON; stored in checkpoints."""
     conditional: float | None = None
     """Scale of guidance of a method that generates images of given classes, 1 without guidance; else None."""
+    with_labels: bool = False
+    """Whether `loss` receives pairs of images and their classes `(B,)` instead of images; set it before training."""
     is_generated = False
     """True while `test_step` should skip generation because this batch was restored from an interrupted test."""
     training_data: list[dict[str, Any]]
@@ -131,6 +133,12 @@ class DiffusionSystem(L.LightningModule):
             image_shape: `(C, H, W)`.
         """
 
+    def setup(self, stage: str) -> None:
+        """Asks the data module, if there is one, for labels if the method is trained on classes."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if stage in ("fit", "validate") and data is not None:
+            data.with_labels = self.with_labels
+
     @property
     def solver(self) -> str:
         """Name and settings of the sampler, for records."""
@@ -152,6 +160,14 @@ class DiffusionSystem(L.LightningModule):
             for name in ("loss", "trajectory")
             if getattr(type(self), name) is (function := getattr(DiffusionSystem, name))
         ]
+        for name, count in (("loss", 2), ("trajectory", 2)):
+            try:
+                signature(getattr(self, name)).bind(*range(count))
+            except TypeError:
+                expected, found = (signature(getattr(kind, name)) for kind in (DiffusionSystem, type(self)))
+                problems.append(f"`{name}` must accept {expected}, found {found}")
+        if isinstance(steps := getattr(type(self), "num_inference_steps", None), property) and steps.fset is None:
+            problems.append("`num_inference_steps` must be an attribute that can be set, found a read-only property")
         for name in ("method", "solver"):
             if not isinstance(value := getattr(self, name), str) or not value:
                 problems.append(f"`{name}` must be a name, found {value!r}")
@@ -182,7 +198,14 @@ class DiffusionSystem(L.LightningModule):
         Raises:
             NonFiniteSamplesError: If a value is not finite.
         """
-        images = deque(self.trajectory(seeds, image_shape), maxlen=1)[0]
+        steps = self.trajectory(seeds, image_shape)
+        if not isinstance(steps, Iterator):
+            raise TypeError(f"{self.method}: `trajectory` returns {type(steps).__name__}; it must yield images")
+        expected, last = (len(seeds), *image_shape), deque(steps, maxlen=1)
+        if not last or tuple(last[0].shape) != expected:
+            found = f"images of shape {tuple(last[0].shape)}" if last else "nothing"
+            raise ValueError(f"{self.method}: `trajectory` yields {found}, expected images of shape {expected}")
+        images = last[0]
         finite = images.isfinite().flatten(1).all(1).cpu()
         if not finite.all():
             bad = seeds.cpu()[~finite].tolist()
@@ -229,6 +252,8 @@ class DiffusionSystem(L.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Returns the loss of a batch of images."""
         loss = self.loss(batch)
+        if loss.dim():
+            raise ValueError(f"{self.method}: `loss` returns the shape {tuple(loss.shape)}, expected a scalar")
         self.log("train/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(images_of(batch)))
         return loss
 

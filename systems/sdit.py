@@ -114,6 +114,7 @@ class SDiT(GaussianDiffusion):
         self.num_classes = num_classes
         self.class_dropout = class_dropout
         self.guidance = guidance
+        self.with_labels = num_classes > 0
         self.conditional = float(guidance) if num_classes else None
         self.label = label
         self.num_steps = network.num_steps
@@ -186,20 +187,20 @@ class SDiT(GaussianDiffusion):
             yield x.mean(1, keepdim=True) if image_shape[0] == 1 else x
 
     def setup(self, stage: str) -> None:
-        """Asks the data module, if there is one, for labels.
+        """Checks the classes of the data module, if there is one, and asks it for labels.
 
         Raises:
             ValueError: If the dataset has another number of classes.
         """
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        if stage in ("fit", "validate") and self.num_classes and data is not None:
-            if self.num_classes != data.num_classes:
-                has = f"{data.num_classes} classes" if data.num_classes else "no classes"
-                raise ValueError(
-                    f"num_classes={self.num_classes}, but {data.title} has {has}; give --model.num_classes "
-                    f"{data.num_classes or 0}{'' if data.num_classes else ' (unconditional)'}, or another dataset"
-                )
-            data.with_labels = True
+        is_trained = stage in ("fit", "validate") and self.num_classes and data is not None
+        if is_trained and self.num_classes != data.num_classes:
+            has = f"{data.num_classes} classes" if data.num_classes else "no classes"
+            raise ValueError(
+                f"num_classes={self.num_classes}, but {data.title} has {has}; give --model.num_classes "
+                f"{data.num_classes or 0}{'' if data.num_classes else ' (unconditional)'}, or another dataset"
+            )
+        super().setup(stage)
 
     def _predictor(self, seeds: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         labels = self.labels(seeds)

@@ -51,13 +51,13 @@ def export(run: str, folder: str, which: str = "last", half: bool = False, push_
         for path, record in (read_records([checkpoint.parent.parent])[0] if source.is_dir() else [])
         if record.checkpoint is not None and record.checkpoint.sha256 == sha256
     ]
+    grids = [entry.samples for entry in sorted(entries, key=Entry.time) if entry.samples.is_file()]
+    card = model_card(content, configuration, entries, has_samples=bool(grids), folder=target.name)
     save_safetensors(content | {"configuration": configuration}, target / WEIGHTS, half)
     write_atomic(target / "config.yaml", yaml.safe_dump(configuration, sort_keys=False))
-    if grids := [entry.samples for entry in sorted(entries, key=Entry.time) if entry.samples.is_file()]:
+    if grids:
         write_atomic(target / SAMPLES, grids[-1].read_bytes())
-    write_atomic(
-        target / CARD, model_card(content, configuration, entries, has_samples=bool(grids), folder=target.name)
-    )
+    write_atomic(target / CARD, card)
     files = ", ".join(sorted(path.name for path in target.iterdir()))
     print(f"exported {checkpoint} to {target}: {files}")
     print(f"try: python -m benchmark predict --ckpt_path {target} --data.num_samples 16")
@@ -100,7 +100,10 @@ def model_card(
         lstrip_blocks=True,
         keep_trailing_newline=True,
     ).get_template("model_card.md.jinja")
+    options = configuration["model"].get("init_args") or {}
+    is_conditional = any(entry.record.conditional is not None for entry in entries)
     return template.render(
+        conditional=is_conditional or bool(options.get("num_classes")),
         method=content.get("method", "unknown"),
         steps=content.get("global_step", 0),
         parameters=sum(tensor.numel() for tensor in content["state_dict"].values()),

@@ -19,7 +19,7 @@ from torch import Tensor
 from datamodules import ImageDataModule
 from datamodules.loading import to_bytes
 from leaderboard.evaluation.chunks import Chunks, GenerationStats, generation_key
-from leaderboard.evaluation.cost import CostMeter
+from leaderboard.evaluation.cost import CostMeter, undeclared
 from leaderboard.evaluation.reference import (
     Weights,
     build_parts,
@@ -27,6 +27,7 @@ from leaderboard.evaluation.reference import (
     reference_batches,
     weight_deviations,
 )
+from leaderboard.evaluation.tally import LAYERS
 from leaderboard.files import canonical_sha256, file_sha256
 from leaderboard.metrics.fad import FrechetAutoencoderDistance
 from leaderboard.metrics.generation import GenerationMetrics
@@ -55,6 +56,8 @@ from systems.base import DiffusionSystem
 
 VERSIONS = ("torch", "lightning", "snntorch", "diffusers", "torchmetrics", "torch-fidelity", "datasets", "numpy")
 
+SAME_IMAGE = 0.01
+"""Mean absolute difference of pixels in [-1, 1] up to which two images are the same."""
 AUDITED_STEPS = 10
 """Diffusion steps of the image in which the meter looks for products outside of layers."""
 
@@ -160,6 +163,8 @@ class Evaluation(Callback):
         self._total = GenerationStats()
         self._folder = Path(trainer.log_dir or ".")  # collective call: every process must reach it
         self._chunks = self._open_chunks(trainer, system)
+        if external_code(system, data, self.config):
+            self._check_sampling(trainer, system, data.sample_seed)
         self.meter = CostMeter(system, home="network", watch=False).__enter__()
         self._audit(trainer, system, data.sample_seed)
 
@@ -205,18 +210,33 @@ class Evaluation(Callback):
     def _audit(self, trainer: Trainer, system: DiffusionSystem, seed: int) -> None:
         """Generates one image in a few diffusion steps to find out what the meter has to count.
 
-        Random state and number of steps of the test do not change.
+        Raises:
+            ValueError: If there is nothing that it counts.
         """
-        steps = getattr(system, "num_inference_steps", 0)
-        devices = [system.device] if system.device.type == "cuda" else []
-        if steps > AUDITED_STEPS:
-            system.num_inference_steps = AUDITED_STEPS
-        try:
-            with torch.random.fork_rng(devices), trainer.precision_plugin.forward_context():
-                self.meter.audit(lambda: system.predict_step(torch.tensor([seed], device=system.device), 0))
-        finally:
-            if steps > AUDITED_STEPS:
-                system.num_inference_steps = steps
+        self.meter.audit(lambda: _short_sample(trainer, system, seed))
+        if not self.meter.watch and not any(isinstance(module, LAYERS) for module in system.modules()):
+            raise ValueError(
+                f"{system.method} generates without a convolution, a linear layer or a matrix product, so that it "
+                "has no cost; measure its images by `evaluate --images`"
+            )
+
+    @staticmethod
+    def _check_sampling(trainer: Trainer, system: DiffusionSystem, seed: int) -> None:
+        """Checks a method from outside the suite before it generates all images.
+
+        Raises:
+            ValueError: If an image does not follow from its seed, or classes are drawn but not declared.
+        """
+        first, second = (_short_sample(trainer, system, seed, noise) for noise in range(2))
+        if (first - second).abs().mean() > SAME_IMAGE:
+            raise ValueError(
+                f"{system.method}: `trajectory` makes two different images from the same seed; draw all random numbers "
+                "from `seeds`, as `self.noise(seeds, shape)` does"
+            )
+        if system.conditional is None and system.labels(torch.tensor([seed])) is not None:
+            raise ValueError(
+                f"{system.method}: `labels` returns classes, so set `conditional = 1.0`; tables mark such rows"
+            )
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Computes the metrics, writes record and grid, and prints the result."""
@@ -228,6 +248,8 @@ class Evaluation(Callback):
         if not trainer.is_global_zero:
             return
         metrics |= self._reconstruction(_data(trainer), system)
+        for note in undeclared(self._total.counts, self._total.images, system.num_steps, system.nfe):
+            print(f"note: {note}", flush=True)
         folder = self._folder
         self.record = record = redact_paths(self._record(_data(trainer), system, metrics))
         entry = Entry(folder / "records" / record_name(record), record)
@@ -343,6 +365,30 @@ class Evaluation(Callback):
                 self.meter.parameters, total.images, system.nfe, total.images / total.seconds, total.peak_memory_bytes
             ),
         )
+
+
+def _short_sample(trainer: Trainer, system: DiffusionSystem, seed: int, noise: int = 0) -> Tensor:
+    """Returns one image, generated in a few diffusion steps.
+
+    Random state and number of steps of the test do not change.
+
+    Args:
+        trainer: Its precision is used.
+        system: The method.
+        seed: Seed of the image.
+        noise: Seed of torch's random state, which should not matter.
+    """
+    steps = system.num_inference_steps
+    devices = [system.device] if system.device.type == "cuda" else []
+    if steps > AUDITED_STEPS:
+        system.num_inference_steps = AUDITED_STEPS
+    try:
+        with torch.random.fork_rng(devices), trainer.precision_plugin.forward_context():
+            torch.manual_seed(noise)
+            return system.predict_step(torch.tensor([seed], device=system.device), 0)
+    finally:
+        if steps > AUDITED_STEPS:
+            system.num_inference_steps = steps
 
 
 def _system(module: LightningModule) -> DiffusionSystem:

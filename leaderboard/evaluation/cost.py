@@ -214,6 +214,31 @@ class Counts:
         return rates, sum(rates[name] * neurons[name] for name in rates) / sum(neurons.values())
 
 
+def undeclared(counts: Counts, num_images: int, num_steps: int, nfe: int) -> list[str]:
+    """Returns what a method declares that its neurons did not do, in one sentence each.
+
+    Args:
+        counts: Counts of a test.
+        num_images: Number of images that were generated.
+        num_steps: T, as declared.
+        nfe: Network evaluations per image, as declared.
+    """
+    if not counts.neurons:
+        if num_steps == 1:
+            return []
+        return [
+            f"num_steps is {num_steps}, but no spiking layer ran: firing rate and neuron updates are missing; use "
+            "`multistep(NEURON)`, or derive the layer from `benchmark.SpikingLayer`"
+        ]
+    steps = max(number for _, _, number, _ in counts.neurons.values()) / num_images
+    if steps <= 1.001 * num_steps * nfe:
+        return []
+    return [
+        f"neurons ran {steps:g} steps per image, more than num_steps x nfe = {num_steps} x {nfe}: set `num_steps` and "
+        "`num_inference_steps` of the method, which tables show as T and NFE"
+    ]
+
+
 def _add_by_name(first: dict[str, list[float]], second: dict[str, list[float]]) -> dict[str, list[float]]:
     total = dict(first)
     for name, numbers in second.items():

@@ -352,6 +352,11 @@ def _from_array(array: NDArray[Any], path: Path, channels: int) -> Tensor:
             f"--images {path} has the shape {array.shape}, expected (N, H, W, C) with C = 1 or 3, or (N, H, W); "
             "(N, C, H, W) becomes it by array.transpose(0, 2, 3, 1)"
         )
+    if array.max() <= 1:
+        raise ValueError(
+            f"--images {path} has only the values 0 and 1, expected bytes from 0 to 255; for x in [0, 1]: "
+            "(x * 255).round().astype('uint8')"
+        )
     if array.shape[3] == 3 and channels == 1:
         coloured = (array != array[..., :1]).any((1, 2, 3))
         if coloured.any():
@@ -377,6 +382,8 @@ def read_cost(path: Path) -> StatedCost:
                 raise SchemaError(f"{field}: expected {least} or more, found {value:g}")
         if (stated.firing_rate or 0) > 1:
             raise SchemaError(f"firing_rate: expected a share from 0 to 1, found {stated.firing_rate}")
+        if not stated.macs + stated.sops:
+            raise SchemaError("macs, sops: both are 0, but every generator has operations")
         if stated.acs is not None and stated.acs < stated.sops:
             raise SchemaError(f"acs: {stated.acs:g}, fewer than the {stated.sops:g} sops they include")
     except SchemaError as error:

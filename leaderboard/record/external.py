@@ -53,7 +53,7 @@ def external_code(system: nn.Module, data: Any, config: Any = None) -> dict[str,
     """Returns the packages outside the suite that a result depends on, by import name.
 
     These define a class, or a base of a class, of the method, its layers, its attributes such as the sampler, the data
-    module, or a `class_path` of the configuration. The packages that the suite itself requires are left out: records
+    module or its dataset, or a `class_path` of the configuration. The packages that the suite itself requires are left out: records
     contain their versions. All source files of a package count, since a class may use any of them; of a module that
     belongs to no package, its own file.
 
@@ -64,6 +64,7 @@ def external_code(system: nn.Module, data: Any, config: Any = None) -> dict[str,
     """
     used = [data, *system.modules(), *(value for module in system.modules() for value in vars(module).values())]
     modules = {base.__module__ for cls in map(type, used) for base in cls.__mro__} | set(_class_paths(config))
+    modules |= {path} if isinstance(path := getattr(data, "dataset", None), str) else set()
     names = sorted({module.partition(".")[0] for module in modules} - SUITE_PACKAGES - sys.stdlib_module_names)
     return {name: _identify(name) for name in names if name not in _required_packages()}
 

@@ -182,7 +182,13 @@ class GaussianDiffusion(DiffusionSystem):
         noisy, v = self.diffuse(images, noise, t)
         targets = {"epsilon": noise, "sample": images, "v_prediction": v}
         target = targets[self.scheduler.config.prediction_type]
-        return F.mse_loss(self.network(noisy, t).float(), target.float())
+        prediction = self.network(noisy, t)
+        if prediction.shape != target.shape:
+            raise ValueError(
+                f"{self.method}: the network returns the shape {tuple(prediction.shape)} for images of shape "
+                f"{tuple(target.shape)}; it must return as many values"
+            )
+        return F.mse_loss(prediction.float(), target.float())
 
     def diffuse(self, images: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Adds noise to images, as in DDPM; the `add_noise` of other schedulers follows their own time grids.

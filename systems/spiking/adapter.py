@@ -67,6 +67,11 @@ class SteppedNeuron(SpikingLayer):
             neuron.spike_grad = get_surrogate(surrogate)  # type: ignore[assignment]  # a function, not a module
         arguments = list(signature(neuron.forward).parameters)
         self._states = arguments[1:]
+        if not self._states and not isinstance(neuron, snn.LeakyParallel):
+            raise TypeError(
+                f"{name}.forward({', '.join(arguments)}) takes no state; the suite passes the state of a step to the "
+                "next one: forward(currents, potential) returns spikes and potential"
+            )
         for buffer, value in list(neuron._buffers.items()):
             if buffer in self._states:
                 delattr(neuron, buffer)
@@ -110,6 +115,12 @@ class SteppedNeuron(SpikingLayer):
         try:
             for currents in x.unbind(0):
                 out = self._call(currents, *state)
+                if not isinstance(out, tuple) or len(out) < len(self._states) or out[0].shape != currents.shape:
+                    shapes = [tuple(part.shape) for part in (out if isinstance(out, tuple) else (out,))]
+                    raise ValueError(
+                        f"{type(self.neuron).__name__} returns the shapes {shapes} for currents of shape "
+                        f"{tuple(currents.shape)}; it must return spikes of that shape and {', '.join(self._states)}"
+                    )
                 spikes.append(out[0])
                 state = out[len(out) - len(self._states) :]  # in recurrent neurons the spikes are part of it
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 from collections import Counter
@@ -19,6 +20,7 @@ from PIL import Image
 from datamodules import DatasetError, DatasetNotFoundError, FromDataset, ImageDataModule, ImageFolder, Parquet
 from datamodules.images import center_crop, resize
 from datamodules.registry import data_module, find_data, make_data
+from leaderboard.record.external import external_code
 
 COLOUR = random_splits(20, 3)
 PIXELS = torch.from_numpy(COLOUR["train"][0]).permute(0, 3, 1, 2)
@@ -267,6 +269,17 @@ def test_changed_files_of_a_dataset_are_read_again(tmp_path: Path, cache: str) -
     first = FromDataset(*arguments, image_size=20, cache_dir=cache).fingerprint
     Image.new("RGB", (20, 20)).save(Path(root) / "train" / "0" / "new.png")
     assert FromDataset(*arguments, image_size=20, cache_dir=cache).fingerprint != first
+
+
+def test_an_edited_dataset_is_read_again_and_named_in_records(package: str, tmp_path: Path, cache: str) -> None:
+    data = FromDataset(f"{package}.Pairs", {}, image_size=9, cache_dir=cache)
+    first = data.fingerprint
+    assert list(external_code(torch.nn.Identity(), data)) == [package]
+    code = tmp_path / f"{package}.py"
+    code.write_text(code.read_text().replace("k + self.shift", "k + self.shift + 100"))
+    sys.modules.pop(package)
+    importlib.invalidate_caches()
+    assert FromDataset(f"{package}.Pairs", {}, image_size=9, cache_dir=cache).fingerprint != first
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,7 @@ ARRAYS: dict[str, tuple[Any, str]] = {
     "channels first": (np.zeros((4, 1, 8, 8), np.uint8), r"becomes it by array\.transpose\(0, 2, 3, 1\)"),
     "one image": (np.zeros((8, 8), np.uint8), r"has the shape \(8, 8\), expected \(N, H, W, C\)"),
     "no image": (np.zeros((0, 8, 8, 1), np.uint8), r"has the shape \(0, 8, 8, 1\)"),
+    "cast": (np.ones((4, 8, 8), np.uint8), r"has only the values 0 and 1, .* \(x \* 255\)"),
     "objects": (np.array([None, {}], dtype=object), "cannot be read as an array"),
 }
 
@@ -264,6 +265,7 @@ def test_addresses_are_checked(url: str, real: Tensor, tmp_path: Path) -> None:
         ({"macs": -1}, "macs: expected 0 or more"),
         ({"nfe": 0}, "nfe: expected 1 or more"),
         ({"firing_rate": 2}, "firing_rate: expected a share"),
+        ({"macs": 0, "sops": 0}, "macs, sops: both are 0"),
         ({"acs": 1.0}, "acs: 1, fewer than"),
         ({"energy": 1}, "energy: unknown field"),
         ({"parameters": "many"}, "parameters: expected int"),
