@@ -56,7 +56,7 @@ class DDPM(QuantisedDiffusion):
         num_inference_steps: Diffusion steps of the sampler.
         eta: Noise of DDIM, from 0 to 1.
         optimizer: Optimiser; by default the released Adam with lr 2e-4.
-        lr_scheduler: Learning-rate schedule per step, e.g. LinearLR for a warm-up.
+        lr_scheduler: Learning-rate schedule per step; the configs have the released warm-up, averaging and clipping.
         final_clip: Whether the final images of the sampler are clamped to [-1, 1].
         **kwargs: Arguments of `ANNUNet`, such as `norm_groups` for widths that 32 groups do not divide.
     """

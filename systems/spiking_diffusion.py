@@ -206,10 +206,12 @@ class SpikingDiffusion(DiffusionSystem):
 
     def configure_optimizers(self) -> Any:
         """Returns the optimisers of both stages, and their learning-rate schedules if set."""
-        optimizers = [
+        optimizers: list[Any] = [
             self._optimizer(self.autoencoder.parameters()),
             self._denoiser_optimizer(self.denoiser.parameters()),
         ]
+        for optimizer in optimizers:
+            optimizer._step_supports_amp_scaling = False  # else gradients of fused optimisers are not clipped
         if self._lr_scheduler is None:
             return optimizers
         return optimizers, [self._lr_scheduler(optimizer) for optimizer in optimizers]
@@ -218,13 +220,19 @@ class SpikingDiffusion(DiffusionSystem):
         """Measures the data variance, loads stage one from `init_from` if given, and sets the number of epochs.
 
         Raises:
-            ValueError: If there is nothing to train, or stage two has no trained stage one.
+            ValueError: If there is nothing to train, stage two has no trained stage one, or gradients are to be clipped
+                that are scaled.
             CheckpointMismatchError: If `init_from` is of another method or size.
         """
         if stage in ("fit", "validate") and self.data_variance is None:
             self.data_variance = _variance(_in_order(self.trainer.datamodule.train_dataloader()))  # type: ignore[attr-defined]
         if stage != "fit":
             return
+        if self.gradient_clip_val is not None and self.trainer.precision == "16-mixed":
+            raise ValueError(
+                "gradient_clip_val would clip the scaled gradients of --trainer.precision 16-mixed; give bf16-mixed or "
+                "32-true, or leave --model.gradient_clip_val out"
+            )
         epochs = self.autoencoder_epochs + self.denoiser_epochs
         if not epochs:
             raise ValueError(

@@ -53,9 +53,9 @@ def external_code(system: nn.Module, data: Any, config: Any = None) -> dict[str,
     """Returns the packages outside the suite that a result depends on, by import name.
 
     These define a class, or a base of a class, of the method, its layers, its attributes such as the sampler, the data
-    module or its dataset, or a `class_path` of the configuration. The packages that the suite itself requires are left out: records
-    contain their versions. All source files of a package count, since a class may use any of them; of a module that
-    belongs to no package, its own file.
+    module or its dataset, or a `class_path` of the configuration. The packages that the suite itself requires are left
+    out: records contain their versions. All source files of a package count, since a class may use any of them; of a
+    module that belongs to no package, its own file.
 
     Args:
         system: The method.

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from spiking_diffusion_reference import check_gradients, load
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -379,6 +380,17 @@ def test_each_stage_has_its_own_schedule_and_gradients_are_clipped(
     rates = [group["lr"] for state in ended["optimizer_states"] for group in state["param_groups"]]
     assert rates == pytest.approx([0.001 / 8] * 2)
     assert norms == pytest.approx([0.001] * 3, rel=1e-3)
+
+
+def test_gradients_are_clipped_in_half_precision_unless_they_are_scaled(tmp_path: Path) -> None:
+    options = ["--monitor.every_n_epochs=0", "--model.gradient_clip_val=0.001", "--trainer.max_epochs=1"]
+    fit(tmp_path / "bf16", *options, "--trainer.precision=bf16-mixed")
+    assert find_checkpoint(newest_run(tmp_path / "bf16")).is_file()
+    system = SpikingDiffusion(**SIZE, gradient_clip_val=1.0, data_variance=1.0)
+    system.trainer = Trainer(accelerator="cpu", logger=False, max_epochs=1)
+    system.trainer.strategy.precision_plugin.precision = "16-mixed"  # which needs a GPU
+    with pytest.raises(ValueError, match="would clip the scaled gradients"):
+        system.setup("fit")
 
 
 def test_stage_two_continues_from_a_separate_stage_one(tmp_path: Path) -> None:
