@@ -92,7 +92,7 @@ class FSDDIM(DiffusionSystem):
             snntorch.Leaky, or systems.spiking.neurons.SpikingNeuron; `threshold` then scales their thresholds. `relu`
             makes the ReLU twin (`systems.twins`) and needs `num_steps` 1; synaptic current learning has no effect then.
         activation_bits: Bits of the activations of a ReLU twin, 1 to 8; 32 is a plain ReLU. `ceil(log2(T + 1))` bits, 3
-            for T = 4, have as many levels as neurons have spike counts in `T` steps.
+            for T = 4, have at least as many levels as neurons have spike counts in `T` steps.
         num_train_timesteps: Diffusion steps of training.
         max_time: Rows of the time embedding's table, one for each diffusion step, or more.
         num_inference_steps: Diffusion steps of the sampler (published: all).

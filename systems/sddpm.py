@@ -48,7 +48,7 @@ class SDDPM(GaussianDiffusion):
         threshold: Firing threshold of every neuron; values near 1 at test time are threshold guidance.
         spike_grad: Surrogate gradient: a name of snntorch.surrogate, triangle or rectangle.
         activation_bits: Bits of the activations of a ReLU twin, 1 to 8; 32 is a plain ReLU. `ceil(log2(T + 1))` bits, 3
-            for T = 4, have as many levels as neurons have spike counts in `T` steps.
+            for T = 4, have at least as many levels as neurons have spike counts in `T` steps.
         scheduler: Noise schedule and sampler, a scheduler of diffusers.
         num_inference_steps: Diffusion steps of the sampler.
         eta: Noise of DDIM, from 0 to 1.

@@ -113,9 +113,12 @@ def _count_spikes(network: nn.Module) -> Iterator[dict[str, tuple[Tensor, int]]]
 
 @torch.no_grad()
 def measure_spikes(system: DiffusionSystem, seeds: Tensor, image_shape: tuple[int, int, int]) -> SpikeCounts:
-    """Counts spikes of every layer at every diffusion step while a system generates the images of `seeds` `(B,)`."""
+    """Counts spikes of every layer at every diffusion step while a system generates the images of `seeds` `(B,)`.
+
+    Of Spiking-Diffusion these are the layers of the denoiser: its decoder runs once for each image.
+    """
     counts = SpikeCounts()
-    network = system.network
+    network = getattr(system, "denoiser", system.network)
     assert isinstance(network, nn.Module)
     with _count_spikes(network) as sums:
         states = system.trajectory(seeds, image_shape)
@@ -147,7 +150,7 @@ def draw_spikes(counts: SpikeCounts, title: str) -> Figure:
     bars.set_xscale("log")
     bars.set_xlim(left=0.5)
     bars.tick_params(axis="y", labelleft=False, left=False)
-    bars.set_xlabel("spikes per image")
+    bars.set_xlabel("spikes per image and step")
     bars.set_title("mean over the steps", fontsize=9)
     bars.grid(axis="x", alpha=0.3)
     figure.suptitle(title, fontsize=10)

@@ -213,11 +213,8 @@ class EnergyModel(Locked):
         if self.operations == "sddpm":
             if cost.counts is None:
                 return "" if cost.energy_paper_mj is not None else "SDDPM's formula is not defined or was not stored"
-            return (
-                ""
-                if cost.counts.total("spike_dense") or not cost.counts.neurons
-                else "no layer is fed by spikes, so the formula has no rate"
-            )
+            defined = not cost.counts.neurons or _rate(cost.counts) is not None
+            return "" if defined else "no layer is fed by spikes, so the formula has no rate"
         if self.operations != "strict" and cost.counts is None:
             return "the record has no operations by layer; test again with this version"
         return ""
@@ -240,17 +237,27 @@ def _totals(kind: str) -> Callable[[Cost], tuple[float, float]]:
     return totals
 
 
+def _rate(counts: OperationCounts) -> float | None:
+    """Returns the mean input rate of the layers that receive only spikes, by connections; None if there are none.
+
+    A layer of real values counts as spikes in a call in which all of them happen to be 0 or 1, such as a time embedding
+    at step 0; it is not one of these.
+    """
+    fed = [layer for layer in counts.layers.values() if layer.dense and layer.spike_dense == layer.dense]
+    return sum(layer.sops for layer in fed) / sum(layer.dense for layer in fed) if fed else None
+
+
 def _sddpm(cost: Cost) -> tuple[float, float]:
     """Returns multiply-accumulates and accumulates of SDDPM's formula (arXiv 2306.17046).
 
     All layers but the first convolution use accumulates. Layers whose input is not spikes are assigned the mean input
-    rate of the others, weighted by connections. An ANN has only multiply-accumulates (arXiv 2408.16467, Table 4).
+    rate of the others, weighted by connections. An ANN has only multiply-accumulates (arXiv 2408.16467, Table 4);
+    `missing` refuses a spiking network without layers that spikes feed.
     """
     assert cost.counts is not None
     layers = cost.counts.layers
-    if not (fed := cost.counts.total("spike_dense")):
+    if (rate := _rate(cost.counts)) is None:
         return cost.counts.total("macs"), 0.0
-    rate = cost.counts.total("sops") / fed
     first = [layer for name, layer in layers.items() if name == cost.counts.first_convolution]
     others = [layer for name, layer in layers.items() if name != cost.counts.first_convolution]
     return sum(layer.dense for layer in first), sum(layer.sops + rate * layer.macs for layer in others)

@@ -158,8 +158,8 @@ def describe(spiking: Entry, twin: Entry) -> list[str]:
     bits, equal = _bits(twin.record), bits_of_steps(spiking.record.num_steps or 1)
     if bits is not None and bits != equal:
         lines.append(
-            f"note: the twin's activations have {bits} bits; {equal} bits have as many levels as a neuron has spike "
-            f"counts in T = {spiking.record.num_steps} steps (arXiv 2409.08290), which is the fairer twin"
+            f"note: the twin's activations have {bits} bits; {equal} bits have at least as many levels as a neuron has "
+            f"spike counts in T = {spiking.record.num_steps} steps (arXiv 2409.08290), which is the fairer twin"
         )
     return lines
 

@@ -18,7 +18,7 @@ from datamodules import Digits
 from leaderboard.evaluation.cost import CostMeter
 from leaderboard.metrics.fad import FADEncoder
 from leaderboard.record.records import read_record
-from systems import DDPM, FSDDIM, SDDPM
+from systems import DDPM, FSDDIM, SDDPM, SpikingDiffusion
 
 pytestmark = pytest.mark.slow
 
@@ -43,6 +43,19 @@ def test_spikes_are_those_of_the_cost_meter(method: type[FSDDIM] | type[SDDPM]) 
     figure = draw_spikes(counts, "title")
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == list(counts.spikes)
     assert not any(module._forward_hooks for module in system.network.modules())
+
+
+def test_of_spiking_diffusion_the_denoiser_is_shown() -> None:
+    sizes = dict(in_channels=1, base_channels=4, num_codes=8, code_channels=4, num_steps=2)
+    system = SpikingDiffusion(**sizes, num_train_timesteps=4, num_inference_steps=2, data_variance=1.0).eval()
+    counts = measure_spikes(system, torch.arange(2), (1, 8, 8))
+    with CostMeter(system) as meter:
+        system.sample(torch.arange(2), (1, 8, 8))
+    updates = meter.take().cost(system, 2, 2).counts
+    assert updates is not None
+    for name, per_step in counts.neurons.items():
+        assert 2 * per_step == updates.neurons[f"network.denoiser.{name}"].updates, name
+    assert sum(name.startswith("network.denoiser.") for name in updates.neurons) == len(counts.neurons)
 
 
 @pytest.mark.parametrize(

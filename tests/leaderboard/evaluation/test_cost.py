@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from leaderboard.evaluation.cost import CostMeter, Counts
 from leaderboard.evaluation.products import is_unknown_product
 from leaderboard.evaluation.tally import COLUMNS
+from systems import DDPM, SDDPM
 from systems.networks.rate_transformer import SDiTNetwork
 from systems.networks.spiking_transformer import ShiftedLinear, SpikingTransformer
 from systems.ops.uncounted import uncounted
@@ -325,6 +326,30 @@ def test_no_weight_of_sdit_receives_spikes(size: dict[str, int], macs: float) ->
     assert (cost.sops, cost.acs, cost.energy_paper_mj) == (0, 0, None)
     assert cost.macs == pytest.approx(macs, rel=2e-4)
     assert cost.energy_strict_mj == pytest.approx(4.6e-9 * macs, rel=2e-4)
+
+
+def test_a_time_embedding_of_zeros_and_ones_is_not_spikes() -> None:
+    """At diffusion step 0 all sines are 0 and all cosines 1."""
+    sizes: dict[str, Any] = {"in_channels": 1, "base_channels": 8, "channel_mult": (1,), "num_res_blocks": 1}
+    twin, spiking = ({"neuron": "relu", "num_steps": 1}, {"num_steps": 2})
+    for system in (DDPM(**sizes, norm_groups=4), SDDPM(**sizes, **twin)):
+        with torch.no_grad(), CostMeter(system.network) as meter:
+            for t in (500, 0):
+                system.network.eval()(torch.rand(1, 1, 8, 8), torch.tensor([t]))
+        cost = meter.take().cost(system.network, num_images=1, nfe=2)
+        assert cost.energy_paper_mj == pytest.approx(4.6e-9 * cost.macs)  # of an ANN
+    network = SDiTNetwork(image_size=8, embed_dim=16).eval()
+    for name, parameter in network.named_parameters():
+        if name.endswith(("final_layer.linear.weight", "restruction_token")):
+            torch.nn.init.normal_(parameter)
+    with torch.no_grad(), CostMeter(network) as meter:
+        network(torch.randn(1, 3, 8, 8), torch.tensor([0]), torch.tensor([3]))
+        network(torch.randn(1, 3, 8, 8), torch.tensor([500]), torch.tensor([3]))
+    assert meter.take().cost(network, num_images=1, nfe=2).energy_paper_mj is None
+    network = SDDPM(**sizes, **spiking).network.eval()
+    with torch.no_grad(), CostMeter(network) as meter:
+        network(torch.rand(1, 1, 8, 8), torch.tensor([0]))
+    assert meter.take().cost(network, num_images=1, nfe=1).energy_paper_mj
 
 
 @pytest.mark.parametrize("num_steps", [1, 4, 8])

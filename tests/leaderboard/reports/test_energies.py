@@ -171,7 +171,10 @@ def test_least_by_every_model_and_by_one_bound_are_said(make_record: Make) -> No
         return fold([Entry(Path(f"{record.method}.json"), record) for record in made])
 
     layers = {name: replace(n, macs=2 * n.macs, acs=2 * n.acs, effective_macs=2e4) for name, n in COUNTS.layers.items()}
-    more = replace(COUNTS, layers={n: replace(x, dense=2 * x.dense, sops=2 * x.sops) for n, x in layers.items()})
+    twice = {
+        n: replace(x, dense=2 * x.dense, spike_dense=2 * x.spike_dense, sops=2 * x.sops) for n, x in layers.items()
+    }
+    more = replace(COUNTS, layers=twice)
     assert cheapest(methods(costing(), costing(more)))[-1] == "a costs least by every model."
     busy = replace(COUNTS, layers={"stem": replace(STEM, effective_macs=1e6, calls=0, inputs=0)}, neurons={})
     moving = replace(COUNTS, layers={"stem": replace(STEM, effective_macs=0, calls=0, inputs=5e4)}, neurons={})
