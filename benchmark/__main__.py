@@ -25,7 +25,7 @@ if __name__ == "__main__":
         known = isinstance(error, ValueError | OSError | RuntimeError)
         if not known and not any(base.__name__ in FAULTS for base in type(error).__mro__):
             raise  # a bug: keep the traceback
-        from benchmark.messages import condense
+        from benchmark.messages import condense, from_own_code
 
-        print(f"error: {condense(str(error)) or type(error).__name__}", file=sys.stderr)
+        print(f"error: {from_own_code(error) or condense(str(error)) or type(error).__name__}", file=sys.stderr)
         sys.exit(1)

@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import Logger
 import datamodules
 import systems
 from benchmark.configs import suggestion
-from benchmark.messages import condense, explain_nested
+from benchmark.messages import condense, explain_nested, from_own_code
 from benchmark.runs import (
     RUNS,
     checkpoint_in,
@@ -47,7 +47,8 @@ class Parser(LightningArgumentParser):
         message = condense(message)
         if not self.exit_on_error:  # the parser of a class within another one, which completes the message
             super().error(message, ex)
-        message = explain_nested(message) or message
+        own = from_own_code(ex)
+        message = own or explain_nested(message) or message
         if 'Parser key "trainer.logger"' in message:
             message += "; give the class of a logger, such as CSVLogger or WandbLogger, a list of them, true or false"
         if "import path string" in message and "NestedArg" not in message:
@@ -56,7 +57,7 @@ class Parser(LightningArgumentParser):
                 if f'Parser key "{key}"' in message:
                     classes = [n for n in names if n != "ImageDataModule" and not n.endswith(("Error", "Scheduler"))]
                     message += f"\nknown classes of --{key}: {', '.join(classes)}"
-        if missing := re.search(r"No module named '([^'.]+)", message):
+        if not own and (missing := re.search(r"No module named '([^'.]+)", message)):
             message += (
                 f"\nrun in the folder that contains {missing[1]}, name that folder by PYTHONPATH=FOLDER, or install it "
                 "with `pip install -e FOLDER`"

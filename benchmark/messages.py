@@ -1,11 +1,16 @@
-"""Error messages of the option parser in one line."""
+"""Error messages in one line."""
 
 from __future__ import annotations
 
 import re
+import sysconfig
+import traceback
+from pathlib import Path
 
 NOISE = (
     "Does not validate against any",
+    "- Does not validate against any",
+    "- Expected a path but",
     "Subtypes:",
     "Errors:",
     "- Expected a <class 'NoneType'>",
@@ -22,6 +27,31 @@ def condense(message: str) -> str:
     lines = [line.strip() for line in message.splitlines()]
     kept = [line.removeprefix("- ") for line in lines if line and not line.startswith(NOISE)]
     return " ".join(line for line in kept if not (line.startswith("Given value:") and len(line) > MAX_VALUE_LENGTH))
+
+
+INSTALLED = tuple(
+    [str(Path(__file__).parents[1] / name) for name in ("benchmark", "datamodules", "leaderboard", "systems")]
+    + [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
+    + ["<"]  # such as <frozen importlib._bootstrap>
+)
+"""Beginnings of the paths of the suite's code and of installed code."""
+
+
+def from_own_code(error: BaseException | None) -> str:
+    """Returns the error that a module of the user's own raised, with file and line; empty if none did.
+
+    Args:
+        error: The error that ended the command; those that led to it are searched, too.
+    """
+    while error is not None:
+        text = str(error)
+        places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+        if isinstance(error, SyntaxError) and error.filename is not None:
+            text, places = error.msg, [(error.filename, error.lineno)]
+        if own := [place for place in places if not place[0].startswith(INSTALLED)]:
+            return f"{type(error).__name__}: {text} ({own[-1][0]}, line {own[-1][1]})"
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 EXAMPLES = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -270,6 +272,35 @@ def test_classes_of_own_images_are_given_and_checked(tmp_path: Path) -> None:
         main(["fit", *SDIT, *data, *common, "--model.num_classes=4"])
     main(["fit", *SDIT, *data, *common, "--model.num_classes=3"])
     assert "num_classes: 3" in (newest_run(tmp_path / "runs") / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ('{}["a"]', r"error: KeyError: 'a' \(.*wrong\.py, line 1\)\n"),
+        ("def f(:", r"error: SyntaxError: .* \(.*wrong\.py, line 1\)\n"),
+        ("import numpy\nimport missing_package", r"No module named 'missing_package' \(.*wrong\.py, line 2\)\ntip"),
+        ("from benchmark import SpikingLayer", r"module 'wrong' has no attribute 'Own'"),
+    ],
+)
+def test_errors_in_a_module_of_ones_own_are_named_with_their_place(
+    code: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "wrong.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "wrong", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--model=wrong.Own", "--data=Digits"])
+    assert stop.value.code == 2
+    shown = capsys.readouterr().err
+    assert re.search(message, shown), shown
+    assert "Union" not in shown
+
+
+def test_a_missing_package_is_to_be_put_on_the_path(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--model=missing_package.Own", "--data=Digits"])
+    assert "run in the folder that contains missing_package" in capsys.readouterr().err
 
 
 class Swapped(snn.Leaky):
