@@ -153,9 +153,9 @@ def test_sampling_counts_the_denoiser_and_one_decoding() -> None:
     assert cost.macs == first_layer + generator
 
 
-def test_activity_has_a_row_for_each_layer_and_a_column_for_each_step() -> None:
+def test_activity_has_a_row_for_each_layer_of_the_denoiser_and_a_column_for_each_step() -> None:
     counts = measure_spikes(small(), torch.arange(2), SHAPE)
-    assert counts.rates().shape == (8, 4)
+    assert counts.rates().shape == (5, 4)
     assert 0 < counts.rates().mean() < 1
 
 
