@@ -86,7 +86,7 @@ class OwnImages(ImageDataModule):
         return super().geometry | {"channels": self.num_channels}
 
     def setup(self, stage: str | None = None) -> None:
-        """Opens the images; the number of classes is that of their labels, from 0 to the largest."""
+        """Opens the images and sets the number of classes to the largest label plus one."""
         super().setup(stage)
         if stage in (None, "fit", "validate"):
             self.num_classes = 1 + int(max(self._entry.labels(split).max() for split in self._entry.splits)) or None

@@ -68,8 +68,7 @@ class Resume(Callback):
 class CPUTime(Callback):
     """Adds up the CPU time of a training, also over the processes that resumed it; every checkpoint contains it.
 
-    The time is that of the process and its threads, in seconds. What a killed process did after its last checkpoint is
-    not part of it.
+    Seconds of the process with its threads. The work of a killed process after its last checkpoint is not counted.
     """
 
     def __init__(self) -> None:
