@@ -168,32 +168,29 @@ def fit(method: type[DiffusionSystem], folder: Path, *options: str) -> None:
     main(["fit", f"--model={__name__}.{method.__name__}", "--data=Digits", *common])
 
 
-def test_of(method: type[DiffusionSystem], folder: Path) -> Record:
+def record_of(method: type[DiffusionSystem], folder: Path) -> Record:
     fit(method, folder)
     main(["test", "--draft", "--evaluation.protocol=offline-v1", f"--trainer.default_root_dir={folder}"])
     return read_record(find_records([folder])[-1])
 
 
-test_of.__test__ = False  # type: ignore[attr-defined]  # not a test
-
-
 def test_a_complete_method_is_measured_without_a_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    record = test_of(Plain, tmp_path)
+    record = record_of(Plain, tmp_path)
     assert (record.num_steps, record.nfe, record.conditional) == (4, 3, None)
     assert "note:" not in capsys.readouterr().out
 
 
 def test_steps_that_are_not_declared_are_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    test_of(Undeclared, tmp_path)
+    record_of(Undeclared, tmp_path)
     assert "neurons ran 12 steps per image, more than num_steps x nfe = 1 x 1: set" in capsys.readouterr().out
 
 
 def test_neurons_that_the_meter_cannot_see_are_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    record = test_of(Invisible, tmp_path / "invisible")
+    record = record_of(Invisible, tmp_path / "invisible")
     assert record.cost is not None
     assert record.cost.firing_rate is None
     assert "num_steps is 4, but no spiking layer ran" in capsys.readouterr().out
-    record = test_of(Visible, tmp_path / "visible")
+    record = record_of(Visible, tmp_path / "visible")
     assert record.cost is not None
     assert record.cost.firing_rate
     assert "note:" not in capsys.readouterr().out
@@ -202,18 +199,18 @@ def test_neurons_that_the_meter_cannot_see_are_noted(tmp_path: Path, capsys: pyt
 
 def test_images_that_do_not_follow_from_their_seeds_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="two different images from the same seed"):
-        test_of(Random, tmp_path)
+        record_of(Random, tmp_path)
 
 
 def test_a_method_that_is_trained_on_classes_receives_them_and_is_marked(tmp_path: Path) -> None:
-    assert test_of(Classes, tmp_path / "marked").conditional == 1.0
+    assert record_of(Classes, tmp_path / "marked").conditional == 1.0
     with pytest.raises(ValueError, match=r"`labels` returns classes, so set `conditional = 1\.0`"):
-        test_of(Unmarked, tmp_path / "unmarked")
+        record_of(Unmarked, tmp_path / "unmarked")
 
 
 def test_a_method_without_weights_has_no_cost(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="generates without a convolution, a linear layer or a matrix product"):
-        test_of(Weightless, tmp_path)
+        record_of(Weightless, tmp_path)
 
 
 @pytest.mark.parametrize(
