@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from markupsafe import Markup
 from leaderboard.energy import ARITHMETIC, read_models
 from leaderboard.record.entries import STATUSES
 from leaderboard.record.records import Record
-from leaderboard.reports import pareto
 from leaderboard.reports.boards import MEANINGS, UNKNOWN, Board, measured_boards, published_boards
 from leaderboard.reports.energies import ALL_MODELS, ENERGY, energy_label
 from leaderboard.reports.energy_plots import ALL
@@ -24,7 +24,9 @@ def render_page(records: Iterable[tuple[Path, Record]], published: Published) ->
     """Returns the page as HTML; the same records, pictures and published numbers give the same bytes."""
     boards = measured_boards(records) + published_boards(published)
     rows = [row for board in boards for row in board.rows]
-    names = sorted({b.dataset for b in boards}, key=lambda name: (not _is_measured(name, boards), name))
+    counts = Counter({b.dataset: 0 for b in boards})
+    counts.update(b.dataset for b in boards if b.source == "measured" for row in b.rows if row.source == "measured")
+    names = sorted(counts, key=lambda name: (-counts[name], name))  # most results first
     by_models = [row for row in rows if row.source != "known"]
     methods = {row.method_key: row.method for row in by_models}  # the spelling of published results takes precedence
     environment = jinja2.Environment(
@@ -47,7 +49,6 @@ def render_page(records: Iterable[tuple[Path, Record]], published: Published) ->
         energy_labels={name: energy_label(model) for name, model in read_models().items()},
         all_models=ALL,
         arithmetic=ARITHMETIC,
-        pareto=pareto,
         style=Markup(style),
         script=Markup(script),
         policy=f"default-src 'none'; img-src data:; style-src {_csp_hash(style)}; script-src {_csp_hash(script)}; "
@@ -65,10 +66,6 @@ def _energies(boards: Iterable[Board]) -> list[str]:
         name for board in measured for row in board.rows for name, c in row.energies.items() if c.value is not None
     }
     return bands + [name for name in read_models() if name in found or name == ARITHMETIC]
-
-
-def _is_measured(dataset: str, boards: Iterable[Board]) -> bool:
-    return any(board.dataset == dataset and board.source == "measured" for board in boards)
 
 
 def _csp_hash(text: str) -> str:

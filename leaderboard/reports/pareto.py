@@ -21,7 +21,9 @@ SHAPES = (
     "M0 5.6L5 -3.6H-5Z",
     "M-1.7 -5H1.7V-1.7H5V1.7H1.7V5H-1.7V1.7H-5V-1.7H-1.7Z",
 )
-"""SVG paths of the marks, centred at the origin; further methods reuse them from the start."""
+"""SVG paths of the marks, centred at the origin."""
+_COLOURS = 6
+"""Colours of marks in the page's style sheet."""
 
 _CHARACTER, _LINE = 6.6, 13.0
 """Width of a character and height of a line of a label."""
@@ -101,6 +103,13 @@ class Point:
         return self.band or (self.energy, self.energy)
 
 
+class Style(NamedTuple):
+    """Colour of a mark, as a number in the page's style sheet, and its SVG path."""
+
+    colour: int
+    shape: str
+
+
 class Mark(NamedTuple):
     """A point with its position, the ends of its bars and its style."""
 
@@ -111,7 +120,7 @@ class Mark(NamedTuple):
     high: float
     left: float
     right: float
-    style: int
+    style: Style
     on_front: bool
 
 
@@ -144,7 +153,7 @@ class Plot:
     x_ticks: list[Tick]
     y_ticks: list[Tick]
     front: str
-    legend: list[tuple[str, int]]
+    legend: list[tuple[str, Style]]
 
 
 @dataclass(frozen=True)
@@ -186,7 +195,7 @@ def plot(points: Sequence[Point], quality_name: str, energy_name: str, frame: Fr
     points = [p for p in points if p.energy > 0 and math.isfinite(p.quality)]
     if len(points) < 2:
         return None
-    methods = sorted({p.method for p in points})
+    styles = {method: _style(i) for i, method in enumerate(sorted({p.method for p in points}))}
     front = pareto_front(points)
     x, y = _energy_axis(points, frame), _quality_axis(points, frame)
     marks = [
@@ -198,16 +207,20 @@ def plot(points: Sequence[Point], quality_name: str, energy_name: str, frame: Fr
             y(min(p.quality + p.uncertainty, y.high)),
             x(p.bounds[0]),
             x(p.bounds[1]),
-            methods.index(p.method),
+            styles[p.method],
             p in front,
         )
         for p in points
     ]
     corners = _staircase([(m.x, m.y) for p in front for m in marks if m.point is p], frame)
     path = "M" + "L".join(f"{x} {y}" for x, y in corners) if corners else ""
-    legend = [(method, i) for i, method in enumerate(methods)]
     labels = _labels(marks, corners, frame)
-    return Plot(frame, quality_name, energy_name, marks, labels, x.ticks(), y.ticks(), path, legend)
+    return Plot(frame, quality_name, energy_name, marks, labels, x.ticks(), y.ticks(), path, list(styles.items()))
+
+
+def _style(method: int) -> Style:
+    """Returns the style of the n-th method: methods of one colour have different shapes, up to 36 methods."""
+    return Style(method % _COLOURS, SHAPES[(method + method // _COLOURS) % len(SHAPES)])
 
 
 def _energy_axis(points: Sequence[Point], frame: Frame) -> _Axis:

@@ -102,6 +102,13 @@ def test_methods_share_a_style_and_layout_does_not_depend_on_order() -> None:
     first, second = plot(points, "FD", "mJ"), plot(points[::-1], "FD", "mJ")
     assert first is not None
     assert second is not None
-    assert first.legend == second.legend == [("FSDDIM", 0), ("SDDPM", 1)]
+    assert first.legend == second.legend == [("FSDDIM", first.marks[1].style), ("SDDPM", first.marks[0].style)]
     assert first.marks == second.marks[::-1]
     assert first.front == second.front
+
+
+def test_no_two_of_36_methods_have_the_same_style() -> None:
+    drawn = plot([replace(point(1 + i, 1 + i, str(i)), method=f"method {i:02}") for i in range(36)], "FD", "mJ")
+    assert drawn is not None
+    assert len({style for _, style in drawn.legend}) == 36
+    assert len({style.colour for _, style in drawn.legend[:6]}) == 6
