@@ -132,9 +132,6 @@ def complete_flags(command: Callable[..., Any], args: Sequence[str]) -> list[str
     `--data.cache_dir`, as `fit` and `test` have them, become `--root` and `--cache_dir`.
     """
     options = signature(command).parameters
-    for name in ("root", "cache_dir"):
-        if name in options:
-            args = [re.sub(rf"^--data\.{name}(?=$|=)", f"--{name}", arg) for arg in args]
     if args and not args[0].startswith("-") and "data" in options and options["data"].default == "":
         args = ["--data", *args]
     for name in options.keys() & {"root", "cache_dir"}:

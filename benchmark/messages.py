@@ -29,12 +29,21 @@ def condense(message: str) -> str:
     return " ".join(line for line in kept if not (line.startswith("Given value:") and len(line) > MAX_VALUE_LENGTH))
 
 
-INSTALLED = tuple(
-    [str(Path(__file__).parents[1] / name) for name in ("benchmark", "datamodules", "leaderboard", "systems")]
-    + [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
-    + ["<"]  # such as <frozen importlib._bootstrap>
-)
-"""Beginnings of the paths of the suite's code and of installed code."""
+SUITE = tuple(Path(__file__).parents[1] / name for name in ("benchmark", "datamodules", "leaderboard", "systems"))
+"""Folders of the suite's code."""
+INSTALLED = ("site-packages", "dist-packages")
+"""Names of folders of installed code."""
+
+
+def _is_own(file: str) -> bool:
+    """Whether a file of a traceback is neither the suite's nor installed, nor made by a compiler."""
+    path = Path(file)
+    library = Path(sysconfig.get_path("stdlib"))
+    return (
+        not file.startswith("<")  # such as <frozen importlib._bootstrap>
+        and not any(part in INSTALLED or part.startswith("torchinductor_") for part in path.parts)
+        and not any(path.is_relative_to(folder) for folder in (*SUITE, library))
+    )
 
 
 def from_own_code(error: BaseException | None) -> str:
@@ -48,7 +57,7 @@ def from_own_code(error: BaseException | None) -> str:
         places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
         if isinstance(error, SyntaxError) and error.filename is not None:
             text, places = error.msg, [(error.filename, error.lineno)]
-        if own := [place for place in places if not place[0].startswith(INSTALLED)]:
+        if own := [place for place in places if _is_own(place[0])]:
             return f"{type(error).__name__}: {text} ({own[-1][0]}, line {own[-1][1]})"
         error = error.__cause__ or error.__context__
     return ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -212,9 +213,8 @@ class FromDataset(OwnImages):
         arguments = json.dumps(self.arguments, sort_keys=True, default=str)
         files = stat_identity(_named_files(self.arguments))
         import_path(self.dataset)
-        code = import_module(self.dataset.rpartition(".")[0]).__file__
-        sha256 = hashlib.sha256(Path(code).read_bytes()).hexdigest() if code else None
-        identity = f"{self.dataset} {sha256} {arguments} {self.columns.image} {self.columns.label}\n{files}"
+        code, columns = _code_sha256(self.dataset.partition(".")[0]), f"{self.columns.image} {self.columns.label}"
+        identity = f"{self.dataset} {code} {arguments} {columns}\n{files}"
         source = Source(f"{self.dataset} {arguments}", identity, self._open, splits=tuple(self.arguments))
         return self._with_test_split(source)
 
@@ -233,6 +233,19 @@ class FromDataset(OwnImages):
             else:
                 readers[split] = partial(_read_dataset, opened, where)
         return readers
+
+
+def _code_sha256(package: str) -> str:
+    """Returns the hash of all source files of an imported package or module, since a dataset may use any of them."""
+    module = sys.modules[package]
+    folders = [Path(folder) for folder in getattr(module, "__path__", [])]
+    files = sorted(file for folder in folders for file in folder.rglob("*.py"))
+    if not folders and module.__file__:
+        files = [Path(module.__file__)]
+    found = hashlib.sha256()
+    for file in files:
+        found.update(file.read_bytes())
+    return found.hexdigest()
 
 
 def import_path(path: str) -> Any:

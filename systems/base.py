@@ -149,6 +149,11 @@ class DiffusionSystem(L.LightningModule):
         """Network evaluations per image."""
         return self.num_inference_steps
 
+    @property
+    def step_network(self) -> nn.Module:
+        """Part of `network` that runs in each step of the chain."""
+        return self.network
+
     def check_contract(self) -> None:
         """Checks that a subclass defines what training, sampling and records need.
 

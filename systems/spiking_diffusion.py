@@ -188,6 +188,11 @@ class SpikingDiffusion(DiffusionSystem):
         return cast(SDID, self.network["denoiser"])
 
     @property
+    def step_network(self) -> nn.Module:
+        """The denoiser, since the decoder runs only once."""
+        return self.denoiser
+
+    @property
     def solver(self) -> str:
         """Name of the sampler, with its temperature if it is not 1."""
         return "absorbing" if self.temperature == 1 else f"absorbing(temperature={self.temperature:g})"
@@ -220,8 +225,8 @@ class SpikingDiffusion(DiffusionSystem):
         """Measures the data variance, loads stage one from `init_from` if given, and sets the number of epochs.
 
         Raises:
-            ValueError: If there is nothing to train, stage two has no trained stage one, or gradients are to be clipped
-                that are scaled.
+            ValueError: If there is nothing to train, stage two has no trained stage one, or scaled gradients would be
+                clipped.
             CheckpointMismatchError: If `init_from` is of another method or size.
         """
         if stage in ("fit", "validate") and self.data_variance is None:

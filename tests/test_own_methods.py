@@ -111,6 +111,14 @@ class Weightless(Plain):
         return x * self.scale
 
 
+class LossOnly(Weightless):
+    """Has layers, which only its loss uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.critic = nn.Linear(3, 1)
+
+
 class Vector(Plain):
     def loss(self, images: Any, generator: torch.Generator | None = None) -> Tensor:
         return (self.step(images) - images).square().flatten(1).mean(1)
@@ -208,9 +216,10 @@ def test_a_method_that_is_trained_on_classes_receives_them_and_is_marked(tmp_pat
         record_of(Unmarked, tmp_path / "unmarked")
 
 
-def test_a_method_without_weights_has_no_cost(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", [Weightless, LossOnly])
+def test_a_method_without_weights_has_no_cost(method: type[Plain], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="generates without a convolution, a linear layer or a matrix product"):
-        record_of(Weightless, tmp_path)
+        record_of(method, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -300,7 +309,7 @@ def test_a_missing_package_is_to_be_put_on_the_path(capsys: pytest.CaptureFixtur
     assert "run in the folder that contains missing_package" in capsys.readouterr().err
 
 
-class Swapped(snn.Leaky):
+class SpikesOnly(snn.Leaky):
     def forward(self, input_: Tensor, mem: Tensor) -> Tensor:
         return super().forward(input_, mem)[0]
 
@@ -311,8 +320,8 @@ class Stateless(snn.Leaky):
 
 
 def test_neurons_with_another_interface_are_named() -> None:
-    layer = multistep(Swapped(beta=0.9))
-    with pytest.raises(ValueError, match=r"Swapped returns the shapes \[\(2, 3\)\] for currents of shape"):
+    layer = multistep(SpikesOnly(beta=0.9))
+    with pytest.raises(ValueError, match=r"SpikesOnly returns the shapes \[\(2, 3\)\] for currents of shape"):
         layer(torch.ones(4, 2, 3))
     with pytest.raises(TypeError, match=r"Stateless.forward\(input_\) takes no state; the suite passes the state"):
         multistep(Stateless(beta=0.9))

@@ -115,12 +115,10 @@ def _count_spikes(network: nn.Module) -> Iterator[dict[str, tuple[Tensor, int]]]
 def measure_spikes(system: DiffusionSystem, seeds: Tensor, image_shape: tuple[int, int, int]) -> SpikeCounts:
     """Counts spikes of every layer at every diffusion step while a system generates the images of `seeds` `(B,)`.
 
-    Of Spiking-Diffusion these are the layers of the denoiser: its decoder runs once for each image.
+    These are the layers of the network that runs in each step; the decoder of Spiking-Diffusion runs once per image.
     """
     counts = SpikeCounts()
-    network = getattr(system, "denoiser", system.network)
-    assert isinstance(network, nn.Module)
-    with _count_spikes(network) as sums:
+    with _count_spikes(system.step_network) as sums:
         states = system.trajectory(seeds, image_shape)
         next(states)  # the state before the first step, for which a decoder may have fired
         sums.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def export(run: str, folder: str, which: str = "last", half: bool = False, push_
         FileExistsError: If the folder contains files.
         ValueError: If a weight is too large for 16 bits.
     """
-    target = Path(folder)
+    target = Path(folder).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{folder} exists already; name a new folder, since nothing is overwritten")
     source = Path(run)
@@ -53,14 +54,20 @@ def export(run: str, folder: str, which: str = "last", half: bool = False, push_
     ]
     grids = [entry.samples for entry in sorted(entries, key=Entry.time) if entry.samples.is_file()]
     card = model_card(content, configuration, entries, has_samples=bool(grids), folder=target.name)
-    save_safetensors(content | {"configuration": configuration}, target / WEIGHTS, half)
-    write_atomic(target / "config.yaml", yaml.safe_dump(configuration, sort_keys=False))
-    if grids:
-        write_atomic(target / SAMPLES, grids[-1].read_bytes())
-    write_atomic(target / CARD, card)
+    part = target.with_name(f".{target.name}.part")  # so that a killed command leaves no incomplete folder
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        save_safetensors(content | {"configuration": configuration}, part / WEIGHTS, half)
+        write_atomic(part / "config.yaml", yaml.safe_dump(configuration, sort_keys=False))
+        if grids:
+            write_atomic(part / SAMPLES, grids[-1].read_bytes())
+        write_atomic(part / CARD, card)
+        part.replace(target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     files = ", ".join(sorted(path.name for path in target.iterdir()))
-    print(f"exported {checkpoint} to {target}: {files}")
-    print(f"try: python -m benchmark predict --ckpt_path {target} --data.num_samples 16")
+    print(f"exported {checkpoint} to {folder}: {files}")
+    print(f"try: python -m benchmark predict --ckpt_path {folder} --data.num_samples 16")
     if push_to_hub is not None:
         from huggingface_hub import HfApi
 

@@ -27,8 +27,14 @@ from leaderboard.reports.cells import evaluation_cell
 from leaderboard.reports.terminal import terminal
 
 BENCHMARK = (sys.executable, "-m", "benchmark")
-PATH_OPTIONS = (("--data.root=", "--root="), ("--evaluation.fad_dir=", "--fad_dir="))
-"""Options of `fit` that are paths, and their counterparts in `leaderboard verify`."""
+PATH_OPTIONS = {
+    "data.root": "root",
+    "data.cache_dir": None,
+    "evaluation.fad_dir": "fad_dir",
+    "evaluation.inception_weights": "inception_weights",
+    "evaluation.torchvision_weights": "torchvision_weights",
+}
+"""Options of `fit` that name files of this machine, and their counterparts in `leaderboard verify`."""
 State = Literal["done before", "done", "failed", "stopped", "not begun", "runs elsewhere"]
 
 
@@ -44,7 +50,7 @@ class Cell:
         draft: Whether the test may deviate from its protocol.
         verify: Whether the test is repeated and compared.
         start: Cell from whose last checkpoint this one starts.
-        paths: Options that name files of this machine, and so do not distinguish cells.
+        paths: Options of `PATH_OPTIONS`, which do not distinguish cells.
     """
 
     config: Path
@@ -87,8 +93,8 @@ class Cell:
             yield self.fit
             yield ["test", *["--draft"] * self.draft, *self.paths, f"--trainer.default_root_dir={self.folder}"]
         if self.verify and self.entry is not None:
-            given = (*self.paths, *self.options)
-            paths = [option.replace(*names) for option in given for names in PATH_OPTIONS if names[0] in option]
+            given = (path.removeprefix("--").partition("=") for path in self.paths)
+            paths = [f"--{PATH_OPTIONS[key]}={value}" for key, _, value in given if PATH_OPTIONS[key]]
             yield ["leaderboard", "verify", str(self.entry.path), "--keep=true", *paths]
 
     @property
@@ -188,18 +194,20 @@ def _cells(options: argparse.Namespace) -> list[Cell]:
     for method, first in starts.items():
         if first not in options.methods or method not in options.methods[options.methods.index(first) + 1 :]:
             raise ValueError(f"--start {method}={first} needs both in --methods, {first} before {method}")
-    common_options = tuple(f"--{key}={value}" for key, value in parse_pairs("--set", options.set).items())
+    common = parse_pairs("--set", options.set)
+    common_paths = tuple(f"--{key}={value}" for key, value in common.items() if key in PATH_OPTIONS)
+    common_options = tuple(f"--{key}={value}" for key, value in common.items() if key not in PATH_OPTIONS)
     cells, configs = [], find_configs(options.configs)
     for seed in options.seeds:  # outer loop over seeds: a stopped matrix still has comparable runs
         for method in options.methods:
             for dataset in options.datasets:
-                paths = (f"--data.root={roots[dataset]}",) if dataset in roots else ()
+                paths = common_paths + ((f"--data.root={roots[dataset]}",) if dataset in roots else ())
                 config = configs / f"{method}_{dataset}.yaml"
-                common = (seed, common_options, options.output, options.draft, options.verify)
+                shared = (seed, common_options, options.output, options.draft, options.verify)
                 start = None
                 if method in starts:
-                    start = Cell(configs / f"{starts[method]}_{dataset}.yaml", *common, paths=paths)
-                cells.append(Cell(config, *common, start, paths))
+                    start = Cell(configs / f"{starts[method]}_{dataset}.yaml", *shared, paths=paths)
+                cells.append(Cell(config, *shared, start, paths))
     if missing := sorted({str(cell.config) for cell in cells if not cell.config.is_file()}):
         known = ", ".join(sorted(path.stem for path in configs.glob("*_*.yaml"))) or "none"
         raise FileNotFoundError(f"no {', '.join(missing)}; {configs}/ has: {known}")

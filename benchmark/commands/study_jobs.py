@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import resource
-import shutil
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -269,13 +268,13 @@ class MeasureJob:
         if not self.training.is_done:
             append_line(self.log, f"error: {self.training.key} is not trained; run it with --stage train first")
             return 1
-        sha256 = read_json(self.training.result)["checkpoints"][str(self.steps)]
+        sha256 = read_json(self.training.result)["checkpoints"].get(str(self.steps))
         study = self.place.study
         measurement, member = study.measurements[self.measurement], study.methods[self.training.method]
         start = f"{member.config or self.training.method}_{self.training.dataset}-seed{self.training.seed}-"
         found = self.place.output.glob(f"trainings/{start}*/*/checkpoints/*.ckpt")
         checkpoint = next((path for path in sorted(found) if file_sha256(path) == sha256), None)
-        if checkpoint is None:
+        if sha256 is None or checkpoint is None:
             append_line(
                 self.log,
                 f"error: the checkpoint of {self.training.key} after {self.steps} steps is not under "
@@ -299,7 +298,10 @@ class MeasureJob:
             write_record(record, self.place.curves / "records")
         else:
             with self.log.open("a") as log, contextlib.redirect_stderr(log):  # receives why a record is refused
-                add(str(path), str(self.place.results / Path(RECORDS).name))
+                try:
+                    add(str(path), str(self.place.results / Path(RECORDS).name))
+                except SystemExit:
+                    return 1
         content = read_json(self.training.result)
         content["records"][self.key] = record_name(record)
         write_json(self.training.result, content)
@@ -350,10 +352,7 @@ def _half(checkpoint: Path) -> Path:
     """Returns the weights of a checkpoint, rounded to 16 bits, in a folder made by `export` within its run."""
     folder = checkpoint.parent.parent / f"half-{checkpoint.stem}"
     if not folder.exists():
-        part = folder.with_name(f".{folder.name}.part")
-        shutil.rmtree(part, ignore_errors=True)  # of a killed process
-        export(str(checkpoint), str(part), half=True)
-        part.replace(folder)
+        export(str(checkpoint), str(folder), half=True)
     return folder / WEIGHTS
 
 
@@ -383,7 +382,7 @@ def _validation_loss(cell: Cell, averaged: bool, log: Path) -> float:
         checkpoint = checkpoint.with_stem("current")
         save_checkpoint(content, checkpoint)
     with log.open("a") as file, contextlib.redirect_stdout(file):
-        cli = run_stage(["validate", f"--ckpt_path={checkpoint}", "--trainer.logger=false"])
+        cli = run_stage(["validate", f"--ckpt_path={checkpoint}", "--trainer.logger=false", *cell.paths])
     return float(cli.trainer.callback_metrics["val/loss"])
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import get_args
@@ -89,13 +90,13 @@ def track(args: Sequence[str]) -> None:
 
 
 def _run(job: Job) -> int:
-    """Runs a part; returns its exit code, and 1 for an error, which is written to its log."""
+    """Runs a part; returns its exit code, 130 or 143 for a signal, and 1 for an error, which is written to its log."""
     try:
         return job.run()
-    except SystemExit as stop:
-        return int(stop.code or 1)
+    except SystemExit as stop:  # of Lightning in this process: 1 after Ctrl-C, no code after SIGTERM
+        return 143 if stop.code is None else 130 if stop.code == 1 else 1
     except Exception as error:  # a part that fails does not stop the others
-        append_line(job.log, f"error: {type(error).__name__}: {error}")
+        append_line(job.log, f"{traceback.format_exc()}error: {type(error).__name__}: {error}")
         return 1
 
 

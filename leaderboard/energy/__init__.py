@@ -251,13 +251,13 @@ def _sddpm(cost: Cost) -> tuple[float, float]:
     """Returns multiply-accumulates and accumulates of SDDPM's formula (arXiv 2306.17046).
 
     All layers but the first convolution use accumulates. Layers whose input is not spikes are assigned the mean input
-    rate of the others, weighted by connections. An ANN has only multiply-accumulates (arXiv 2408.16467, Table 4);
-    `missing` refuses a spiking network without layers that spikes feed.
+    rate of the others, weighted by connections. An ANN has only multiply-accumulates, whatever the values of its inputs
+    (arXiv 2408.16467, Table 4); `missing` refuses a spiking network without layers that spikes feed.
     """
     assert cost.counts is not None
-    layers = cost.counts.layers
-    if (rate := _rate(cost.counts)) is None:
-        return cost.counts.total("macs"), 0.0
+    layers, rate = cost.counts.layers, _rate(cost.counts)
+    if not cost.counts.neurons or rate is None:
+        return cost.counts.total("dense"), 0.0
     first = [layer for name, layer in layers.items() if name == cost.counts.first_convolution]
     others = [layer for name, layer in layers.items() if name != cost.counts.first_convolution]
     return sum(layer.dense for layer in first), sum(layer.sops + rate * layer.macs for layer in others)

@@ -27,7 +27,6 @@ from leaderboard.evaluation.reference import (
     reference_batches,
     weight_deviations,
 )
-from leaderboard.evaluation.tally import LAYERS
 from leaderboard.files import canonical_sha256, file_sha256
 from leaderboard.metrics.fad import FrechetAutoencoderDistance
 from leaderboard.metrics.generation import GenerationMetrics
@@ -213,11 +212,10 @@ class Evaluation(Callback):
         Raises:
             ValueError: If there is nothing that it counts.
         """
-        self.meter.audit(lambda: _short_sample(trainer, system, seed))
-        if not self.meter.watch and not any(isinstance(module, LAYERS) for module in system.modules()):
+        if not self.meter.audit(lambda: _short_sample(trainer, system, seed)):
             raise ValueError(
-                f"{system.method} generates without a convolution, a linear layer or a matrix product, so that it "
-                "has no cost; measure its images by `evaluate --images`"
+                f"{system.method} generates without a convolution, a linear layer or a matrix product that can be "
+                "counted, so that it has no cost; measure its images by `evaluate --images`"
             )
 
     @staticmethod
@@ -233,7 +231,7 @@ class Evaluation(Callback):
                 f"{system.method}: `trajectory` makes two different images from the same seed; draw all random numbers "
                 "from `seeds`, as `self.noise(seeds, shape)` does"
             )
-        if system.conditional is None and system.labels(torch.tensor([seed])) is not None:
+        if system.conditional is None and system.labels(torch.tensor([seed], device=system.device)) is not None:
             raise ValueError(
                 f"{system.method}: `labels` returns classes, so set `conditional = 1.0`; tables mark such rows"
             )

@@ -215,7 +215,7 @@ class Counts:
 
 
 def undeclared(counts: Counts, num_images: int, num_steps: int, nfe: int) -> list[str]:
-    """Returns what a method declares that its neurons did not do, in one sentence each.
+    """Returns a sentence for each declaration of a method that the counts of its neurons contradict.
 
     Args:
         counts: Counts of a test.
@@ -282,6 +282,7 @@ class CostMeter:
         self._inside: list[int] = []  # MACs of products inside the counted layers that run, while the mode is on
         self._weights: set[int] = set()  # storages of parameters, which are never spikes
         self._audits = False
+        self._has_run = False  # a counted layer, during an audit
         self._storages: dict[int, list[Tensor]] = {}  # parameters and buffers by storage, during an audit
         self._used: set[Tensor] = set()
 
@@ -331,13 +332,16 @@ class CostMeter:
             hook.remove()
         self._hooks.clear()
 
-    def audit(self, generate: Callable[[], Any]) -> None:
+    def audit(self, generate: Callable[[], Any]) -> bool:
         """Generates once with the dispatch mode on, without counting, and finds out whether it is needed.
 
         What feeds the layers, and the additions in a call of the network, are known afterwards.
 
         Args:
             generate: Generates a single image.
+
+        Returns:
+            Whether anything that can be counted ran: a convolution, a linear layer or a known product.
         """
         self.pause()
         for p in (*self.module.parameters(), *self.module.buffers()):
@@ -358,6 +362,7 @@ class CostMeter:
                 "convolutions, linear layers, products and attention, whose operations are known",
                 stacklevel=2,
             )
+        return self._has_run or bool(counts.connections)
 
     def resume(self) -> None:
         """Turns the dispatch mode on again if it is needed; call it before images are generated."""
@@ -450,6 +455,7 @@ class CostMeter:
     def _connection_hook(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
             if self._audits:
+                self._has_run = True
                 return
             if self._first_convolution is None and isinstance(module, CONVOLUTIONS):
                 self._first_convolution = name

@@ -352,7 +352,7 @@ def _from_array(array: NDArray[Any], path: Path, channels: int) -> Tensor:
             f"--images {path} has the shape {array.shape}, expected (N, H, W, C) with C = 1 or 3, or (N, H, W); "
             "(N, C, H, W) becomes it by array.transpose(0, 2, 3, 1)"
         )
-    if array.max() <= 1:
+    if array.max() == 1:
         raise ValueError(
             f"--images {path} has only the values 0 and 1, expected bytes from 0 to 255; for x in [0, 1]: "
             "(x * 255).round().astype('uint8')"

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from datamodules.own import FromDataset
 from leaderboard.files import canonical_sha256, file_sha256
 
 DISTRIBUTION = "spiking-diffusion-benchmark"
@@ -64,7 +65,7 @@ def external_code(system: nn.Module, data: Any, config: Any = None) -> dict[str,
     """
     used = [data, *system.modules(), *(value for module in system.modules() for value in vars(module).values())]
     modules = {base.__module__ for cls in map(type, used) for base in cls.__mro__} | set(_class_paths(config))
-    modules |= {path} if isinstance(path := getattr(data, "dataset", None), str) else set()
+    modules |= {data.dataset} if isinstance(data, FromDataset) else set()
     names = sorted({module.partition(".")[0] for module in modules} - SUITE_PACKAGES - sys.stdlib_module_names)
     return {name: _identify(name) for name in names if name not in _required_packages()}
 

@@ -17,7 +17,13 @@ from leaderboard.record.entries import STATUSES, Entry, Status, headline
 from leaderboard.record.records import Record
 from leaderboard.reports.statistics import Group, rank_intervals
 
-_PER_RUN_KEYS = {"default_root_dir", "init_from", "ckpt_path", "seed_everything", "root", "cache_dir", "variant"}
+_PER_RUN_KEYS = {"default_root_dir", "init_from", "ckpt_path", "seed_everything", "root", "cache_dir", "variant"} | {
+    "fad_dir",
+    "inception_weights",
+    "torchvision_weights",
+    "extractor",  # whose hash distinguishes tables
+    "keep_samples",
+}
 """Configuration keys that may differ between the seeds of one row."""
 
 

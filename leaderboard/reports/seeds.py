@@ -168,7 +168,10 @@ def _plot(group: Sequence[Method], rows: Sequence[dict[str, Cell]], quality: str
     points = [_point(method, row, quality) for method, row in zip(group, rows, strict=True)]
     front = [(point.energy, point.quality) for point in pareto_front(points)]
     axes.step(*zip(*front, strict=True), where="post", color="0.6", lw=1, label="Pareto front")
-    for point, mark in zip(points, marks(point.method for point in points), strict=True):
+    by_name = sorted(points, key=lambda point: point.label)  # so that marks do not depend on quality
+    styles = dict(zip(map(id, by_name), marks(point.method for point in by_name), strict=True))
+    for point in points:
+        mark = styles[id(point)]
         if point.band:
             axes.hlines(point.quality, *point.band, color=mark["color"], alpha=0.4, lw=1)
         axes.errorbar(point.energy, point.quality, yerr=point.uncertainty, ls="", capsize=3, label=point.label, **mark)

@@ -45,10 +45,11 @@ All methods saw the same number of images and have about the same number of para
 [design](../configs/track/README.md), {sha256}, was committed before the first run. mJ is 45 nm arithmetic per image,
 "all models" the lowest to the highest model of energy."""
 CURVE_NOTE = """\
-Earlier points are drafts of one seed. The last point is the mean over all seeds; the figure shows that of the same
-seed. "Training, J" is the arithmetic of the forward passes of a training, a lower bound of its energy. If the search
-chose averaged weights, every point is measured with them; the first point is then too high, because the average still
-contains the first steps of training."""
+Earlier points are drafts of one seed. The last point of the table is the mean over all seeds, that of the figure is of
+the same seed as the earlier ones. "Training, J" is the arithmetic of the forward passes of a training, a lower bound of
+its energy. Weights: averaged or plain, as the search chose; every point is measured with them. Compare the shape of a
+curve with those of the same kind of weights only: averaging helps while the learning rate is high, but the first point
+is too high, because the average still contains the first steps of training."""
 ANSWER_NOTE = """\
 Means over the seeds that A and B share. p is corrected for all {pairs} planned pairs. All seeds of a method draw the
 same noise, so neither p nor the interval contains the variation of that draw."""
@@ -59,6 +60,8 @@ CHAIN_NOTE = "Chains of the same trainings. Longer chains than the ranked one ar
 SEARCH_NOTE = """\
 Validation loss of the last weights / of averaged weights. It chooses among the settings of one method; losses of
 different methods are not comparable."""
+Styles = Mapping[str, dict[str, Any]]
+"""Options of matplotlib for each method of a study."""
 STAGES_METRIC = "reconstruction_mse"
 """Metric of methods with an autoencoder, whose stages are trained in turn."""
 
@@ -68,17 +71,17 @@ class Training:
     """One training of a study whose last weights were measured.
 
     Args:
-        seed: Seed of training.
         images: Images seen.
         cpu_seconds: CPU time.
+        averaged: Whether its weights are averaged.
         final: Ranked record of its last weights.
         curve: Records of earlier weights, by images seen.
         others: Records of the last weights with other options, such as more network evaluations.
     """
 
-    seed: int
     images: int
     cpu_seconds: float
+    averaged: bool
     final: Entry
     curve: Mapping[int, Entry]
     others: Sequence[Entry]
@@ -109,6 +112,11 @@ class Member:
         return self.trainings[0].images
 
     @property
+    def is_averaged(self) -> bool:
+        """Whether the weights are averaged."""
+        return self.trainings[0].averaged
+
+    @property
     def cpu_hours(self) -> float:
         """Mean CPU time of a training in hours."""
         return statistics.fmean(training.cpu_seconds for training in self.trainings) / 3600
@@ -117,7 +125,7 @@ class Member:
     def training_joules(self) -> float | None:
         """Lower bound of the energy of training: its forward passes, by 45 nm arithmetic.
 
-        None for a method that trains several networks in turn, which are not those of a step of its chain.
+        None for a method whose stages train different networks, since a step of its chain runs only one of them.
         """
         per_image, nfe = self.method.mean_cost("energy_strict_mj"), self.method.record.nfe
         if per_image is None or nfe is None or STAGES_METRIC in self.method.record.metrics:
@@ -136,11 +144,12 @@ class Member:
     def chains(self) -> list[Method]:
         """Chains of several lengths, of the seeds that were measured with longer ones; empty if none were."""
         measured = [training for training in self.trainings if training.others]
-        lengths: dict[int, list[Entry]] = {}
+        chains: dict[tuple[int, str, str], list[Entry]] = {}
         for training in measured:
             for entry in (training.final, *training.others):
-                lengths.setdefault(entry.record.nfe or 0, []).append(entry)
-        return [Method(tuple(lengths[nfe])) for nfe in sorted(lengths)]
+                key = entry.record.nfe or 0, entry.record.solver or "", entry.status
+                chains.setdefault(key, []).append(entry)
+        return [Method(tuple(chains[key])) for key in sorted(chains)]
 
 
 def _last(trainings: Iterable[Training]) -> Method:
@@ -230,7 +239,8 @@ def _training(content: dict[str, Any], files: Mapping[str, Path]) -> Training | 
             curve[content["images"] * measured // steps] = entry
     if final is None:
         return None
-    return Training(content["seed"], content["images"], content["cpu_seconds"], final, curve, others)
+    averaged = content["chosen"]["averaged"]
+    return Training(content["images"], content["cpu_seconds"], averaged, final, curve, others)
 
 
 def study_lines(study: Results, save: Callable[[str, Figure], str]) -> list[str]:
@@ -241,12 +251,14 @@ def study_lines(study: Results, save: Callable[[str, Figure], str]) -> list[str]
         save: Writes a figure under a name and returns the line that shows it.
     """
     lines = ["", f"## Study {study.name}", "", INTRODUCTION.format(sha256=study.sha256[:8])]
+    styles = _styles(study.members)
     for dataset, members in study.by_dataset().items():
         quality = headline(members[0].method.record)[0]
+        points = _curve_table(members, quality)
         answers = ANSWER_NOTE.format(pairs=len(study.questions))
         for name, title, note, table, figure in (
-            ("curves", f"{quality} against images seen", CURVE_NOTE, _curve_table(members, quality), _curves(members)),
-            ("quality-energy", f"{quality} against energy", "", [], _energy_figure(members)),
+            ("curves", f"{quality} against images seen", CURVE_NOTE, points, _curves(members, styles)),
+            ("quality-energy", f"{quality} against energy", "", [], _energy_figure(members, styles)),
             ("answers", "Answers", answers, _answer_table(study.questions, members, quality), None),
             ("break-even", "Break-even", BREAK_EVEN_NOTE, _break_even_table(study.questions, members), None),
             ("chains", "More network evaluations", CHAIN_NOTE, _chain_table(members, quality), None),
@@ -273,13 +285,14 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 def _curve_table(members: Sequence[Member], quality: str) -> list[str]:
     """Returns quality by images seen, with the price of training."""
     counts = sorted({count for member in members for count in member.curve})
-    header = ["Method", *(f"{count:,} images" for count in counts), "Seeds", "CPU h", "Training, J"]
+    header = ["Method", *(f"{count:,} images" for count in counts), "Weights", "Seeds", "CPU h", "Training, J"]
     rows = []
     for member in members:
         points = member.curve | {member.images: member.method}
         cells = [str(metric_cell(quality, points[n])) if n in points else "-" for n in counts]
         price = (number_cell(value).text for value in (member.cpu_hours, member.training_joules))
-        rows.append([member.method.name, *cells, str(len(member.trainings)), *price])
+        weights = "averaged" if member.is_averaged else "plain"
+        rows.append([member.method.name, *cells, weights, str(len(member.trainings)), *price])
     return _table(header, rows)
 
 
@@ -301,7 +314,8 @@ def _answer_table(questions: Sequence[tuple[str, str, str]], members: Sequence[M
     pairs = [(text, a, b) for text, a, b in measured if a.entries]
     results = [difference(a.values(quality), b.values(quality)) for _, a, b in pairs]
     tested = [result.p for result in results if result is not None]
-    corrected = iter(holm([*tested, *[1.0] * (len(questions) - len(tested))]))  # so that later pairs change no answer
+    missing = len(questions) - len(tested)
+    corrected = iter(holm([*tested, *[1.0] * missing]))  # so that later pairs never withdraw an answer
     rows, last = [], ""
     for (text, a, b), result in zip(pairs, results, strict=True):
         if result is None:
@@ -369,21 +383,21 @@ def _loss(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4g}"
 
 
-def _curves(members: Sequence[Member]) -> Figure | None:
+def _curves(members: Sequence[Member], styles: Styles) -> Figure | None:
     """Plots quality against images seen, CPU time and energy of training; None if no method has a curve."""
     if all(len(member.curve) == 1 for member in members):
         return None
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     all_axes = figure.subplots(1, 3, sharey=True)
     titles = ("images seen, thousands", "CPU time of training, hours", "forward passes of training, J")
-    styles = _styles(members)
     for axes, title in zip(all_axes, titles, strict=True):
         for member in members:
             whole = (member.images / 1000, member.cpu_hours, member.training_joules)[titles.index(title)]
             if whole is None:
                 continue
             x = [whole * count / member.images for count in member.curve]
-            _draw(axes, x, list(member.curve.values()), label=member.method.name, **styles[member.key])
+            line = {"label": member.method.name, "ls": "-" if member.is_averaged else "--"}
+            _draw(axes, x, list(member.curve.values()), **line, **styles[member.key])
         _log_axes(axes)
         axes.set(xlabel=title)
     all_axes[0].set_ylabel(f"{headline(members[0].method.record)[0]} (lower is better)")
@@ -391,15 +405,15 @@ def _curves(members: Sequence[Member]) -> Figure | None:
     all_axes[0].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     all_axes[0].xaxis.set_minor_locator(NullLocator())
     handles, labels = all_axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
+    note = "dashed: plain weights" if any(not member.is_averaged for member in members) else None
+    figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False, title=note)
     return figure
 
 
-def _energy_figure(members: Sequence[Member]) -> Figure:
+def _energy_figure(members: Sequence[Member], styles: Styles) -> Figure:
     """Plots quality against energy per image: T of one method joined by lines, longer chains by dots."""
     figure = Figure(figsize=(9, 4.6), layout="constrained")
     axes = figure.subplots()
-    styles = _styles(members)
     names = {member.method.record.method for member in members}
     for name in sorted(names):  # the same method with other T
         same = sorted(
@@ -412,7 +426,7 @@ def _energy_figure(members: Sequence[Member]) -> Figure:
         style = styles[member.key]
         if member.chains:
             axes.plot(*zip(*map(_point, member.chains), strict=True), color=style["color"], ls=":", lw=1)
-        for chain in (member.method, *member.chains[1:]):
+        for chain in (member.method, *(chain for chain in member.chains if not chain.is_ranked)):
             if (band := all_models(chain)) is not None:
                 axes.hlines(chain.frechet, *band, color=style["color"], alpha=0.35, lw=1)
             label = member.method.name if chain is member.method else None
@@ -426,15 +440,14 @@ def _energy_figure(members: Sequence[Member]) -> Figure:
 
 
 def _point(method: Method) -> tuple[float, float]:
-    """Returns energy and quality of an image."""
+    """Returns the mean energy of an image and the Fréchet distance."""
     return method.mean_cost("energy_strict_mj") or math.nan, method.frechet
 
 
-def _styles(members: Iterable[Member]) -> dict[str, dict[str, Any]]:
-    """Returns how each method is drawn, the same in every figure."""
-    ordered = sorted(members, key=lambda member: member.key)
-    found = marks(member.method.record.method for member in ordered)
-    return {member.key: mark for member, mark in zip(ordered, found, strict=True)}
+def _styles(members: Iterable[Member]) -> Styles:
+    """Returns how each method is drawn, the same in every figure of a study."""
+    names = {member.key: member.method.record.method for member in sorted(members, key=lambda member: member.key)}
+    return dict(zip(names, marks(names.values()), strict=True))
 
 
 def _draw(axes: Axes, x: Sequence[float], points: Sequence[Method], **style: Any) -> None:

@@ -186,7 +186,7 @@ class GaussianDiffusion(DiffusionSystem):
         if prediction.shape != target.shape:
             raise ValueError(
                 f"{self.method}: the network returns the shape {tuple(prediction.shape)} for images of shape "
-                f"{tuple(target.shape)}; it must return as many values"
+                f"{tuple(target.shape)}; it must return the same shape"
             )
         return F.mse_loss(prediction.float(), target.float())
 

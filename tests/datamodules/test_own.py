@@ -17,7 +17,7 @@ from dataset_layouts import encode, random_splits, write_folder, write_parquet
 from jsonargparse import ArgumentParser
 from PIL import Image
 
-from datamodules import DatasetError, DatasetNotFoundError, FromDataset, ImageDataModule, ImageFolder, Parquet
+from datamodules import DatasetError, DatasetNotFoundError, Digits, FromDataset, ImageDataModule, ImageFolder, Parquet
 from datamodules.images import center_crop, resize
 from datamodules.registry import data_module, find_data, make_data
 from leaderboard.record.external import external_code
@@ -280,6 +280,30 @@ def test_an_edited_dataset_is_read_again_and_named_in_records(package: str, tmp_
     sys.modules.pop(package)
     importlib.invalidate_caches()
     assert FromDataset(f"{package}.Pairs", {}, image_size=9, cache_dir=cache).fingerprint != first
+
+
+def test_an_edited_module_of_a_package_is_read_again(package: str, tmp_path: Path, cache: str) -> None:
+    folder = tmp_path / f"{package}_of_modules"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("from .pairs import Pairs\n")
+    (tmp_path / f"{package}.py").rename(folder / "pairs.py")
+
+    def fingerprint() -> str:
+        for name in (folder.name, f"{folder.name}.pairs"):
+            sys.modules.pop(name, None)
+        importlib.invalidate_caches()
+        return FromDataset(f"{folder.name}.Pairs", {}, image_size=9, cache_dir=cache).fingerprint
+
+    first = fingerprint()
+    (folder / "pairs.py").write_text(
+        (folder / "pairs.py").read_text().replace("k + self.shift", "k + self.shift + 100")
+    )
+    assert fingerprint() != first
+
+
+def test_the_name_of_own_data_is_no_code() -> None:
+    data = type("Flowers", (Digits,), {"dataset": "flowers"})()
+    assert "flowers" not in external_code(torch.nn.Identity(), data)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -103,6 +104,25 @@ def test_nothing_is_overwritten(run: Path, folder: Path) -> None:
     with pytest.raises(FileExistsError, match="name a new folder"):
         main(["export", str(run), str(folder)])
     assert (folder / "README.md").read_bytes() == before
+
+
+def test_a_stopped_export_leaves_no_incomplete_folder(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("benchmark.commands.export.write_atomic", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            main(["export", str(run), str(tmp_path / "model")])
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "model").mkdir()  # an empty folder is filled
+    (tmp_path / ".model.part").mkdir()
+    (tmp_path / ".model.part" / "README.md").touch()  # of a killed command
+    main(["export", str(run), str(tmp_path / "model")])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+    assert "model.safetensors" in {path.name for path in (tmp_path / "model").iterdir()}
 
 
 def test_an_exported_folder_is_uploaded(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,8 +90,8 @@ def test_a_test_is_repeated_where_asked_for(
 def test_a_repetition_is_told_where_files_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tmp_path / "good_digits.yaml"
     config.write_text("{}")
-    options = ("--data.root=d", "--model.num_steps=2", "--evaluation.fad_dir=f")
-    cell = matrix.Cell(config, 0, options, tmp_path, draft=False, verify=True)
+    paths = ("--data.root=d", "--data.cache_dir=c", "--evaluation.fad_dir=f")
+    cell = matrix.Cell(config, 0, ("--model.num_steps=2",), tmp_path, draft=False, verify=True, paths=paths)
     entry = matrix.Entry(tmp_path / "records" / "r.json", None)  # type: ignore[arg-type]
     monkeypatch.setattr(matrix.Cell, "entry", entry)
     assert list(cell.stages()) == [["leaderboard", "verify", str(entry.path), "--keep=true", "--root=d", "--fad_dir=f"]]
@@ -161,6 +161,18 @@ def test_another_configuration_is_another_run(configs: Path) -> None:
     assert folder() == first
     config.write_text(config.read_text().replace("seed_everything: 42", "seed_everything: 43"))
     assert folder() != first
+
+
+def test_the_place_of_files_makes_no_other_run(configs: Path) -> None:
+    def cell(*options: str) -> matrix.Cell:
+        typed = ["--methods", "good", "--datasets", "digits", "--seeds", "1", "--configs", str(configs), *options]
+        (found,) = matrix._cells(matrix._parser().parse_args(typed))
+        return found
+
+    moved = cell("--set", "data.root=D", "data.cache_dir=C", "evaluation.fad_dir=F")
+    assert moved.folder == cell("--roots", "digits=E").folder == cell().folder
+    assert moved.fit[-4:-1] == ["--data.root=D", "--data.cache_dir=C", "--evaluation.fad_dir=F"]
+    assert cell("--set", "model.num_steps=3").folder != cell().folder
 
 
 def test_commands_can_be_printed(configs: Path, capsys: pytest.CaptureFixture[str]) -> None:

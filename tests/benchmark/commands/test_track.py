@@ -260,28 +260,23 @@ def test_a_failed_search_says_why(
     assert len(in_process) == 1
 
 
-def test_half_precision_weights_are_whole_or_missing(
-    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("stop", "code", "state"), [(SystemExit(), 143, "stopped"), (SystemExit(1), 130, "stopped")])
+def test_a_signal_during_a_validation_stops_the_study(
+    stop: SystemExit,
+    code: int,
+    state: str,
+    study: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    made: list[Path] = []
+    def stopped(job: study_jobs.SearchJob) -> int:
+        raise stop  # as Lightning after SIGTERM and Ctrl-C
 
-    def killed(source: str, folder: str, half: bool) -> None:
-        assert (source, half) == (str(checkpoint), True)
-        made.append(Path(folder))
-        Path(folder).mkdir(parents=True)
-        (Path(folder) / "model.safetensors").touch()
-        if len(made) == 1:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(study_jobs, "export", killed)
-    with pytest.raises(KeyboardInterrupt):
-        study_jobs._half(checkpoint)
-    weights = study_jobs._half(checkpoint)
-    assert weights.is_file()
-    assert weights.parent not in made
-    assert study_jobs._half(checkpoint) == weights
-    assert len(made) == 2
+    monkeypatch.setattr(study_jobs.SearchJob, "run", stopped)
+    assert run(study, "--stage", "train", "--only", "good") == code
+    shown = capsys.readouterr().out
+    assert state in shown
+    assert "failed" not in shown
 
 
 @pytest.mark.parametrize(

@@ -144,9 +144,11 @@ def test_energy_by_both_formulas() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.stem, self.spiking, self.analog = (nn.Conv2d(1, 1, 1, bias=False) for _ in range(3))
+            self.neuron = SpikingNeuron()
 
         def forward(self, x: Tensor) -> None:
             self.stem(x)
+            self.neuron(x[None])
             self.spiking(torch.tensor([1.0, 0, 0, 0]).view(1, 1, 2, 2))  # rate 1/4 over 4 connections
             self.analog(torch.full((1, 1, 4, 4), 0.3))  # 16 connections
 
@@ -337,7 +339,9 @@ def test_a_time_embedding_of_zeros_and_ones_is_not_spikes() -> None:
             for t in (500, 0):
                 system.network.eval()(torch.rand(1, 1, 8, 8), torch.tensor([t]))
         cost = meter.take().cost(system.network, num_images=1, nfe=2)
-        assert cost.energy_paper_mj == pytest.approx(4.6e-9 * cost.macs)  # of an ANN
+        assert cost.counts is not None
+        assert cost.energy_paper_mj == pytest.approx(4.6e-9 * cost.counts.total("dense"))  # of an ANN
+        assert cost.counts.total("dense") > cost.macs
     network = SDiTNetwork(image_size=8, embed_dim=16).eval()
     for name, parameter in network.named_parameters():
         if name.endswith(("final_layer.linear.weight", "restruction_token")):

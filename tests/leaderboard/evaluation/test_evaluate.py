@@ -107,6 +107,12 @@ def test_other_arrays_are_refused(case: str, suffix: str, tmp_path: Path) -> Non
         read_images(path, 1)
 
 
+def test_black_images_can_be_measured(tmp_path: Path) -> None:
+    """A model that collapsed makes them."""
+    np.save(tmp_path / "black.npy", np.zeros((4, 8, 8), np.uint8))
+    assert read_images(tmp_path / "black.npy", 1)[0].shape == (4, 1, 8, 8)
+
+
 def test_other_files_are_refused(real: Tensor, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nothing does not exist; give a folder of images, or a file \*\.npz"):
         read_images(tmp_path / "nothing", 1)

@@ -53,6 +53,7 @@ def measured(make_record: Make, tmp_path: Path) -> Callable[..., None]:
             draft = replace(base, metrics=metrics, nfe=nfe, draft=True, solver=key)
             records[key.replace("_", "-")] = write_record(draft, tmp_path / "data/curves/study-v1/records").name
         content = {"design": DESIGN, "method": method, "dataset": "digits", "seed": seed, "images": 32_000}
+        content["chosen"] = {"learning_rate": 0.01, "averaged": method != "ddpm"}
         content |= {"cpu_seconds": 1800 + 3600 * seed, "checkpoints": STEPS, "records": records}
         folder = tmp_path / "data/curves/study-v1/trainings"
         folder.mkdir(parents=True, exist_ok=True)
@@ -81,9 +82,24 @@ def test_curves_have_every_measured_number_of_images(measured: Callable[..., Non
     measured("spiking-diffusion", 0, 9.0)
     rows = table(section(tmp_path), "digits: fd\\_digits against images seen")
     assert [row[0] for row in rows] == ["ddpm", "sddpm", "spiking-diffusion"]  # the best first
-    assert rows[0][1:] == ["2.000 (±0.020)", "1.000 (±0.024)", "1", "0.5", "25.6"]  # 8 mJ / 10 evaluations x 32,000
-    assert rows[1][1:] == ["9.000 (±0.020)", "4 ±13", "2", "1", "25.6"]  # seeds may differ in folders and new options
-    assert rows[2][1:] == ["-", "9.000 (±0.024)", "1", "0.5", "-"]  # of two networks, which are trained in turn
+    assert rows[0][1:] == [
+        "2.000 (±0.020)",
+        "1.000 (±0.024)",
+        "plain",
+        "1",
+        "0.5",
+        "25.6",
+    ]  # 8 mJ / 10 evaluations x 32,000
+    # seeds may differ in folders and new options
+    assert rows[1][1:] == ["9.000 (±0.020)", "4 ±13", "averaged", "2", "1", "25.6"]
+    assert rows[2][1:] == [
+        "-",
+        "9.000 (±0.024)",
+        "averaged",
+        "1",
+        "0.5",
+        "-",
+    ]  # of two networks, which are trained in turn
     assert (tmp_path / "out/data/figures/study-v1-curves-digits.png").is_file()
 
 
@@ -117,7 +133,7 @@ def test_answers_use_the_seeds_that_both_methods_have(measured: Callable[..., No
     assert [*row[3:6], row[7]] == ["-2.00", "-", "2", "cannot tell: one shared seed"]
 
 
-def test_an_answer_stays_the_same_when_other_pairs_are_measured(measured: Callable[..., None], tmp_path: Path) -> None:
+def test_later_pairs_never_withdraw_an_answer(measured: Callable[..., None], tmp_path: Path) -> None:
     def measure(method: str, *values: float) -> None:
         for seed, value in enumerate(values):
             measured(method, seed, value)
@@ -127,9 +143,13 @@ def test_an_answer_stays_the_same_when_other_pairs_are_measured(measured: Callab
     measure("sddpm", 1.9, 2.0, 2.1)
     (tmp_path / "data/curves/study-v1/questions.yaml").write_text(questions)
     (first,) = table(section(tmp_path), "digits: Answers")
+    assert first[7] == "ddpm is better"
     measure("sdm", 1.0, 2.0, 4.0)
-    measure("fsddim", 1.0, 2.0, 5.0)
     assert table(section(tmp_path), "digits: Answers")[0] == first
+    measure("fsddim", 5.0, 5.01, 5.02)  # a smaller p, whose correction is larger
+    second = table(section(tmp_path), "digits: Answers")[0]
+    assert float(second[4]) < float(first[4])
+    assert second[7] == first[7]
     assert "corrected for all 3 planned pairs" in section(tmp_path)
 
 
@@ -144,11 +164,15 @@ def test_pairs_with_and_without_spikes_have_a_break_even() -> None:
 
 
 def test_longer_chains_are_listed_beside_the_ranked_one(measured: Callable[..., None], tmp_path: Path) -> None:
-    measured("sddpm", 0, 3.0, nfe50_1000=(2.5, 50))
+    measured("sddpm", 0, 3.0, nfe50_1000=(2.5, 50), heun_1000=(2.8, 10))
     measured("ddpm", 0, 1.0)
     measured("sddpm", 1, 1.0)  # without a longer chain
     rows = table(section(tmp_path), "digits: More network evaluations")
-    assert [row[:3] for row in rows] == [["sddpm", "10", "3.000 (±0.024)"], ["sddpm", "50", "2.500 (±0.020)"]]
+    assert [row[:3] for row in rows] == [
+        ["sddpm", "10", "3.000 (±0.024)"],
+        ["sddpm", "10", "2.800 (±0.020)"],  # of another sampler
+        ["sddpm", "50", "2.500 (±0.020)"],
+    ]
     (folder,) = find_studies([tmp_path / "data/records"])
     (sddpm,) = [member for member in read_results(folder).members if member.key == "sddpm"]
     assert sddpm.method.frechet == 2.0
