@@ -2,7 +2,7 @@
 
     system, data = load("runs/RUN")
     images = sample(system, data, 5000)
-    measure(images, data, "offline-v2")
+    measure(images, data, "offline-v3")
 
 Import the functions from `benchmark`.
 """
@@ -70,7 +70,7 @@ def sample(
 def measure(
     images: Tensor,
     data: ImageDataModule,
-    protocol: ProtocolName = "offline-v2",
+    protocol: ProtocolName = "offline-v3",
     draft: bool = False,
     inception_weights: str | None = None,
     torchvision_weights: str | None = None,

@@ -87,7 +87,7 @@ class Evaluation(Callback):
 
     def __init__(
         self,
-        protocol: ProtocolName = "standard-v2",
+        protocol: ProtocolName = "standard-v3",
         draft: bool = False,
         inception_weights: str | None = None,
         torchvision_weights: str | None = None,

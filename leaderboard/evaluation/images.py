@@ -124,7 +124,7 @@ class StatedCost:
 def evaluate(
     images: str = "",
     data: str = "",
-    protocol: ProtocolName = "standard-v2",
+    protocol: ProtocolName = "standard-v3",
     config: str | None = None,
     root: str | None = None,
     name: str | None = None,

@@ -57,7 +57,7 @@ class Part(Interface):
 
 def reference(
     data: str = "",
-    protocol: ProtocolName = "standard-v2",
+    protocol: ProtocolName = "standard-v3",
     config: str | None = None,
     root: str | None = None,
     inception_weights: str | None = None,
@@ -178,7 +178,9 @@ def build_parts(
         extractor = view_extractor(view, data.name, inception, torchvision, file)
         if note := extractor.trained_on_other_data(data.fingerprint):
             warnings.warn(note, stacklevel=2)
-        part = GenerationMetrics(extractor, view.metrics_for(data.name), total, groups, view.kept_images, note)
+        part = GenerationMetrics(
+            extractor, view.metrics_for(data.name), total, groups, view.kept_images, note, protocol.reference_seed
+        )
         part.identity = f"{extractor.name} {extractor.sha256} {view.input}"
         parts.append(part)
     if fad_dir is not None:

@@ -40,7 +40,7 @@ class DinoV2Extractor(Extractor):
             raise RuntimeError(
                 f"cannot load DINOv2 ({str(error).splitlines()[0]}). Put a copy of {REPOSITORY} at "
                 f"{hub / 'facebookresearch_dinov2_main'} and its dinov2_vitl14_pretrain.pth at {hub / 'checkpoints'}, "
-                "or evaluate under the protocol offline-v2"
+                "or evaluate under the protocol offline-v3"
             ) from error
         super().__init__("dinov2", num_features=WIDTH, num_classes=0, sha256=_parameters_sha256(network.model))
         self.network = network

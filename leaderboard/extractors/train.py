@@ -101,8 +101,8 @@ def train_extractor(
 ) -> None:
     """Trains a feature extractor on a dataset's train split and saves it as the dataset's extractor.
 
-    With `--task denoising` it is an autoencoder, whose features offline-v2 and standard-v2 compare. The others are
-    classifiers, for offline-v1, and beside the autoencoder in offline-v2. Faces have no classes, so the classifier of
+    With `--task denoising` it is an autoencoder, whose features offline-v3 and standard-v3 compare. The others are
+    classifiers, for offline-v1, and beside the autoencoder in offline-v3. Faces have no classes, so the classifier of
     CelebA predicts by which quarter turn an image was rotated. For data that is not the suite's, an autoencoder is
     trained unless the task is set.
 

@@ -29,7 +29,7 @@ from leaderboard.metrics.feature_metrics import (
     precision_recall,
     unbiased_kernel_distance,
 )
-from leaderboard.metrics.streaming import FeatureTable, FrechetDistance, StreamingInceptionScore, evenly_spread
+from leaderboard.metrics.streaming import FeatureTable, FrechetDistance, StreamingInceptionScore
 from leaderboard.protocols import INCEPTION, TORCHVISION
 from leaderboard.record.records import MetricValue
 
@@ -85,6 +85,7 @@ class GenerationMetrics(nn.Module):
         num_groups: Groups of generated images for the jackknife errors.
         kept_images: Number of images whose features are stored for the metrics of features. Authenticity uses all
             real images. The option `images` of a family selects fewer: up to as many generated as real ones.
+        reference_seed: Seed by which the real images for the metrics of features are drawn; None spreads them evenly.
         note: Remark that is added to every value.
 
     Raises:
@@ -99,6 +100,7 @@ class GenerationMetrics(nn.Module):
         num_groups: int = 10,
         kept_images: int = 10_000,
         note: str = "",
+        reference_seed: int | None = None,
     ) -> None:
         super().__init__()
         known = FAMILIES.get(extractor.name, OWN_FAMILIES)
@@ -118,7 +120,7 @@ class GenerationMetrics(nn.Module):
         if roots:
             built["frechet"] = FrechetDistance(width, num_groups, roots, at_infinity="fd_infinity" in metrics)
         if OF_FEATURES & set(metrics):
-            built["table"] = FeatureTable(width, kept_images, num_reference, "authenticity" in metrics)
+            built["table"] = FeatureTable(width, kept_images, num_reference, "authenticity" in metrics, reference_seed)
         if "is" in metrics:
             built["score"] = StreamingInceptionScore(extractor.num_classes, **metrics["is"])
         self.metrics = nn.ModuleDict(built)
@@ -218,7 +220,8 @@ class GenerationMetrics(nn.Module):
 
     def _feature_metrics(self) -> dict[str, MetricValue]:
         reference, generated, indices = self._result("table")
-        kept = evenly_spread(reference, self.kept_images)
+        table = cast(FeatureTable, self.metrics["table"])
+        kept = table.real(reference, self.kept_images)
         found: dict[str, MetricValue] = {}
         for family, options in self.options.items():
             if family not in OF_FEATURES:
@@ -226,7 +229,7 @@ class GenerationMetrics(nn.Module):
             few = {name: value for name, value in options.items() if name != "images"}
             real, fake = kept, generated
             if "images" in options:
-                real = evenly_spread(reference, options["images"])
+                real = table.real(reference, options["images"])
                 fake = generated[: len(real)]
             groups = indices[: len(fake)] % self.num_groups
             pairs: tuple[tuple[Tensor, Tensor], ...]

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -156,16 +157,16 @@ def jackknife_estimate(whole: Tensor, parts: Tensor) -> Tensor:
 
 
 class FeatureTable(Metric):
-    """Features of a bounded number of images: the first generated ones, and real ones evenly spread over the reference.
+    """Features of a bounded number of images: the first generated ones, and the real ones that `kept_images` names.
 
-    Rows are indexed by image, so that the tables of several processes add up. Even spacing represents a split sorted by
-    class as well as a shuffled one.
+    Rows are indexed by image, so that the tables of several processes add up.
 
     Args:
         num_features: Width `D` of the features.
         num_images: Maximum number of generated and of real images.
         num_reference: Number of real images in the reference.
         whole_reference: Whether to store all real images, whatever `num_images`.
+        seed: Seed by which real images are drawn; None spreads them evenly.
         kwargs: Options of `torchmetrics.Metric`.
     """
 
@@ -176,12 +177,18 @@ class FeatureTable(Metric):
     generated_seen: Tensor
 
     def __init__(
-        self, num_features: int, num_images: int, num_reference: int, whole_reference: bool = False, **kwargs: Any
+        self,
+        num_features: int,
+        num_images: int,
+        num_reference: int,
+        whole_reference: bool = False,
+        seed: int | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.num_images, self.num_reference = num_images, num_reference
-        stored = num_reference if whole_reference else min(num_images, num_reference)
-        for kind, rows in (("reference", stored), ("generated", num_images)):
+        self.num_images, self.num_reference, self.seed = num_images, num_reference, seed
+        self.stored = kept_images(num_reference, num_reference if whole_reference else num_images, seed)
+        for kind, rows in (("reference", len(self.stored)), ("generated", num_images)):
             self.add_state(f"{kind}_table", torch.zeros(rows, num_features), dist_reduce_fx="sum")
             self.add_state(f"{kind}_seen", torch.zeros(rows, dtype=torch.long), dist_reduce_fx="sum")
 
@@ -189,14 +196,28 @@ class FeatureTable(Metric):
         """Adds the features `(B, D)` of images with the indices `(B,)`, real or generated."""
         table, seen = (getattr(self, f"{'reference' if real else 'generated'}_{name}") for name in ("table", "seen"))
         rows = indices.to(table.device)
-        if real:  # row r of R is image r * N // R of N
-            rows = (rows * len(table) + self.num_reference - 1) // self.num_reference
-            in_table = (rows < len(table)) & (rows * self.num_reference // len(table) == indices.to(table.device))
+        if real:
+            stored = self.stored.to(table.device)
+            rows = torch.searchsorted(stored, rows.contiguous()).clamp(max=len(stored) - 1)
+            in_table = stored[rows] == indices.to(table.device)
         else:
             in_table = rows < len(table)
         rows = rows[in_table]
         table.index_add_(0, rows, features[in_table].to(table.dtype))
         seen.index_add_(0, rows, torch.ones_like(rows))
+
+    def real(self, features: Tensor, count: int) -> Tensor:
+        """Returns the features of up to `count` real images.
+
+        Args:
+            features: Real features of `compute`, `(R, D)`.
+            count: Number of images.
+        """
+        if self.seed is None:
+            rows = kept_images(len(features), count, None)
+        else:
+            rows = torch.searchsorted(self.stored, kept_images(self.num_reference, count, self.seed))
+        return features[rows.to(features.device)]
 
     def compute(self) -> tuple[Tensor, Tensor, Tensor]:
         """Returns features `(N, D)` in float64, real and generated, and the indices of the generated images."""
@@ -212,10 +233,23 @@ class FeatureTable(Metric):
         return table[rows].double() / seen[rows, None]  # an index added twice is the same image
 
 
-def evenly_spread(features: Tensor, count: int) -> Tensor:
-    """Returns up to `count` rows `r N // count` of `features` `(N, D)`, evenly spread as in `FeatureTable`."""
-    count = min(count, len(features))
-    return features[torch.arange(count, device=features.device) * len(features) // count]
+def kept_images(total: int, count: int, seed: int | None) -> Tensor:
+    """Returns the indices of up to `count` of `total` real images, in order.
+
+    Images that are spread evenly represent a split sorted by class, but not one that alternates between two kinds of
+    images, as MNIST's does. A drawn set of fewer images is part of the set of more images by the same seed.
+
+    Args:
+        total: Number of images.
+        count: Number of images to keep.
+        seed: Seed of `numpy.random.RandomState`, whose numbers no version of NumPy changes; None spreads the images
+            evenly, at `r total // count`.
+    """
+    count = min(count, total)
+    if seed is None:
+        return torch.arange(count) * total // count
+    drawn: Tensor = torch.from_numpy(np.random.RandomState(seed).permutation(total)[:count])
+    return drawn.sort().values
 
 
 class StreamingInceptionScore(Metric):

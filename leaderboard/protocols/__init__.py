@@ -31,6 +31,8 @@ FOLDER = Path(__file__).parent
 """Folder of the protocol files, `<name>.yaml`."""
 
 LOCKED = {
+    "standard-v3": "21f5f6c388da01de22f4ecd8d2e517a55854a626af8c6496ad76a4ec0805bbd8",
+    "offline-v3": "075dee741bb0e5aba05127b230f8987368961c3a9581169309a3e93436cd6c1a",
     "standard-v1": "34f9e30f29a01c2bbb8ec5ee8c8e3709a653f1f397163d69a14d33b78d30ea59",
     "offline-v1": "1ce16feafdec348dc58aedecb87633f841c7186b32850a3cfb5dd245dc344e87",
     "standard-v2": "d5de938eabb3094d9520f4c89f139d306774373ccc90a32d3c745218236c285d",
@@ -42,10 +44,17 @@ LOCKED = {
 }
 """Hash of each shipped protocol. Protocols never change: a changed one needs a new name."""
 
-SUPERSEDED_BY = {"standard-v1": "standard-v2", "offline-v1": "offline-v2"}
+SUPERSEDED_BY = {
+    "standard-v1": "standard-v2",
+    "offline-v1": "offline-v2",
+    "standard-v2": "standard-v3",
+    "offline-v2": "offline-v3",
+}
 """Protocols that have a successor. Their records stay valid and readable, in tables of their own."""
 
 ProtocolName = Literal[
+    "standard-v3",
+    "offline-v3",
     "standard-v2",
     "offline-v2",
     "standard-v1",
@@ -86,7 +95,7 @@ class View:
             (`leaderboard.extractors.inception`).
         about: Description of extractor and preprocessing in words.
         kept_images: Number of images whose features are stored for the metrics of features: the first generated ones,
-            and as many real ones, evenly spread over the reference.
+            and as many real ones.
         metrics: Families of metrics with their parameters (`leaderboard.metrics.generation`); `datasets` restricts a
             metric to the datasets on which it is meaningful.
     """
@@ -133,6 +142,8 @@ class Protocol(Locked):
         jackknife_groups: Number of groups of generated images (image `k` in group `k % groups`); leaving out each in
             turn yields the uncertainty of Fréchet distances, precision and recall.
         notes: Caveats for the reader, such as mistakes of a release and details it does not specify.
+        reference_seed: Seed by which the real images for the metrics of features are drawn from the reference; None
+            spreads them evenly over it.
     """
 
     title: str
@@ -148,6 +159,14 @@ class Protocol(Locked):
     reconstruction: tuple[str, ...]
     jackknife_groups: int
     notes: tuple[str, ...]
+    reference_seed: int | None = None
+
+    def description(self) -> dict[str, Any]:
+        """Returns the whole description as a JSON object."""
+        found = super().description()
+        if self.reference_seed is None:  # which earlier protocols do not mention
+            del found["reference_seed"]
+        return found
 
     @property
     def superseded_by(self) -> str | None:
@@ -206,11 +225,17 @@ def read_protocol(path: Path) -> Protocol:
 PROTOCOLS = {name: read_protocol(FOLDER / f"{name}.yaml") for name in LOCKED}
 """All protocols of the suite by name."""
 
-STANDARD_V2 = PROTOCOLS["standard-v2"]
+STANDARD_V3 = PROTOCOLS["standard-v3"]
 """The default: 50,000 images at native resolution against the whole train split."""
 
-OFFLINE_V2 = PROTOCOLS["offline-v2"]
+OFFLINE_V3 = PROTOCOLS["offline-v3"]
 """Needs no download: the suite's own extractors, whose distances are never called FID."""
+
+STANDARD_V2 = PROTOCOLS["standard-v2"]
+"""Superseded by `STANDARD_V3`."""
+
+OFFLINE_V2 = PROTOCOLS["offline-v2"]
+"""Superseded by `OFFLINE_V3`; its Fréchet distances and authenticity are the same."""
 
 STANDARD_V1 = PROTOCOLS["standard-v1"]
 """Superseded by `STANDARD_V2`."""

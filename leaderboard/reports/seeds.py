@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -19,7 +20,7 @@ from leaderboard.reports.cells import Cell, metric_name
 from leaderboard.reports.colours import marks
 from leaderboard.reports.energies import ENERGY, all_models, chosen_model, energy_meaning
 from leaderboard.reports.known_sets import known_set_rows
-from leaderboard.reports.methods import Method, method_name, tables
+from leaderboard.reports.methods import Method, tables
 from leaderboard.reports.pareto import Point, pareto_front
 from leaderboard.reports.study import find_studies, read_results, study_lines
 from leaderboard.reports.table import column_label, escape, markdown_line, table_provenance, table_rows, table_title
@@ -143,21 +144,26 @@ def result_rows(group: list[Method]) -> list[dict[str, Cell]]:
 def _figures(group: Sequence[Method], rows: Sequence[dict[str, Cell]]) -> dict[str, Figure]:
     """Returns the figures of a table by name; the strip of samples only if sample grids exist."""
     figures = {"quality-energy": _plot(group, rows, metric_name(headline(group[0].record)[0]))}
-    entries = sorted((entry for method in group for entry in method.entries), key=lambda e: (-e.frechet, e.path.name))
-    best = {e.record.method: e for e in entries if e.record.variant == "default" and e.samples.is_file()}
-    if best:
-        figures["samples"] = _strip(sorted(best.values(), key=lambda entry: entry.frechet))
+    if shown := [method for method in group if method.entries[0].samples.is_file()]:
+        figures["samples"] = _panels(shown)
     return figures
 
 
-def _strip(entries: Sequence[Entry]) -> Figure:
-    """Plots the first images of the entries' sample grids side by side."""
-    figure = Figure(figsize=(1.3 * len(entries), 1.45), layout="constrained")
-    for axes, entry in zip(figure.subplots(1, len(entries), squeeze=False)[0], entries, strict=True):
+def _panels(methods: Sequence[Method]) -> Figure:
+    """Shows the first images of the first seed of each method, in rows of panels."""
+    columns = min(len(methods), 6)
+    rows = -(-len(methods) // columns)
+    figure = Figure(figsize=(1.6 * columns, 1.85 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes in panels:
+        axes.set_axis_off()
+    for axes, method in zip(panels, methods, strict=False):
+        entry = method.entries[0]
         with Image.open(entry.samples) as page:
             axes.imshow(excerpt(page, 4, 4, entry.record.conditional is not None))
-        axes.set_title(method_name(entry.record), fontsize=8)
-        axes.set_axis_off()
+        cost = entry.record.cost
+        is_ann = cost is not None and cost.firing_rate is None
+        axes.set_title(textwrap.fill(f"{method.name}{' (ANN)' * is_ann}", 20), fontsize=8)
     return figure
 
 
@@ -167,7 +173,7 @@ def _plot(group: Sequence[Method], rows: Sequence[dict[str, Cell]], quality: str
     axes = figure.subplots()
     points = [_point(method, row, quality) for method, row in zip(group, rows, strict=True)]
     front = [(point.energy, point.quality) for point in pareto_front(points)]
-    axes.step(*zip(*front, strict=True), where="post", color="0.6", lw=1, label="Pareto front")
+    axes.step(*zip(*front, strict=True), where="post", color="0.6", lw=1, label="Pareto front of the means")
     by_name = sorted(points, key=lambda point: point.label)  # so that marks do not depend on quality
     styles = dict(zip(map(id, by_name), marks(point.method for point in by_name), strict=True))
     for point in points:
@@ -175,11 +181,11 @@ def _plot(group: Sequence[Method], rows: Sequence[dict[str, Cell]], quality: str
         if point.band:
             axes.hlines(point.quality, *point.band, color=mark["color"], alpha=0.4, lw=1)
         axes.errorbar(point.energy, point.quality, yerr=point.uncertainty, ls="", capsize=3, label=point.label, **mark)
-    bands = "\nlevel lines: lowest to highest model of energy" if any(point.band for point in points) else ""
+    bands = "\nhorizontal bars: lowest to highest model of energy" if any(point.band for point in points) else ""
     axes.set(
         xlabel=f"45 nm arithmetic per image, strict (mJ){bands}", ylabel=f"{quality} (lower is better)", xscale="log"
     )
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_ylim(bottom=0)

@@ -431,7 +431,7 @@ def _energy_figure(members: Sequence[Member], styles: Styles) -> Figure:
                 axes.hlines(chain.frechet, *band, color=style["color"], alpha=0.35, lw=1)
             label = member.method.name if chain is member.method else None
             _draw(axes, [_point(chain)[0]], [chain], label=label, **style)
-    axes.set(xlabel="45 nm arithmetic per image, strict (mJ)\nlevel lines: lowest to highest model of energy")
+    axes.set(xlabel="45 nm arithmetic per image, strict (mJ)\nhorizontal bars: lowest to highest model of energy")
     axes.set(ylabel=f"{headline(members[0].method.record)[0]} (lower is better)")
     _log_axes(axes)
     note = "dots: more network evaluations" if any(member.chains for member in members) else None
@@ -459,8 +459,8 @@ def _draw(axes: Axes, x: Sequence[float], points: Sequence[Method], **style: Any
 def _log_axes(axes: Axes) -> None:
     """Makes both axes logarithmic, with plain numbers."""
     axes.set(xscale="log", yscale="log")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    for axis, ticks in ((axes.xaxis, (1, 2, 5)), (axes.yaxis, (1, 2, 3, 5))):
+        axis.set_major_locator(LogLocator(subs=ticks))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)

@@ -56,7 +56,7 @@ Part = GenerationMetrics | FrechetAutoencoderDistance
 
 def validate_metrics(
     data: str = "",
-    protocol: ProtocolName = "offline-v2",
+    protocol: ProtocolName = "offline-v3",
     root: str | None = None,
     images: int = 5000,
     output: str = "validation",

@@ -12,9 +12,11 @@ from leaderboard.protocols import (
     LOCKED,
     OFFLINE_V1,
     OFFLINE_V2,
+    OFFLINE_V3,
     PROTOCOLS,
     STANDARD_V1,
     STANDARD_V2,
+    STANDARD_V3,
     Protocol,
     ProtocolName,
     read_protocol,
@@ -31,6 +33,8 @@ def test_hash_ignores_key_order_and_sees_every_value() -> None:
 @pytest.mark.parametrize(
     ("name", "sha256"),
     [
+        ("standard-v3", "21f5f6c388da01de22f4ecd8d2e517a55854a626af8c6496ad76a4ec0805bbd8"),
+        ("offline-v3", "075dee741bb0e5aba05127b230f8987368961c3a9581169309a3e93436cd6c1a"),
         ("standard-v2", "d5de938eabb3094d9520f4c89f139d306774373ccc90a32d3c745218236c285d"),
         ("offline-v2", "6f8ff1c941f3d0eb08ba8e1062f0e26b92b9704f11ccee421bdd694905adcbcd"),
         ("standard-v1", "34f9e30f29a01c2bbb8ec5ee8c8e3709a653f1f397163d69a14d33b78d30ea59"),
@@ -58,7 +62,7 @@ def test_every_file_is_locked_and_every_name_can_be_chosen() -> None:
         ("num_samples: 50000", "num_samples: 40000", "was changed: .* Protocols are immutable: .* under a new name"),
         ("neighbours: 3", "neighbours: 5", "was changed"),
         ("never mirrored", "not mirrored", "was changed"),
-        ("name: standard-v1", "name: standard-v3", "was changed"),
+        ("name: standard-v1", "name: standard-v9", "was changed"),
         ("quantisation: round", "quantisation: floor", r"is not a protocol \(quantisation: expected 'round' or"),
         ("sample_seed: 0\n", "", r"is not a protocol \(sample_seed: the field is missing\)"),
         (
@@ -82,8 +86,8 @@ def test_edited_file_is_refused(tmp_path: Path, old: str, new: str, message: str
 
 
 def test_new_file_without_a_lock_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "standard-v3.yaml"
-    path.write_text((FOLDER / "standard-v1.yaml").read_text().replace("standard-v1", "standard-v3"))
+    path = tmp_path / "standard-v9.yaml"
+    path.write_text((FOLDER / "standard-v1.yaml").read_text().replace("standard-v1", "standard-v9"))
     with pytest.raises(ValueError, match="expected None"):
         read_protocol(path)
     with pytest.raises(ValueError, match=r"gone\.yaml is not a protocol"):
@@ -150,10 +154,18 @@ def test_first_versions_are_superseded_and_keep_their_metrics() -> None:
     assert {name: p.superseded_by for name, p in PROTOCOLS.items() if p.superseded_by} == {
         "standard-v1": "standard-v2",
         "offline-v1": "offline-v2",
+        "standard-v2": "standard-v3",
+        "offline-v2": "offline-v3",
     }
     for old, new in (("standard-v1", "standard-v2"), ("offline-v1", "offline-v2")):
         families = {family for view in PROTOCOLS[new].views for family in view.metrics}
         assert {family for view in PROTOCOLS[old].views for family in view.metrics} <= families
+
+
+def test_third_versions_draw_their_real_images_and_change_nothing_else() -> None:
+    for old, new in ((STANDARD_V2, STANDARD_V3), (OFFLINE_V2, OFFLINE_V3)):
+        assert (old.reference_seed, new.reference_seed) == (None, 0)
+        assert replace(new, name=old.name, notes=old.notes, reference_seed=None) == old
 
 
 def test_extractors_of_the_second_versions() -> None:

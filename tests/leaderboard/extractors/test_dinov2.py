@@ -81,5 +81,5 @@ def test_metrics_of_standard_v2_on_colour_images() -> None:
 def test_without_network_or_files_the_error_says_where_they_go(hub: Path) -> None:
     (hub / "facebookresearch_dinov2_main" / "hubconf.py").unlink()
     (hub / "facebookresearch_dinov2_main").rmdir()
-    with pytest.raises(RuntimeError, match=r"cannot load DINOv2 .*facebookresearch_dinov2_main and its .*offline-v2"):
+    with pytest.raises(RuntimeError, match=r"cannot load DINOv2 .*facebookresearch_dinov2_main and its .*offline-v3"):
         DinoV2Extractor()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from leaderboard.metrics.streaming import FeatureTable, FrechetDistance, evenly_spread, jackknife_estimate
+from leaderboard.metrics.streaming import FeatureTable, FrechetDistance, jackknife_estimate, kept_images
 
 WIDTH = 8
 
@@ -87,16 +87,31 @@ def test_the_iterated_root_has_no_correction() -> None:
     assert metric.compute()[:, 2].isnan().tolist() == [False, True]
 
 
+@pytest.mark.parametrize("seed", [None, 0])
 @pytest.mark.parametrize("order", [torch.arange, torch.randperm])
-def test_a_table_of_the_whole_reference(order: Callable[[int], Tensor]) -> None:
+def test_a_table_of_the_whole_reference(order: Callable[[int], Tensor], seed: int | None) -> None:
     real = gaussian(70, 1).float()
-    table = FeatureTable(WIDTH, num_images=20, num_reference=70, whole_reference=True)
-    partial = FeatureTable(WIDTH, num_images=20, num_reference=70)
+    table = FeatureTable(WIDTH, num_images=20, num_reference=70, whole_reference=True, seed=seed)
+    partial = FeatureTable(WIDTH, num_images=20, num_reference=70, seed=seed)
     for index in order(70).split(16):
         for kept in (table, partial):
             kept.update(real[index], index, real=True)
             kept.update(real[index], index, real=False)
     assert torch.equal(table.compute()[0], real.double())
-    assert torch.equal(evenly_spread(real.double(), 20), partial.compute()[0])
+    assert torch.equal(real.double()[kept_images(70, 20, seed)], partial.compute()[0])
     assert len(table.compute()[1]) == 20
-    assert torch.equal(evenly_spread(real, 100), real)
+    for count in (7, 20):
+        expected = real.double()[kept_images(70, count, seed)] if seed is not None or count == 20 else None
+        assert expected is None or torch.equal(table.real(table.compute()[0], count), expected)
+        assert expected is None or torch.equal(partial.real(partial.compute()[0], count), expected)
+    assert torch.equal(table.real(real, 100), real)
+
+
+def test_drawn_images_are_always_the_same_and_represent_both_kinds_of_an_alternating_split() -> None:
+    drawn = kept_images(60_000, 10_000, 0)
+    assert drawn[:5].tolist() == [17, 18, 24, 28, 50]
+    assert drawn.unique().tolist() == drawn.tolist()
+    assert 0.48 < (drawn % 2).double().mean() < 0.52
+    assert not (kept_images(60_000, 10_000, None) % 2).any()  # which on MNIST are all of one kind
+    assert set(kept_images(60_000, 5_000, 0).tolist()) < set(drawn.tolist())
+    assert kept_images(10, 20, 0).tolist() == list(range(10))
