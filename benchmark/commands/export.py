@@ -14,6 +14,7 @@ from benchmark.runs import WEIGHTS, checkpoint_in, configuration_of
 from leaderboard.files import file_sha256, write_atomic
 from leaderboard.record.entries import Entry, read_records, table_metrics
 from leaderboard.reports.cells import evaluation_cell
+from leaderboard.reports.methods import Method
 from systems.checkpoints import read_suite, save_safetensors
 
 CARD = "README.md"
@@ -108,10 +109,17 @@ def model_card(
         keep_trailing_newline=True,
     ).get_template("model_card.md.jinja")
     options = configuration["model"].get("init_args") or {}
-    is_conditional = any(entry.record.conditional is not None for entry in entries)
+    records = [record for record, _ in results]
+    is_conditional = any(record.conditional is not None for record in records)
+    is_ann = any(record.cost is not None and record.cost.firing_rate is None for record in records)
+    method = content.get("method", "unknown")
     return template.render(
         conditional=is_conditional or bool(options.get("num_classes")),
-        method=content.get("method", "unknown"),
+        spiking=not is_ann,
+        title=Method(tuple(entries[-1:])).name if entries else method,
+        seed=records[-1].seeds.get("training") if records else None,
+        design=records[-1].design.name if records and records[-1].design else None,
+        method=method,
         steps=content.get("global_step", 0),
         parameters=sum(tensor.numel() for tensor in content["state_dict"].values()),
         trained_on=", then ".join(data["name"] for data in content.get("training_data", [])) or "unknown",
