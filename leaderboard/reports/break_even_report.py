@@ -253,6 +253,6 @@ def _panel(axes: Any, row: BreakEven, rates: np.ndarray) -> None:
         least = min(lines.min(), twin.min())
         axes.set(yscale="log", ylim=(least / 1.5, 1.5 * max(lines.max(), twin.max())))
         axes.yaxis.set_major_formatter("{x:g}")
-    axes.set_title(f"{row.model.name}\nbreak-even: {rates_in_words(row)}", fontsize=9)
+    axes.set_title(f"{row.model.title} ({row.model.name})\nbreak-even: {rates_in_words(row)}", fontsize=9)
     axes.set_ylabel("mJ per image")
     axes.grid(alpha=0.3)

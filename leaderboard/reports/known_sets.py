@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from leaderboard.files import canonical_sha256
+from leaderboard.protocols import PROTOCOLS
 from leaderboard.record.entries import PACKAGED
 from leaderboard.record.records import Record
 from leaderboard.reports.cells import Cell, evaluation_cell, metric_name
@@ -32,7 +33,7 @@ def known_set_rows(record: Record, row: dict[str, Cell]) -> list[dict[str, Cell]
     key = (found.fingerprint, found.protocol_sha256, sha256)
     if key != (record.dataset.fingerprint, record.protocol.sha256, record.extractor.sha256):
         return []
-    rows = []
+    rows, full = [], PROTOCOLS[found.protocol].num_samples
     for anchor in {anchor.kind: anchor for anchor in found.sets}.values():  # severities increase
         cells = {
             metric_name(k): evaluation_cell(k, v) for k, v in sorted(anchor.metrics.items()) if metric_name(k) in row
@@ -41,7 +42,7 @@ def known_set_rows(record: Record, row: dict[str, Cell]) -> list[dict[str, Cell]
         cells |= {name: cell for name, cell in shares.items() if name in row}  # the tables show the autoencoder's
         cells |= {
             "#": Cell(STATUS),
-            "Method": Cell(anchor.title),
+            "Method": Cell(f"{anchor.title} ({anchor.images:,} images)" if anchor.images < full else anchor.title),
             "Variant": Cell(""),
             "Samples": Cell(f"{anchor.images:,}", anchor.images),
         }

@@ -43,7 +43,7 @@ def test_known_sets_follow_the_methods(record: Record) -> None:
     method, *known = board.rows
     assert [row.source for row in known] == ["known"] * len(known)
     assert len({row.method for row in known}) == len(known) == 7
-    assert known[0].method == "real test images"
+    assert known[0].method == "real test images (297 images)"  # fewer than the protocol asks for
     for name in ("fd_unbiased_digits_ae", "Cov.", "Dens."):
         assert str(known[0].cells[name]) == str(method.cells[name])  # the record has the values of real images
     assert all(row.cells["#"].value is None for row in known)
@@ -76,7 +76,7 @@ def test_known_sets_are_in_the_results(record: Record, tmp_path: Path) -> None:
     seeds([str(tmp_path)], str(tmp_path / "out"))
     text = (tmp_path / "out" / "RESULTS.md").read_text()
     assert text.count("| known set | ") == 7
-    assert "| known set | real test images | - | - |" in text
+    assert "| known set | real test images (297 images) | - | - |" in text
 
 
 def test_nearest_training_images_are_shown_beside_the_samples(record: Record, tmp_path: Path) -> None:
