@@ -25,7 +25,8 @@ quickstart: setup
 	@$(BIN)/python -m benchmark test
 	@$(BIN)/python -m benchmark leaderboard
 
-PYTEST := -m pytest -n auto --maxprocesses 4 --dist loadfile
+# files in order: the longest ones, of the command line, come first, so that no process waits for one at the end
+PYTEST := -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 quick: setup lint
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m 'not regress and not slow'
