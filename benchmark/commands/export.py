@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader
 
 from benchmark.runs import WEIGHTS, checkpoint_in, configuration_of
 from leaderboard.files import file_sha256, write_atomic
+from leaderboard.protocols import FAULTS
 from leaderboard.record.entries import Entry, read_records, table_metrics
 from leaderboard.reports.cells import evaluation_cell
 from leaderboard.reports.methods import Method
@@ -63,7 +64,11 @@ def export(run: str, folder: str, which: str = "last", half: bool = False, push_
         if grids:
             write_atomic(part / SAMPLES, grids[-1].read_bytes())
         write_atomic(part / CARD, card)
-        part.replace(target)
+        if target.exists():  # an empty folder, perhaps the working directory: it stays, and is filled
+            for path in sorted(part.iterdir()):
+                path.replace(target / path.name)
+        else:
+            part.replace(target)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     files = ", ".join(sorted(path.name for path in target.iterdir()))
@@ -98,9 +103,10 @@ def model_card(
         has_samples: Whether the folder contains a grid of samples.
         folder: Name of the folder, for the example commands.
     """
+    entries = sorted(entries, key=Entry.time)
     results = [
         (entry.record, [(k, evaluation_cell(k, entry.record.metrics[k])) for k in table_metrics(entry.record.metrics)])
-        for entry in sorted(entries, key=Entry.time)
+        for entry in entries
     ]
     template = Environment(
         loader=PackageLoader("benchmark.commands", "."),
@@ -111,11 +117,12 @@ def model_card(
     options = configuration["model"].get("init_args") or {}
     records = [record for record, _ in results]
     is_conditional = any(record.conditional is not None for record in records)
-    is_ann = any(record.cost is not None and record.cost.firing_rate is None for record in records)
+    is_spiking = any(record.cost is not None and record.cost.firing_rate is not None for record in records)
     method = content.get("method", "unknown")
     return template.render(
         conditional=is_conditional or bool(options.get("num_classes")),
-        spiking=not is_ann,
+        spiking=is_spiking,
+        faults=FAULTS,
         title=Method(tuple(entries[-1:])).name if entries else method,
         seed=records[-1].seeds.get("training") if records else None,
         design=records[-1].design.name if records and records[-1].design else None,

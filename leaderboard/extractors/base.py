@@ -338,6 +338,6 @@ def _download(url: str, option: str) -> Path:
         except (URLError, OSError, RuntimeError) as error:
             raise RuntimeError(
                 f"cannot download the Inception weights ({error}). Fetch {url} elsewhere and set its path with "
-                f"--evaluation.{option} PATH, or evaluate with the suite's own extractor under the protocol offline-v1"
+                f"--evaluation.{option} PATH, or evaluate with the suite's own extractor under the protocol offline-v3"
             ) from error
     return path

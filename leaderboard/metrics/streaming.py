@@ -216,7 +216,8 @@ class FeatureTable(Metric):
         if self.seed is None:
             rows = kept_images(len(features), count, None)
         else:
-            rows = torch.searchsorted(self.stored, kept_images(self.num_reference, count, self.seed))
+            chosen = kept_images(self.num_reference, min(count, len(self.stored)), self.seed)
+            rows = torch.searchsorted(self.stored, chosen)
         return features[rows.to(features.device)]
 
     def compute(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -237,7 +238,7 @@ def kept_images(total: int, count: int, seed: int | None) -> Tensor:
     """Returns the indices of up to `count` of `total` real images, in order.
 
     Images that are spread evenly represent a split sorted by class, but not one that alternates between two kinds of
-    images, as MNIST's does. A drawn set of fewer images is part of the set of more images by the same seed.
+    images, as MNIST's does. With the same seed, a smaller set is part of a larger one.
 
     Args:
         total: Number of images.

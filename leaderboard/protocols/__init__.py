@@ -52,6 +52,13 @@ SUPERSEDED_BY = {
 }
 """Protocols that have a successor. Their records stay valid and readable, in tables of their own."""
 
+FAULTS = {
+    ("mnist", name): "Its kernel distances, density and coverage use unrepresentative real images: read the Fréchet "
+    "distances."
+    for name in ("standard-v2", "offline-v2")
+}
+"""Known faults of results, by dataset and protocol."""
+
 ProtocolName = Literal[
     "standard-v3",
     "offline-v3",

@@ -14,7 +14,7 @@ MARKERS = "osD^vPX*"
 
 
 def marks(methods: Iterable[str]) -> list[dict[str, Any]]:
-    """Returns how each row of a figure is marked: in the colour of its method, with different shapes for one colour.
+    """Returns the marks of the rows of a figure: the colour of the method, and another shape for each row of a colour.
 
     Args:
         methods: Names in records, in the order of the rows.

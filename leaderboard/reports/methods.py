@@ -91,14 +91,19 @@ def tables(records: Iterable[tuple[Path, Record]]) -> list[list[Method]]:
     """Groups comparable records, which are passed as `(file, record)` pairs.
 
     Returns:
-        One list of rows per table, sorted by status, then by mean Fréchet distance. Of a dataset, tables under
-        superseded protocols come last.
+        One list of rows per table, sorted by status, then by mean Fréchet distance. Of a dataset, the tables under the
+        newest protocols come first.
     """
     groups: dict[tuple[str, ...], list[Entry]] = {}
     for pair in records:
         groups.setdefault(Entry(*pair).table_key, []).append(Entry(*pair))
-    present_first = sorted(groups, key=lambda key: (key[0], key[1] in SUPERSEDED_BY, key))
-    return [fold(groups[key]) for key in present_first]
+    newest_first = sorted(groups, key=lambda key: (key[0], _successors(key[1]), key))
+    return [fold(groups[key]) for key in newest_first]
+
+
+def _successors(protocol: str) -> int:
+    """Returns how often a protocol was superseded."""
+    return 1 + _successors(SUPERSEDED_BY[protocol]) if protocol in SUPERSEDED_BY else 0
 
 
 def fold(entries: Iterable[Entry]) -> list[Method]:

@@ -142,7 +142,7 @@ def result_rows(group: list[Method]) -> list[dict[str, Cell]]:
 
 
 def _figures(group: Sequence[Method], rows: Sequence[dict[str, Cell]]) -> dict[str, Figure]:
-    """Returns the figures of a table by name; the strip of samples only if sample grids exist."""
+    """Returns the figures of a table by name; the samples only if sample grids exist."""
     figures = {"quality-energy": _plot(group, rows, metric_name(headline(group[0].record)[0]))}
     if shown := [method for method in group if method.entries[0].samples.is_file()]:
         figures["samples"] = _panels(shown)

@@ -45,10 +45,10 @@ All methods saw the same number of images and have about the same number of para
 [design](../configs/track/README.md), {sha256}, was committed before the first run. mJ is 45 nm arithmetic per image,
 "all models" the lowest to the highest model of energy."""
 CURVE_NOTE = """\
-Earlier points are drafts of one seed. The last point of the table is the mean over all seeds, that of the figure is of
-the same seed as the earlier ones. "Training, J" is the arithmetic of the forward passes of a training, a lower bound of
-its energy. Weights: averaged or plain, as the search chose; every point is measured with them. Compare the shape of a
-curve with those of the same kind of weights only: averaging helps while the learning rate is high, but the first point
+Earlier points are drafts of one seed. The last point is the mean over all seeds in the table, and that of the earlier
+points' seed in the figure. "Training, J" is the arithmetic of the forward passes of a training, a lower bound of
+its energy. The search chose averaged or plain weights, and every point is measured with its choice. Compare the shapes
+of curves only between the same kind of weights: averaging helps while the learning rate is high, but the first point
 is too high, because the average still contains the first steps of training."""
 ANSWER_NOTE = """\
 Means over the seeds that A and B share. p is corrected for all {pairs} planned pairs. All seeds of a method draw the
@@ -303,8 +303,9 @@ def _chain_table(members: Sequence[Member], quality: str) -> list[str]:
         for method in member.chains:
             arithmetic = number_cell(method.mean_cost("energy_strict_mj")).text
             band = band_cell(all_models(method)).text
-            rows.append([method.name, str(method.record.nfe), str(metric_cell(quality, method)), arithmetic, band])
-    return _table(["Method", "NFE", quality, "mJ", "mJ, all models"], rows)
+            sampler = f"{method.record.solver}, {method.record.nfe}"
+            rows.append([method.name, sampler, str(metric_cell(quality, method)), arithmetic, band])
+    return _table(["Method", "Solver, NFE", quality, "mJ", "mJ, all models"], rows)
 
 
 def _answer_table(questions: Sequence[tuple[str, str, str]], members: Sequence[Member], quality: str) -> list[str]:

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from leaderboard.energy import EnergyModel
 from leaderboard.files import is_report, refuse_existing, write_atomic
-from leaderboard.protocols import SUPERSEDED_BY
+from leaderboard.protocols import FAULTS, SUPERSEDED_BY
 from leaderboard.record.entries import Entry, default_folders, read_records, table_metrics
 from leaderboard.record.records import Record
 from leaderboard.reports.cells import Cell, metric_cell, metric_name, number_cell
@@ -335,9 +335,11 @@ def table_provenance(r: Record) -> str:
     """Returns one line on the reference data, extractor and protocol of the table of a record."""
     successor = SUPERSEDED_BY.get(r.protocol.name)
     superseded = f", superseded by {successor}" if successor else ""
+    fault = FAULTS.get((r.dataset.name, r.protocol.name))
     return (
         f"Reference: {r.dataset.fingerprint[:12]} from {r.dataset.source}. Extractor: {r.extractor.name} "
         f"({r.extractor.sha256[:8]}). Protocol: {r.protocol.sha256[:8]}{superseded}."
+        f"{f' {fault}' if fault else ''}"
     )
 
 

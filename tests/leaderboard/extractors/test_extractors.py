@@ -73,7 +73,7 @@ def test_errors_without_network_or_file_name_the_options(monkeypatch: pytest.Mon
     message = (
         r"cannot download .*no network.* https://github\.com/toshas/.*\.pth .*--evaluation\.inception_weights PATH"
     )
-    with pytest.raises(RuntimeError, match=message + ".* offline-v1"):
+    with pytest.raises(RuntimeError, match=message + ".* offline-v3"):
         load_extractor("inception-v3-compat", "cifar10")
     with pytest.raises(FileNotFoundError, match=r"inception_weights=nowhere\.pth is not a file; set it to the path"):
         load_extractor("inception-v3-compat", "cifar10", inception_weights="nowhere.pth")

@@ -7,13 +7,21 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from leaderboard.protocols import OFFLINE_V1, STANDARD_V1
+from leaderboard.protocols import OFFLINE_V1, OFFLINE_V2, OFFLINE_V3, STANDARD_V1
 from leaderboard.record.entries import Entry
 from leaderboard.record.records import Artefact, Dataset, Design, MetricValue, Record, TrainingData, write_record
 from leaderboard.reports.boards import measured_boards
-from leaderboard.reports.methods import Method
+from leaderboard.reports.methods import Method, tables
 from leaderboard.reports.seeds import result_rows
-from leaderboard.reports.table import SHORT_ROWS, leaderboard, markdown, short_rows, show_result
+from leaderboard.reports.table import (
+    SHORT_ROWS,
+    leaderboard,
+    markdown,
+    short_rows,
+    show_result,
+    table_provenance,
+    table_title,
+)
 
 Make = Callable[..., Record]
 LONG = "a name of fifty letters, which no table can show whole"
@@ -402,3 +410,16 @@ def test_an_incomplete_cost_is_marked(make_record: Make) -> None:
     column = header.index("45 nm arithmetic, mJ")
     assert first[column] == f"{second[column]}\\*"
     assert "lower bound: it lacks the products of mixer" in text
+
+
+def test_the_newest_protocol_of_a_dataset_comes_first_and_faults_are_named(make_record: Make) -> None:
+    records = [
+        replace(record, dataset=replace(record.dataset, name=name))
+        for record in (make_record(protocol=protocol) for protocol in (OFFLINE_V1, OFFLINE_V3, OFFLINE_V2))
+        for name in ("mnist", "digits")
+    ]
+    found = [group[0].record for group in tables((Path(f"{k}.json"), record) for k, record in enumerate(records))]
+    order = [(name, protocol.name) for name in ("digits", "mnist") for protocol in (OFFLINE_V3, OFFLINE_V2, OFFLINE_V1)]
+    assert [(record.dataset.name, record.protocol.name) for record in found] == order
+    noted = [table_title(record) for record in found if "unrepresentative" in table_provenance(record)]
+    assert noted == ["mnist, offline-v2"]
