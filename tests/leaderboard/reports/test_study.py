@@ -170,8 +170,8 @@ def test_longer_chains_are_listed_beside_the_ranked_one(measured: Callable[..., 
     rows = table(section(tmp_path), "digits: More network evaluations")
     assert [row[:3] for row in rows] == [
         ["sddpm", "ddim, 10", "3.000 (±0.024)"],
-        ["sddpm", "heun_1000, 10", "2.800 (±0.020)"],  # of another sampler
-        ["sddpm", "nfe50_1000, 50", "2.500 (±0.020)"],
+        ["sddpm", "heun\\_1000, 10", "2.800 (±0.020)"],  # of another sampler
+        ["sddpm", "nfe50\\_1000, 50", "2.500 (±0.020)"],
     ]
     (folder,) = find_studies([tmp_path / "data/records"])
     (sddpm,) = [member for member in read_results(folder).members if member.key == "sddpm"]
