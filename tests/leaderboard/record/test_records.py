@@ -160,7 +160,7 @@ def test_edited_protocol_with_matching_hash_is_refused(make_record: Make, tmp_pa
     _set(data, "protocol.name", "my-own")
     file.write_text(json.dumps(data))
     with pytest.raises(
-        RecordError, match=r"protocol\.name: 'my-own' is unknown; expected one of: standard-v1, offline-v1"
+        RecordError, match=r"protocol\.name: 'my-own' is unknown; expected one of: standard-v3, offline-v3, "
     ):
         read_record(file)
 
