@@ -45,8 +45,8 @@ All methods saw the same number of images and have about the same number of para
 [design](../configs/track/README.md), {sha256}, was committed before the first run. mJ is 45 nm arithmetic per image,
 "all models" the lowest to the highest model of energy."""
 CURVE_NOTE = """\
-Earlier points are drafts of one seed. The last point is the mean over all seeds in the table, and that of the earlier
-points' seed in the figure. "Training, J" is the arithmetic of the forward passes of a training, a lower bound of
+Earlier points are drafts of one seed. The last one is the mean over all seeds in the table; in the figure it is of the
+same seed as the others. "Training, J" is the arithmetic of the forward passes of a training, a lower bound of
 its energy. The search chose averaged or plain weights, and every point is measured with its choice. Compare the shapes
 of curves only between the same kind of weights: averaging helps while the learning rate is high, but the first point
 is too high, because the average still contains the first steps of training."""
