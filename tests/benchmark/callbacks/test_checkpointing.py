@@ -57,21 +57,23 @@ def test_a_killed_training_goes_on_to_the_same_weights(
 ) -> None:
     options, (whole, seconds) = METHODS[method], undisturbed(method)
     chance, log = random.Random(0), tmp_path / "log"
-    count = 0
-    for trial in range(-(-kills // 2)):
-        folder, often = tmp_path / str(trial), f"--last.every_n_train_steps={chance.choice([1, 2, 3])}"
-        count += kill_after(forked(partial(fit, folder, *options, often), log), chance.uniform(0.2, 0.8) * seconds)
+    count = finished = 0
+    while count < kills:
+        folder, often = tmp_path / str(count + finished), f"--last.every_n_train_steps={chance.choice([1, 2, 3])}"
+        killed = kill_after(forked(partial(fit, folder, *options, often), log), chance.uniform(0.2, 0.8) * seconds)
         steps = steps_of(folder)
         again = partial(fit, folder, *options) if steps < 0 else partial(resume, folder)
-        count += kill_after(forked(again, log), chance.uniform(0.2, 0.8) * seconds)
+        killed += kill_after(forked(again, log), chance.uniform(0.2, 0.8) * seconds)
         assert steps_of(folder) >= steps  # nothing finished is lost
         if steps_of(folder) < 0:
             fit(folder, *options)
         else:
             resume(folder)
         assert equal(weights(newest_run(folder)), weights(whole)), log.read_text()
-    assert count
-    print(f"{method}: {count} were killed before their end")
+        count, finished = count + killed, finished + 2 - killed
+        if not killed:
+            seconds /= 2  # the machine was busier when the undisturbed training was timed
+    print(f"{method}: {count} were killed, {finished} finished before")
 
 
 def test_a_checkpoint_is_whole_whenever_its_writer_is_killed(kills: int, tmp_path: Path) -> None:
