@@ -341,7 +341,8 @@ def read_record(path: str | Path) -> Record:
     """Reads and validates one record; a method that has been renamed has its present name.
 
     Raises:
-        RecordError: If the file is not valid JSON, violates the schema, or was edited so that a hash does not match.
+        RecordError: If the file does not exist, is not valid JSON, violates the schema, or was edited so that a hash
+            does not match.
     """
     path = Path(path)
     try:
@@ -350,6 +351,10 @@ def read_record(path: str | Path) -> Record:
         data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object_without_duplicates)
     except SchemaError as error:
         raise RecordError(f"{path}: field {error}") from error
+    except FileNotFoundError as error:
+        raise RecordError(
+            f"{path}: no such file; give the path of a record, such as runs/RUN/records/NAME.json"
+        ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise RecordError(f"{path}: not a readable JSON file ({error})") from error
     _check(data, str(path))

@@ -216,7 +216,7 @@ def test_broken_and_missing_files_are_refused(tmp_path: Path, capsys: pytest.Cap
     (line,) = refusal(broken, tmp_path / "board", capsys)
     assert line == f"refused: {broken}: field checkpoint: the field is missing"
     (line,) = refusal(tmp_path / "nowhere.json", tmp_path / "board", capsys)
-    assert "not a readable JSON file" in line
+    assert "nowhere.json: no such file; give the path of a record" in line
 
 
 @pytest.mark.parametrize("name", ["a b.json", "\x1b[31m.json", ".hidden.json", "a..json", "record.txt", "-rf.json"])
