@@ -188,7 +188,8 @@ def _plot(group: Sequence[Method], rows: Sequence[dict[str, Cell]], quality: str
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_ylim(bottom=0)
+    top = 1.3 * max(point.quality for point in points)
+    axes.set_ylim(0, top if top > 0 else None)  # intervals of few seeds are cut at the frame
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False, title="method, solver, NFE")
     return figure

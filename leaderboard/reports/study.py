@@ -134,8 +134,8 @@ class Member:
 
     @cached_property
     def curve(self) -> dict[int, Method]:
-        """Quality by images seen, of the seeds whose earlier weights were measured; of all seeds if none were."""
-        measured = [training for training in self.trainings if training.curve] or self.trainings
+        """Quality by images seen, of the seeds whose earlier weights were measured; of the first seed if none were."""
+        measured = [training for training in self.trainings if training.curve] or self.trainings[:1]
         counts = sorted({count for training in measured for count in training.curve})
         points = {n: Method(tuple(t.curve[n] for t in measured if n in t.curve)) for n in counts}
         return points | {self.images: _last(measured)}
@@ -435,6 +435,9 @@ def _energy_figure(members: Sequence[Member], styles: Styles) -> Figure:
     axes.set(xlabel="45 nm arithmetic per image, strict (mJ)\nhorizontal bars: lowest to highest model of energy")
     axes.set(ylabel=f"{headline(members[0].method.record)[0]} (lower is better)")
     _log_axes(axes)
+    heights = [chain.frechet for member in members for chain in (member.method, *member.chains)]
+    if min(heights) > 0:  # an unbiased estimate can be negative
+        axes.set_ylim(min(heights) / 2, max(heights) * 2)  # intervals of few seeds are cut at the frame
     note = "dots: more network evaluations" if any(member.chains for member in members) else None
     figure.legend(loc="outside right upper", fontsize=8, frameon=False, title=note)
     return figure

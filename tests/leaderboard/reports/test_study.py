@@ -187,6 +187,18 @@ def test_figures_mark_rows_of_one_colour_differently(measured: Callable[..., Non
     assert styles["sddpm"]["color"] == styles["sddpm_t1"]["color"] == styles["sddpm-relu-twin"]["color"]
 
 
+def test_figures_show_the_points_and_cut_wide_intervals(measured: Callable[..., None], tmp_path: Path) -> None:
+    for seed, fd in enumerate((3.0, 5.0)):
+        measured("sddpm", seed, fd, **({} if seed else {"curve_500": (9.0, 10)}))
+        measured("spiking-diffusion", seed, 2 * fd)
+    (folder,) = find_studies([tmp_path / "data/records"])
+    results = read_results(folder)
+    styles = study._styles(results.members)
+    assert study._energy_figure(results.members, styles).axes[0].get_ylim() == (2.0, 16.0)  # the means are 4 and 8
+    last = {member.key: member.curve[member.images].frechet for member in results.members}
+    assert last == {"sddpm": 3.0, "spiking-diffusion": 6.0}  # of the same seed in all curves
+
+
 def test_a_training_whose_record_is_missing_is_an_error(measured: Callable[..., None], tmp_path: Path) -> None:
     measured("sddpm", 0, 3.0)
     (path,) = (tmp_path / "data/records").glob("*.json")
