@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -62,6 +63,13 @@ def shared_data() -> Path:
     if not path.exists():
         pytest.skip("the folder of real images is not available here")
     return path
+
+
+@pytest.fixture(scope="session")
+def real_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Cache of the real images, which all processes of the tests share."""
+    folder = tmp_path_factory.getbasetemp()
+    return str((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "real")
 
 
 @pytest.fixture(scope="session")

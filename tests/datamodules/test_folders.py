@@ -227,8 +227,8 @@ def test_16_bit_grey_and_orientation_in_a_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_digits_as_16_bit_pngs_have_the_published_mean(shared_data: Path, tmp_path: Path) -> None:
-    real = MNIST(str(shared_data / "mnist"), cache_dir=str(tmp_path / "cache"))
+def test_digits_as_16_bit_pngs_have_the_published_mean(shared_data: Path, real_cache: str, tmp_path: Path) -> None:
+    real = MNIST(str(shared_data / "mnist"), cache_dir=real_cache)
     for split in ("train", "test"):
         images, labels = (part[:500] for part in real.labelled(split))
         for index, (image, label) in enumerate(zip(images, labels, strict=True)):

@@ -262,9 +262,9 @@ def test_a_subset_is_named_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     [(FMNIST, "fmnist", ""), (KMNIST, "kmnist", " (a subset: 8,000 of 60,000 train, 2,000 of 10,000 test images)")],
 )
 def test_real_data_are_compared_with_the_published_numbers(
-    kind: type[ImageDataModule], folder: str, note: str, shared_data: Path, tmp_path: Path
+    kind: type[ImageDataModule], folder: str, note: str, shared_data: Path, real_cache: str
 ) -> None:
-    data = kind(root=str(shared_data / folder), cache_dir=str(tmp_path))
+    data = kind(root=str(shared_data / folder), cache_dir=real_cache)
     assert data.source == f"parquet files below {shared_data / folder}{note}"
 
 

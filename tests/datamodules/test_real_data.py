@@ -13,11 +13,6 @@ from datamodules import CIFAR10, FMNIST, KMNIST, MNIST, CelebA, DatasetError, Im
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tmp_path_factory.mktemp("cache"))
-
-
 @pytest.mark.parametrize(
     ("kind", "folder", "sizes", "mean"),
     [
@@ -28,9 +23,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
     ],
 )
 def test_published_means(
-    kind: type[ImageDataModule], folder: str, sizes: tuple[int, int], mean: float, shared_data: Path, cache: str
+    kind: type[ImageDataModule], folder: str, sizes: tuple[int, int], mean: float, shared_data: Path, real_cache: str
 ) -> None:
-    data = kind(root=str(shared_data / folder), cache_dir=cache)
+    data = kind(root=str(shared_data / folder), cache_dir=real_cache)
     images, labels = data.labelled("train")
     assert (len(images), data.num_reference("test")) == sizes
     assert images.float().mean().item() / 255 == pytest.approx(mean, abs=1e-4)
@@ -39,24 +34,24 @@ def test_published_means(
     assert counts.min() > 0.9 * sizes[0] / 10
 
 
-def test_celeba_that_is_cropped_already(shared_data: Path, cache: str) -> None:
+def test_celeba_that_is_cropped_already(shared_data: Path, real_cache: str) -> None:
     root = str(shared_data / "celeba")
     with pytest.raises(DatasetError, match=r"64x64 pixels, too few .* pass --data.center_crop null"):
-        CelebA(root=root, cache_dir=cache).prepare_data()
-    data = CelebA(root=root, center_crop=None, cache_dir=cache)
+        CelebA(root=root, cache_dir=real_cache).prepare_data()
+    data = CelebA(root=root, center_crop=None, cache_dir=real_cache)
     assert data.num_reference("train") == 8_000
     assert next(data.reference_batches("test")).shape[1:] == (3, 64, 64)
 
 
-def test_letters_are_put_upright_whatever_their_source(shared_data: Path, cache: str, tmp_path: Path) -> None:
-    stored = Letters(root=str(shared_data / "letters_az"), cache_dir=cache)
+def test_letters_are_put_upright_whatever_their_source(shared_data: Path, real_cache: str, tmp_path: Path) -> None:
+    stored = Letters(root=str(shared_data / "letters_az"), cache_dir=real_cache)
     images, labels = stored.labelled("train")
     transposed = {
         split: (stored.labelled(split)[0][:, 0].mT.numpy(), (stored.labelled(split)[1] + 1).tolist())
         for split in ("train", "test")
     }
     names = {"train": "emnist-letters-train", "test": "emnist-letters-test"}
-    emnist = Letters(root=str(write_idx(tmp_path / "EMNIST" / "raw", transposed, **names)), cache_dir=cache)
+    emnist = Letters(root=str(write_idx(tmp_path / "EMNIST" / "raw", transposed, **names)), cache_dir=real_cache)
     assert emnist.fingerprint == stored.fingerprint
     assert torch.equal(emnist.labelled("train")[0], images)
     assert torch.equal(emnist.labelled("train")[1], labels)
@@ -64,4 +59,4 @@ def test_letters_are_put_upright_whatever_their_source(shared_data: Path, cache:
     place = torch.arange(28) - 13.5
     assert (ink.sum(1) * place**2).sum() > 2 * (ink.sum(0) * place**2).sum()  # taller than wide
     with pytest.raises(DatasetError, match=r"transposed, by the shape .* pass --data.orientation transposed or auto"):
-        Letters(root=str(tmp_path), orientation="upright", cache_dir=cache).prepare_data()
+        Letters(root=str(tmp_path), orientation="upright", cache_dir=real_cache).prepare_data()

@@ -37,9 +37,9 @@ def published(shared_data: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def real_images(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Tensor:
+def real_images(shared_data: Path, real_cache: str) -> Tensor:
     """The test split of Fashion-MNIST, uint8 `(10000, 1, 28, 28)`."""
-    data = FMNIST(root=str(shared_data / "fmnist"), cache_dir=str(tmp_path_factory.mktemp("cache")))
+    data = FMNIST(root=str(shared_data / "fmnist"), cache_dir=real_cache)
     return torch.cat(list(data.reference_batches("test")))
 
 
