@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,11 +44,12 @@ All methods saw the same number of images and have about the same number of para
 [design](../configs/track/README.md), {sha256}, was committed before the first run. mJ is 45 nm arithmetic per image,
 "all models" the lowest to the highest model of energy."""
 CURVE_NOTE = """\
-Earlier points are drafts of one seed. The last one is the mean over all seeds in the table; in the figure it is of the
-same seed as the others. "Training, J" is the arithmetic of the forward passes of a training, a lower bound of
-its energy. The search chose averaged or plain weights, and every point is measured with its choice. Compare the shapes
-of curves only between the same kind of weights: averaging helps while the learning rate is high, but the first point
-is too high, because the average still contains the first steps of training."""
+Earlier points are drafts of one seed. The last one is the mean over all seeds in the table; in the figure it is of
+the same seed as the others. "CPU h" is the time of the first seed's training, since later seeds may have run on
+another machine. "Training, J" is the arithmetic of the forward passes of a training, a lower bound of its energy. The
+search chose averaged or plain weights, and every point is measured with its choice. Compare the shapes of curves only
+between the same kind of weights: averaging helps while the learning rate is high, but the first point is too high,
+because the average still contains the first steps of training."""
 ANSWER_NOTE = """\
 Means over the seeds that A and B share. p is corrected for all {pairs} planned pairs. All seeds of a method draw the
 same noise, so neither p nor the interval contains the variation of that draw."""
@@ -118,8 +118,8 @@ class Member:
 
     @property
     def cpu_hours(self) -> float:
-        """Mean CPU time of a training in hours."""
-        return statistics.fmean(training.cpu_seconds for training in self.trainings) / 3600
+        """CPU time of the first seed's training in hours; other seeds may have run on another machine."""
+        return self.trainings[0].cpu_seconds / 3600
 
     @property
     def training_joules(self) -> float | None:

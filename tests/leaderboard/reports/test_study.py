@@ -91,7 +91,7 @@ def test_curves_have_every_measured_number_of_images(measured: Callable[..., Non
         "25.6",
     ]  # 8 mJ / 10 evaluations x 32,000
     # seeds may differ in folders and new options
-    assert rows[1][1:] == ["9.000 (±0.020)", "4 ±13", "averaged", "2", "1", "25.6"]
+    assert rows[1][1:] == ["9.000 (±0.020)", "4 ±13", "averaged", "2", "0.5", "25.6"]  # hours of the first seed
     assert rows[2][1:] == [
         "-",
         "9.000 (±0.024)",
