@@ -102,6 +102,11 @@ class Study:
     zoo: tuple[str, ...]
     methods: dict[str, Member]
 
+    @property
+    def rounded(self) -> str | None:
+        """First measurement with rounded weights, or None."""
+        return next((name for name, measurement in self.measurements.items() if measurement.half), None)
+
 
 @dataclass(frozen=True)
 class Place:
@@ -127,6 +132,10 @@ class Place:
         design = design_of(self.path)
         assert design is not None, "read_study requires a name"
         return design
+
+    def config(self, method: str, dataset: str) -> Path:
+        """Returns the configuration file of a method, which may be that of another one."""
+        return self.path.parent / f"{self.study.methods[method].config or method}_{dataset}.yaml"
 
     def data_root(self, dataset: str) -> list[str]:
         """Returns the option that names the folder of a dataset; nothing if it is not given."""

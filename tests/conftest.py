@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 SHARED = Path(__file__).parents[2] / "shared"
 
-
+# One thread, here and in the processes that tests start: threads of a pool do not survive a fork.
+torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 # Autograd detects devices once, in its first backward pass. After a compilation it finds one and starts threads, and
 # forked processes (tests of killed runs) cannot differentiate then. So the first backward pass runs here.
 torch.ones(1, requires_grad=True).sum().backward()

@@ -162,6 +162,11 @@ class TrainJob:
         return self.result.is_file()
 
     @property
+    def config(self) -> Path:
+        """Its configuration file."""
+        return self.place.config(self.method, self.dataset)
+
+    @property
     def search(self) -> SearchJob:
         """Search that chooses its learning rate."""
         return SearchJob(self.place, self.place.study.methods[self.method].config or self.method)
@@ -264,36 +269,41 @@ class MeasureJob:
         return self.training.is_done and self.key in read_json(self.training.result)["records"]
 
     def run(self) -> int:
-        """Tests and copies the record to the results; returns 0, or the exit code of a test that did not end."""
+        """Tests and copies the record to the results; returns 0, or the exit code of a test that did not end.
+
+        Without the run folder, on another machine, it tests the rounded weights of the zoo.
+        """
         if not self.training.is_done:
             append_line(self.log, f"error: {self.training.key} is not trained; run it with --stage train first")
             return 1
-        sha256 = read_json(self.training.result)["checkpoints"].get(str(self.steps))
         study = self.place.study
         measurement, member = study.measurements[self.measurement], study.methods[self.training.method]
-        start = f"{member.config or self.training.method}_{self.training.dataset}-seed{self.training.seed}-"
-        found = self.place.output.glob(f"trainings/{start}*/*/checkpoints/*.ckpt")
-        checkpoint = next((path for path in sorted(found) if file_sha256(path) == sha256), None)
-        if sha256 is None or checkpoint is None:
+        options: dict[str, Any] = {}
+        if checkpoint := self._find_checkpoint():
+            tested, run = _half(checkpoint) if measurement.half else checkpoint, checkpoint.parent.parent
+        elif self._is_in_zoo:
+            tested, run = self._zoo_folder / WEIGHTS, self.place.output / "from-zoo" / self.training.key
+            options |= member.options | {"trainer.default_root_dir": run}
+            options |= {f"evaluation.design.{name}": value for name, value in self.place.design.items()}
+        else:
             append_line(
                 self.log,
-                f"error: the checkpoint of {self.training.key} after {self.steps} steps is not under "
-                f"{self.place.output}; copy the run from the machine that trained it, or measure it there",
+                f"error: the checkpoint of {self.training.key} after {self.steps} steps is neither under "
+                f"{self.place.output} nor in {self.place.zoo}; copy the run from the machine that trained it, or "
+                "measure it there",
             )
             return 1
-        options = member.instead.get(self.measurement, measurement.options)
-        typed = [f"--{key}={value}" for key, value in options.items()] + self.place.data_root(self.training.dataset)
-        run = checkpoint.parent.parent
+        options |= member.instead.get(self.measurement, measurement.options)
+        command = ["test", f"--ckpt_path={tested}", *["--draft"] * measurement.draft]
+        command += [] if checkpoint else [f"--config={self.training.config}"]
+        command += [f"--{key}={value}" for key, value in options.items()] + self.place.data_root(self.training.dataset)
         before = set(find_records([run]))
-        tested = _half(checkpoint) if measurement.half else checkpoint
-        draft = ["--draft"] * measurement.draft
-        if code := _run(["test", f"--ckpt_path={tested}", *draft, *typed], self.log):
+        if code := _run(command, self.log):
             return code
         (path,) = set(find_records([run])) - before
         record = redact_paths(read_record(path))
-        if self._goes_into_zoo:
-            folder = self.place.zoo / f"{self.training.method}_{self.training.dataset}"
-            add_to_zoo(tested.parent, checkpoint, Entry(path, record), folder)
+        if checkpoint and self._goes_into_zoo:
+            add_to_zoo(tested.parent, checkpoint, Entry(path, record), self._zoo_folder)
         if measurement.draft:
             write_record(record, self.place.curves / "records")
         else:
@@ -307,11 +317,32 @@ class MeasureJob:
         write_json(self.training.result, content)
         return 0
 
+    def _find_checkpoint(self) -> Path | None:
+        """Returns the checkpoint in the folder of the training, or None if it is not there."""
+        sha256 = read_json(self.training.result)["checkpoints"].get(str(self.steps))
+        start = f"{self.training.config.stem}-seed{self.training.seed}-"
+        found = self.place.output.glob(f"trainings/{start}*/*/checkpoints/*.ckpt")
+        return next((path for path in sorted(found) if file_sha256(path) == sha256), None)
+
+    @property
+    def _is_in_zoo(self) -> bool:
+        """Whether the zoo has these weights, rounded: those of the record of a measurement after as many steps."""
+        names = read_json(self.training.result)["records"]
+        name = names.get(f"{self.place.study.rounded}-{self.steps}")
+        weights = self._zoo_folder / WEIGHTS
+        recorded = [read_record(path) for path in find_records([self.place.results]) if path.name == name]
+        checkpoints = [record.checkpoint.sha256 for record in recorded if record.checkpoint]
+        return weights.is_file() and file_sha256(weights) in checkpoints
+
+    @property
+    def _zoo_folder(self) -> Path:
+        return self.place.zoo / f"{self.training.method}_{self.training.dataset}"
+
     @property
     def _goes_into_zoo(self) -> bool:
         study, training = self.place.study, self.training
-        first = next((name for name, measurement in study.measurements.items() if measurement.half), None)
-        return self.measurement == first and training.dataset in study.zoo and training.seed == study.search.seed
+        is_first = self.measurement == study.rounded and training.seed == study.search.seed
+        return is_first and training.dataset in study.zoo
 
 
 Job = SearchJob | TrainJob | MeasureJob
@@ -320,7 +351,7 @@ Job = SearchJob | TrainJob | MeasureJob
 def _cell(place: Place, method: str, dataset: str, seed: int, options: dict[str, Any], folder: str) -> Cell:
     """Returns a training of a method with these options in addition to its configuration."""
     member = place.study.methods[method]
-    config = place.path.parent / f"{member.config or method}_{dataset}.yaml"
+    config = place.config(method, dataset)
     typed = tuple(f"--{key}={value}" for key, value in (member.options | options).items())
     return Cell(config, seed, typed, place.output / folder, draft=False, paths=tuple(place.data_root(dataset)))
 

@@ -38,6 +38,7 @@ DESIGN: dict[str, Any] = {
     "measurements": {
         "final": {"steps": [8], "seeds": [0, 1], "draft": True, "half": True},
         "curve": {"steps": [4], "seeds": [0], "draft": True, "options": {"data.num_samples": 24}},
+        "chain": {"steps": [8], "seeds": [0], "draft": True, "options": {"model.num_inference_steps": 3}},
     },
     "datasets": {"digits": [0]},
     "zoo": ["digits"],
@@ -124,7 +125,8 @@ def test_a_study_is_run_in_stages_and_nothing_twice(
     assert training["records"] == {}
     assert not find_records([study.parents[1] / "runs"])
 
-    assert run(study, "--stage", "measure") == 0
+    assert run(study, "--stage", "measure", "--measurements", "final") == 0
+    assert run(study, "--stage", "measure", "--measurements", "curve") == 0
     training = read(study, "trainings/good_digits-seed0.json")
     assert sorted(training["records"]) == ["curve-4", "final-8"]
     results = study.parents[1] / "results/curves/tiny-v1/records"
@@ -141,13 +143,28 @@ def test_a_study_is_run_in_stages_and_nothing_twice(
     assert (record.num_steps, record.variant) == (1, "T = 1")
     assert list(variant["records"]) == ["final-8"]
 
-    shutil.rmtree(study.parents[1] / "runs")  # another machine
+    shutil.rmtree(study.parents[1] / "runs")  # another machine, which has the weights from the zoo
+    assert run(study, "--stage", "measure") == 0
+    for name, num_steps in (("good", 2), ("good_t1", 1)):
+        training = read(study, f"trainings/{name}_digits-seed0.json")
+        record = read_record(results / training["records"]["chain-8"])
+        assert record.checkpoint is not None
+        assert record.checkpoint.sha256 == file_sha256(study.parents[1] / f"zoo/{name}_digits/model.safetensors")
+        assert record.design is not None
+        assert {"name": record.design.name, "sha256": record.design.sha256} == training["design"]
+        assert (record.num_steps, record.nfe, record.seeds["training"]) == (num_steps, 3, 0)
+
     in_process.clear()
     assert run(study) == 0
     assert in_process == []
     capsys.readouterr()
     assert run(study, "--print") == 0
     assert capsys.readouterr().out == ""
+
+    path = study.parents[1] / "results/curves/tiny-v1/trainings/good_digits-seed0.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"records": {}}))
+    assert run(study, "--only", "good", "--measurements", "chain") == 1  # no record says whose weights the zoo has
+    assert "is neither under" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_changed_design_needs_another_name(study: Path) -> None:
@@ -168,7 +185,7 @@ def test_each_pending_part_has_a_command_and_one_that_runs_elsewhere_is_skipped(
     study.write_text(yaml.safe_dump(DESIGN | {"measurements": DESIGN["measurements"] | {"curve": steps}}))
     assert run(study, "--print", "--roots", "digits=a folder") == 0
     lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line[line.index("--stage") + 1] for line in lines] == ["search", "train", "train", *["measure"] * 3]
+    assert [line[line.index("--stage") + 1] for line in lines] == ["search", "train", "train", *["measure"] * 5]
     assert all("digits=a folder" in line for line in lines)
     assert "--only good_t1 --datasets digits --seeds 0" in " ".join(lines[2])
     locks = study.parents[1] / "runs" / "locks"
@@ -304,7 +321,7 @@ def test_errors_of_a_design_name_the_field(study: Path) -> None:
     with pytest.raises(ValueError, match="steps: expected int, found 'many'"):
         run(study)
     rewrite(methods={"good": {"without": ["last"]}})
-    with pytest.raises(ValueError, match=r"methods\.good names last; known: curve, final, search"):
+    with pytest.raises(ValueError, match=r"methods\.good names last; known: chain, curve, final, search"):
         run(study)
     rewrite(methods={"worse": {}})
     with pytest.raises(FileNotFoundError, match=r"methods.worse needs .*worse_digits.yaml, which does not exist"):
