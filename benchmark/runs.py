@@ -6,6 +6,7 @@ import ast
 import re
 import secrets
 import warnings
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -199,7 +200,7 @@ def checkpoint_in(path: Path, which: str = "last") -> Path:
 
 
 def configuration_of(checkpoint: Path) -> dict[str, Any]:
-    """Returns `model`, `data` and `seed_everything` of a checkpoint.
+    """Returns `model`, `data`, `seed_everything` and `trainer.precision` of a checkpoint, as far as they are known.
 
     They are read from the run folder or the exported folder that contains it, or else from the checkpoint itself.
 
@@ -221,7 +222,18 @@ def configuration_of(checkpoint: Path) -> dict[str, Any]:
         raise ValueError(
             f"{checkpoint} is not in a run folder and contains no configuration; name its config too: `--config CONFIG`"
         )
-    return {key: config[key] for key in ("seed_everything", "model", "data") if key in config}
+    return portable(config)
+
+
+def portable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what a model needs on another machine: `model`, `data`, `seed_everything` and `trainer.precision`.
+
+    Without the precision, another processor would choose its fastest one, and results would not repeat.
+    """
+    chosen = {key: config[key] for key in ("seed_everything", "model", "data") if key in config}
+    trainer = config.get("trainer")
+    precision = trainer.get("precision") if isinstance(trainer, Mapping) else None
+    return chosen if precision is None else chosen | {"trainer": {"precision": precision}}
 
 
 def load_run(checkpoint: Path) -> tuple[DiffusionSystem, ImageDataModule]:

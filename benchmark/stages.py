@@ -41,7 +41,7 @@ from benchmark.callbacks.png import PNGWriter
 from benchmark.callbacks.resume import CPUTime, Resume
 from benchmark.command_line import Parser, complete_loggers, fill_in_newest_run
 from benchmark.configs import design_of, locate_configs
-from benchmark.runs import RUNS, new_run, run_of, training_seed
+from benchmark.runs import RUNS, new_run, portable, run_of, training_seed
 from benchmark.trainer import BenchmarkTrainer
 from datamodules import ImageDataModule
 from datamodules.own import OwnImages
@@ -261,7 +261,7 @@ class BenchmarkCLI(LightningCLI):
         """Passes the config on to the record, and refuses a test that deviates from its protocol before it starts."""
         self.model.check_contract()
         check_name("method", self.model.method)
-        self.model.configuration = {key: self.resolved[key] for key in ("seed_everything", "model", "data")}
+        self.model.configuration = portable(self.resolved)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Evaluation):
                 callback.config = self.resolved

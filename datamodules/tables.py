@@ -184,10 +184,11 @@ def _without_split(file: Path) -> Path:
 
 
 def _load_parquet(file: Path) -> Any:
-    from datasets import load_dataset  # slow to import, and only needed to build the cache
+    # slow to import, and only needed to build the cache; load_dataset would report each file to a server first
+    from datasets.io.parquet import ParquetDatasetReader
 
     # streamed: no second copy on disk
-    return load_dataset("parquet", data_files=str(file), split="train", streaming=True)
+    return ParquetDatasetReader(str(file), split="train", streaming=True).read()
 
 
 def _load_saved(folder: Path) -> Any:

@@ -207,4 +207,5 @@ def test_a_subclass_does_not_inherit_the_name_of_its_method() -> None:
 def test_configuration_is_json(run: Path) -> None:
     content = torch.load(find_checkpoint(run), weights_only=True)["configuration"]
     assert json.loads(json.dumps(content)) == content
-    assert content.keys() == {"seed_everything", "model", "data"}
+    assert content.keys() == {"seed_everything", "model", "data", "trainer"}
+    assert content["trainer"].keys() == {"precision"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import shutil
+import socket
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -90,6 +91,20 @@ def test_parquet_files_are_found_by_their_names(case: str, tmp_path: Path) -> No
 def test_a_validation_split_has_several_names(name: str, tmp_path: Path) -> None:
     write_parquet(tmp_path / "source", GREY | {name: VALID["valid"]}, "{split}-00000-of-00001.parquet")
     check(make(tmp_path / "source"), VALID)
+
+
+def test_local_parquet_files_are_read_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def refuse(host: object, *_: object, **__: object) -> None:
+        asked.append(host)
+        raise OSError("there is no network")
+
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    write_parquet(tmp_path / "source", GREY)
+    check(make(tmp_path / "source"), GREY)
+    assert asked == []
 
 
 def copy(name: str, other: str) -> Callable[[Path], object]:

@@ -68,8 +68,11 @@ def test_the_card_of_a_conditional_model_names_its_classes() -> None:
     assert "| classes | 10; " in card
 
 
-def test_an_exported_folder_repeats_the_samples_and_the_test(run: Path, folder: Path, tmp_path: Path) -> None:
+def test_an_exported_folder_repeats_the_samples_and_the_test(
+    run: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert torch.equal(sample(*load(folder), 6), sample(*load(run), 6))
+    monkeypatch.setattr("benchmark.stages.fastest_precision", lambda _: "bf16-mixed")  # a processor with bfloat16
     main(["test", f"--ckpt_path={folder}", *OFFLINE, f"--trainer.default_root_dir={tmp_path}", "--data.batch_size=64"])
     (first,), (second,) = find_records([run]), find_records([tmp_path])
     assert read_record(first).metrics == read_record(second).metrics
