@@ -134,7 +134,7 @@ class Place:
         return design
 
     def config(self, method: str, dataset: str) -> Path:
-        """Returns the configuration file of a method, which may be that of another one."""
+        """Returns the configuration file of a method; the design may name another method's."""
         return self.path.parent / f"{self.study.methods[method].config or method}_{dataset}.yaml"
 
     def data_root(self, dataset: str) -> list[str]:

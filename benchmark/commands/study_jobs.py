@@ -326,7 +326,7 @@ class MeasureJob:
 
     @property
     def _is_in_zoo(self) -> bool:
-        """Whether the zoo has these weights, rounded: those of the record of a measurement after as many steps."""
+        """Whether the zoo has these weights, rounded: the record of this step names the hash of the file."""
         names = read_json(self.training.result)["records"]
         name = names.get(f"{self.place.study.rounded}-{self.steps}")
         weights = self._zoo_folder / WEIGHTS
