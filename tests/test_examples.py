@@ -209,3 +209,19 @@ def test_configuration_is_json(run: Path) -> None:
     assert json.loads(json.dumps(content)) == content
     assert content.keys() == {"seed_everything", "model", "data", "trainer"}
     assert content["trainer"].keys() == {"precision"}
+
+
+def test_a_callback_exchanges_the_last_convolution_for_that_of_another_seed(package: Path, tmp_path: Path) -> None:
+    """The table in `systems/README.md` depends on it: the layer equals the one that the other seed would draw."""
+    options = ["--config=configs/track/sddpm_relu_mnist.yaml", "--data=Digits", "--data.image_size=8"]
+    options += ["--trainer.max_steps=1", "--trainer.limit_val_batches=0", "--model.optimizer.init_args.lr=0"]
+    options += ["--model.lr_scheduler=null"]
+    kernel = ["--trainer.callbacks+=mypackage.kernel.Kernel", "--trainer.callbacks.seed=0"]
+    weights = []
+    for seed, extra in ((0, []), (1, kernel)):
+        runs = tmp_path / str(seed)
+        main(["fit", *options, f"--seed_everything={seed}", f"--trainer.default_root_dir={runs}", *extra])
+        weights.append(load(str(find_checkpoint(newest_run(runs))))[0].network.state_dict())
+    first, second = weights
+    assert torch.equal(first["T_output_layer.weight"], second["T_output_layer.weight"])
+    assert not torch.equal(first["tail_conv.weight"], second["tail_conv.weight"])
