@@ -1,5 +1,7 @@
 """Section of `RESULTS.md` on a study: learning curves, the price of longer chains, answers to its questions, samples.
 
+Where methods were measured on two datasets, a table compares their order.
+
 `python -m benchmark matrix --design` writes the results of a study to a folder: `search/*.json`, `trainings/*.json`,
 which name their records, and `records/` with the measurements that are not ranked. `questions.yaml` beside them names
 the pairs of methods that the section compares.
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,10 +23,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 from PIL import Image
+from scipy.stats import kendalltau, rankdata
 
 from leaderboard.energy import read_models
 from leaderboard.pictures import GRID_COLUMNS, excerpt
-from leaderboard.record.entries import Entry, headline
+from leaderboard.record.entries import Entry, headline, table_metrics
 from leaderboard.record.records import find_records, read_record, redact_paths
 from leaderboard.reports.break_even_report import compared, rates_in_words
 from leaderboard.reports.cells import metric_cell, number_cell
@@ -57,6 +61,10 @@ BREAK_EVEN_NOTE = """\
 The firing rate below which the spiking network costs less, for each model of energy. Where a model has a lower and an
 upper bound, there are two rates."""
 CHAIN_NOTE = "Chains of the same trainings. Longer chains than the ranked one are drafts."
+ORDER_NOTE = """\
+Ranks of the methods measured on both datasets, of the seeds that both share, 1 the lowest distance. Kendall's tau is 1
+for the same order, 0 for unrelated orders and -1 for the opposite one. It does not know how far the seeds of a method
+lie apart."""
 SEARCH_NOTE = """\
 Validation loss of the last weights / of averaged weights. It chooses among the settings of one method; losses of
 different methods are not comparable."""
@@ -270,6 +278,11 @@ def study_lines(study: Results, save: Callable[[str, Figure], str]) -> list[str]
                 lines += ["", note] if note else []
             lines += ["", *table] if has_rows else []
             lines += ["", save(f"{study.name}-{name}-{dataset}", figure)] if figure is not None else []
+    first, *others = study.by_dataset().values()
+    for other in others:
+        if len(table := _order_table(first, other)) > HEADER:
+            title = f"### Order on {first[0].dataset} and {other[0].dataset}"
+            lines += ["", title, "", ORDER_NOTE, "", *table]
     title = "### Search of learning rate and averaging"
     return [*lines, "", title, "", SEARCH_NOTE, "", *_search_table(study.searches)]
 
@@ -330,6 +343,28 @@ def _answer_table(questions: Sequence[tuple[str, str, str]], members: Sequence[M
         last = text
     header = ["Question", "A", "B", f"{quality}, B - A", "p, Holm", "mJ, B / A", "all models", "Seeds show"]
     return _table(header, rows)
+
+
+def _order_table(first: Sequence[Member], other: Sequence[Member]) -> list[str]:
+    """Returns the ranks of the methods on two datasets by the Fréchet distances of their own extractors."""
+    by_key = {member.key: member.method for member in other}
+    shared = [_shared(member.method, by_key[member.key]) for member in first if member.key in by_key]
+    pairs = [(a, b) for a, b in shared if a.entries]
+    if len(pairs) < 2:
+        return []
+    columns: dict[str, list[float]] = {}
+    taus: list[str] = []
+    for key in table_metrics(pairs[0][0].record.metrics):
+        counterpart = key.replace(f"_{first[0].dataset}", f"_{other[0].dataset}")
+        if key == counterpart or not key.startswith("fd_") or counterpart not in pairs[0][1].record.metrics:
+            continue
+        x = [statistics.fmean(a.values(key).values()) for a, _ in pairs]
+        y = [statistics.fmean(b.values(counterpart).values()) for _, b in pairs]
+        columns |= {key: list(rankdata(x)), counterpart: list(rankdata(y))}
+        taus += ["", f"{kendalltau(x, y).statistic:.2f}"]
+    rows = sorted(zip(*columns.values(), (a.name for a, _ in pairs), strict=True))
+    cells = [[name, *(f"{rank:g}" for rank in ranks)] for *ranks, name in rows]
+    return _table(["Method", *columns], [*cells, ["Kendall's tau", *taus]]) if columns else []
 
 
 def _shared(a: Method, b: Method) -> tuple[Method, Method]:

@@ -15,7 +15,7 @@ from PIL import Image
 from benchmark.cli import main
 from leaderboard.files import canonical_sha256
 from leaderboard.record.entries import Entry
-from leaderboard.record.records import MetricValue, Record, read_record, record_name, write_record
+from leaderboard.record.records import Dataset, MetricValue, Record, read_record, record_name, write_record
 from leaderboard.reports import study
 from leaderboard.reports.study import find_studies, read_results
 
@@ -28,7 +28,9 @@ STEPS = {"500": "1" * 64, "1000": "2" * 64}
 def measured(make_record: Make, tmp_path: Path) -> Callable[..., None]:
     """Writes one training with its records: the last weights, and drafts by the name of their measurement."""
 
-    def write(method: str, seed: int, fd: float, energy: float = 8.0, **drafts: tuple[float, int]) -> None:
+    def write(
+        method: str, seed: int, fd: float, energy: float = 8.0, dataset: str = "digits", **drafts: tuple[float, int]
+    ) -> None:
         config = {
             "seed_everything": seed,
             "method": method,
@@ -41,7 +43,9 @@ def measured(make_record: Make, tmp_path: Path) -> Callable[..., None]:
             config_sha256=canonical_sha256(config),
             seeds={"training": seed},
             nfe=10,
+            dataset=Dataset(dataset, "f" * 64, "made for the test"),
         )
+        base = replace(base, metrics={k.replace("digits", dataset): v for k, v in base.metrics.items()})
         assert base.cost is not None
         if method == "spiking-diffusion":
             base = replace(base, metrics=base.metrics | {"reconstruction_mse": MetricValue(0.1, 0.01, 500)})
@@ -49,15 +53,15 @@ def measured(make_record: Make, tmp_path: Path) -> Callable[..., None]:
         path = write_record(base, tmp_path / "data/records")
         records = {"final-1000": path.name}
         for key, (value, nfe) in drafts.items():
-            metrics = {"fd_digits": MetricValue(value, 0.01, 500)}
+            metrics = {f"fd_{dataset}": MetricValue(value, 0.01, 500)}
             draft = replace(base, metrics=metrics, nfe=nfe, draft=True, solver=key)
             records[key.replace("_", "-")] = write_record(draft, tmp_path / "data/curves/study-v1/records").name
-        content = {"design": DESIGN, "method": method, "dataset": "digits", "seed": seed, "images": 32_000}
+        content = {"design": DESIGN, "method": method, "dataset": dataset, "seed": seed, "images": 32_000}
         content["chosen"] = {"learning_rate": 0.01, "averaged": method != "ddpm"}
         content |= {"cpu_seconds": 1800 + 3600 * seed, "checkpoints": STEPS, "records": records}
         folder = tmp_path / "data/curves/study-v1/trainings"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{method}_digits-seed{seed}.json").write_text(json.dumps(content))
+        (folder / f"{method}_{dataset}-seed{seed}.json").write_text(json.dumps(content))
 
     return write
 
@@ -176,6 +180,29 @@ def test_longer_chains_are_listed_beside_the_ranked_one(measured: Callable[..., 
     (folder,) = find_studies([tmp_path / "data/records"])
     (sddpm,) = [member for member in read_results(folder).members if member.key == "sddpm"]
     assert sddpm.method.frechet == 2.0
+
+
+def test_the_order_on_two_datasets_is_that_of_the_shared_seeds(measured: Callable[..., None], tmp_path: Path) -> None:
+    for method, here, there in (("ddpm", 2.0, 20.0), ("sdm", 3.0, 10.0), ("sdit", 4.0, 40.0)):
+        measured(method, 0, here)
+        measured(method, 0, there, dataset="mnist")
+    measured("sdit", 1, 0.1)  # by the mean of its seeds the first
+    measured("sddpm", 0, 1.0)  # on one dataset only
+    assert table(section(tmp_path), "Order on digits and mnist") == [
+        ["ddpm", "1", "2"],
+        ["sdm", "2", "1"],
+        ["sdit", "3", "3"],
+        ["Kendall's tau", "", "0.33"],
+    ]
+
+
+def test_one_method_on_two_datasets_has_no_order(measured: Callable[..., None], tmp_path: Path) -> None:
+    measured("ddpm", 0, 2.0)
+    measured("sdm", 0, 3.0)
+    measured("ddpm", 0, 2.0, dataset="mnist")
+    text = section(tmp_path)
+    assert "mnist: fd\\_mnist against images seen" in text
+    assert "Order on" not in text
 
 
 def test_figures_mark_rows_of_one_colour_differently(measured: Callable[..., None], tmp_path: Path) -> None:
