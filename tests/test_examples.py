@@ -147,7 +147,7 @@ def test_external_code_has_the_commit_of_its_own_checkout(package: Path, tmp_pat
     git("add", "mypackage/mlp.py", "mypackage/__init__.py")
     git("commit", "-qm", "first")
     assert external_code(system, None)["mypackage"].git_dirty is True  # one_shot.py is new
-    git("add", "mypackage/one_shot.py", "mypackage/neuron.py")
+    git("add", "mypackage/*.py")
     git("commit", "-qm", "second")
     code = external_code(system, None)["mypackage"]
     assert (code.git_commit, code.git_dirty) == (git("rev-parse", "HEAD"), False)
